@@ -1,0 +1,70 @@
+"""Every mistake that a user can make ends in one of these, and each prints three lines.
+
+    HalveError
+    ├── RecipeError      an unknown key, a value out of range
+    ├── CheckpointError  a folder that is not a sound safetensors checkpoint
+    │   └── TokenizerError   a tokenizer that is missing or is not the teacher's
+    ├── AnatomyError     a model, or an axis of it, whose anatomy cannot be proved
+    ├── PlanError        sizes that are illegal, a budget that cannot be met
+    ├── CorpusError      text that is missing, empty, binary, badly encoded or too long
+    ├── RunError         a folder that is not this recipe's run, a stage without its input
+    ├── TrainError       a teacher that teaches nothing, a loss that is not finite
+    └── DiskError        no room left
+
+Programmers' mistakes are `assert`s and are not caught.
+"""
+
+from __future__ import annotations
+
+
+class HalveError(Exception):
+    """What went wrong, why, and what the user can do about it, one line each.
+
+    >>> print(PlanError("cannot keep 10 query heads in 8 groups", why="10 % 8 != 0", fix="--heads 8 or 16"))
+    cannot keep 10 query heads in 8 groups
+      why: 10 % 8 != 0
+      fix: --heads 8 or 16
+    """
+
+    def __init__(self, what: str, *, why: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.why, self.fix = (" ".join(line.split()) for line in (what, why, fix))
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+class RecipeError(HalveError):
+    """An unknown key in a recipe or a value that is out of range."""
+
+
+class CheckpointError(HalveError):
+    """A folder that is not a sound safetensors checkpoint."""
+
+
+class TokenizerError(CheckpointError):
+    """A tokenizer that is missing or does not belong to the teacher."""
+
+
+class AnatomyError(HalveError):
+    """A model, or an axis of it, whose anatomy cannot be proved."""
+
+
+class PlanError(HalveError):
+    """Sizes that are illegal or a budget that cannot be met."""
+
+
+class CorpusError(HalveError):
+    """Text that is missing, empty, binary, badly encoded or too long."""
+
+
+class RunError(HalveError):
+    """A folder that is not this recipe's run, or a stage without its input."""
+
+
+class TrainError(HalveError):
+    """A teacher that teaches nothing or a loss that is not finite."""
+
+
+class DiskError(HalveError):
+    """No room left on the device that was written to."""

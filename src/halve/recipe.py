@@ -1,0 +1,223 @@
+"""The recipe: every knob of a run, typed and checked, without importing torch.
+
+A recipe is one YAML file whose sections carry the names of the stages. `load` reads it,
+`Recipe` documents it. Relative paths are relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from halve.errors import RecipeError
+
+Aggregator = Literal["mean", "l2", "var"]
+Gain = Literal["none", "constant", "fitted"]
+Objective = Literal["kl", "ce", "mix"]
+Baseline = Literal["ce", "random_init", "random_prune"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the text comes from.
+
+    A source is a file (text, `.jsonl`, `.parquet`; text and JSON lines also `.gz`, `.xz`, `.zst`), a folder of such
+    files, or `hub:owner/name`, `hub:owner/name:split` for a data set of the hub.
+    """
+
+    train: tuple[str, ...] = Field(min_length=1)
+    valid: tuple[str, ...] = Field(min_length=1, description="held-out text; also measured during training")
+    text_field: str = Field("text", description="the field of JSON lines, parquet and hub rows that holds the text")
+    context: Count = Field(512, description="tokens in one packed sample")
+
+
+class Training(Section):
+    """One run of the training loop."""
+
+    tokens: Count = Field(description="tokens to train on, rounded up to whole steps")
+    batch: Count = Field(32, description="samples in one optimizer step")
+    micro_batch: Count | None = Field(None, description="samples in one forward pass; default: the whole batch")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_steps: int = Field(40, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    checkpoint_every: Count = Field(200, description="steps between checkpoints; a kill loses at most these")
+    eval_every: Count = Field(50, description="steps between held-out measurements")
+    eval_samples: Count = Field(16, description="held-out samples in such a measurement")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute precision; masters and reductions stay float32. auto: bfloat16 on CUDA"
+    )
+
+    @model_validator(mode="after")
+    def _rates(self) -> Training:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class Correct(Training):
+    """Teacher correction (2408.11796, Sec. 2.1): full fine-tuning of the teacher on the corpus with cross-entropy."""
+
+
+class Distill(Training):
+    """Recovery of the pruned student; forward KL on logits alone is the papers' choice (2407.14679, Table 15)."""
+
+    objective: Objective = "kl"
+    temperature: float = Field(1.0, gt=0)
+    ce_weight: float = Field(0.5, ge=0, le=1, description="share of cross-entropy in objective: mix")
+    baselines: tuple[Baseline, ...] = Field(
+        (), description="controls on the same tokens: the same cut trained with CE, a random start, a random cut"
+    )
+
+
+class Score(Section):
+    """Importance of every axis from one forward pass (2407.14679, Sec. 2.2; its default of 1024 samples)."""
+
+    samples: Count = 1024
+    micro_batch: Count = 8
+    batch_agg: Aggregator = "l2"
+    seq_agg: Aggregator = "mean"
+
+
+class Prune(Section):
+    """What the student looks like: sizes by hand, or a budget that the planner meets."""
+
+    params: str | None = Field(None, description="total parameters, such as 4.5B; the nearest legal sizes are taken")
+    non_embedding_ratio: float | None = Field(None, gt=0, lt=1, description="share of non-embedding parameters to keep")
+    hidden: Count | None = None
+    ffn: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    layers: Count | None = Field(None, description="layers to keep, the least important dropped")
+    drop_layers: str | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
+    gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Prune:
+        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.drop_layers)
+        by_hand = any(size is not None for size in sizes)
+        ways = [self.params is not None, self.non_embedding_ratio is not None, by_hand]
+        if sum(ways) != 1:
+            raise ValueError("give exactly one of params, non_embedding_ratio, or sizes by hand")
+        if self.layers is not None and self.drop_layers is not None:
+            raise ValueError("layers and drop_layers say the same thing twice")
+        return self
+
+
+class Evaluate(Section):
+    """What is measured of every model of the run."""
+
+    samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
+    choices: tuple[str, ...] = Field((), description="multiple-choice files: JSON lines with context, choices, answer")
+    prompts: tuple[str, ...] = Field((), description="texts that the report shows completed")
+    completion_tokens: Count = 48
+    speed: bool = Field(True, description="measure prefill and decode speed and peak memory")
+
+
+class Recipe(Section):
+    """A whole run, from a teacher to a report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str = Field(description="the teacher: a folder or a hub name")
+    seed: int = Field(0, ge=0)
+    device: Device = "auto"
+    dtype: Dtype = Field("auto", description="precision that weights are held in; auto: the checkpoint's own")
+    data: Data
+    correct: Correct | None = Field(None, description="off unless the section is there")
+    score: Score = Score()
+    prune: Prune
+    distill: Distill | None = None
+    evaluate: Evaluate = Evaluate()
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe file; relative paths in it become absolute.
+
+    Raises `RecipeError` naming the key and, for an unknown key, the nearest known one.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read recipe {path}", why=error.strerror or str(error), fix="give the path of a YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"recipe {path} is not YAML", why=str(error), fix="compare it with a file in recipes/"
+        ) from error
+    return parse(raw, folder=path.parent, source=str(path))
+
+
+def parse(raw: Any, *, folder: Path, source: str) -> Recipe:
+    """Check a recipe given as plain data; `folder` anchors relative paths, `source` names it in errors."""
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"recipe {source} has no keys",
+            why=f"a recipe is a mapping, this is {type(raw).__name__}",
+            fix="start with name:, model:, data:, prune:",
+        )
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    return _anchor(recipe, folder.resolve())
+
+
+def _explain(error: ValidationError, source: str) -> RecipeError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return RecipeError(f"unknown key {place} in {source}", why="no stage would read it", fix=hint)
+    if first["type"] == "missing":
+        return RecipeError(f"{source} lacks {place}", why="it has no default", fix=f"add {place}:")
+    value = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(f"bad value for {place or 'the recipe'} in {source}", why=message + value, fix="change it there")
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        field = section.model_fields.get(str(part))
+        kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), section)
+    return list(section.model_fields)
+
+
+def _anchor(recipe: Recipe, folder: Path) -> Recipe:
+    """Make paths absolute, so that a run does not depend on where it was started."""
+
+    def absolute(text: str) -> str:
+        local = folder / Path(text).expanduser()
+        return str(local) if local.exists() or text.startswith((".", "/", "~")) else text
+
+    data = recipe.data.model_copy(
+        update={
+            "train": tuple(s if s.startswith("hub:") else str(folder / Path(s).expanduser()) for s in recipe.data.train),
+            "valid": tuple(s if s.startswith("hub:") else str(folder / Path(s).expanduser()) for s in recipe.data.valid),
+        }
+    )
+    evaluate = recipe.evaluate.model_copy(
+        update={"choices": tuple(str(folder / Path(c).expanduser()) for c in recipe.evaluate.choices)}
+    )
+    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data, "evaluate": evaluate})
