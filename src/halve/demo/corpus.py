@@ -125,8 +125,8 @@ def take_apart(name: str, source: str) -> Module:
 def documents(modules: Iterable[Module], *, held_out: bool) -> Iterator[dict[str, str]]:
     """One prose document a module, `{"module", "text"}`: its docstrings, blank lines between.
 
-    A docstring that occurs twice is kept once, and one that a held-out module has too is never in the training
-    text.
+    A docstring that occurs twice is kept once, and one that a held-out module has too is never in the
+    training text.
     """
     modules = list(modules)
     seen = set() if held_out else {text for module in modules if module.held_out for text in module.prose}

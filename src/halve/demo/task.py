@@ -24,10 +24,10 @@ _SHORTEST, _LONGEST = 10, 80  # characters of a choice without its indentation
 def build_items(
     modules: Iterable[Module], *, num_items: int = 400, num_choices: int = 4, seed: int = 0
 ) -> list[Item]:
-    """Items `{"context", "choices", "answer"}` from the modules' code; the same modules and seed give the same items.
+    """Items `{"context", "choices", "answer"}` at places drawn from the modules' code by `seed`.
 
-    The context ends with a line break and every choice is one line with its indentation and without a line break. No
-    two choices are equal, and no distractor occurs in the context's own neighborhood. Places are spread evenly.
+    The context ends with a line break; every choice is one line, indentation kept, without a line break.
+    No two choices are equal, and no distractor occurs within 40 lines of the place asked about.
     """
     rng = random.Random(seed)
     sources = [(module.name, module.code.split("\n")) for module in modules]
