@@ -1,0 +1,303 @@
+"""Losses over the whole vocabulary that never hold the logits of more than one chunk of tokens.
+
+The gradient of these losses by the logits is known in closed form (for the forward KL it is
+`softmax_student - softmax_teacher`), so the forward pass makes it chunk by chunk and multiplies it
+back at once: into the hidden states' gradient and into the head's. Nothing is kept but these two,
+nothing is computed twice. The logits are float32 (float64 where the hidden states are) and are
+never rounded; so are softmax, sums and the gradient of the head.
+
+    loss = chunked(hidden, head, forward_kl(teacher_hidden, teacher_head), vocab=v, chunk=c)
+
+All losses are sums over tokens. Who calls them divides by the number of tokens of the whole step.
+
+Shapes: N tokens, C tokens of a chunk, R tokens of a block, D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from halve.head import Head, product
+
+RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(student logits [R, V], the block's place in the chunk) -> (loss of each token [R], its gradient [R, V])."""
+
+Target = Callable[[slice], RowLoss]
+"""What the student is compared with: the chunk's place in the batch -> the loss of its rows."""
+
+_BLOCKS = 16  # elementwise work goes through a chunk in this many blocks: its scratch is small and fits a cache
+
+
+def chunk_tokens(vocab: int, *, cuda: bool) -> int:
+    """Return how many tokens make a chunk: enough to keep the matrix units busy, little enough to fit."""
+    rows = (2**28 if cuda else 2**21) // vocab
+    return min(max(rows, 256), 8192)
+
+
+def chunked(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    target: Target,
+    *,
+    vocab: int,
+    chunk: int,
+    operand: torch.dtype | None = None,
+) -> Float[Tensor, ""]:
+    """Return the loss summed over tokens, differentiable by `hidden`, `head.weight` and `head.bias`.
+
+    `vocab` is the number of columns that take part: rows of the head beyond it are padding, get no gradient
+    and no probability. `operand` is the precision of the factors of the matrix products (default: as they
+    come); a half precision is only used on CUDA, with float32 results. Working memory is two chunks of logits
+    (student and teacher) and a few sixteenths of one, beside the gradient of the head itself.
+    """
+    assert 0 < vocab <= head.weight.shape[0]
+    assert chunk > 0
+    loss: Tensor = _Chunked.apply(hidden, head.weight, head.bias, head, target, vocab, chunk, operand)
+    return loss
+
+
+def forward_kl(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    *,
+    vocab: int,
+    temperature: float = 1.0,
+    operand: torch.dtype | None = None,
+) -> Target:
+    """Compare with the teacher that has these hidden states and this head; no gradient reaches either.
+
+    2407.14679, Sec. 3; the square of the temperature keeps the gradient's size (Hinton et al., 1503.02531):
+
+        KL(p || q) * tau^2,  p = softmax(z_teacher / tau),  q = softmax(z_student / tau)
+    """
+    factors = _Factors.of(hidden, head, vocab, operand)
+
+    def of_chunk(rows: slice) -> RowLoss:
+        teacher_CV = _cap(_raw_logits(factors, rows), head.softcap)
+        return lambda z_RV, block: kl_rows(z_RV, teacher_CV[block], temperature=temperature)
+
+    return of_chunk
+
+
+def cross_entropy(labels: Int[Tensor, " tokens"]) -> Target:
+    """Compare with the tokens that came next."""
+    return lambda rows: lambda z_RV, block: ce_rows(z_RV, labels[rows][block])
+
+
+def mix(first: Target, second: Target, *, share: float) -> Target:
+    """Return `(1 - share) * first + share * second`, for two comparisons of the same logits."""
+
+    def of_chunk(rows: slice) -> RowLoss:
+        one, other = first(rows), second(rows)
+
+        def of_rows(z_RV: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+            (one_R, one_RV), (other_R, other_RV) = one(z_RV, block), other(z_RV, block)
+            return one_R.lerp(other_R, share), one_RV.lerp(other_RV, share)
+
+        return of_rows
+
+    return of_chunk
+
+
+def kl_rows(
+    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], *, temperature: float = 1.0
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
+    """Return KL(teacher || student) * temperature^2 of each token, and its gradient by the student's logits.
+
+    The sum is taken over `p (log p - log q) + q - p`: no term is negative and equal distributions give
+    exactly zero, so a small divergence is not lost in the rounding of large logits.
+    """
+    log_q_RV = torch.log_softmax(student / temperature if temperature != 1.0 else student, -1)
+    log_p_RV = torch.log_softmax(teacher / temperature if temperature != 1.0 else teacher, -1)
+    p_RV = log_p_RV.exp()
+    log_p_RV.sub_(log_q_RV).mul_(p_RV)
+    grad_RV = log_q_RV.exp_().sub_(p_RV)
+    kl_R = log_p_RV.add_(grad_RV).sum(-1)
+    if temperature != 1.0:
+        return kl_R * temperature**2, grad_RV.mul_(temperature)
+    return kl_R, grad_RV
+
+
+def ce_rows(
+    student: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"]
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
+    """Return -log softmax(student)[label] of each token, and its gradient by the student's logits."""
+    log_q_RV = torch.log_softmax(student, -1)
+    ce_R = log_q_RV.gather(-1, labels[:, None]).squeeze(-1).neg()
+    grad_RV = log_q_RV.exp_()
+    return ce_R, grad_RV.scatter_add_(-1, labels[:, None], -torch.ones_like(ce_R)[:, None])
+
+
+class Divergence(NamedTuple):
+    """Sums over tokens: KL(teacher || student), the student's cross-entropy, and how often both agree on the best."""
+
+    kl: Tensor
+    ce: Tensor
+    agreement: Tensor
+
+
+@torch.no_grad()
+def divergence(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    teacher_hidden: Float[Tensor, "tokens teacher_hidden"],
+    teacher_head: Head,
+    labels: Int[Tensor, " tokens"],
+    *,
+    vocab: int,
+    chunk: int,
+    operand: torch.dtype | None = None,
+) -> Divergence:
+    """Measure a student against its teacher, forward only, a chunk at a time; sums in float64."""
+    student, teacher = _Factors.of(hidden, head, vocab, operand), _Factors.of(teacher_hidden, teacher_head, vocab, operand)
+    sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    for rows in _slices(hidden.shape[0], chunk):
+        z_CV = _cap(_raw_logits(student, rows), head.softcap)
+        t_CV = _cap(_raw_logits(teacher, rows), teacher_head.softcap)
+        for block in _slices(z_CV.shape[0], _block(chunk)):
+            kl_R, _ = kl_rows(z_CV[block], t_CV[block])
+            ce_R, _ = ce_rows(z_CV[block], labels[rows][block])
+            same_R = z_CV[block].argmax(-1) == t_CV[block].argmax(-1)
+            sums += torch.stack([kl_R.sum(dtype=sums.dtype), ce_R.sum(dtype=sums.dtype), same_R.sum(dtype=sums.dtype)])
+    return Divergence(*sums)
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    labels: Int[Tensor, " tokens"],
+    *,
+    vocab: int,
+    chunk: int,
+    operand: torch.dtype | None = None,
+) -> Float[Tensor, " tokens"]:
+    """Return the cross-entropy of each token, forward only, a chunk at a time."""
+    factors = _Factors.of(hidden, head, vocab, operand)
+    losses = []
+    for rows in _slices(hidden.shape[0], chunk):
+        z_CV = _cap(_raw_logits(factors, rows), head.softcap)
+        losses += [ce_rows(z_CV[block], labels[rows][block])[0] for block in _slices(z_CV.shape[0], _block(chunk))]
+    return torch.cat(losses)
+
+
+def keep_tokens(
+    values: Float[Tensor, "tokens hidden"] | Int[Tensor, " tokens"], mask: Bool[Tensor, " tokens"]
+) -> Float[Tensor, "kept hidden"] | Int[Tensor, " kept"]:
+    """Leave padding out (`mask` is true where a token counts): what is not there cannot change a loss, not even NaN."""
+    return values[mask]
+
+
+class _Factors(NamedTuple):
+    """What logits are made of: hidden states, the transposed output matrix, its bias, a scale."""
+
+    hidden_ND: Tensor
+    weight_DV: Tensor
+    bias_V: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, hidden_ND: Tensor, head: Head, vocab: int, operand: torch.dtype | None) -> _Factors:
+        weight_VD = head.weight.detach()[:vocab]
+        bias_V = None if head.bias is None else head.bias.detach()[:vocab]
+        dtype = operand if operand is not None else torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
+        if not hidden_ND.is_cuda:
+            dtype = torch.promote_types(dtype, torch.float32)
+        return cls(hidden_ND.detach().to(dtype), weight_VD.to(dtype).t(), bias_V, head.scale)
+
+
+class _Chunked(torch.autograd.Function):
+    """The one autograd node: the gradients are made on the way forward and scaled on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        target: Target,
+        vocab: int,
+        chunk: int,
+        operand: torch.dtype | None,
+    ) -> Tensor:
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        factors = _Factors.of(hidden_ND, head, vocab, operand)
+        exact = torch.promote_types(factors.hidden_ND.dtype, torch.float32)
+        hidden_grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
+        weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if want_weight else None
+        bias_grad_V = torch.zeros_like(bias_V, dtype=exact) if want_bias and bias_V is not None else None
+        total = hidden_ND.new_zeros((), dtype=exact)
+        for rows in _slices(hidden_ND.shape[0], chunk):
+            z_CV = _raw_logits(factors, rows)
+            row_loss = target(rows)
+            for block in _slices(z_CV.shape[0], _block(chunk)):
+                total += _into_gradient(z_CV[block], head, row_loss, block)
+            del row_loss  # with it goes the teacher's chunk: the casts below may use its room
+            if bias_grad_V is not None:
+                bias_grad_V[:vocab] += z_CV.sum(0)
+            z_CV = z_CV.to(factors.hidden_ND.dtype)
+            if hidden_grad_ND is not None:
+                hidden_grad_ND[rows] = product(z_CV, factors.weight_DV.t()).to(hidden_grad_ND.dtype)
+            if weight_grad_VD is not None:
+                _add_product(weight_grad_VD[:vocab], z_CV.t(), factors.hidden_ND[rows])
+        ctx.gradients = (hidden_grad_ND, weight_grad_VD, bias_grad_V)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, ()
+        assert gradients, "the gradients of this loss were already handed out"
+        scaled = [
+            # The buffers are this node's own, so they are scaled in place: a copy of the head's would be large.
+            None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None, None)
+
+
+def _into_gradient(z_RV: Tensor, head: Head, row_loss: RowLoss, block: slice) -> Tensor:
+    """Overwrite raw logits with the loss's gradient by the unscaled, uncapped ones; return the loss."""
+    if head.softcap is None:
+        loss_R, grad_RV = row_loss(z_RV, block)
+    else:
+        tanh_RV = torch.tanh(z_RV / head.softcap)
+        loss_R, grad_RV = row_loss(tanh_RV * head.softcap, block)
+        grad_RV = grad_RV.mul_(1 - tanh_RV.square_())
+    torch.mul(grad_RV, head.scale, out=z_RV)
+    return loss_R.sum()
+
+
+def _raw_logits(factors: _Factors, rows: slice) -> Tensor:
+    """Return scaled logits of a chunk, before a soft-cap."""
+    z_CV = product(factors.hidden_ND[rows], factors.weight_DV)
+    if factors.bias_V is not None:
+        z_CV += factors.bias_V
+    return z_CV if factors.scale == 1.0 else z_CV.mul_(factors.scale)
+
+
+def _cap(z_CV: Tensor, softcap: float | None) -> Tensor:
+    return z_CV if softcap is None else z_CV.div_(softcap).tanh_().mul_(softcap)
+
+
+def _add_product(sum_VD: Tensor, z_VC: Tensor, hidden_CD: Tensor) -> None:
+    """Add a product to a float32 accumulator in place; half-precision factors are not rounded on the way."""
+    if z_VC.dtype == sum_VD.dtype:
+        sum_VD.addmm_(z_VC, hidden_CD)
+    else:
+        sum_VD += product(z_VC, hidden_CD)
+
+
+def _block(chunk: int) -> int:
+    return math.ceil(chunk / _BLOCKS)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
