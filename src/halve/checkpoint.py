@@ -284,11 +284,12 @@ def _write_config(draft: Path, config: transformers.PretrainedConfig) -> None:
     if head_dim is not None:
         raw["head_dim"] = head_dim
     plain = _read_back(config, raw)
-    for extra in (_old_precision(raw), _old_rope(raw)):
+    spelled: dict[str, Any] = {}
+    for extra in (_old_precision(raw), _old_rope(raw), _older_rope(config, raw)):
         # a family whose code reads an old key differently keeps its own spelling alone
         if _read_back(config, {**raw, **extra}, but=extra) == _without(plain, extra):
-            raw = {**raw, **extra}
-    _write_object(draft / CONFIG, raw)
+            spelled |= extra
+    _write_object(draft / CONFIG, raw | spelled)
 
 
 def _undeclared_head_dim(config: transformers.PretrainedConfig) -> int | None:
@@ -332,6 +333,14 @@ def _old_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key not in old}
     old["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
     return old
+
+
+def _older_rope(config: transformers.PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """GPT-NeoX's names of the same, for a config class that takes them in (others just keep them)."""
+    old = _old_rope(raw)
+    names = {"rotary_emb_base": old.get("rope_theta"), "rotary_pct": old.get("partial_rotary_factor")}
+    taken = set(names) - set(_read_back(config, {**raw, **names}))
+    return {name: value for name, value in names.items() if name in taken and value is not None}
 
 
 def _read_back(

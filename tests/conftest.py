@@ -1,0 +1,114 @@
+"""What many tests share: a text, a tokenizer trained on it and a tiny llama, made on the fly.
+
+Everything is drawn from fixed seeds and is read-only: a test that changes a folder copies it first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from halve import recipe as recipes
+from halve.recipe import Recipe
+
+torch.set_num_threads(1)
+
+END = "<|endoftext|>"
+# fmt: off
+_NOUNS = ("cat", "dog", "tree", "river", "house", "stone", "bird", "cloud", "child", "king", "road", "lamp")
+_VERBS = ("sees", "finds", "takes", "keeps", "loses", "paints", "follows", "forgets", "carries", "watches")
+_ADJECTIVES = ("small", "old", "red", "quiet", "bright", "cold", "happy", "strange", "round", "long")
+# fmt: on
+
+
+def make_text(*, seed: int, num_documents: int) -> list[str]:
+    """Documents of a few simple sentences: enough structure for a model to learn something in seconds."""
+    draw = random.Random(seed)
+
+    def thing() -> str:
+        return f"the {draw.choice(_ADJECTIVES)} {draw.choice(_NOUNS)}"
+
+    def sentence() -> str:
+        return f"{thing()} {draw.choice(_VERBS)} {thing()}.".capitalize()
+
+    return [" ".join(sentence() for _ in range(draw.randint(3, 9))) for _ in range(num_documents)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.txt (about 80 kB) and valid.txt (about 8 kB)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "train.txt").write_text("\n\n".join(make_text(seed=0, num_documents=400)), encoding="utf-8")
+    (folder / "valid.txt").write_text("\n\n".join(make_text(seed=1, num_documents=40)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 entries with an end-of-text token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train([str(corpus / "train.txt")], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random llama of 4 layers and hidden 32, its tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    GenerationConfig(bos_token_id=0, eos_token_id=0, max_new_tokens=17).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tiny_llama: Path, corpus: Path) -> Callable[..., Recipe]:
+    """`make_recipe(distill={...}, ...)`: a recipe on the tiny llama that runs in seconds."""
+
+    def make(**changes: Any) -> Recipe:
+        raw: dict[str, Any] = {
+            "name": "tiny",
+            "model": str(tiny_llama),
+            "device": "cpu",
+            "data": {
+                "train": [str(corpus / "train.txt")],
+                "valid": [str(corpus / "valid.txt")],
+                "context": 32,
+            },
+            "score": {"samples": 8, "micro_batch": 4},
+            "prune": {"ffn": 40, "layers": 3},
+            "evaluate": {"samples": 4, "speed": False},
+        }
+        return recipes.parse({**raw, **changes}, folder=corpus, source="the test")
+
+    return make
