@@ -1,0 +1,226 @@
+"""Multiple choice: which of several continuations a model finds most likely.
+
+A file is JSON lines (also .gz or .xz), one item a line; other keys are ignored:
+
+    {"context": "def area(r):\\n", "choices": ["    return 3 * r * r", "    import os"], "answer": 0}
+
+A choice follows its context as it stands: a space between the two belongs to the choice.
+
+Shape suffixes: `N` choices of a batch, `S` tokens, `D` hidden.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halve.errors import CorpusError
+from halve.head import split
+from halve.measure import context_length, row_chunks, token_log_probs
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: a context, its possible continuations and the index of the right one."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str = "item"
+    """Where it came from, such as `tasks.jsonl line 3`, for errors."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An item as tokens: each choice is a whole sequence, of which the tokens from `start` on are scored."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    start: int
+    num_bytes: tuple[int, ...]
+    answer: int
+
+
+def load_items(path: str | Path) -> tuple[Item, ...]:
+    """Read a multiple-choice file.
+
+    Raises `CorpusError` naming the line that is not such an item, and for a file that is missing or empty.
+    """
+    path = Path(path)
+    items: list[Item] = []
+    number = 0
+    try:
+        with _OPENERS.get(path.suffix, _open)(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    items.append(_parse(line, f"{path} line {number}"))
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise CorpusError(
+            f"cannot read multiple-choice file {path}",
+            why=getattr(error, "strerror", None) or str(error),
+            fix="correct evaluate.choices in the recipe",
+        ) from error
+    if not items:
+        raise CorpusError(
+            f"multiple-choice file {path} is empty",
+            why="it has no line with an item",
+            fix="give JSON lines with context, choices and answer, or leave it out of evaluate.choices",
+        )
+    return tuple(items)
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _parse(line: bytes, source: str) -> Item:
+    def broken(why: str) -> CorpusError:
+        return CorpusError(
+            f"{source} is not a multiple-choice item",
+            why=why,
+            fix='write it like {"context": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}',
+        )
+
+    try:
+        raw: Any = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise broken(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise broken(f"it is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise broken(f"it is a {type(raw).__name__}, not an object")
+    missing = [key for key in ("context", "choices", "answer") if key not in raw]
+    if missing:
+        raise broken(f"it lacks {' and '.join(missing)}")
+    context, choices, answer = raw["context"], raw["choices"], raw["answer"]
+    if not isinstance(context, str):
+        raise broken(f"context is not text: {context!r}")
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c for c in choices)
+    ):
+        raise broken("choices is not a list of two or more texts that are not empty")
+    if len(set(choices)) < len(choices):
+        raise broken("two of its choices are the same")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise broken(f"answer {answer!r} is not an index into its {len(choices)} choices")
+    return Item(context, tuple(choices), answer, source)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, max_tokens: int | None
+) -> tuple[Encoded, ...]:
+    """Turn items into tokens; `max_tokens` is the model's context, None for no limit.
+
+    Context and choice are tokenized together, since a token may cross the border between them. Scored are the
+    tokens after the prefix that the context and every sequence of the item share: all choices are then
+    continuations of the same tokens. Where nothing is shared, the sequences start with the tokenizer's
+    beginning-of-text token, or with its end-of-text token if there is no other.
+
+    Raises `CorpusError` naming the item that is longer than `max_tokens`.
+    """
+    return tuple(_encode(tokenizer, item, max_tokens) for item in items)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, item: Item, max_tokens: int | None) -> Encoded:
+    texts = [item.context, *(item.context + choice for choice in item.choices)]
+    rows = [_strip_end(tokenizer, tokenizer(text).input_ids) for text in texts]
+    start = min(_common_prefix(rows[0], row) for row in rows[1:])
+    start = min(start, *(len(row) - 1 for row in rows[1:]))
+    if start == 0:
+        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        assert begin is not None, "a tokenizer with neither a first nor a last token"
+        rows, start = [[begin, *row] for row in rows], 1
+    longest = max(len(row) for row in rows)
+    if max_tokens is not None and longest > max_tokens:
+        raise CorpusError(
+            f"{item.source} has {longest} tokens, the model's context has {max_tokens}",
+            why="context and choice are scored as one sequence and are not cut",
+            fix="shorten its context",
+        )
+    sizes = tuple(len(choice.encode("utf-8", errors="replace")) for choice in item.choices)
+    return Encoded(tuple(tuple(row) for row in rows[1:]), start, sizes, item.answer)
+
+
+def _strip_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Without the end-of-text token that a few tokenizers append: it would be scored as part of a choice."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def multiple_choice(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    *,
+    batch_tokens: int = 4096,
+) -> Bool[Tensor, " items"]:
+    """Which items a model answers rightly; `halve.measure.proportion` makes the accuracy of it."""
+    return answer_encoded(
+        model, encode(tokenizer, items, max_tokens=context_length(model.config)), batch_tokens=batch_tokens
+    )
+
+
+@torch.no_grad()
+def answer_encoded(
+    model: PreTrainedModel, items: Sequence[Encoded], *, batch_tokens: int = 4096
+) -> Bool[Tensor, " items"]:
+    """Which items the model answers rightly: the right choice alone has the highest score.
+
+        score(choice) = sum_t log p(token_t | context, earlier tokens) / bytes(choice)
+
+    Dividing by UTF-8 bytes, not tokens, keeps the score independent of how a tokenizer cuts the text.
+    Sequences of like length go through the model together, padded on the right, where a causal model cannot
+    see; the head is applied to scored positions alone.
+    """
+    body, head = split(model)
+    flat = [(i, c, row) for i, item in enumerate(items) for c, row in enumerate(item.sequences)]
+    flat.sort(key=lambda entry: len(entry[2]))
+    scores = [[0.0] * len(item.sequences) for item in items]
+    for batch in _batches(flat, batch_tokens):
+        width = len(batch[-1][2])
+        ids_NS = torch.tensor([[*row, *[0] * (width - len(row))] for _, _, row in batch], device=model.device)
+        hidden_NSD = body(ids_NS)
+        places = [(n, s) for n, (i, _, row) in enumerate(batch) for s in range(items[i].start, len(row))]
+        row_of, at = torch.tensor(places, device=model.device).T
+        hidden, targets = hidden_NSD[row_of, at - 1], ids_NS[row_of, at]
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=model.device)
+        for rows in row_chunks(len(targets), head.weight.shape[0]):
+            sums.index_add_(
+                0, row_of[rows], token_log_probs(head.logits(hidden[rows]), targets[rows]).double()
+            )
+        for (i, c, _), total in zip(batch, sums.tolist(), strict=True):
+            scores[i][c] = total / items[i].num_bytes[c]
+    right = [
+        all(score < row[item.answer] for c, score in enumerate(row) if c != item.answer)
+        for item, row in zip(items, scores, strict=True)
+    ]
+    return torch.tensor(right)
+
+
+def _batches(
+    flat: list[tuple[int, int, tuple[int, ...]]], batch_tokens: int
+) -> list[list[tuple[int, int, tuple[int, ...]]]]:
+    """Cut sequences sorted by length into batches of at most this many tokens, padding included."""
+    batches: list[list[tuple[int, int, tuple[int, ...]]]] = []
+    for entry in flat:
+        if not batches or (len(batches[-1]) + 1) * len(entry[2]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(entry)
+    return batches

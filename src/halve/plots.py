@@ -1,0 +1,291 @@
+"""Small plots as inline SVG, drawn by hand so that the page owns them.
+
+Text is the page's text and colors are the page's CSS variables: one drawing serves light, dark and print.
+A mark names its color by class (`distilled`, `ce`, ...). The same data give the same bytes. Every plot is
+480 wide and scales with its column; hovering a mark shows its figure by SVG's own `<title>`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape, quoteattr
+
+WIDTH = 480
+_LINE_HEIGHT = 14
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: its label, its color's class and its points."""
+
+    label: str
+    color: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line to compare curves with."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its standard error, for a row of a dot plot."""
+
+    label: str
+    color: str
+    value: float
+    stderr: float | None
+
+
+def curves(
+    series: Sequence[Series], *, title: str, x_label: str, levels: Sequence[Level] = (), log_y: bool = False
+) -> str:
+    """Curves over a shared x with their names at their ends, and dashed levels."""
+    height, left, right, top, bottom = 270, 50, 112, 12, 40
+    xs = [x for one in series for x, _ in one.points]
+    ys = [y for one in series for _, y in one.points] + [level.value for level in levels]
+    x_ticks = ticks(0, max(xs))
+    y_low, y_high, y_ticks = _y_range(ys, log_y)
+    to_x = _scale(0, max(xs), left, WIDTH - right)
+    to_y = _scale(y_low, y_high, height - bottom, top, log=log_y)
+    parts = [_grid_y(y_ticks, to_y, left, WIDTH - right), _axis_x(x_ticks, to_x, height - bottom, x_label)]
+    for level in levels:
+        parts.append(f'<path class="level" d="M{left} {_n(to_y(level.value))}H{WIDTH - right}"/>')
+    ends = [(to_y(level.value), level.label, "muted") for level in levels]
+    for one in series:
+        path = "L".join(f"{_n(to_x(x))} {_n(to_y(y))}" for x, y in one.points)
+        last_x, last_y = one.points[-1]
+        parts.append(f'<path class="curve {one.color}" d="M{path}"/>')
+        parts.append(
+            f'<circle class="dot {one.color}" cx="{_n(to_x(last_x))}" cy="{_n(to_y(last_y))}" r="3">'
+            f"<title>{escape(one.label)}: {figure(last_y)}</title></circle>"
+        )
+        ends.append((to_y(last_y), one.label, one.color))
+    for y, label, color in _spread(ends, low=top, high=height - bottom):
+        parts.append(_text(WIDTH - right + 9, y + 4, label, f"label {color}"))
+    return _svg(height, title, parts)
+
+
+def dots(rows: Sequence[Interval], *, title: str) -> str:
+    """One row a model: a dot at its figure, a whisker of two standard errors to either side."""
+    left, right, top, step = 132, 74, 8, 27
+    height = top + step * len(rows) + 28
+    low = min(row.value - 2 * (row.stderr or 0) for row in rows)
+    high = max(row.value + 2 * (row.stderr or 0) for row in rows)
+    pad = (high - low or abs(high) or 1) * 0.04
+    low, high = (0 if 0 <= low - pad < (high - low) * 0.35 else low - pad), high + pad
+    to_x = _scale(low, high, left, WIDTH - right)
+    base = height - 24
+    parts = [_axis_x(ticks(low, high, 4), to_x, base, "", grid_top=top)]
+    for i, row in enumerate(rows):
+        y, error = top + step * (i + 0.5), 2 * (row.stderr or 0)
+        name = f"{row.label}: {figure(row.value)}" + (f" ± {figure(row.stderr)}" if row.stderr else "")
+        parts.append(_text(0, y + 4, row.label, "label"))
+        if error:
+            x0, x1 = _n(to_x(row.value - error)), _n(to_x(row.value + error))
+            parts.append(f'<path class="whisker {row.color}" d="M{x0} {_n(y)}H{x1}"/>')
+        parts.append(
+            f'<circle class="dot {row.color}" cx="{_n(to_x(row.value))}" cy="{_n(y)}" r="5">'
+            f"<title>{escape(name)}</title></circle>"
+        )
+        parts.append(_text(WIDTH, y + 4, figure(row.value), "tick end"))
+    return _svg(height, title, parts)
+
+
+def bars(values: Sequence[float], kept: Sequence[bool], *, title: str, x_label: str) -> str:
+    """One bar an entry; entries that were cut are outlines."""
+    height, left, top, bottom = 190, 50, 12, 40
+    high = max(*values, 0.0) or 1.0
+    y_ticks = ticks(0, high, 4)
+    to_y = _scale(0, max(high, y_ticks[-1]), height - bottom, top)
+    pitch = (WIDTH - left - 4) / len(values)
+    parts = [_grid_y(y_ticks, to_y, left, WIDTH - 4)]
+    label_every = math.ceil(len(values) / 16)
+    for i, (value, keep) in enumerate(zip(values, kept, strict=True)):
+        x, width, y = left + pitch * (i + 0.14), pitch * 0.72, to_y(max(value, 0))
+        state = "kept" if keep else "cut"
+        parts.append(
+            f'<rect class="bar {state}" x="{_n(x)}" y="{_n(y)}" width="{_n(width)}"'
+            f' height="{_n(to_y(0) - y)}" rx="1.5">'
+            f"<title>{i}: {figure(value)}, {state}</title></rect>"
+        )
+        if i % label_every == 0:
+            parts.append(_text(x + width / 2, height - bottom + 15, str(i), "tick middle"))
+    parts.append(_text((left + WIDTH) / 2, height - 6, x_label, "tick middle"))
+    return _svg(height, title, parts)
+
+
+def ranked(
+    rows: Sequence[Sequence[float]], labels: Sequence[str], *, title: str, x_label: str, cut_at: float | None
+) -> str:
+    """Heat map of importance, best first: a row a layer, columns are shares of its entries.
+
+    `rows` hold values from 0 to 1. A line stands at `cut_at`, the share that is kept.
+    """
+    left, right, top, bottom = 50, 4, 14, 40
+    row_height = min(18.0, max(5.0, 260 / len(rows)))
+    height = math.ceil(top + row_height * len(rows) + bottom)
+    width = (WIDTH - left - right) / len(rows[0])
+    parts = []
+    label_every = math.ceil(11 / row_height)
+    for i, row in enumerate(rows):
+        y = top + row_height * i
+        for j, value in enumerate(row):
+            parts.append(_cell(left + width * j, y, width + 0.3, row_height - 1, value))
+        if i % label_every == 0:
+            parts.append(_text(left - 7, y + row_height / 2 + 4, labels[i], "tick end"))
+    base = top + row_height * len(rows)
+    if cut_at is not None:
+        x = left + (WIDTH - left - right) * cut_at
+        parts.append(f'<path class="cutline" d="M{_n(x)} {top - 4}V{_n(base + 3)}"/>')
+        anchor, dx = ("end", -5) if cut_at > 0.5 else ("", 5)
+        parts.append(_text(x + dx, base + 15, f"kept {100 * cut_at:.0f} %", f"label accent {anchor}"))
+    parts.append(_text((left + WIDTH) / 2, height - 6, x_label, "tick middle"))
+    return _svg(height, title, parts)
+
+
+def grid(
+    rows: Sequence[Sequence[float]],
+    kept: Sequence[Sequence[bool]],
+    labels: Sequence[str],
+    *,
+    title: str,
+    x_label: str,
+    group: int,
+) -> str:
+    """Heat map with a cell an entry and a gap after every `group`; entries that were cut are outlines."""
+    left, right, top, bottom = 50, 4, 4, 40
+    row_height = min(18.0, max(6.0, 280 / len(rows)))
+    height = math.ceil(top + row_height * len(rows) + bottom)
+    count = len(rows[0])
+    gap = 6.0 if group > 1 and count <= 48 else 0.0
+    width = (WIDTH - left - right - gap * (math.ceil(count / group) - 1)) / count
+    parts = []
+    label_every = math.ceil(11 / row_height)
+    for i, (row, keeps) in enumerate(zip(rows, kept, strict=True)):
+        y = top + row_height * i
+        for j, (value, keep) in enumerate(zip(row, keeps, strict=True)):
+            x = left + width * j + gap * (j // group)
+            parts.append(_cell(x + 0.5, y + 0.5, width - 1, row_height - 2, value, keep))
+        if i % label_every == 0:
+            parts.append(_text(left - 7, y + row_height / 2 + 4, labels[i], "tick end"))
+    parts.append(_text((left + WIDTH) / 2, height - 10, x_label, "tick middle"))
+    return _svg(height, title, parts)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers inside [low, high], about `count` of them."""
+    span = high - low
+    if not span > 0:
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def figure(value: float) -> str:
+    """A number for reading: three significant digits or so, k, M and B for large ones.
+
+    >>> [figure(x) for x in (0, 0.01234, 1.5, 23.456, 1234, 7_000_000)]
+    ['0', '0.0123', '1.5', '23.5', '1.23k', '7M']
+    """
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "n/a"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return _digits(value / size) + unit
+    return _digits(value)
+
+
+def _digits(value: float) -> str:
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _y_range(ys: Sequence[float], log: bool) -> tuple[float, float, list[float]]:
+    low, high = min(ys), max(ys)
+    if not log:
+        pad = (high - low or abs(high) or 1) * 0.06
+        low, high = low - pad, high + pad
+        return low, high, ticks(low, high)
+    low, high = low / 1.15, high * 1.15
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    coarse = [t for t in fine if str(t).strip("0.")[:1] == "1"]
+    return low, high, fine if len(fine) <= 7 or len(coarse) < 2 else coarse
+
+
+def _scale(
+    low: float, high: float, start: float, end: float, *, log: bool = False
+) -> Callable[[float], float]:
+    bend = math.log if log else float
+    a, b = bend(low), bend(high)
+    return lambda value: start + (end - start) * ((bend(value) - a) / (b - a) if b > a else 0.5)
+
+
+def _spread(ends: list[tuple[float, str, str]], *, low: float, high: float) -> list[tuple[float, str, str]]:
+    """Move labels apart so that none covers another: down from the top, then up from the bottom."""
+    placed = sorted(ends)
+    ys = [y for y, _, _ in placed]
+    for i in range(1, len(ys)):
+        ys[i] = max(ys[i], ys[i - 1] + _LINE_HEIGHT)
+    if ys and ys[-1] > high:
+        ys[-1] = high
+        for i in range(len(ys) - 2, -1, -1):
+            ys[i] = min(ys[i], ys[i + 1] - _LINE_HEIGHT)
+    return [(max(y, low), label, color) for y, (_, label, color) in zip(ys, placed, strict=True)]
+
+
+def _grid_y(values: Sequence[float], to_y: Callable[[float], float], left: float, right: float) -> str:
+    lines = "".join(f"M{_n(left)} {_n(to_y(v))}H{_n(right)}" for v in values)
+    labels = "".join(_text(left - 7, to_y(v) + 4, figure(v), "tick end") for v in values)
+    return f'<path class="grid" d="{lines}"/>{labels}'
+
+
+def _axis_x(
+    values: Sequence[float],
+    to_x: Callable[[float], float],
+    base: float,
+    label: str,
+    grid_top: float | None = None,
+) -> str:
+    top = base if grid_top is None else grid_top
+    lines = "".join(f"M{_n(to_x(v))} {_n(top)}V{_n(base + 4)}" for v in values)
+    labels = "".join(_text(to_x(v), base + 16, figure(v), "tick middle") for v in values)
+    middle = (to_x(values[0]) + to_x(values[-1])) / 2
+    return f'<path class="grid" d="{lines}"/>{labels}' + (
+        _text(middle, base + 33, label, "tick middle") if label else ""
+    )
+
+
+def _cell(x: float, y: float, width: float, height: float, value: float, kept: bool = True) -> str:
+    place = f'x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"'
+    if not kept:
+        return f'<rect class="cell cut" {place}/>'
+    return f'<rect class="cell" {place} fill-opacity="{_n(0.06 + 0.94 * min(max(value, 0), 1))}"/>'
+
+
+def _text(x: float, y: float, text: str, classes: str) -> str:
+    return f'<text class="{classes.strip()}" x="{_n(x)}" y="{_n(y)}">{escape(text)}</text>'
+
+
+def _n(value: float) -> str:
+    text = f"{value:.2f}".rstrip("0").rstrip(".")
+    return "0" if text in ("-0", "") else text
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    body = "".join(parts)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label={quoteattr(title)}'
+        f' xmlns="http://www.w3.org/2000/svg">{body}</svg>'
+    )

@@ -1,0 +1,133 @@
+"""How fast a model reads and writes, and the memory that this takes, in plain transformers.
+
+Shape suffixes: `B` batch, `S` tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the repeats; memory in bytes."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    weight_bytes: int
+    peak_memory_bytes: int
+
+
+def compare_speed(
+    models: Mapping[str, PreTrainedModel],
+    prompt: Int[Tensor, "batch seq"],
+    *,
+    num_new_tokens: int,
+    repeats: int,
+) -> dict[str, Speed]:
+    """Time models against each other on one prompt.
+
+    Prefill is one forward pass over the prompt that fills the key-value cache; decode is `num_new_tokens`
+    greedy steps of one token on that cache. Tokens of all sequences of the batch count. Models take turns
+    within each repeat, after one that is thrown away, so that a busy machine slows all of them alike.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            timing = _time(model, prompt, num_new_tokens)
+            if repeat:
+                seconds[name].append(timing)
+    num_prompt, num_new = prompt.numel(), len(prompt) * num_new_tokens
+    return {
+        name: Speed(
+            num_prompt / statistics.median(prefill for prefill, _ in seconds[name]),
+            num_new / statistics.median(decode for _, decode in seconds[name]),
+            weight_bytes(model),
+            weight_bytes(model) + working_bytes(model, prompt),
+        )
+        for name, model in models.items()
+    }
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters as they are held, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> int:
+    """The most bytes in tensors at any moment of prefill and four decode steps, the weights left out.
+
+    On CUDA this is the allocator's own peak. On a CPU it is the same figure from the profiler's record of
+    each allocation: a process's resident size would mostly show what importing torch costs, tens of times the
+    weights of a small model.
+    """
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _time(model, prompt, 4)
+        return torch.cuda.max_memory_allocated(model.device) - before
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
+        _time(model, prompt, 4)
+    with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    allocations = [event for event in events if event["name"] == "[memory]"]
+    live = peak = 0
+    for event in sorted(allocations, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+@torch.no_grad()
+def _time(model: PreTrainedModel, prompt_BS: Tensor, num_new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of this many decode steps."""
+    prompt_BS = prompt_BS.to(model.device)
+    # generation asks for the last position's logits alone; so does this, where the model's class can
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    began = _now(model)
+    out = model(input_ids=prompt_BS, use_cache=True, **last)
+    filled = _now(model)
+    for _ in range(num_new_tokens):
+        token_B1 = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token_B1, past_key_values=out.past_key_values, use_cache=True, **last)
+    return filled - began, _now(model) - filled
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ part writes its own lines to stderr and no setting stops it."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,289 @@
+"""The evaluate stage: every model of a run on the same held-out samples, and one table of what came out.
+
+`results.json`, where an estimate is {"value", "stderr"} and what was not measured is null or left out:
+
+    reference     name of the model that KL and agreement are measured to
+    samples       count, context, tokens, bytes, fingerprint of the held-out token file
+    machine       device, threads
+    speed_test    prompt_tokens, new_tokens, repeats, batch
+    models        name -> params, non_embedding_params, weight_bytes, dtype, nll, perplexity, bits_per_byte,
+                  kl, agreement, choices {file: estimate and items}, speed {prefill_tokens_per_second,
+                  decode_tokens_per_second, peak_memory_bytes}
+    differences   subject, and against {name -> nll, kl, agreement, choices}: subject minus that model,
+                  sample by sample (item by item), with the standard error of the pairs
+    completions   [{"prompt", "texts": {name: text}}], greedy
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from halve import checkpoint, measure
+from halve.choices import Encoded, answer_encoded, encode, load_items
+from halve.errors import CorpusError
+from halve.progress import SILENT, Progress
+from halve.recipe import Recipe
+from halve.rundir import write_json
+from halve.speed import Speed, compare_speed, weight_bytes
+from halve.train import corpus
+
+SUBJECT = "distilled"
+FORWARD_TOKENS = 4096  # in one forward pass of the samples; no figure depends on it
+NEW_TOKENS, REPEATS = 32, 5
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one model was measured to be; per-sample figures stay for the paired differences."""
+
+    facts: dict[str, Any]
+    per_sample: dict[str, Tensor]
+    choices: dict[str, Tensor]
+    completions: tuple[str, ...]
+    shapes: tuple[object, ...]
+    """The kind of model and its parameters' shapes: models that share them run at the same speed."""
+
+
+def run(
+    recipe: Recipe,
+    *,
+    models: Mapping[str, Path | str],
+    reference: str,
+    cache: Path,
+    out: Path,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Measure every model and write `out/results.json`; gives the main figures of each model.
+
+    `models` maps names to checkpoints in the order of the report; `reference` is the one among them that the
+    others are compared to. `cache` is the run's folder of token files. The tokenizer is the first model's.
+
+    Raises `CorpusError` for held-out text, multiple-choice items or prompts that cannot be used, before any
+    weight is loaded.
+    """
+    tokenizer = checkpoint.load_tokenizer(next(iter(models.values())))
+    limits = [measure.context_length(checkpoint.load_config(source)) for source in models.values()]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    questions = _questions(recipe, tokenizer, limit)
+    prompts = _prompts(recipe, tokenizer, limit)
+    tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    packed = corpus.Samples(tokens, recipe.data.context, recipe.seed)
+    samples_BS = packed.first(recipe.evaluate.samples)
+    num_bytes = measure.target_bytes(tokenizer, samples_BS)
+
+    device = checkpoint.resolve_device(recipe.device)
+
+    def load(name: str) -> PreTrainedModel:
+        return checkpoint.load_model(models[name], dtype=recipe.dtype, device=device)
+
+    teacher = load(reference)
+    measured: dict[str, _Measured] = {}
+    with progress.task("evaluate", samples_BS.numel() * len(models)) as task:
+        for name in models:
+            model = teacher if name == reference else load(name)
+            texts = tuple(
+                _complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts
+            )
+            measured[name] = _measure(
+                model, None if name == reference else teacher, samples_BS, num_bytes, questions, texts
+            )
+            task.advance(samples_BS.numel(), perplexity=measured[name].facts["perplexity"]["value"])
+            del model
+    del teacher
+    speeds = _speeds(measured, load, samples_BS) if recipe.evaluate.speed else {}
+    results = {
+        "reference": reference,
+        "samples": {
+            "count": len(samples_BS),
+            "context": samples_BS.shape[1],
+            "tokens": samples_BS[:, 1:].numel(),
+            "bytes": int(num_bytes.sum()),
+            "fingerprint": tokens.fingerprint,
+        },
+        "machine": {"device": _device_name(device), "threads": torch.get_num_threads()},
+        "speed_test": {
+            "batch": 1,
+            "prompt_tokens": _speed_prompt(samples_BS).shape[1],
+            "new_tokens": NEW_TOKENS,
+            "repeats": REPEATS,
+        },
+        "models": {name: {**one.facts, "speed": speeds.get(name)} for name, one in measured.items()},
+        "differences": _differences(measured),
+        "completions": [
+            {"prompt": prompt, "texts": {name: one.completions[i] for name, one in measured.items()}}
+            for i, prompt in enumerate(recipe.evaluate.prompts)
+        ],
+    }
+    write_json(out / "results.json", results)
+    return {name: _headline(one.facts) for name, one in measured.items()}
+
+
+def _questions(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, tuple[Encoded, ...]]:
+    """The recipe's multiple-choice files as tokens, by file name without its ending."""
+    questions: dict[str, tuple[Encoded, ...]] = {}
+    for path in map(Path, recipe.evaluate.choices):
+        name = path.name.split(".")[0]
+        if name in questions:
+            raise CorpusError(
+                f"two multiple-choice files are called {name}",
+                why="the report tells them apart by their names",
+                fix="rename one of them",
+            )
+        questions[name] = encode(tokenizer, load_items(path), max_tokens=limit)
+    return questions
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
+    prompts = []
+    for prompt in recipe.evaluate.prompts:
+        ids: list[int] = tokenizer(prompt).input_ids
+        if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if not ids or (limit is not None and len(ids) + recipe.evaluate.completion_tokens > limit):
+            room = "no tokens" if not ids else f"{len(ids)} tokens"
+            raise CorpusError(
+                f"the prompt {prompt[:40]!r} of evaluate.prompts has {room}",
+                why=f"with evaluate.completion_tokens {recipe.evaluate.completion_tokens} more it must fit"
+                f" the model's context of {limit}, and it must not be empty",
+                fix="change that prompt or evaluate.completion_tokens",
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def _measure(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    samples_BS: Int[Tensor, "samples seq"],
+    num_bytes: Int[Tensor, " samples"],
+    questions: Mapping[str, Sequence[Encoded]],
+    completions: tuple[str, ...],
+) -> _Measured:
+    micro_batch = max(1, FORWARD_TOKENS // samples_BS.shape[1])
+    if teacher is None:
+        per_sample = {"nll": measure.language_modeling(model, samples_BS, micro_batch=micro_batch)}
+    else:
+        found = measure.divergence(model, teacher, samples_BS, micro_batch=micro_batch)
+        per_sample = {"nll": found.nll, "kl": found.kl, "agreement": found.agreement}
+    choices = {name: answer_encoded(model, items) for name, items in questions.items()}
+    nll = per_sample["nll"]
+    facts: dict[str, Any] = {
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "non_embedding_params": _non_embedding(model),
+        "weight_bytes": weight_bytes(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "perplexity": measure.perplexity(nll).as_dict(),
+        "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=samples_BS.shape[1] - 1).as_dict(),
+        **{name: measure.average(values).as_dict() for name, values in per_sample.items()},
+        "choices": {
+            name: {**measure.proportion(right).as_dict(), "items": len(right)}
+            for name, right in choices.items()
+        },
+    }
+    shapes = (model.config.model_type, *((name, p.shape, p.dtype) for name, p in model.named_parameters()))
+    return _Measured(facts, per_sample, choices, completions, shapes)
+
+
+def _non_embedding(model: PreTrainedModel) -> int:
+    """Parameters less the input, position and output embeddings, tied ones counted once."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        embeddings.add(head.weight)
+    return sum(p.numel() for p in model.parameters() if not any(p is table for table in embeddings))
+
+
+@torch.no_grad()
+def _complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int
+) -> str:
+    """What the model writes after the prompt, greedily."""
+    end = model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id
+    pad = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else (end[0] if isinstance(end, list) else end)
+    )
+    config = GenerationConfig(
+        max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad
+    )
+    ids_1S = torch.tensor([ids], device=model.device)
+    written = model.generate(ids_1S, attention_mask=torch.ones_like(ids_1S), generation_config=config)[
+        0
+    ].tolist()
+    # decoded as a whole: a tokenizer may drop the space before the first token of what it decodes
+    return _decode(tokenizer, written)[len(_decode(tokenizer, ids)) :]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _speeds(
+    measured: Mapping[str, _Measured], load: Callable[[str], PreTrainedModel], samples_BS: Tensor
+) -> dict[str, dict[str, float]]:
+    """Speed by name; of models with the same shapes one is timed."""
+    same: dict[tuple[object, ...], list[str]] = {}
+    for name, one in measured.items():
+        same.setdefault(one.shapes, []).append(name)
+    timed = {names[0]: load(names[0]) for names in same.values()}
+    speeds = compare_speed(timed, _speed_prompt(samples_BS), num_new_tokens=NEW_TOKENS, repeats=REPEATS)
+    return {name: _speed_facts(speeds[names[0]]) for names in same.values() for name in names}
+
+
+def _speed_prompt(samples_BS: Tensor) -> Tensor:
+    """One sample, cut so that the new tokens still fit the context that it fills."""
+    return samples_BS[:1, : max(1, samples_BS.shape[1] - NEW_TOKENS)]
+
+
+def _speed_facts(speed: Speed) -> dict[str, float]:
+    return {
+        "prefill_tokens_per_second": speed.prefill_tokens_per_second,
+        "decode_tokens_per_second": speed.decode_tokens_per_second,
+        "peak_memory_bytes": speed.peak_memory_bytes,
+    }
+
+
+def _differences(measured: Mapping[str, _Measured]) -> dict[str, Any] | None:
+    """The distilled student minus each other model, in pairs of samples and of items."""
+    if SUBJECT not in measured:
+        return None
+    ours = measured[SUBJECT]
+    against = {}
+    for name, theirs in measured.items():
+        if name == SUBJECT:
+            continue
+        against[name] = {
+            **{
+                metric: measure.difference(values, theirs.per_sample[metric]).as_dict()
+                for metric, values in ours.per_sample.items()
+                if metric in theirs.per_sample
+            },
+            "choices": {
+                task: measure.difference(right.double(), theirs.choices[task].double()).as_dict()
+                for task, right in ours.choices.items()
+            },
+        }
+    return {"subject": SUBJECT, "against": against}
+
+
+def _headline(facts: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("params", "non_embedding_params", "perplexity", "bits_per_byte", "kl", "agreement", "choices")
+    return {name: facts[name] for name in names if name in facts}
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores"
