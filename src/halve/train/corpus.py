@@ -85,7 +85,7 @@ def prepare(
     revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
     key = _key(sources, revisions, tokenizer=tokenizer, text_field=text_field)
     path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
-    if (known := _opened(path, note)) is not None:
+    if (known := reopen(note)) is not None:
         return known
     dtype = np.dtype(np.uint16 if _vocab_size(tokenizer) <= 1 << 16 else np.uint32)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -114,9 +114,29 @@ def prepare(
         "sources": list(sources),
     }
     write_json(note, facts)  # last: a token file counts once its note is there
-    opened = _opened(path, note)
+    opened = reopen(note)
     assert opened is not None
     return opened
+
+
+def reopen(note: Path) -> Tokens | None:
+    """The token file that the JSON file `note` beside it describes; None unless both are there and whole."""
+    path = note.with_suffix(".tokens")
+    if not (note.exists() and path.exists()):
+        return None
+    facts = read_json(note)
+    if (
+        facts.get("format") != FORMAT
+        or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize
+    ):
+        return None
+    return Tokens(
+        path=path,
+        count=facts["count"],
+        dtype=facts["dtype"],
+        fingerprint=facts["fingerprint"],
+        text_bytes=facts["text_bytes"],
+    )
 
 
 @dataclass(frozen=True)
@@ -189,24 +209,6 @@ def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerBase, *, separator
         if piece.last and separator is not None:
             ids.append(separator)
     return ids
-
-
-def _opened(path: Path, note: Path) -> Tokens | None:
-    if not (note.exists() and path.exists()):
-        return None
-    facts = read_json(note)
-    if (
-        facts.get("format") != FORMAT
-        or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize
-    ):
-        return None
-    return Tokens(
-        path=path,
-        count=facts["count"],
-        dtype=facts["dtype"],
-        fingerprint=facts["fingerprint"],
-        text_bytes=facts["text_bytes"],
-    )
 
 
 def _key(
