@@ -1,0 +1,142 @@
+"""The sizes of a model, and everything that can be counted from them without weights.
+
+Counts come from the anatomy: a parameter's size is the product of its expressions. A count takes microseconds,
+so that a search can look at thousands of candidates a second.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+
+from halve.anatomy.axes import Expr
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The sizes of a model, one number an axis."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> Arch:
+        """From a mapping with at least the seven axes."""
+        return cls(**{field.name: sizes[field.name] for field in fields(cls)})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As a mapping from axis to size."""
+        return asdict(self)
+
+    def at(self, **sizes: int) -> Arch:
+        """The same with some sizes replaced."""
+        return replace(self, **sizes)
+
+    def __str__(self) -> str:
+        return (
+            f"layers {self.layers}, hidden {self.hidden}, ffn {self.ffn}, "
+            f"heads {self.heads}/{self.kv_heads} x {self.head_dim}, vocab {self.vocab}"
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a model of some sizes costs.
+
+    `active_params` counts of a mixture's experts only the share that a token goes through. `flops_per_token` is one
+    forward pass at the given context: twice the active entries of every matrix, the head included, and the causal
+    attention's two products with half of the context on average. The key-value cache is that of full attention, in
+    16-bit entries per token.
+    """
+
+    params: int
+    non_embedding: int
+    active_params: int
+    flops_per_token: int
+    kv_cache_bytes_per_token: int
+    weight_bytes: int
+
+
+Shape = tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer: each distinct shape with how often it occurs, and which of them are matrices."""
+
+    shapes: tuple[tuple[Shape, int], ...]
+    matrices: tuple[tuple[Shape, int], ...]
+
+    @classmethod
+    def of(cls, shapes: Sequence[Shape], matrices: Sequence[Shape]) -> Layer:
+        """Count equal shapes once."""
+        return cls(tuple(Counter(shapes).items()), tuple(Counter(matrices).items()))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Everything that counting needs of an anatomy."""
+
+    layers: tuple[Layer, ...]
+    outside: tuple[Shape, ...]
+    """Weights outside the layers that are not embeddings, such as the final norm."""
+    embeddings: tuple[Shape, ...]
+    """Input, position and output embeddings; a tied table stands once."""
+    head: Shape
+    routed_share: float = 1.0
+    """The share of expert weights (the three-dimensional ones) that a token goes through."""
+
+    def count(
+        self,
+        arch: Arch,
+        *,
+        kept_layers: Sequence[int] | None = None,
+        context: int = 4096,
+        weight_bits: int = 16,
+    ) -> Counts:
+        """Count a model of these sizes whose layers are the given ones (default: the first ones).
+
+        >>> from halve.anatomy import discover
+        >>> from transformers import LlamaConfig
+        >>> ledger = discover(LlamaConfig()).ledger
+        >>> ledger.count(Arch(32, 4096, 11008, 32, 32, 128, 32000)).params
+        6738415616
+        """
+        sizes = arch.sizes
+        layers = self.layers[: arch.layers] if kept_layers is None else [self.layers[i] for i in kept_layers]
+        kinds = Counter(layers)
+        in_layers = sum(times * _total(layer.shapes, sizes) for layer, times in kinds.items())
+        matrices = sum(times * _total(layer.matrices, sizes) for layer, times in kinds.items())
+        outside = sum(_size(shape, sizes) for shape in self.outside)
+        embedding = sum(_size(shape, sizes) for shape in self.embeddings)
+        attention = 2 * arch.layers * context * arch.heads * arch.head_dim
+        params = in_layers + outside + embedding
+        expert = sum(
+            times * _total(tuple(pair for pair in layer.shapes if len(pair[0]) == 3), sizes)
+            for layer, times in kinds.items()
+        )
+        idle = round((1 - self.routed_share) * expert)
+        return Counts(
+            params=params,
+            non_embedding=in_layers + outside,
+            active_params=params - idle,
+            flops_per_token=2 * (matrices + expert - idle + _size(self.head, sizes)) + attention,
+            kv_cache_bytes_per_token=2 * 2 * arch.layers * arch.kv_heads * arch.head_dim,
+            weight_bytes=params * weight_bits // 8,
+        )
+
+
+def _size(shape: Shape, sizes: Mapping[str, int]) -> int:
+    return prod(expr.size(sizes) for expr in shape)
+
+
+def _total(shapes: tuple[tuple[Shape, int], ...], sizes: Mapping[str, int]) -> int:
+    return sum(times * _size(shape, sizes) for shape, times in shapes)

@@ -1,0 +1,169 @@
+"""Reading and rewriting Hugging Face configs: where each axis stands, other sizes, fewer layers.
+
+A config is never changed in place. Only configuration code runs here; weights are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, INDEX_LISTS, KEYS, OTHER_LISTS, PREFIX_COUNTS
+from halve.errors import AnatomyError, PlanError
+
+
+def key(config: PretrainedConfig, axis: str) -> str | None:
+    """The attribute of this config that holds the size of an axis, if there is one."""
+    return next((name for name in KEYS[axis] if hasattr(config, name)), None)
+
+
+def num_layers(config: PretrainedConfig) -> int:
+    """The number of layers that the config names."""
+    name = key(config, "layers")
+    value = getattr(config, name) if name else None
+    if not isinstance(value, int) or value < 1:
+        raise AnatomyError(
+            f"the config of {config.model_type} does not say how many layers there are",
+            why=f"none of {', '.join(KEYS['layers'])} holds a positive number",
+            fix="halve reads decoder-only language models; for a composite model give the folder of its text part",
+        )
+    return value
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """How many experts a mixture routes to; 0 for a dense model."""
+    counts = [getattr(config, name, None) for name in EXPERT_KEYS]
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
+def routed_share(config: PretrainedConfig) -> float:
+    """The share of a mixture's experts that each token goes through; 1 for a dense model."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / num_experts(config) if isinstance(chosen, int) and num_experts(config) else 1.0
+
+
+def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
+    """The lists of the config that have one entry a layer."""
+    count = num_layers(config)
+    found = {}
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == count and name not in (*OTHER_LISTS, *INDEX_LISTS):
+            found[name] = value
+    return found
+
+
+def resized(
+    config: PretrainedConfig, sizes: Mapping[str, int], *, kept_layers: Sequence[int] | None = None
+) -> PretrainedConfig:
+    """A copy with other sizes and, where `kept_layers` is given, only these layers.
+
+    Lists with an entry a layer are cut along, lists of layer numbers renumbered. A size the config has no key for
+    (`head_dim` in some families) is added: whether the code reads it is for discovery to find out.
+
+    Raises `PlanError` where the family's own validation refuses the sizes.
+    """
+    result = copy.deepcopy(config)
+    values: dict[str, Any] = {}
+    if kept_layers is not None:
+        values |= _fewer_layers(config, kept_layers)
+    for axis, size in sizes.items():
+        name = key(config, axis) or (KEYS[axis][0] if axis == "head_dim" else None)
+        computed = isinstance(getattr(type(config), name or "", None), property)
+        if name is not None and not computed:
+            values[name] = size
+    values |= {name: sizes[axis] for name, axis in FOLLOWERS.items() if hasattr(config, name) and axis in sizes}
+    try:
+        for name, value in values.items():
+            setattr(result, name, value)
+        if "head_dim" in sizes:
+            _fit_rope_factors(result, sizes["head_dim"])
+        validate = getattr(result, "validate", None)
+        if validate is not None:
+            validate()
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise PlanError(
+            f"{config.model_type} does not accept {_phrase(sizes)}",
+            why=str(error).split("Error:")[-1],
+            fix="choose sizes that its configuration allows; halve plan lists them",
+        ) from error
+    return result
+
+
+def build(
+    config: PretrainedConfig, *, device: str, dtype: torch.dtype = torch.float32, initialize: bool = False
+) -> PreTrainedModel:
+    """The model that plain transformers makes of a config; never with code from a checkpoint.
+
+    Weights are left unset unless `initialize`; buffers that the code computes (rotary frequencies) are right.
+    Raises `AnatomyError` where transformers knows no causal language model for the config.
+    """
+    config = copy.deepcopy(config)
+    try:
+        with quiet(), torch.device(device):
+            with nullcontext() if initialize else no_init_weights():
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model.tie_weights()
+            return model.eval()
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise AnatomyError(
+            f"transformers cannot build {config.model_type} as a causal language model",
+            why=str(error) or type(error).__name__,
+            fix="check config.json against the family; composite and remote-code models are not read",
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' remarks about unusual sizes of twins off the user's screen."""
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _fewer_layers(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: [old[i] for i in kept] for name, old in layer_lists(config).items()}
+    for name in INDEX_LISTS:
+        if isinstance(old := getattr(config, name, None), list):
+            values[name] = [new for new, layer in enumerate(kept) if layer in old]
+    for name in PREFIX_COUNTS:
+        if isinstance(old := getattr(config, name, None), int):
+            values[name] = sum(layer < old for layer in kept)
+    layers_key = key(config, "layers")
+    assert layers_key is not None
+    # The count goes first: validators compare the lists with it.
+    return {layers_key: len(kept), **values}
+
+
+def _fit_rope_factors(config: PretrainedConfig, head_dim: int) -> None:
+    """Long-context rotary factors have one entry a rotated pair; a twin's head is narrower."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return
+    rope = copy.deepcopy(rope)
+    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        length = int(head_dim * part.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))) // 2
+        for name in ("short_factor", "long_factor"):
+            if isinstance(factors := part.get(name), list) and len(factors) != length:
+                part[name] = [factors[i * len(factors) // length] for i in range(length)]
+    config.rope_parameters = rope
+
+
+def _phrase(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())

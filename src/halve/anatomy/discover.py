@@ -1,0 +1,314 @@
+"""What every weight of a model is made of, read off the model's own code.
+
+The configuration code is the specification: the model is built on the meta device at a handful of sizes, and each
+dimension of each parameter is solved for as a sum of products of axes. What shapes cannot tell comes from
+`quirks.py`; what neither tells is refused by axis. Nothing here is believed before `halve.cut.proof` has proved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halve.anatomy import configs
+from halve.anatomy.arch import Arch, Layer, Ledger, Shape
+from halve.anatomy.axes import Expr
+from halve.anatomy.quirks import Quirk, quirk
+from halve.anatomy.solve import TWIN_POINT, small, solve, tie
+from halve.errors import AnatomyError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a model is made of. `discover` makes it; `halve.cut.proof.prove` proves it on a random twin."""
+
+    family: str
+    config: PretrainedConfig
+    sizes: Arch
+    params: Mapping[str, Shape]
+    """What each dimension of each parameter is made of, by state-dict name; a tied table stands once."""
+    layers_path: str
+    coupled: bool
+    """The code computes head_dim as hidden / heads: the two are cut together or not at all."""
+    scaled_embedding: bool
+    refusals: Mapping[str, str]
+    """Axes that cannot be cut, each with its reason."""
+    modules: Mapping[str, Expr]
+    """Matrix-product modules (Linear, Conv1D) and what their input is made of."""
+    norms: tuple[str, ...]
+    """Modules that normalize over `hidden`, those without parameters too."""
+    embeddings: tuple[str, ...]
+    head: str
+    """The parameter that makes logits; an entry of `embeddings`."""
+    representatives: tuple[int, ...]
+    """Layers that stand for all kinds of layers; the twin is made of them."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether input and output embeddings are one parameter."""
+        return self.head == self.embeddings[0]
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a parameter or module belongs to; None outside the layers."""
+        prefix = self.layers_path + "."
+        return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
+
+    def in_layer(self, name: str, layer: int) -> str:
+        """The same name in another layer; a name outside the layers stays."""
+        old = self.layer_of(name)
+        if old is None:
+            return name
+        start = len(self.layers_path) + 1 + len(str(old))
+        return f"{self.layers_path}.{layer}{name[start:]}"
+
+    def readers(self, axis: str) -> tuple[tuple[str, ...], ...]:
+        """For every layer, the modules whose input is made of this axis.
+
+        ffn: down projections; heads: output projections; hidden: what reads the residual stream, such as q, k, v,
+        gate and up. Modules outside the layers (the output embedding) are left out.
+        """
+        found: list[list[str]] = [[] for _ in range(self.sizes.layers)]
+        for name, expr in self.modules.items():
+            layer = self.layer_of(name)
+            if layer is not None and axis in expr.axes:
+                found[layer].append(name)
+        return tuple(tuple(names) for names in found)
+
+    @property
+    def final_norm(self) -> str | None:
+        """The norm between the last layer and the head."""
+        outside = [name for name in self.norms if self.layer_of(name) is None]
+        return outside[-1] if outside else None
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What counting needs."""
+        matrices = {f"{name}.weight" for name in self.modules}
+        layers = []
+        for layer in range(self.sizes.layers):
+            names = [name for name in self.params if self.layer_of(name) == layer]
+            layers.append(Layer.of([self.params[n] for n in names], [self.params[n] for n in names if n in matrices]))
+        outside = [n for n in self.params if self.layer_of(n) is None and n not in self.embeddings]
+        return Ledger(
+            layers=tuple(layers),
+            outside=tuple(self.params[n] for n in outside),
+            embeddings=tuple(self.params[n] for n in self.embeddings),
+            head=self.params[self.head],
+            routed_share=configs.routed_share(self.config),
+        )
+
+    def twin(self) -> Anatomy:
+        """The anatomy of a tiny model of the same architecture, with the expressions of this one.
+
+        Its config keeps every option of this one; sizes and windows are small, layers are the representatives.
+        """
+        point = tie(TWIN_POINT, coupled=self.coupled)
+        if configs.key(self.config, "kv_heads") is None:
+            point["kv_heads"] = point["heads"]
+        config = small(self.config, point, self.representatives)
+        names = {n for n in self.params if self.layer_of(n) in (None, *self.representatives)}
+
+        def rename(name: str) -> str:
+            layer = self.layer_of(name)
+            return name if layer is None else self.in_layer(name, self.representatives.index(layer))
+
+        return replace(
+            self,
+            config=config,
+            sizes=Arch.of({**point, "layers": len(self.representatives)}),
+            params={rename(n): shape for n, shape in self.params.items() if n in names},
+            modules={
+                rename(n): e for n, e in self.modules.items() if self.layer_of(n) in (None, *self.representatives)
+            },
+            norms=tuple(rename(n) for n in self.norms if self.layer_of(n) in (None, *self.representatives)),
+            representatives=tuple(range(len(self.representatives))),
+        )
+
+
+def discover(config: PretrainedConfig) -> Anatomy:
+    """Find the anatomy of the model that this config describes, on the meta device, in seconds.
+
+    Raises `AnatomyError` for a config that is no decoder-only language model.
+    """
+    model = configs.build(config, device="meta")
+    layers_path = _layers_path(model, configs.num_layers(config))
+    representatives = _representatives(model, config, layers_path)
+    coupled, exprs = solve(config, representatives, layers_path)
+    special = quirk(config.model_type)
+    shapes: dict[str, Shape | None] = {}
+    kinds = _kinds(model, config, layers_path)
+    for name, parameter in model.named_parameters():
+        shapes[name] = _shape_of(name, parameter, exprs, kinds, layers_path, special)
+    params = {name: shape for name, shape in shapes.items() if shape is not None}
+    sizes = _sizes(config, exprs)
+    head = _name_of(model, model.get_output_embeddings().weight) if model.get_output_embeddings() else ""
+    anatomy = Anatomy(
+        family=config.model_type,
+        config=config,
+        sizes=sizes,
+        params=params,
+        layers_path=layers_path,
+        coupled=coupled,
+        scaled_embedding=special.scaled_embedding,
+        refusals={},
+        modules=_modules(model, params),
+        norms=_norms(model, params, sizes),
+        embeddings=_embeddings(model, head),
+        head=head,
+        representatives=representatives,
+    )
+    _verify(anatomy, model)
+    unknown = [name for name, shape in shapes.items() if shape is None]
+    return replace(anatomy, refusals=_refusals(anatomy, unknown, special))
+
+
+# ---- layers
+
+
+def _layers_path(model: PreTrainedModel, count: int) -> str:
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = [name for name in lists if not any(part.isdigit() for part in name.split("."))]
+    if len(lists) != 1:
+        raise AnatomyError(
+            f"cannot find the layers of {model.config.model_type}",
+            why=f"{len(lists)} module lists have {count} entries, as many as there are layers",
+            fix="halve reads decoder-only models with one stack of layers",
+        )
+    return lists[0]
+
+
+def _kinds(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -> list[int]:
+    """For every layer, the first layer that is built alike and has the same entries in the config's lists."""
+    seen: dict[object, int] = {}
+    lists = configs.layer_lists(config)
+    kinds = []
+    for index, layer in enumerate(model.get_submodule(layers_path).children()):
+        weights = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        listed = tuple((name, str(values[index])) for name, values in lists.items())
+        kinds.append(seen.setdefault((weights, listed), index))
+    return kinds
+
+
+def _representatives(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -> tuple[int, ...]:
+    kinds = _kinds(model, config, layers_path)
+    return tuple(sorted({*kinds, 0, min(1, len(kinds) - 1), len(kinds) - 1}))
+
+
+# ---- from the representatives to the whole model
+
+
+def _shape_of(
+    name: str,
+    parameter: torch.Tensor,
+    exprs: Mapping[str, Shape | None],
+    kinds: list[int],
+    layers_path: str,
+    special: Quirk,
+) -> Shape | None:
+    for suffix, layout in special.layout.items():
+        if name.endswith("." + suffix):
+            return tuple(Expr.parse(dim) for dim in layout.split(","))
+    prefix = layers_path + "."
+    if name.startswith(prefix):
+        number, rest = name[len(prefix) :].split(".", 1)
+        name = f"{prefix}{kinds[int(number)]}.{rest}"
+    shape = exprs.get(name)
+    return shape if shape is not None and len(shape) == parameter.ndim else None
+
+
+def _sizes(config: PretrainedConfig, exprs: Mapping[str, Shape | None]) -> Arch:
+    """The sizes as the config states or implies them; a feed-forward width that is left to the code is solved for."""
+    values: dict[str, int] = {}
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
+        name = configs.key(config, axis)
+        value = getattr(config, name) if name else None
+        if isinstance(value, int):
+            values[axis] = value
+    values.setdefault("kv_heads", values["heads"])
+    values.setdefault("head_dim", values["hidden"] // values["heads"])
+    values.setdefault("ffn", 4 * values["hidden"])
+    return Arch.of(values)
+
+
+def _verify(anatomy: Anatomy, model: PreTrainedModel) -> None:
+    """The solved expressions must give every shape of the model itself."""
+    for name, parameter in model.named_parameters():
+        if name not in anatomy.params:
+            continue
+        found = tuple(expr.size(anatomy.sizes.sizes) for expr in anatomy.params[name])
+        if found != tuple(parameter.shape):
+            raise AnatomyError(
+                f"the anatomy of {anatomy.family} does not fit its own config",
+                why=f"{name} has shape {tuple(parameter.shape)}, its expressions give {found}",
+                fix="add what is special to the family in anatomy/quirks.py",
+            )
+
+
+def _name_of(model: nn.Module, wanted: torch.Tensor) -> str:
+    return next(str(name) for name, parameter in model.named_parameters() if parameter is wanted)
+
+
+def _modules(model: nn.Module, params: Mapping[str, Shape]) -> dict[str, Expr]:
+    found = {}
+    for name, module in model.named_modules():
+        shape = params.get(f"{name}.weight")
+        if shape is not None and isinstance(module, nn.Linear | Conv1D):
+            found[name] = shape[0] if isinstance(module, Conv1D) else shape[1]
+    return found
+
+
+def _norms(model: nn.Module, params: Mapping[str, Shape], sizes: Arch) -> tuple[str, ...]:
+    hidden = (Expr.parse("hidden"),)
+    found = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        free = not own and "norm" in type(module).__name__.lower()
+        if own and not any(module.children()):
+            if all(params.get(parameter) == hidden for parameter in own):
+                found.append(name)
+        elif free and tuple(getattr(module, "normalized_shape", ())) == (sizes.hidden,):
+            found.append(name)
+    return tuple(found)
+
+
+def _embeddings(model: PreTrainedModel, head: str) -> tuple[str, ...]:
+    tables = [_name_of(model, model.get_input_embeddings().weight)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and f"{name}.weight" not in tables:
+            tables.append(f"{name}.weight")
+    return tuple(tables) if head in tables else (*tables, head)
+
+
+# ---- what cannot be cut, and why
+
+
+def _refusals(anatomy: Anatomy, unknown: list[str], special: Quirk) -> dict[str, str]:
+    made_of = {axis for shape in anatomy.params.values() for expr in shape for axis in expr.axes}
+    refusals = {
+        "head_dim": "pairs of rotary channels belong together: known, and not cut",
+        "vocab": "the tokenizer stays: known, and not cut",
+        "experts": "experts are not cut yet",
+        "expert_ffn": "experts are not cut yet",
+    }
+    if configs.num_experts(anatomy.config):
+        mixture = f"a mixture of {configs.num_experts(anatomy.config)} experts: "
+        refusals["ffn"] = mixture + "their neurons are not cut yet"
+        refusals["hidden"] = mixture + "channels that their routers read are not scored yet"
+    for axis in ("ffn", "heads", "hidden"):
+        if axis not in made_of and axis not in refusals:
+            refusals[axis] = f"no weight is made of {axis} alone, as far as shapes can tell"
+    if anatomy.coupled and not special.layout:
+        for axis in ("heads", "hidden"):
+            refusals[axis] = "hidden = heads x head_dim in this family's code, and shapes cannot tell the two apart"
+    if configs.key(anatomy.config, "kv_heads") is None:
+        refusals["kv_heads"] = "every query head has its own key and value head: cut heads"
+    if unknown:
+        for axis in ("hidden", "ffn", "heads", "kv_heads"):
+            refusals.setdefault(axis, f"{unknown[0]} has a dimension that is no sum of products of known axes")
+    return refusals

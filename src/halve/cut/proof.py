@@ -1,0 +1,274 @@
+"""The proof of an anatomy, on a tiny random twin, before any weight is touched.
+
+For every axis: permuting its entries everywhere leaves the logits alone, leaving out any one parameter does not;
+trimming gives the logits of the full twin with the same entries masked; dropping layers equals skipping them; the
+trimmed twin saves, reopens in plain transformers in a fresh process and has the planned number of parameters.
+An axis that fails is refused, never cut.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import CUT_AXES, Anatomy, Arch
+from halve.anatomy.configs import quiet
+from halve.cut.plan import select
+from halve.cut.surgery import take, trim
+from halve.cut.twins import RandomScores, fixed_ids, logits, masked, random_twin, skipping, twin_plan
+from halve.errors import AnatomyError, HalveError
+
+# Logits of the twins are of order one. Norms and softmax of most families compute in float32 whatever the model is
+# in: equal logits differ by rounding (measured below 2e-5), a forgotten weight by 1e-2 and more.
+SAME = 1e-4
+DIFFERENT = 1e-2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one axis. `measure` is the largest difference of logits (for controls: the smallest such)."""
+
+    axis: str
+    name: str
+    passed: bool
+    measure: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the twin showed. Axes that the anatomy refuses by itself have no checks."""
+
+    family: str
+    checks: tuple[Check, ...]
+    refusals: Mapping[str, str]
+    """Every axis that must not be cut, with the reason: the anatomy's own and those that failed here."""
+
+    def demand(self, before: Arch, after: Arch) -> None:
+        """Raise `AnatomyError` if a cut from `before` to `after` touches an axis that is not proved."""
+        for axis in CUT_AXES:
+            if getattr(before, axis) == getattr(after, axis):
+                continue
+            with_heads = axis == "kv_heads" and before.heads == before.kv_heads
+            reason = self.refusals.get("heads" if with_heads else axis)
+            if reason is not None:
+                raise AnatomyError(
+                    f"will not cut {axis} of {self.family}",
+                    why=reason,
+                    fix=f"leave {axis} alone, or add what is special to the family in anatomy/quirks.py",
+                )
+
+
+def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
+    """Prove each axis on a random twin in a second; the fresh process that reopens takes seconds more."""
+    twin = anatomy.twin()
+    refusals = dict(anatomy.refusals)
+    checks: list[Check] = []
+    try:
+        model = random_twin(twin, seed=seed)
+        reference = logits(model, twin)
+    except (RuntimeError, ValueError, TypeError, IndexError, HalveError) as error:
+        reason = f"the twin does not run: {' '.join(str(error).split())[:200]}"
+        return Proof(anatomy.family, (), {**dict.fromkeys(CUT_AXES, reason), **refusals})
+    for axis in CUT_AXES:
+        if axis in refusals:
+            continue
+        try:
+            found = [*_check_axis(axis, model, twin, reference, seed)]
+        except (RuntimeError, ValueError, AssertionError, HalveError) as error:
+            found = [Check(axis, "cut", False, float("nan"), " ".join(str(error).split())[:200])]
+        checks += found
+    if reopen:
+        checks += _check_reopen([axis for axis in CUT_AXES if _passed(axis, checks)], model, twin, seed)
+    for failed in (found for found in checks if not found.passed):
+        refusals.setdefault(failed.axis, f"the proof failed: {failed.name}: {failed.detail or f'{failed.measure:.2g}'}")
+    return Proof(anatomy.family, tuple(checks), refusals)
+
+
+def _passed(axis: str, checks: list[Check]) -> bool:
+    own = [check for check in checks if check.axis == axis]
+    return bool(own) and all(check.passed for check in own)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
+
+
+# ---- 1. permutations
+
+
+def _check_axis(axis: str, model: PreTrainedModel, twin: Anatomy, reference: Tensor, seed: int) -> Iterator[Check]:
+    if axis == "layers":
+        yield _check_layers(model, twin, seed)
+        return
+    permutations = _permutations(axis, twin, seed)
+    carriers = [name for name, shape in twin.params.items() if any(_moved(axis, twin) & e.axes for e in shape)]
+    moved = _with(model, twin, permutations, carriers)
+    gap = _gap(logits(moved, twin), reference)
+    yield Check(axis, "permuting it leaves the logits", gap < SAME, gap)
+    yield _check_controls(axis, model, twin, reference, permutations, carriers)
+    yield _check_trim(axis, model, twin, seed)
+
+
+def _moved(axis: str, twin: Anatomy) -> frozenset[str]:
+    """Axes whose entries move when this one is permuted: groups carry their heads."""
+    if axis == "kv_heads" or (axis == "heads" and twin.sizes.heads == twin.sizes.kv_heads):
+        return frozenset({"heads", "kv_heads"})
+    return frozenset({axis})
+
+
+def _permutations(axis: str, twin: Anatomy, seed: int) -> Callable[[int | None], dict[str, tuple[int, ...]]]:
+    """For every layer, another order of the axis (for `hidden`, one order everywhere)."""
+    sizes = twin.sizes
+
+    def shuffled(count: int, salt: int) -> list[int]:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000 + salt)).tolist()
+        return order if order != list(range(count)) else order[1:] + order[:1]
+
+    def at(layer: int | None) -> dict[str, tuple[int, ...]]:
+        if axis == "hidden":
+            return {"hidden": tuple(shuffled(sizes.hidden, 0))}
+        if layer is None:
+            return {}
+        if axis == "ffn":
+            return {"ffn": tuple(shuffled(sizes.ffn, layer))}
+        per_group = sizes.heads // sizes.kv_heads
+        groups = shuffled(sizes.kv_heads, layer) if "kv_heads" in _moved(axis, twin) else list(range(sizes.kv_heads))
+        inside = shuffled(per_group, layer) if axis == "heads" and per_group > 1 else list(range(per_group))
+        heads = tuple(group * per_group + i for group in groups for i in inside)
+        return {"heads": heads, "kv_heads": tuple(groups)}
+
+    return at
+
+
+def _with(
+    model: PreTrainedModel,
+    twin: Anatomy,
+    permutations: Callable[[int | None], dict[str, tuple[int, ...]]],
+    names: list[str],
+) -> PreTrainedModel:
+    moved = copy.deepcopy(model)
+    parameters = dict(moved.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameters[name].copy_(take(parameters[name], twin, name, permutations(twin.layer_of(name))))
+    return moved
+
+
+def _check_controls(
+    axis: str,
+    model: PreTrainedModel,
+    twin: Anatomy,
+    reference: Tensor,
+    permutations: Callable[[int | None], dict[str, tuple[int, ...]]],
+    carriers: list[str],
+) -> Check:
+    """Leaving out any single parameter must show, unless that parameter has no effect on the logits at all."""
+    moved = _with(model, twin, permutations, carriers)
+    parameters, original = dict(moved.named_parameters()), dict(model.named_parameters())
+    smallest, silent = float("inf"), ""
+    for name in carriers:
+        permuted = parameters[name].detach().clone()
+        with torch.no_grad():
+            parameters[name].copy_(original[name])
+            gap = _gap(logits(moved, twin), reference)
+            if gap < DIFFERENT:
+                # softmax ignores a key bias, for one: then no value of it matters, permuted or not
+                parameters[name].copy_(original[name] + torch.linspace(-1, 1, original[name].numel()).view_as(permuted))
+                gap = gap if _gap(logits(moved, twin), reference) > SAME else float("inf")
+            parameters[name].copy_(permuted)
+        if gap < smallest:
+            smallest, silent = gap, name
+    passed = smallest > DIFFERENT
+    return Check(axis, "leaving out one parameter shows", passed, smallest, "" if passed else f"{silent} does not show")
+
+
+# ---- 2. trimming equals masking
+
+
+def _check_trim(axis: str, model: PreTrainedModel, twin: Anatomy, seed: int) -> Check:
+    plan = twin_plan(axis, twin, seed)
+    trimmed = logits(trim(model, plan, twin), twin)
+    gap = _gap(trimmed, logits(masked(model, plan, twin), twin))
+    return Check(axis, "trimming equals masking", gap < SAME, gap)
+
+
+# ---- 3. dropping equals skipping
+
+
+def _check_layers(model: PreTrainedModel, twin: Anatomy, seed: int) -> Check:
+    worst, which = 0.0, ""
+    for gone in range(twin.sizes.layers if twin.sizes.layers > 1 else 0):
+        kept = tuple(layer for layer in range(twin.sizes.layers) if layer != gone)
+        after = twin.sizes.at(layers=len(kept))
+        plan = select(twin, after, RandomScores(twin.sizes, seed), gain="none", kept_layers=kept)
+        with skipping(model, twin, gone):
+            reference = logits(model, twin)
+        gap = _gap(logits(trim(model, plan, twin), twin), reference)
+        if not gap <= worst:
+            worst, which = gap, f"without layer {gone} of the twin: {gap:.2g}"
+    return Check("layers", "dropping equals skipping", worst < SAME, worst, which if worst >= SAME else "")
+
+
+# ---- 4. the result is an ordinary model
+
+
+def _check_reopen(axes: list[str], model: PreTrainedModel, twin: Anatomy, seed: int) -> list[Check]:
+    """For every axis a trimmed twin is counted and saved; one fresh process opens them all."""
+    checks = []
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        expected = {}
+        for axis in axes:
+            plan = twin_plan(axis, twin, seed)
+            student = trim(model, plan, twin)
+            planned = twin.ledger.count(plan.after, kept_layers=plan.layers).params
+            counted = sum(parameter.numel() for parameter in student.parameters())
+            detail = "" if counted == planned else f"{counted} parameters where the plan says {planned}"
+            checks.append(Check(axis, "parameters as planned", not detail, abs(counted - planned), detail))
+            student.save_pretrained(Path(scratch) / axis)
+            expected[axis] = logits(student, twin)
+        try:
+            found = fresh_logits(Path(scratch), axes, twin)
+        except RuntimeError as error:
+            failed = [Check(axis, "reopens in plain transformers", False, float("nan"), str(error)) for axis in axes]
+            return [*checks, *failed]
+        for axis in axes:
+            gap = _gap(found[axis], expected[axis])
+            checks.append(Check(axis, "reopens in plain transformers", gap < SAME, gap))
+    return checks
+
+
+_FRESH = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+scratch, *axes = sys.argv[1:]
+ids = load_file(f"{scratch}/ids.st")["ids"]
+for axis in axes:
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{scratch}/{axis}", attn_implementation="eager").eval()
+    model.config._experts_implementation = "eager"
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits.contiguous()
+    save_file({"logits": logits}, f"{scratch}/{axis}.st")
+"""
+
+
+def fresh_logits(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Tensor]:
+    """The logits of saved twins as plain transformers computes them in a process that never saw halve."""
+    save_file({"ids": fixed_ids(twin)}, scratch / "ids.st")
+    command = [sys.executable, "-c", _FRESH, str(scratch), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"plain transformers cannot open the result: {done.stderr.strip().splitlines()[-1]}")
+    return {name: load_file(scratch / f"{name}.st")["logits"] for name in names}

@@ -1,0 +1,249 @@
+"""Legal sizes: those asked for by hand, and those near a budget. Reads no weights and builds no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm, log
+
+from halve.anatomy import Anatomy, Arch, Counts
+from halve.anatomy.configs import key, resized
+from halve.errors import PlanError
+from halve.recipe import Prune
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Legal sizes with what they cost."""
+
+    arch: Arch
+    counts: Counts
+    kept_layers: tuple[int, ...] | None = None
+
+
+# ---- sizes
+
+
+def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None]:
+    """The legal sizes that a recipe asks for, and the kept layers where it names those to drop.
+
+    Raises `PlanError` for illegal sizes (naming legal ones) and for a budget that cannot be met (naming the nearest).
+    """
+    if prune.params is not None:
+        budget = parse_count(prune.params)
+        return _nearest(anatomy, budget, total=True).arch, None
+    if prune.non_embedding_ratio is not None:
+        teacher = anatomy.ledger.count(anatomy.sizes).non_embedding
+        return _nearest(anatomy, round(prune.non_embedding_ratio * teacher), total=False).arch, None
+    before = anatomy.sizes
+    kept = None
+    if prune.drop_layers is not None:
+        dropped = parse_layers(prune.drop_layers, before.layers)
+        kept = tuple(layer for layer in range(before.layers) if layer not in dropped)
+    asked = {a: getattr(prune, a) for a in ("hidden", "ffn", "heads", "kv_heads", "layers") if getattr(prune, a)}
+    if kept is not None:
+        asked["layers"] = len(kept)
+    after = before.at(**_implied(anatomy, asked))
+    check(anatomy, after)
+    return after, kept
+
+
+def check(anatomy: Anatomy, after: Arch) -> None:
+    """Refuse sizes that the model cannot be cut to."""
+    before = anatomy.sizes
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads"):
+        old, new = getattr(before, axis), getattr(after, axis)
+        if new == old:
+            continue
+        if axis in anatomy.refusals and not (axis == "kv_heads" and _grouped_in_ones(before)):
+            raise PlanError(
+                f"cannot cut {axis} of {anatomy.family}",
+                why=anatomy.refusals[axis],
+                fix=f"leave {axis} at {old}; halve inspect lists what can be cut",
+            )
+        if not 0 < new <= old:
+            raise PlanError(
+                f"cannot keep {new} of {old} {axis}",
+                why="pruning only takes away, and something must remain",
+                fix=f"--{axis.replace('_', '-')} between 1 and {old}",
+            )
+    _check_groups(before, after)
+    if anatomy.coupled and after.hidden != after.heads * after.head_dim:
+        raise PlanError(
+            f"cannot keep hidden {after.hidden} with {after.heads} heads in {anatomy.family}",
+            why=f"its code computes head_dim as hidden / heads: {after.hidden} / {after.heads} is not {after.head_dim}",
+            fix=f"--hidden {after.heads * after.head_dim}, or --heads {max(1, after.hidden // after.head_dim)}",
+        )
+    resized(anatomy.config, config_sizes(anatomy, after))
+
+
+def _grouped_in_ones(arch: Arch) -> bool:
+    return arch.heads == arch.kv_heads
+
+
+def _check_groups(before: Arch, after: Arch) -> None:
+    per_group = before.heads // before.kv_heads
+    if after.heads % after.kv_heads == 0 and after.heads // after.kv_heads <= per_group:
+        return
+    legal = [after.kv_heads * n for n in range(1, per_group + 1)]
+    groups = [g for g in range(1, before.kv_heads + 1) if after.heads % g == 0 and after.heads // g <= per_group]
+    trim = f"; or trim groups as well, e.g. --heads {after.heads} --kv-heads {groups[-1]}" if groups else ""
+    raise PlanError(
+        f"cannot keep {after.heads} query heads in {after.kv_heads} key-value groups",
+        why="every group keeps the same number of query heads"
+        f" (this model: {before.heads} heads / {before.kv_heads} groups = {per_group})",
+        fix=f"--heads {_either(legal)}{trim}",
+    )
+
+
+def _either(values: Sequence[int]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def _implied(anatomy: Anatomy, asked: dict[str, int]) -> dict[str, int]:
+    """Sizes that follow from those given: groups of one are cut with their heads, coupled widths together."""
+    before, implied = anatomy.sizes, dict(asked)
+    if anatomy.coupled:
+        if "hidden" in asked and "heads" not in asked and asked["hidden"] % before.head_dim == 0:
+            implied["heads"] = asked["hidden"] // before.head_dim
+        if "heads" in asked and "hidden" not in asked:
+            implied["hidden"] = asked["heads"] * before.head_dim
+    if _grouped_in_ones(before):
+        if "heads" in implied:
+            implied.setdefault("kv_heads", implied["heads"])
+        elif "kv_heads" in implied:
+            implied["heads"] = implied["kv_heads"]
+    return implied
+
+
+def config_sizes(anatomy: Anatomy, arch: Arch) -> dict[str, int]:
+    """The sizes that a config of these sizes states; head_dim only where the code reads it."""
+    sizes = {axis: size for axis, size in arch.sizes.items() if axis not in ("layers", "vocab")}
+    if anatomy.coupled:
+        del sizes["head_dim"]
+    return {axis: size for axis, size in sizes.items() if axis == "head_dim" or key(anatomy.config, axis)}
+
+
+# ---- budgets
+
+_TOLERANCE = 0.05  # 2407.14679, Sec. 2.4 searches within 5 % of the budget
+
+
+def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: int = 4096) -> list[Candidate]:
+    """Legal sizes within 5 % of a budget of parameters (`total`, or the non-embedding ones), best guess first.
+
+    Width before depth (2407.14679, practice 4), attention heads kept (2408.11796, Sec. 6), hidden and ffn shrunk
+    evenly: the order is by distance from the budget beyond half a percent, then by unevenness. The nearest pure
+    depth cut follows if it is within reach. Where hidden and heads are coupled, heads follow hidden.
+    """
+
+    def size(counts: Counts) -> int:
+        return counts.params if total else counts.non_embedding
+
+    before = anatomy.sizes
+    ranked = []
+    for arch in _widths(anatomy):
+        counts = anatomy.ledger.count(arch, context=context)
+        if (away := abs(size(counts) / budget - 1)) <= _TOLERANCE:
+            uneven = abs(log(arch.hidden / before.hidden) - log(arch.ffn / before.ffn))
+            ranked.append((max(0.0, away - 0.005) * 20 + uneven, Candidate(arch, counts)))
+    found = [candidate for _, candidate in sorted(ranked, key=lambda pair: pair[0])]
+    depths = [before.at(layers=n) for n in range(1, before.layers)] if "layers" not in anatomy.refusals else []
+    depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in depths]
+    near = [c for c in depth if abs(size(c.counts) / budget - 1) <= _TOLERANCE]
+    return found + sorted(near, key=lambda c: abs(size(c.counts) - budget))[:1]
+
+
+def _widths(anatomy: Anatomy) -> list[Arch]:
+    before = anatomy.sizes
+    # Widths stay multiples that kernels and quantization like, and that config validation accepts.
+    step = lcm(_step(before.hidden), before.head_dim if anatomy.coupled else before.heads)
+    hidden = [before.hidden, *range(before.hidden // step * step, 0, -step)] if _can(anatomy, "hidden") else []
+    ffn_step = _step(before.ffn)
+    ffn = [before.ffn, *range(before.ffn // ffn_step * ffn_step, 0, -ffn_step)] if _can(anatomy, "ffn") else []
+    archs = []
+    for h in dict.fromkeys(hidden or [before.hidden]):
+        coupled = {"heads": h // before.head_dim, "kv_heads": before.kv_heads} if anatomy.coupled else {}
+        if anatomy.coupled and _grouped_in_ones(before):
+            coupled["kv_heads"] = coupled["heads"]
+        for f in dict.fromkeys(ffn or [before.ffn]):
+            arch = before.at(hidden=h, ffn=f, **coupled)
+            if arch != before and arch.heads % arch.kv_heads == 0:
+                archs.append(arch)
+    return archs
+
+
+def _can(anatomy: Anatomy, axis: str) -> bool:
+    return axis not in anatomy.refusals
+
+
+def _step(size: int) -> int:
+    """A power of two, at most 128 and about a sixteenth of the size."""
+    step = 8
+    while step < 128 and step * 32 <= size:
+        step *= 2
+    return step
+
+
+def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
+    found = candidates(anatomy, budget, total=total)
+    if found:
+        return found[0]
+    archs = _widths(anatomy)
+    counts = [anatomy.ledger.count(arch) for arch in archs]
+    sizes = [c.params if total else c.non_embedding for c in counts]
+    near = sorted(range(len(archs)), key=lambda i: abs(sizes[i] - budget))[:3]
+    word = "parameters" if total else "non-embedding parameters"
+    teacher = anatomy.ledger.count(anatomy.sizes)
+    raise PlanError(
+        f"no legal architecture has about {format_count(budget)} {word}",
+        why=f"{anatomy.family} has {format_count(teacher.params if total else teacher.non_embedding)} of them and can be"
+        f" cut to between {format_count(min(sizes, default=0))} and {format_count(max(sizes, default=0))} in width",
+        fix="nearest: "
+        + "; ".join(f"{format_count(sizes[i])} (hidden {archs[i].hidden}, ffn {archs[i].ffn})" for i in near),
+    )
+
+
+def parse_count(text: str) -> int:
+    """Read `4.5B`, `350M`, `12k` or a plain number."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+    number, unit = (text[:-1], text[-1].lower()) if text and text[-1].lower() in units else (text, "")
+    try:
+        value = float(number) * units.get(unit, 1)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e15:
+        raise PlanError(f"cannot read {text!r} as a parameter count", why="it is no positive number", fix="write 4.5B")
+    return round(value)
+
+
+def format_count(count: int) -> str:
+    """Three significant digits with a unit.
+
+    >>> format_count(4512700000), format_count(1900)
+    ('4.51B', '1.9k')
+    """
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def parse_layers(text: str, layers: int) -> frozenset[int]:
+    """Read `16-31` or `3,5,7-9` as layer numbers counted from 0."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise PlanError(
+                f"cannot read {text!r} as layers", why=f"{part!r} is no range", fix="write 16-31 or 3,5,7-9"
+            )
+        chosen |= set(range(int(first), int(last or first) + 1))
+    if not chosen or max(chosen) >= layers or len(chosen) >= layers:
+        raise PlanError(
+            f"cannot drop layers {text}",
+            why=f"the model has layers 0 to {layers - 1} and must keep one",
+            fix=f"name layers between 0 and {layers - 1}",
+        )
+    return frozenset(chosen)
