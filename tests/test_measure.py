@@ -69,9 +69,7 @@ def test_no_figure_depends_on_micro_batch_or_chunk(
 def test_divergence_against_float64(samples: torch.Tensor) -> None:
     found = measure.divergence(tiny(1), tiny(0), samples, micro_batch=3)
     log_s, log_t = (reference_log_probs(tiny(seed), samples) for seed in (1, 0))
-    torch.testing.assert_close(
-        found.kl, (log_t.exp() * (log_t - log_s)).sum(-1).mean(1), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(found.kl, (log_t.exp() * (log_t - log_s)).sum(-1).mean(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.agreement, (log_t.argmax(-1) == log_s.argmax(-1)).double().mean(1))
     assert found.kl.min() > 0.01
     same = measure.divergence(tiny(0), tiny(0), samples, micro_batch=3)
@@ -103,12 +101,8 @@ def test_standard_errors() -> None:
     )
     assert math.isnan(measure.average(torch.ones(1)).stderr)
     assert measure.perplexity(values).value == pytest.approx(math.exp(7 / 3))
-    assert measure.perplexity(values).stderr == pytest.approx(
-        math.exp(7 / 3) * measure.average(values).stderr
-    )
-    assert measure.proportion(torch.tensor([True, True, True, False])) == Estimate(
-        0.75, math.sqrt(0.75 * 0.25 / 4)
-    )
+    assert measure.perplexity(values).stderr == pytest.approx(math.exp(7 / 3) * measure.average(values).stderr)
+    assert measure.proportion(torch.tensor([True, True, True, False])) == Estimate(0.75, math.sqrt(0.75 * 0.25 / 4))
 
 
 def test_pairs_cancel_what_both_find_hard() -> None:
@@ -162,9 +156,7 @@ def test_answers_are_those_of_a_loop_over_single_sequences(tokenizer: PreTrained
         size = int(torch.randint(low, high, (1,), generator=random))
         return "".join(letters[i] for i in torch.randint(len(letters), (size,), generator=random).tolist())
 
-    items = [
-        Item(text(2, 9), (text(1, 6) + "x", text(1, 9) + "y", text(2, 4) + "z"), i % 3) for i in range(24)
-    ]
+    items = [Item(text(2, 9), (text(1, 6) + "x", text(1, 9) + "y", text(2, 4) + "z"), i % 3) for i in range(24)]
     want = []
     for item in items:
         (encoded,) = encode(tokenizer, [item], max_tokens=CONTEXT)

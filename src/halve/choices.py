@@ -106,11 +106,7 @@ def _parse(line: bytes, source: str) -> Item:
     context, choices, answer = raw["context"], raw["choices"], raw["answer"]
     if not isinstance(context, str):
         raise broken(f"context is not text: {context!r}")
-    if (
-        not isinstance(choices, list)
-        or len(choices) < 2
-        or not all(isinstance(c, str) and c for c in choices)
-    ):
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise broken("choices is not a list of two or more texts that are not empty")
     if len(set(choices)) < len(choices):
         raise broken("two of its choices are the same")
@@ -119,9 +115,7 @@ def _parse(line: bytes, source: str) -> Item:
     return Item(context, tuple(choices), answer, source)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, max_tokens: int | None
-) -> tuple[Encoded, ...]:
+def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, max_tokens: int | None) -> tuple[Encoded, ...]:
     """Turn items into tokens; `max_tokens` is the model's context, None for no limit.
 
     Context and choice are tokenized together, since a token may cross the border between them. Scored are the
@@ -202,9 +196,7 @@ def answer_encoded(
         hidden, targets = hidden_NSD[row_of, at - 1], ids_NS[row_of, at]
         sums = torch.zeros(len(batch), dtype=torch.float64, device=model.device)
         for rows in row_chunks(len(targets), head.weight.shape[0]):
-            sums.index_add_(
-                0, row_of[rows], token_log_probs(head.logits(hidden[rows]), targets[rows]).double()
-            )
+            sums.index_add_(0, row_of[rows], token_log_probs(head.logits(hidden[rows]), targets[rows]).double())
         for (i, c, _), total in zip(batch, sums.tolist(), strict=True):
             scores[i][c] = total / items[i].num_bytes[c]
     right = [

@@ -79,9 +79,7 @@ def perplexity(nll: Float[Tensor, " samples"]) -> Estimate:
     return Estimate(value, value * mean.stderr)
 
 
-def bits_per_byte(
-    nll: Float[Tensor, " samples"], num_bytes: Int[Tensor, " samples"], *, num_targets: int
-) -> Estimate:
+def bits_per_byte(nll: Float[Tensor, " samples"], num_bytes: Int[Tensor, " samples"], *, num_targets: int) -> Estimate:
     """Bits that the model needs for one byte of text, comparable between tokenizers.
 
         bpb = sum_b nats_b / (ln 2 * sum_b bytes_b),   nats_b = nll_b * num_targets
@@ -96,9 +94,7 @@ def bits_per_byte(
     return Estimate(value, residual.stderr / bytes_B.mean().item())
 
 
-def target_bytes(
-    tokenizer: PreTrainedTokenizerBase, samples: Int[Tensor, "samples seq"]
-) -> Int[Tensor, " samples"]:
+def target_bytes(tokenizer: PreTrainedTokenizerBase, samples: Int[Tensor, "samples seq"]) -> Int[Tensor, " samples"]:
     """UTF-8 bytes of the text that each sample's predicted tokens (all but the first) stand for.
 
     The whole sample decoded less its first token decoded, without special tokens: separators between
@@ -174,9 +170,7 @@ def divergence(
     return Divergence(nll, kl, agreement)
 
 
-def token_log_probs(
-    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]
-) -> Float[Tensor, " rows"]:
+def token_log_probs(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Log-probability of each row's target; log-softmax in the logits' own precision."""
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 

@@ -224,9 +224,7 @@ def _y_range(ys: Sequence[float], log: bool) -> tuple[float, float, list[float]]
     return low, high, fine if len(fine) <= 7 or len(coarse) < 2 else coarse
 
 
-def _scale(
-    low: float, high: float, start: float, end: float, *, log: bool = False
-) -> Callable[[float], float]:
+def _scale(low: float, high: float, start: float, end: float, *, log: bool = False) -> Callable[[float], float]:
     bend = math.log if log else float
     a, b = bend(low), bend(high)
     return lambda value: start + (end - start) * ((bend(value) - a) / (b - a) if b > a else 0.5)

@@ -82,9 +82,7 @@ def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> i
         return torch.cuda.max_memory_allocated(model.device) - before
     with (
         _quiet_stderr(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         _time(model, prompt, 4)
     with tempfile.TemporaryDirectory() as folder, _quiet_stderr():

@@ -90,9 +90,7 @@ def run(
     with progress.task("evaluate", samples_BS.numel() * len(models)) as task:
         for name in models:
             model = teacher if name == reference else load(name)
-            texts = tuple(
-                _complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts
-            )
+            texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
             measured[name] = _measure(
                 model, None if name == reference else teacher, samples_BS, num_bytes, questions, texts
             )
@@ -127,9 +125,7 @@ def run(
     return {name: _headline(one.facts) for name, one in measured.items()}
 
 
-def _questions(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> dict[str, tuple[Encoded, ...]]:
+def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, tuple[Encoded, ...]]:
     """The recipe's multiple-choice files as tokens, by file name without its ending."""
     questions: dict[str, tuple[Encoded, ...]] = {}
     for path in map(Path, recipe.evaluate.choices):
@@ -187,8 +183,7 @@ def _measure(
         "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=samples_BS.shape[1] - 1).as_dict(),
         **{name: measure.average(values).as_dict() for name, values in per_sample.items()},
         "choices": {
-            name: {**measure.proportion(right).as_dict(), "items": len(right)}
-            for name, right in choices.items()
+            name: {**measure.proportion(right).as_dict(), "items": len(right)} for name, right in choices.items()
         },
     }
     shapes = (model.config.model_type, *((name, p.shape, p.dtype) for name, p in model.named_parameters()))
@@ -205,23 +200,13 @@ def _non_embedding(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int
-) -> str:
+def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int) -> str:
     """What the model writes after the prompt, greedily."""
     end = model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id
-    pad = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else (end[0] if isinstance(end, list) else end)
-    )
-    config = GenerationConfig(
-        max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad
-    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
+    config = GenerationConfig(max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
     ids_1S = torch.tensor([ids], device=model.device)
-    written = model.generate(ids_1S, attention_mask=torch.ones_like(ids_1S), generation_config=config)[
-        0
-    ].tolist()
+    written = model.generate(ids_1S, attention_mask=torch.ones_like(ids_1S), generation_config=config)[0].tolist()
     # decoded as a whole: a tokenizer may drop the space before the first token of what it decodes
     return _decode(tokenizer, written)[len(_decode(tokenizer, ids)) :]
 
