@@ -8,7 +8,6 @@ transformers 4 and 5 both, so that other runtimes read the same numbers.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from halve.errors import CheckpointError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
-from halve.rundir import disk_guard, file_sha256, sync, sync_tree
-from halve.soundness import CONFIG, TOKENIZER_FILES, locate, read_config, read_headers
+from halve.rundir import disk_guard, sync, sync_tree
+from halve.soundness import CONFIG, TOKENIZER_FILES, fingerprint, locate, read_config, read_headers
+
+__all__ = [
+    "check_tokenizer",
+    "fingerprint",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "quiet",
+    "resolve_device",
+    "save_model",
+]
 
 GENERATION, RECORD = "generation_config.json", "halve.json"
 
@@ -64,9 +74,7 @@ def load_config(source: str | Path) -> transformers.PretrainedConfig:
     return config
 
 
-def load_model(
-    source: str | Path, *, dtype: Dtype = "auto", device: str = "cpu"
-) -> transformers.PreTrainedModel:
+def load_model(source: str | Path, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
     """A model in evaluation mode, every weight of it read from the checkpoint.
 
     `dtype="auto"` keeps the checkpoint's own precision. Raises `CheckpointError` for anything but sound,
@@ -145,15 +153,6 @@ def resolve_device(device: Device) -> str:
             fix="--device cpu, or a torch with CUDA",
         )
     return ("cuda" if found else "cpu") if device == "auto" else device
-
-
-def fingerprint(source: str | Path) -> str:
-    """SHA-256 over config.json and the safetensors files of a model, in the order of their names."""
-    folder = locate(source)
-    digest = hashlib.sha256()
-    for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def save_model(

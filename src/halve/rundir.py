@@ -3,7 +3,7 @@
     run/
       run.json            whose run this is (the recipe's name and model)
       recipe.json         the recipe as it was last run
-      data/               token files, keyed by content
+      data/               token files, keyed by content, and hashes of the inputs
       score/              a finished stage: its artifact and manifest.json
       .distill.work/      a stage at work; what it finds here from before a kill it may use
         .checkpoints/     names with a dot are scratch: dropped when the stage is committed
@@ -22,7 +22,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -134,6 +134,25 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
+    """`file_sha256` of each file; `memo` remembers those whose size and time of change are as they were."""
+    known: dict[str, Any] = read_json(memo) if memo.exists() else {}
+    found: dict[str, Any] = {}
+    for path in files:
+        try:
+            status = path.stat()
+            stamp = [status.st_size, status.st_mtime_ns]
+            entry = known.get(str(path), {})
+            sha256 = entry["sha256"] if entry.get("stamp") == stamp else file_sha256(path)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise RunError(f"cannot read {path}", why=why, fix="correct that path in the recipe") from error
+        found[str(path)] = {"stamp": stamp, "sha256": sha256}
+    if any(known.get(path) != entry for path, entry in found.items()):
+        write_json(memo, known | found)
+    return [entry["sha256"] for entry in found.values()]
 
 
 class RunDir:
@@ -326,9 +345,7 @@ def _has_key(work: Path, key: str) -> bool:
 def _artifacts(work: Path) -> list[Path]:
     files = (path for path in work.rglob("*") if path.is_file())
     return sorted(
-        path
-        for path in files
-        if not path.relative_to(work).parts[0].startswith(".") and path.name != MANIFEST
+        path for path in files if not path.relative_to(work).parts[0].startswith(".") and path.name != MANIFEST
     )
 
 

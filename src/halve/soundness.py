@@ -7,6 +7,7 @@ remote code, kernels from the hub, missing and truncated files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -18,6 +19,7 @@ from typing import Any
 from huggingface_hub import errors, snapshot_download
 
 from halve.errors import CheckpointError
+from halve.rundir import file_sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -59,9 +61,7 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
         return folder
     name = str(source)
     if folder.exists():
-        raise CheckpointError(
-            f"{name} is not a folder", why="a model is a folder", fix="give the folder it is in"
-        )
+        raise CheckpointError(f"{name} is not a folder", why="a model is a folder", fix="give the folder it is in")
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(
             f"there is no model {name}",
@@ -71,9 +71,7 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
     patterns: Sequence[str] = (CONFIG,) if config_only else _HUB_PATTERNS
     try:
         # consolidated files repeat the weights in another layout
-        return Path(
-            snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"])
-        )
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]))
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise CheckpointError(
             f"cannot get model {name} from the hub",
@@ -143,6 +141,15 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             fix=_AGAIN,
         )
     return tensors
+
+
+def fingerprint(source: str | Path) -> str:
+    """SHA-256 over config.json and the safetensors files of a model, in the order of their names."""
+    folder = locate(source)
+    digest = hashlib.sha256()
+    for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
+        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 _AGAIN = "copy or download the model again"

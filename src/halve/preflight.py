@@ -1,0 +1,111 @@
+"""Every error that can be known before any weight is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from halve.errors import DiskError, HalveError
+from halve.recipe import Recipe
+from halve.rundir import check_folder
+from halve.soundness import locate, read_headers
+from halve.train import sources
+
+_FLOAT32_BYTES = 4
+
+
+def check(recipe: Recipe, out: Path | None = None) -> tuple[HalveError, ...]:
+    """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
+
+    Looks at the teacher's config, file headers and tokenizer, the beginning of every corpus, the plan's
+    sizes, the multiple-choice files, the device, and, with `out`, the run folder and the room on its disk.
+    """
+    found: list[HalveError] = []
+    for probe in _probes(recipe, out):
+        try:
+            probe()
+        except HalveError as error:
+            if str(error) not in map(str, found):
+                found.append(error)
+    return tuple(found)
+
+
+def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
+    from halve import checkpoint
+    from halve.choices import load_items
+
+    if out is not None:
+        yield lambda: check_folder(out, recipe)
+    yield lambda: checkpoint.resolve_device(recipe.device)
+    yield lambda: read_headers(locate(recipe.model))
+    yield lambda: _check_tokenizer(recipe)
+    yield lambda: _check_plan(recipe)
+    for source in dict.fromkeys((*recipe.data.train, *recipe.data.valid)):
+        yield lambda source=source: _check_corpus(source, recipe.data.text_field)  # type: ignore[misc]
+    for path in recipe.evaluate.choices:
+        yield lambda path=path: load_items(path)  # type: ignore[misc]
+    if out is not None:
+        yield lambda: _check_room(recipe, out)
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    from halve import checkpoint, measure
+
+    config = checkpoint.load_config(recipe.model)
+    measure.require_context(config, recipe.data.context, "a sample")
+    checkpoint.check_tokenizer(checkpoint.load_tokenizer(recipe.model), config, source=recipe.model)
+
+
+def _check_plan(recipe: Recipe) -> None:
+    from halve import anatomy, checkpoint
+    from halve.cut import plan
+
+    plan.target(anatomy.discover(checkpoint.load_config(recipe.model)), recipe.prune)
+
+
+def _check_corpus(source: str, text_field: str) -> None:
+    """Read up to the first words; what is wrong further on is found when it is tokenized."""
+    if source.startswith(sources.HUB):
+        return
+    for piece in sources.read(source, text_field=text_field):
+        if piece.text.strip():
+            return
+
+
+def _check_room(recipe: Recipe, out: Path) -> None:
+    needed = _bytes_needed(recipe)
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    if free < needed:
+        raise DiskError(
+            f"{out} needs about {needed / 1e9:.1f} GB",
+            why=f"{free / 1e9:.1f} GB are free there",
+            fix="free some space, choose another folder with --out, or drop some of distill.baselines",
+        )
+
+
+def _bytes_needed(recipe: Recipe) -> int:
+    """An upper bound: every model as large as the teacher, two training states, tokens as large as the text."""
+    headers = read_headers(locate(recipe.model)).values()
+    weights = sum(header.num_bytes for header in headers)
+    count = sum(_volume(header.shape) for header in headers)
+    models = 2 + (recipe.correct is not None)
+    trains = recipe.correct is not None
+    if recipe.distill is not None:
+        models += 1 + len(recipe.distill.baselines) + ("random_prune" in recipe.distill.baselines)
+        trains = True
+    text = 0
+    with suppress(HalveError):
+        for source in (*recipe.data.train, *recipe.data.valid):
+            if not source.startswith(sources.HUB):
+                text += sum(path.stat().st_size for path in sources.files(source))
+    return models * weights + (2 * 3 * _FLOAT32_BYTES * count if trains else 0) + text
+
+
+def _volume(shape: tuple[int, ...]) -> int:
+    volume = 1
+    for size in shape:
+        volume *= size
+    return volume
