@@ -55,7 +55,13 @@ def test_body_and_head_are_the_model(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "scale", "softcap", "bias"),
-    [("llama", 1, None, 0), ("gemma2", 1, 3, 0), ("cohere2", 0.25, None, 0), ("granite", 0.25, None, 0), ("phi", 1, None, 1)],
+    [
+        ("llama", 1, None, 0),
+        ("gemma2", 1, 3, 0),
+        ("cohere2", 0.25, None, 0),
+        ("granite", 0.25, None, 0),
+        ("phi", 1, None, 1),
+    ],
 )
 def test_what_a_family_does_to_its_logits_is_in_the_head(
     family: str, scale: float, softcap: float | None, bias: int

@@ -26,7 +26,7 @@ from torch import Tensor
 from halve.head import Head, product
 
 RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(student logits [R, V], the block's place in the chunk) -> (loss of each token [R], its gradient [R, V])."""
+"""(student logits [R, V], the block's place in the chunk) -> (losses of tokens [R], gradient [R, V])."""
 
 Target = Callable[[slice], RowLoss]
 """What the student is compared with: the chunk's place in the batch -> the loss of its rows."""
@@ -58,7 +58,9 @@ def chunked(
     """
     assert 0 < vocab <= head.weight.shape[0]
     assert chunk > 0
-    loss: Tensor = _Chunked.apply(hidden, head.weight, head.bias, head, target, vocab, chunk, operand)
+    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, target, vocab, chunk, operand
+    )
     return loss
 
 
@@ -106,7 +108,10 @@ def mix(first: Target, second: Target, *, share: float) -> Target:
 
 
 def kl_rows(
-    student: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"], *, temperature: float = 1.0
+    student: Float[Tensor, "tokens vocab"],
+    teacher: Float[Tensor, "tokens vocab"],
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
     """Return KL(teacher || student) * temperature^2 of each token, and its gradient by the student's logits.
 
@@ -135,7 +140,7 @@ def ce_rows(
 
 
 class Divergence(NamedTuple):
-    """Sums over tokens: KL(teacher || student), the student's cross-entropy, and how often both agree on the best."""
+    """Sums over tokens: KL(teacher || student), its cross-entropy, how often the best token is the same."""
 
     kl: Tensor
     ce: Tensor
@@ -155,7 +160,10 @@ def divergence(
     operand: torch.dtype | None = None,
 ) -> Divergence:
     """Measure a student against its teacher, forward only, a chunk at a time; sums in float64."""
-    student, teacher = _Factors.of(hidden, head, vocab, operand), _Factors.of(teacher_hidden, teacher_head, vocab, operand)
+    student, teacher = (
+        _Factors.of(hidden, head, vocab, operand),
+        _Factors.of(teacher_hidden, teacher_head, vocab, operand),
+    )
     sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     for rows in _slices(hidden.shape[0], chunk):
         z_CV = _cap(_raw_logits(student, rows), head.softcap)
@@ -190,7 +198,7 @@ def token_losses(
 def keep_tokens(
     values: Float[Tensor, "tokens hidden"] | Int[Tensor, " tokens"], mask: Bool[Tensor, " tokens"]
 ) -> Float[Tensor, "kept hidden"] | Int[Tensor, " kept"]:
-    """Leave padding out (`mask` is true where a token counts): what is not there cannot change a loss, not even NaN."""
+    """Leave padding out (`mask` is true where a token counts): what is gone cannot change a loss."""
     return values[mask]
 
 
@@ -256,7 +264,7 @@ class _Chunked(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, ()
         assert gradients, "the gradients of this loss were already handed out"
         scaled = [
-            # The buffers are this node's own, so they are scaled in place: a copy of the head's would be large.
+            # The buffers are this node's own and scaled in place: a copy of the head's would be large.
             None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]

@@ -1,0 +1,91 @@
+"""What the training loop leaves behind so that a killed run goes on with the same bits.
+
+A checkpoint is a folder `step-00000200` of two files: `state.safetensors` (parameters and optimizer
+moments) and `state.json` (the step, and whose state it is). It is written beside, put on the disk,
+and then renamed: a name without a dot is complete. The one before it is removed only after that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from halve.rundir import disk_guard, read_json, sync, sync_tree
+
+_WEIGHTS, _FACTS = "state.safetensors", "state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(
+    work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> Path:
+    """Write the state after `step` steps, remove older ones, give its folder. `DiskError` when full."""
+    final = work / f"step-{step:08d}"
+    draft = work / f".{final.name}.tmp"
+    with disk_guard(final):
+        work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            save_file(_tensors(model, optimizer), draft / _WEIGHTS)
+            (draft / _FACTS).write_text(json.dumps({"step": step, "identity": identity}))
+            sync_tree(draft)
+            shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
+            os.replace(draft, final)
+            sync(work)
+        except Exception:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    for old in _complete(work):
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+def restore(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> int:
+    """Load this run's newest state into model and optimizer, and give its step; 0 where there is none."""
+    wanted = json.loads(json.dumps(identity))
+    for folder in reversed(_complete(work)):
+        facts = read_json(folder / _FACTS)
+        if facts["identity"] == wanted:
+            _load(folder / _WEIGHTS, facts["step"], model, optimizer)
+            return int(facts["step"])
+    return 0
+
+
+def _complete(work: Path) -> list[Path]:
+    return sorted(work.glob("step-*"))
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"param.{name}"] = parameter.detach().contiguous()
+        for moment in _MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def _load(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    fused = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
+    with safe_open(path, framework="pt") as file:
+        known: Iterable[str] = set(file.keys())
+        for name, parameter in model.named_parameters():
+            parameter.copy_(file.get_tensor(f"param.{name}"))
+            if f"{_MOMENTS[0]}.{name}" in known:
+                device = parameter.device if fused[id(parameter)] else "cpu"
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step), device=device),
+                    **{m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in _MOMENTS},
+                }

@@ -1,0 +1,181 @@
+"""What a student can be trained for, and the checks that a teacher must pass before it teaches.
+
+An objective takes the student in two parts and a batch of token ids, and gives a loss summed over
+tokens and their number. Every position but a sample's last counts: there the next token is known.
+
+Shapes: B batch, S seq, N tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from halve.errors import TrainError
+from halve.head import Body, Head
+from halve.train import losses
+
+_SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
+
+
+class Objective(Protocol):
+    """A loss of the student on a batch."""
+
+    def __call__(self, body: Body, head: Head, ids_BS: Tensor, /) -> tuple[Tensor, int]:
+        """Return the sum of the losses of all counted tokens, and how many these are."""
+
+
+class Heldout(Protocol):
+    """A measurement of the student on text it does not train on."""
+
+    def __call__(self, body: Body, head: Head, /) -> Mapping[str, float]:
+        """Return figures by name."""
+
+
+def cross_entropy() -> Objective:
+    """Predict the next token (teacher correction, 2408.11796; conventional training as a baseline)."""
+
+    def objective(body: Body, head: Head, ids_BS: Tensor) -> tuple[Tensor, int]:
+        hidden_ND, labels = predictions(body, ids_BS), ids_BS[:, 1:].reshape(-1)
+        target = losses.cross_entropy(labels)
+        return _summed(hidden_ND, head, target, vocab=head.weight.shape[0]), labels.numel()
+
+    return objective
+
+
+def distillation(
+    teacher_body: Body, teacher_head: Head, *, vocab: int, temperature: float = 1.0, ce_share: float = 0.0
+) -> Objective:
+    """Follow the teacher: `(1 - ce_share) * KL(teacher || student) + ce_share * CE`."""
+
+    def objective(body: Body, head: Head, ids_BS: Tensor) -> tuple[Tensor, int]:
+        taught_ND = _taught(teacher_body, ids_BS)
+        hidden_ND, labels = predictions(body, ids_BS), ids_BS[:, 1:].reshape(-1)
+        target = losses.forward_kl(
+            taught_ND, teacher_head, vocab=vocab, temperature=temperature, operand=_operand(taught_ND)
+        )
+        if ce_share > 0:
+            target = losses.mix(target, losses.cross_entropy(labels), share=ce_share)
+        return _summed(hidden_ND, head, target, vocab=vocab), labels.numel()
+
+    return objective
+
+
+def heldout_loss(ids: Int[Tensor, "samples seq"], *, micro_batch: int) -> Heldout:
+    """Measure `ce`, the mean next-token cross-entropy in nats."""
+
+    def measure(body: Body, head: Head) -> Mapping[str, float]:
+        total, count = 0.0, 0
+        for part_BS in _parts(ids, head, micro_batch):
+            loss_N = _token_losses(body, head, part_BS)
+            total, count = total + float(loss_N.sum(dtype=torch.float64)), count + loss_N.numel()
+        return {"ce": total / count}
+
+    return measure
+
+
+def heldout_divergence(
+    teacher_body: Body, teacher_head: Head, ids: Int[Tensor, "samples seq"], *, vocab: int, micro_batch: int
+) -> Heldout:
+    """Measure `kl` to the teacher, `ce`, and `agreement` on the likeliest token; means over tokens."""
+
+    def measure(body: Body, head: Head) -> Mapping[str, float]:
+        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        for part_BS in _parts(ids, head, micro_batch):
+            with torch.no_grad():
+                hidden_ND = predictions(body, part_BS)
+            labels = part_BS[:, 1:].reshape(-1)
+            parts = losses.divergence(
+                hidden_ND,
+                head,
+                _taught(teacher_body, part_BS),
+                teacher_head,
+                labels,
+                vocab=vocab,
+                chunk=losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda),
+                operand=_operand(hidden_ND),
+            )
+            sums += torch.stack(list(parts)).cpu()
+            count += labels.numel()
+        kl, ce, agreement = (sums / count).tolist()
+        return {"kl": kl, "ce": ce, "agreement": agreement}
+
+    return measure
+
+
+def predictions(body: Body, ids_BS: Int[Tensor, "batch seq"]) -> Float[Tensor, "tokens hidden"]:
+    """Return the hidden states at every position whose next token is in the sample."""
+    hidden_BSD = body(ids_BS)
+    return hidden_BSD[:, :-1].reshape(-1, hidden_BSD.shape[-1])
+
+
+def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
+    """Return how many rows both heads share: either may be padded beyond the tokenizer's `num_tokens`.
+
+    Raises `TrainError` where a head is smaller than the tokenizer: then their tokens are not the same.
+    """
+    shared = min(student.weight.shape[0], teacher.weight.shape[0])
+    if shared < num_tokens:
+        raise TrainError(
+            f"student and teacher do not share a vocabulary of {num_tokens} tokens",
+            why=f"the student has {student.weight.shape[0]} outputs, the teacher {teacher.weight.shape[0]}",
+            fix="distil a student that was cut from this teacher, or one with the same tokenizer",
+        )
+    return shared
+
+
+def check_teacher(body: Body, head: Head, ids: Int[Tensor, "samples seq"], *, vocab: int, micro_batch: int) -> float:
+    """Return the teacher's cross-entropy on held-out text, if it is one that can teach.
+
+    It must be clearly below ln(vocab), that of guessing evenly, and the divergence of the teacher from
+    itself must be zero. Raises `TrainError`.
+    """
+    found = heldout_divergence(body, head, ids, vocab=vocab, micro_batch=micro_batch)(body, head)
+    even = math.log(vocab)
+    if not found["ce"] < _SANE * even:
+        raise TrainError(
+            "the teacher teaches nothing",
+            why=f"its cross-entropy on the held-out text is {found['ce']:.3f} nats a token,"
+            f" guessing evenly gives {even:.3f}",
+            fix="check that model: has trained weights, and that the tokenizer and data.valid suit it",
+        )
+    if not abs(found["kl"]) < 1e-4:
+        raise TrainError(
+            "the teacher disagrees with itself",
+            why=f"KL(teacher, teacher) is {found['kl']:.3g} on the held-out text, it must be 0",
+            fix="try precision: float32 in the section distill, and check the model's dropout",
+        )
+    return found["ce"]
+
+
+def _taught(body: Body, ids_BS: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return predictions(body, ids_BS)
+
+
+@torch.no_grad()
+def _token_losses(body: Body, head: Head, ids_BS: Tensor) -> Tensor:
+    hidden_ND, vocab = predictions(body, ids_BS), head.weight.shape[0]
+    chunk = losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
+    labels = ids_BS[:, 1:].reshape(-1)
+    return losses.token_losses(hidden_ND, head, labels, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
+
+
+def _summed(hidden_ND: Tensor, head: Head, target: losses.Target, *, vocab: int) -> Tensor:
+    chunk = losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
+    return losses.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
+
+
+def _operand(hidden_ND: Tensor) -> torch.dtype | None:
+    """Products of the head use the precision that the loop chose for the body's."""
+    kind = hidden_ND.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _parts(ids: Tensor, head: Head, micro_batch: int) -> list[Tensor]:
+    return [part_BS.to(head.weight.device) for part_BS in torch.split(ids, micro_batch)]
