@@ -111,13 +111,12 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
                 own = (*reads, "-distill.objective", "-distill.temperature", "-distill.ce_weight")
             if variant == "random_prune":
                 cut = "prune-random"
-                add(cut, "prune", _prune_at_random, reads=("prune", "score"), after=(*corrected, "prune"))
+                add(cut, "prune", _prune_at_random, reads=("prune", "score"), after=corrected)
             add(models[variant], "distill", _distill(variant), reads=own, after=(*corrected, cut))
 
-    reads, after = ("evaluate", "-evaluate.choices"), tuple(models.values())
-    outside = ("teacher", "valid", "choices")
-    add("evaluate", "evaluate", _evaluate(models), reads=reads, after=after, outside=outside)
-    add("report", "report", _report, reads=("name",), after=tuple(s.name for s in listed), outside=())
+    reads, measured = ("evaluate", "-evaluate.choices"), ("teacher", "valid", "choices")
+    add("evaluate", "evaluate", _evaluate(models), reads=reads, after=tuple(models.values()), outside=measured)
+    add("report", "report", _report, reads=("name",), after=tuple(stage.name for stage in listed), outside=())
     return tuple(listed)
 
 

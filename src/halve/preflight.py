@@ -61,9 +61,9 @@ def _check_tokenizer(recipe: Recipe) -> None:
 
 def _check_plan(recipe: Recipe) -> None:
     from halve import anatomy, checkpoint
-    from halve.cut import plan
+    from halve.cut import sizes
 
-    plan.target(anatomy.discover(checkpoint.load_config(recipe.model)), recipe.prune)
+    sizes.target(anatomy.discover(checkpoint.load_config(recipe.model)), recipe.prune)
 
 
 def _check_corpus(source: str, text_field: str) -> None:
