@@ -1,0 +1,202 @@
+"""How much each channel, head and layer matters, from activations: pure numerics, tensors in and tensors out.
+
+Minitron, arXiv 2407.14679, Sec. 2.2. The score of a channel takes two reductions of its activations
+`a[b, s]`: first over the tokens of one sample (seq), then over the samples (batch). Each is one of
+
+              over seq                        over batch of the numbers x_b
+    mean      mean_s |a|                      mean_b x_b
+    l2        sqrt( sum_s a^2 )               sqrt( sum_b x_b^2 )
+    var       population variance over s      population variance over b
+
+Nine combinations; batch=l2 with seq=mean is the default (the paper's Table 13 compares them). Every seq
+statistic is taken within one sample, and samples enter the batch statistics one by one, so that no score
+depends on how samples were grouped into micro-batches.
+
+Inside a sample everything is float32, whatever the activations' own type; across samples it is float64.
+
+Legend: B batch, S seq, C channels of any axis, D hidden, K the seq statistics (`SEQ_AGGREGATORS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from halve.recipe import Aggregator
+
+SEQ_AGGREGATORS: Final[tuple[Aggregator, ...]] = ("mean", "l2", "var")
+
+# A slice and what is computed from it stay in the cache: 256 x 2048 float32 numbers are 2 MiB.
+_SLICE_TOKENS = 256
+
+
+def seq_statistics(act_BSC: Float[Tensor, "batch seq channels"]) -> Float32[Tensor, "3 batch channels"]:
+    """Reduce activations over the tokens of each sample: mean |a|, l2 norm and variance, in this order.
+
+    Accumulates in float32.
+
+    >>> seq_statistics(torch.tensor([[[3.0], [-4.0]]])).flatten().tolist()
+    [3.5, 5.0, 12.25]
+    """
+    # Which kernels are fast differs: on a CPU a norm over a strided dimension is many times slower than
+    # elementwise passes in the cache, and a GPU would spend its time on launching those.
+    return fused_statistics(act_BSC) if act_BSC.is_cuda else sliced_statistics(act_BSC)
+
+
+def sliced_statistics(act_BSC: Float[Tensor, "batch seq channels"]) -> Float32[Tensor, "3 batch channels"]:
+    """`seq_statistics` slice by slice in the cache.
+
+    Deviations are taken from each channel's mean over the sample's first slice, a pilot near enough to the
+    true mean m that nothing cancels. With d = a - pilot: `var = mean d^2 - (mean d)^2`,
+    `l2^2 = S (var + m^2)`.
+    """
+    seq = act_BSC.shape[1]
+    samples = []
+    for act_SC in act_BSC:
+        pilot_C = act_SC[:_SLICE_TOKENS].mean(0, dtype=torch.float32)
+        sums_3C = torch.zeros(3, *pilot_C.shape, device=act_SC.device)
+        for part_SC in act_SC.split(_SLICE_TOKENS):
+            shifted_SC = part_SC - pilot_C
+            sums_3C += torch.stack(
+                (part_SC.abs().sum(0, dtype=torch.float32), shifted_SC.sum(0), shifted_SC.square_().sum(0))
+            )
+        absolute_C, shift_C, square_C = sums_3C / seq
+        var_C = (square_C - shift_C.square()).clamp_min(0)
+        samples.append(
+            torch.stack((absolute_C, (seq * (var_C + (pilot_C + shift_C).square())).sqrt(), var_C))
+        )
+    return torch.stack(samples, dim=1)
+
+
+def fused_statistics(act_BSC: Float[Tensor, "batch seq channels"]) -> Float32[Tensor, "3 batch channels"]:
+    """`seq_statistics` as three reductions that read the activations in their own type and write no copy.
+
+    `var = l2^2 / S - m^2`: the float32 sums carry a relative error of about 1e-7 (m / deviation)^2 into it.
+    """
+    seq = act_BSC.shape[1]
+    absolute_BC = torch.linalg.vector_norm(act_BSC, 1, dim=1, dtype=torch.float32) / seq
+    l2_BC = torch.linalg.vector_norm(act_BSC, 2, dim=1, dtype=torch.float32)
+    mean_BC = act_BSC.sum(1, dtype=torch.float32) / seq
+    var_BC = (l2_BC.double().square() / seq - mean_BC.double().square()).clamp_min(0)
+    return torch.stack((absolute_BC, l2_BC, var_BC.float()))
+
+
+def sums_over_batch(x_KBC: Float[Tensor, "k batch channels"]) -> Float[Tensor, "2 k channels"]:
+    """Sum per-sample numbers and their squares over samples, in float64: what every batch aggregator needs.
+
+    Sums of micro-batches add up to the sums of the whole.
+    """
+    x_KBC = x_KBC.double()
+    return torch.stack((x_KBC.sum(1), x_KBC.square().sum(1)))
+
+
+def _mean(sums: Tensor, num_samples: int) -> Tensor:
+    return sums[0] / num_samples
+
+
+def _l2(sums: Tensor, num_samples: int) -> Tensor:
+    return sums[1].sqrt()
+
+
+def _var(sums: Tensor, num_samples: int) -> Tensor:
+    return (sums[1] / num_samples - (sums[0] / num_samples).square()).clamp_min(0)
+
+
+BATCH_AGGREGATORS: Final[Mapping[Aggregator, Callable[[Tensor, int], Tensor]]] = {
+    "mean": _mean,
+    "l2": _l2,
+    "var": _var,
+}
+"""From `sums_over_batch` and the number of samples to one number per channel."""
+
+
+def channel_importance(
+    act_BSC: Float[Tensor, "batch seq channels"],
+    *,
+    batch_agg: Aggregator = "l2",
+    seq_agg: Aggregator = "mean",
+) -> Float32[Tensor, " channels"]:
+    """Score each channel by how strongly the tokens drive it (higher = keep).
+
+    With the defaults `F_i = sqrt( sum_b ( mean_s |a[b, s, i]| )^2 )`. Compare scores within one layer only.
+
+    >>> act = torch.tensor([[[3.0, 0.0]], [[-4.0, 1.0]]])  # two samples of one token
+    >>> channel_importance(act).tolist()
+    [5.0, 1.0]
+    """
+    sums = sums_over_batch(seq_statistics(act_BSC))
+    return aggregate(sums, num_samples=act_BSC.shape[0], batch_agg=batch_agg, seq_agg=seq_agg).float()
+
+
+def aggregate(
+    sums: Float[Tensor, "2 3 *rest"], *, num_samples: int, batch_agg: Aggregator, seq_agg: Aggregator
+) -> Float[Tensor, "*rest"]:
+    """One of the nine combinations from the sums over samples of the three seq statistics.
+
+    `sums[0]` holds the sums of `mean`, `l2` and `var`, `sums[1]` those of their squares.
+    """
+    return BATCH_AGGREGATORS[batch_agg](sums[:, SEQ_AGGREGATORS.index(seq_agg)], num_samples)
+
+
+def head_importance(
+    channels: Float[Tensor, "*layers channels"], *, head_dim: int
+) -> Float[Tensor, "*layers heads"]:
+    """Score heads: the L2 norm over the scores of each head's channels in the output projection's input.
+
+    2407.14679 takes the norm over a head's channels token by token, before the reductions; like NVIDIA's code
+    we take it after, so that one set of sums serves every aggregator. Rank heads inside a key-value group.
+
+    >>> head_importance(torch.tensor([3.0, 4.0, 0.0, 1.0]), head_dim=2).tolist()
+    [5.0, 1.0]
+    """
+    heads: Tensor = torch.linalg.vector_norm(channels.reshape(*channels.shape[:-1], -1, head_dim), dim=-1)
+    return heads
+
+
+def group_importance(
+    heads: Float[Tensor, "*layers heads"], *, kv_heads: int
+) -> Float[Tensor, "*layers kv_heads"]:
+    """Score key-value groups: the sum over the query heads that read each.
+
+    >>> group_importance(torch.tensor([1.0, 2.0, 3.0, 4.0]), kv_heads=2).tolist()
+    [3.0, 7.0]
+    """
+    return heads.reshape(*heads.shape[:-1], kv_heads, -1).sum(-1)
+
+
+def token_cosine(
+    x_BSD: Float[Tensor, "batch seq hidden"], y_BSD: Float[Tensor, "batch seq hidden"]
+) -> Float32[Tensor, "batch seq"]:
+    """Cosine between two states of each token, in float32; 0 where either is zero."""
+    x_BSD, y_BSD = x_BSD.float(), y_BSD.float()
+    norms_BS = torch.linalg.vector_norm(x_BSD, dim=-1) * torch.linalg.vector_norm(y_BSD, dim=-1)
+    cosine_BS: Tensor = torch.linalg.vecdot(x_BSD, y_BSD) / norms_BS
+    return cosine_BS.masked_fill(norms_BS == 0, 0.0)
+
+
+def block_importance(
+    input_BSD: Float[Tensor, "batch seq hidden"], output_BSD: Float[Tensor, "batch seq hidden"]
+) -> Float[Tensor, " batch"]:
+    """Score a layer by how much it turns its input, sample by sample; the mean over samples is BI.
+
+    ShortGPT's Block Influence as used in 2407.14679, Sec. 2.2: `BI = 1 - E[ cos(x_in, x_out) ]`, over tokens.
+    In [0, 2]; 0 for a layer that only scales. Cosines are float32, their mean is float64.
+
+    >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    >>> block_importance(x, 3 * x).tolist(), block_importance(x, x.flip(-1)).tolist()
+    ([0.0], [1.0])
+    """
+    return 1 - token_cosine(input_BSD, output_BSD).mean(-1, dtype=torch.float64)
+
+
+def rank(scores: Float[Tensor, "*layers channels"]) -> Int[Tensor, "*layers channels"]:
+    """Indices from the most to the least important; of equals the lower index comes first.
+
+    >>> rank(torch.tensor([1.0, 5.0, 1.0])).tolist()
+    [1, 0, 2]
+    """
+    return scores.argsort(dim=-1, descending=True, stable=True)

@@ -1,0 +1,245 @@
+"""Scores: how much every part of one model matters, saved so that another cut needs no second pass.
+
+`Statistics` are the sums that one pass leaves; `Scores` are what a plan ranks. A scores file holds both, with
+the fingerprints of the model and of the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float32, Float64, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halve.anatomy import Anatomy
+from halve.cut.importance import (
+    BATCH_AGGREGATORS,
+    SEQ_AGGREGATORS,
+    aggregate,
+    group_importance,
+    head_importance,
+)
+from halve.errors import RunError
+from halve.recipe import Aggregator
+from halve.rundir import atomic_file
+
+FORMAT: Final = "halve-scores-1"
+WIDTH_AXES: Final = ("hidden", "ffn", "heads")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What one pass over the calibration samples leaves, for all nine aggregators. Sums are float64.
+
+    A point is one tensor that weights read, such as the input of a down projection. Axes that were not scored
+    are missing.
+    """
+
+    sums: Mapping[str, Float64[Tensor, "2 3 points channels"]]
+    """By axis: `importance.sums_over_batch` of every point; for heads, channels are heads x head_dim."""
+    point_layers: Mapping[str, tuple[int, ...]]
+    """By axis: the layer that each point is in."""
+    block_sums: Float64[Tensor, " layers"]
+    """`importance.block_importance` of every layer, summed over samples."""
+    num_samples: int
+    head_dim: int
+    kv_heads: int
+
+    def scores(self, *, batch_agg: Aggregator, seq_agg: Aggregator, model: str, samples: str) -> Scores:
+        """The scores under one pair of aggregators (see `halve.cut.importance`)."""
+        num_layers = len(self.block_sums)
+        by_layer: dict[str, Tensor] = {}
+        for axis, sums in self.sums.items():
+            points_PC = aggregate(sums, num_samples=self.num_samples, batch_agg=batch_agg, seq_agg=seq_agg)
+            layer_P = torch.tensor(self.point_layers[axis])
+            by_layer[axis] = points_PC.new_zeros(num_layers, points_PC.shape[1]).index_add(
+                0, layer_P, points_PC
+            )
+        heads = kv_heads = None
+        if "heads" in by_layer:
+            heads = head_importance(by_layer["heads"], head_dim=self.head_dim)
+            kv_heads = group_importance(heads, kv_heads=self.kv_heads).float()
+        return Scores(
+            hidden=by_layer["hidden"].sum(0).float() if "hidden" in by_layer else None,
+            ffn=by_layer["ffn"].float() if "ffn" in by_layer else None,
+            heads=None if heads is None else heads.float(),
+            kv_heads=kv_heads,
+            layers=(self.block_sums / self.num_samples).float(),
+            model=model,
+            samples=samples,
+            batch_agg=batch_agg,
+            seq_agg=seq_agg,
+            statistics=self,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The importance of every part of one model, higher = keep. An axis that was not scored is None.
+
+    `hidden` has one ranking for the network. Only `layers`, which is BI, compares across layers.
+    """
+
+    hidden: Float32[Tensor, " hidden"] | None
+    ffn: Float32[Tensor, "layers ffn"] | None
+    heads: Float32[Tensor, "layers heads"] | None
+    kv_heads: Float32[Tensor, "layers kv_heads"] | None
+    layers: Float32[Tensor, " layers"]
+    model: str
+    """Fingerprint of the weights that were scored."""
+    samples: str
+    """Fingerprint of the calibration samples, or how else the scores came about."""
+    batch_agg: Aggregator | None = None
+    seq_agg: Aggregator | None = None
+    statistics: Statistics | None = None
+    """What other aggregators can be derived from; None for scores that were not measured."""
+
+    def by_axis(self) -> dict[str, Tensor]:
+        """The axes that were scored."""
+        axes = {
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "layers": self.layers,
+        }
+        return {axis: scores for axis, scores in axes.items() if scores is not None}
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file: a vector or matrix per axis, and the statistics behind them.
+
+        Raises `DiskError` when the device is full; then nothing is left.
+        """
+        tensors = self.by_axis()
+        about: dict[str, Any] = {
+            "model": self.model,
+            "samples": self.samples,
+            "batch_agg": self.batch_agg,
+            "seq_agg": self.seq_agg,
+        }
+        if (statistics := self.statistics) is not None:
+            about |= {key: getattr(statistics, key) for key in ("num_samples", "head_dim", "kv_heads")}
+            tensors["statistics.layers"] = statistics.block_sums
+            for axis, sums in statistics.sums.items():
+                tensors[f"statistics.{axis}"] = sums
+                tensors[f"statistics.{axis}.layer"] = torch.tensor(statistics.point_layers[axis])
+        plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        with atomic_file(path) as draft:
+            save_file(plain, draft, metadata={"format": FORMAT, "about": json.dumps(about, sort_keys=True)})
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        batch_agg: Aggregator | None = None,
+        seq_agg: Aggregator | None = None,
+        model: str | None = None,
+    ) -> Scores:
+        """Read what `save` wrote, under other aggregators if they are given.
+
+        Scores without statistics, such as random ones, have no aggregators and are returned as they are.
+        Raises `RunError` for a file that is missing, damaged or no scores file, and where `model` is given,
+        for scores of weights with another fingerprint.
+        """
+        about, tensors = _read(path)
+        try:
+            scores = _assemble(about, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _broken(path, f"a part is missing or of the wrong kind ({error})") from error
+        if model is not None and scores.model != model:
+            raise RunError(
+                f"{path} holds scores of another model",
+                why=f"they are of weights {scores.model[:12]}, this model's are {model[:12]}",
+                fix="score this model first (halve score)",
+            )
+        statistics = scores.statistics
+        batch_agg, seq_agg = batch_agg or scores.batch_agg, seq_agg or scores.seq_agg
+        if statistics is None or batch_agg is None or seq_agg is None:
+            return scores
+        return statistics.scores(
+            batch_agg=batch_agg, seq_agg=seq_agg, model=scores.model, samples=scores.samples
+        )
+
+
+def random_scores(anatomy: Anatomy, seed: int) -> Scores:
+    """Uniform random numbers for every axis: the control that shows what importance is worth."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = anatomy.sizes
+    return Scores(
+        hidden=torch.rand(sizes.hidden, generator=generator),
+        ffn=torch.rand(sizes.layers, sizes.ffn, generator=generator),
+        heads=torch.rand(sizes.layers, sizes.heads, generator=generator),
+        kv_heads=torch.rand(sizes.layers, sizes.kv_heads, generator=generator),
+        layers=torch.rand(sizes.layers, generator=generator),
+        model="",
+        samples=f"random numbers, seed {seed}",
+    )
+
+
+def samples_fingerprint(samples_BS: Int64[Tensor, "batch seq"]) -> str:
+    """SHA-256 over the shape and the token ids."""
+    digest = hashlib.sha256(repr(tuple(samples_BS.shape)).encode())
+    digest.update(samples_BS.cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise RunError(
+            f"no scores at {path}",
+            why="cutting needs a score for every part",
+            fix="score the model first (halve score)",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise _broken(path, f"its format is {metadata.get('format')}, not {FORMAT}")
+            about = json.loads(metadata["about"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _broken(path, str(error)) from error
+
+
+def _assemble(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scores:
+    statistics = None
+    if "statistics.layers" in tensors:
+        axes = [axis for axis in WIDTH_AXES if f"statistics.{axis}" in tensors]
+        statistics = Statistics(
+            sums={axis: tensors[f"statistics.{axis}"] for axis in axes},
+            point_layers={axis: tuple(tensors[f"statistics.{axis}.layer"].tolist()) for axis in axes},
+            block_sums=tensors["statistics.layers"],
+            num_samples=int(about["num_samples"]),
+            head_dim=int(about["head_dim"]),
+            kv_heads=int(about["kv_heads"]),
+        )
+    batch_agg, seq_agg = about["batch_agg"], about["seq_agg"]
+    if batch_agg not in (None, *BATCH_AGGREGATORS) or seq_agg not in (None, *SEQ_AGGREGATORS):
+        raise ValueError(f"aggregators {batch_agg}, {seq_agg}")
+    return Scores(
+        hidden=tensors.get("hidden"),
+        ffn=tensors.get("ffn"),
+        heads=tensors.get("heads"),
+        kv_heads=tensors.get("kv_heads"),
+        layers=tensors["layers"],
+        model=str(about["model"]),
+        samples=str(about["samples"]),
+        batch_agg=batch_agg,
+        seq_agg=seq_agg,
+        statistics=statistics,
+    )
+
+
+def _broken(path: Path, why: str) -> RunError:
+    return RunError(
+        f"{path} is not a sound scores file", why=why, fix="remove it and score the model again (halve score)"
+    )
