@@ -155,6 +155,20 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
     return found + sorted(near, key=lambda c: abs(size(c.counts) - budget))[:1]
 
 
+def near(anatomy: Anatomy, prune: Prune, *, context: int = 4096) -> list[Candidate]:
+    """What `halve plan` lists: candidates near a budget, or the one architecture whose sizes are given.
+
+    Raises what `target` raises.
+    """
+    arch, kept = target(anatomy, prune)
+    if prune.params is not None:
+        return candidates(anatomy, parse_count(prune.params), context=context)
+    if prune.non_embedding_ratio is not None:
+        teacher = anatomy.ledger.count(anatomy.sizes).non_embedding
+        return candidates(anatomy, round(prune.non_embedding_ratio * teacher), total=False, context=context)
+    return [Candidate(arch, anatomy.ledger.count(arch, kept_layers=kept, context=context), kept)]
+
+
 def _widths(anatomy: Anatomy) -> list[Arch]:
     before = anatomy.sizes
     # Widths stay multiples that kernels and quantization like, and that config validation accepts.
@@ -196,10 +210,11 @@ def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
     near = sorted(range(len(archs)), key=lambda i: abs(sizes[i] - budget))[:3]
     word = "parameters" if total else "non-embedding parameters"
     teacher = anatomy.ledger.count(anatomy.sizes)
+    now = format_count(teacher.params if total else teacher.non_embedding)
     raise PlanError(
         f"no legal architecture has about {format_count(budget)} {word}",
-        why=f"{anatomy.family} has {format_count(teacher.params if total else teacher.non_embedding)} of them and can be"
-        f" cut to between {format_count(min(sizes, default=0))} and {format_count(max(sizes, default=0))} in width",
+        why=f"this {anatomy.family} has {now} of them and can be cut"
+        f" to between {format_count(min(sizes, default=0))} and {format_count(max(sizes, default=0))} in width",
         fix="nearest: "
         + "; ".join(f"{format_count(sizes[i])} (hidden {archs[i].hidden}, ffn {archs[i].ffn})" for i in near),
     )

@@ -1,0 +1,248 @@
+"""The command `halve`: one verb a job, errors in three lines with exit code 2, tables with --json.
+
+Imports of torch and transformers wait until a verb needs them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from halve.errors import HalveError, PlanError
+from halve.recipe import Prune, Recipe, load
+
+app = typer.Typer(
+    name="halve",
+    help="Make a Hugging Face language model smaller and keep what it knows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder (a config alone is enough) or a hub name.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Out = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/ and the recipe's name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    try:
+        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except HalveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+@app.command()
+def demo(
+    long: Annotated[bool, typer.Option("--long", help="About an hour on the same, instead of minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text to distil on where the standard library's sources are missing.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """The whole pipeline on the embedded teacher, offline, on a CPU."""
+    from halve.demo.run import run as run_demo
+
+    _show_results(run_demo(out=out, long=long, corpus=corpus, console=Console(stderr=True)), json_=json_)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    proof: Annotated[bool, typer.Option(help="Prove every axis on a random twin (some seconds).")] = True,
+    json_: AsJson = False,
+) -> None:
+    """Family, axes of every weight, sizes, what can be cut, proof results."""
+    from halve import checkpoint, show
+    from halve.anatomy import discover
+    from halve.cut.proof import prove
+
+    anatomy = discover(checkpoint.load_config(model))
+    proved = prove(anatomy) if proof else None
+    if json_:
+        show.as_json(show.inspection(anatomy, proved))
+    else:
+        show.inspect(anatomy, proved)
+        _next(f"halve plan {model} --params ...")
+
+
+@app.command()
+def plan(
+    model: Model,
+    params: Annotated[str | None, typer.Option(help="Budget of total parameters, such as 4.5B.")] = None,
+    non_embedding_ratio: Annotated[float | None, typer.Option(help="Share of non-embedding parameters.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Channels to keep.")] = None,
+    ffn: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads to keep in every layer.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key-value groups to keep in every layer.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers to keep.")] = None,
+    drop_layers: Annotated[str | None, typer.Option(help="Layers to drop, such as 16-31.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context that FLOPs are counted at.")] = 4096,
+    most: Annotated[int, typer.Option(help="Candidates to list.")] = 10,
+    json_: AsJson = False,
+) -> None:
+    """Legal architectures near a budget, or sizes by hand; exact counts, no weights read."""
+    from halve import checkpoint, show
+    from halve.anatomy import discover
+    from halve.anatomy.runtimes import runtimes
+    from halve.cut.sizes import Candidate, near
+
+    asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads}
+    wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
+    prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
+    anatomy = discover(checkpoint.load_config(model))
+    found: list[Candidate] = near(anatomy, prune, context=context)[:most]
+    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch)] for c in found]
+    if json_:
+        listed = [
+            {
+                "arch": c.arch.sizes,
+                "counts": vars(c.counts),
+                "kept_layers": c.kept_layers,
+                "runtimes": [{"name": name, "opens": opens, "remedy": remedy} for name, opens, remedy in verdict],
+            }
+            for c, verdict in zip(found, verdicts, strict=True)
+        ]
+        show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
+    else:
+        show.candidates(anatomy, found, verdicts)
+        _next("put these sizes under prune: in a recipe, then halve run")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Out = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, tokens, cost, memory, disk; do nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    json_: AsJson = False,
+) -> None:
+    """All stages of a recipe; started again, it goes on where it stopped."""
+    loaded = load(recipe)
+    if dry_run:
+        from halve import show
+        from halve.dryrun import forecast
+
+        expected = forecast(loaded)
+        if json_:
+            show.as_json(expected.to_json())
+        else:
+            show.forecast(expected)
+        return
+    folder = _run(loaded, out, only=None, quiet=quiet)
+    _show_results(folder, json_=json_)
+
+
+@app.command()
+def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
+    """Every error that can be known before any weight is loaded."""
+    from halve import show
+    from halve.preflight import check as preflight
+
+    loaded = load(recipe)
+    found = preflight(loaded, _folder(loaded, out))
+    if json_:
+        show.as_json([{"error": e.what, "why": e.why, "fix": e.fix} for e in found])
+    for error in found:
+        print(f"error: {error}", file=sys.stderr)
+    if found:
+        raise typer.Exit(2)
+    if not json_:
+        print(f"{recipe}: nothing to mend")
+        _next(f"halve run {recipe}")
+
+
+def _stage_command(section: str, summary: str, following: str) -> None:
+    def command(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
+        from halve import show
+        from halve.rundir import read_json
+
+        loaded = load(recipe)
+        folder = _run(loaded, out, only=section, quiet=quiet)
+        if section == "evaluate":
+            _show_results(folder, json_=json_)
+        elif json_:
+            show.as_json(read_json(folder / section / "manifest.json")["metrics"])
+        else:
+            print(folder / section)
+        if following and not json_:
+            _next(f"halve {following} {recipe}")
+
+    command.__doc__ = summary
+    app.command(name=section)(command)
+
+
+_stage_command("correct", "Adapt the teacher to the corpus (2408.11796, Sec. 2.1).", "score")
+_stage_command("score", "Score every axis with one forward pass.", "prune")
+_stage_command("prune", "Prove, plan, cut and check.", "distill")
+_stage_command("distill", "Let the student learn from the teacher.", "evaluate")
+_stage_command("evaluate", "Measure every model of the run.", "report")
+_stage_command("report", "Write the HTML page and the model card.", "")
+
+
+def _run(recipe: Recipe, out: Path | None, *, only: str | None, quiet: bool) -> Path:
+    from halve import pipeline
+
+    return pipeline.run(recipe, _folder(recipe, out), only=only, console=None if quiet else Console(stderr=True))
+
+
+def _folder(recipe: Recipe, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / recipe.name
+
+
+def _prune(wishes: dict[str, Any]) -> Prune:
+    try:
+        return Prune.model_validate(wishes)
+    except ValueError as error:
+        message = str(error).splitlines()[-2].strip().removeprefix("Value error, ").split(" [type")[0]
+        raise PlanError(
+            "these flags make no plan",
+            why=message,
+            fix="halve plan MODEL --params 4.5B, or --hidden 3072 --ffn 9216, or --drop-layers 16-31",
+        ) from None
+
+
+def _show_results(folder: Path, *, json_: bool) -> None:
+    from halve import show
+    from halve.rundir import read_json
+
+    results = read_json(folder / "evaluate" / "results.json")
+    if json_:
+        show.as_json(results)
+        return
+    show.results(results)
+    page, student = folder / "report" / "report.html", folder / "distill" / "model"
+    for path in (page, student):
+        if path.exists():
+            print(path)
+
+
+def _next(hint: str) -> None:
+    print(f"next: {hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

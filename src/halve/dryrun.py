@@ -1,0 +1,142 @@
+"""What a run will do and cost, said before it starts: sizes, tokens, FLOPs, memory, disk. Reads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halve import checkpoint
+from halve.anatomy import Anatomy, Arch, Counts, discover
+from halve.anatomy.runtimes import runtimes
+from halve.cut.sizes import target
+from halve.recipe import Recipe, Training
+
+GPU_BYTES = 80e9
+# Matrix rate that MFU is counted against: one H100 SXM in bf16, dense, from its data sheet.
+GPU_FLOPS = 989e12
+MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while distilling in bf16 compute with float32 masters, and whether 80 GB hold them.
+
+    masters, gradients and AdamW's two moments are float32 (16 bytes a student parameter); the teacher stands in its
+    checkpoint's 16 bits; activations are those that one micro-batch keeps for the backward pass, about 34 hidden plus
+    3 ffn 16-bit entries a token and layer; the loss keeps two float32 chunks of 1024 tokens of logits.
+    """
+
+    student_bytes: int
+    teacher_bytes: int
+    activation_bytes: int
+    loss_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.student_bytes + self.teacher_bytes + self.activation_bytes + self.loss_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits one 80 GB GPU with a tenth to spare."""
+        return self.total_bytes < 0.9 * GPU_BYTES
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything that `--dry-run` prints."""
+
+    name: str
+    teacher: Arch
+    student: Arch
+    teacher_counts: Counts
+    student_counts: Counts
+    dropped_layers: tuple[int, ...]
+    runtimes: tuple[tuple[str, str, str], ...]
+    tokens: dict[str, int]
+    flops: dict[str, float]
+    memory: Memory
+    disk_bytes: int
+    schedule: dict[str, Any]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours on one H100 at 40 % MFU."""
+        return sum(self.flops.values()) / (GPU_FLOPS * MFU) / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        memory = {**asdict(self.memory), "total_bytes": self.memory.total_bytes, "fits_80gb": self.memory.fits}
+        return {**asdict(self), "memory": memory, "gpu_hours": self.gpu_hours}
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """Plan and cost of a recipe from the teacher's config alone.
+
+    Raises what planning raises: `CheckpointError`, `AnatomyError`, `PlanError`.
+    """
+    anatomy = discover(checkpoint.load_config(recipe.model))
+    after, kept = target(anatomy, recipe.prune)
+    context = recipe.data.context
+    before_counts = anatomy.ledger.count(anatomy.sizes, context=context)
+    after_counts = anatomy.ledger.count(after, kept_layers=kept, context=context)
+    flops, tokens = _work(recipe, before_counts, after_counts)
+    return Forecast(
+        name=recipe.name,
+        teacher=anatomy.sizes,
+        student=after,
+        teacher_counts=before_counts,
+        student_counts=after_counts,
+        dropped_layers=() if kept is None else tuple(i for i in range(anatomy.sizes.layers) if i not in kept),
+        runtimes=tuple((r.name, r.opens, r.remedy) for r in runtimes(anatomy, after)),
+        tokens=tokens,
+        flops=flops,
+        memory=memory(anatomy, after, before_counts, after_counts, recipe),
+        disk_bytes=_disk(recipe, before_counts, after_counts, tokens),
+        schedule=_schedule(recipe),
+    )
+
+
+def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe: Recipe) -> Memory:
+    """The memory of distillation on one device."""
+    section = recipe.distill
+    rows = (section.micro_batch or section.batch) * recipe.data.context if section else recipe.data.context
+    return Memory(
+        student_bytes=16 * counts.params,
+        teacher_bytes=before.weight_bytes,
+        activation_bytes=2 * rows * after.layers * (34 * after.hidden + 3 * after.ffn),
+        loss_bytes=2 * 4 * min(rows, 1024) * anatomy.sizes.vocab,
+    )
+
+
+def _work(recipe: Recipe, before: Counts, after: Counts) -> tuple[dict[str, float], dict[str, int]]:
+    """Forward is one unit, backward two: 3 for what is trained, 1 for the teacher (DESIGN: work per token)."""
+    tokens, flops = {"score": recipe.score.samples * recipe.data.context}, {}
+    flops["score"] = float(tokens["score"] * before.flops_per_token)
+    if recipe.correct:
+        tokens["correct"] = recipe.correct.tokens
+        flops["correct"] = 3.0 * recipe.correct.tokens * before.flops_per_token
+    if recipe.distill:
+        tokens["distill"] = recipe.distill.tokens
+        step = before.flops_per_token + 3 * after.flops_per_token
+        flops["distill"] = float(recipe.distill.tokens * step)
+        for baseline in recipe.distill.baselines:
+            tokens[f"distill ({baseline})"] = recipe.distill.tokens
+            alone = 3 * after.flops_per_token
+            flops[f"distill ({baseline})"] = float(recipe.distill.tokens * (alone if baseline == "ce" else step))
+    return flops, tokens
+
+
+def _disk(recipe: Recipe, before: Counts, after: Counts, tokens: dict[str, int]) -> int:
+    """Models, one training checkpoint of 12 bytes a parameter with its successor beside it, and the token files."""
+    corrected = before.weight_bytes + 24 * before.params if recipe.correct else 0
+    students = 1 + (1 + len(recipe.distill.baselines) if recipe.distill else 0)
+    return corrected + students * after.weight_bytes + 24 * after.params + 4 * max(tokens.values())
+
+
+def _schedule(recipe: Recipe) -> dict[str, Any]:
+    section: Training | None = recipe.distill
+    if section is None:
+        return {}
+    keys = ("lr", "min_lr", "warmup_steps", "batch", "tokens")
+    return {key: getattr(section, key) for key in keys} | {"context": recipe.data.context}

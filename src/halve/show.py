@@ -1,0 +1,198 @@
+"""Tables for people: what the command prints on stdout. With --json the same figures as plain data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from halve.anatomy import Anatomy
+    from halve.cut.proof import Proof
+    from halve.cut.sizes import Candidate
+    from halve.dryrun import Forecast
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table; all columns but the first are numbers unless they hold words."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(_numeric(row[index]) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    wide = None if sys.stdout.isatty() else 120
+    Console(highlight=False, width=wide).print(drawn)
+
+
+def _numeric(cell: object) -> bool:
+    return isinstance(cell, int | float) or (isinstance(cell, str) and cell[:1].isdigit()) or cell == ""
+
+
+def bytes_(count: float) -> str:
+    """Decimal units, as disks and GPUs are sold.
+
+    >>> bytes_(1.6e10)
+    '16.0 GB'
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
+    """What `halve inspect` says, as plain data."""
+    counts = anatomy.ledger.count(anatomy.sizes)
+    refused = proof.refusals if proof is not None else anatomy.refusals
+    return {
+        "family": anatomy.family,
+        "sizes": anatomy.sizes.sizes,
+        "params": counts.params,
+        "non_embedding": counts.non_embedding,
+        "active_params": counts.active_params,
+        "flops_per_token": counts.flops_per_token,
+        "kv_cache_bytes_per_token": counts.kv_cache_bytes_per_token,
+        "tied_embeddings": anatomy.tied,
+        "coupled": anatomy.coupled,
+        "weights": {name: [str(expr) for expr in shape] for name, shape in anatomy.params.items()},
+        "can_be_cut": [a for a in ("layers", "hidden", "ffn", "heads", "kv_heads") if a not in refused],
+        "refused": dict(refused),
+        "proof": None
+        if proof is None
+        else [
+            {"axis": c.axis, "check": c.name, "passed": c.passed, "measure": c.measure, "detail": c.detail}
+            for c in proof.checks
+        ],
+    }
+
+
+def inspect(anatomy: Anatomy, proof: Proof | None) -> None:
+    """`halve inspect` for people: one layer's weights stand for those alike."""
+    from halve.cut.sizes import format_count
+
+    facts = inspection(anatomy, proof)
+    print(f"{anatomy.family}: {anatomy.sizes}")
+    print(
+        f"{format_count(facts['params'])} parameters, {format_count(facts['non_embedding'])} without embeddings"
+        f"{', tied embeddings' if anatomy.tied else ''}; key-value cache"
+        f" {bytes_(facts['kv_cache_bytes_per_token'])} a token"
+    )
+    shown = [n for n in anatomy.params if anatomy.layer_of(n) in (None, *_first_of_kind(anatomy))]
+    rows = [(name, ", ".join(f"({expr})" for expr in anatomy.params[name])) for name in shown]
+    table("weights", ("weight", "made of"), rows)
+    axes = []
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
+        reason = facts["refused"].get(axis)
+        verdict = "no" if reason else ("yes, proved" if proof is not None else "yes, if its proof passes")
+        if not reason and anatomy.coupled and axis in ("hidden", "heads"):
+            verdict += ", hidden and heads together (hidden = heads x head_dim in this family's code)"
+        axes.append((axis, getattr(anatomy.sizes, axis), verdict, reason or ""))
+    table("axes", ("axis", "size", "can be cut", "reason"), axes)
+    if proof is not None:
+        checks = [
+            (c.axis, c.name, "passed" if c.passed else "FAILED", f"{c.measure:.1e}", c.detail) for c in proof.checks
+        ]
+        table("proof on a random twin", ("axis", "check", "result", "difference", ""), checks)
+
+
+def _first_of_kind(anatomy: Anatomy) -> list[int]:
+    """The first layer of each set of layers whose weights are made of the same."""
+    seen: dict[object, int] = {}
+    for layer, made_of in enumerate(anatomy.ledger.layers):
+        seen.setdefault(made_of, layer)
+    return list(seen.values())
+
+
+def candidates(
+    anatomy: Anatomy, found: Sequence[Candidate], verdicts: Sequence[Sequence[tuple[str, str, str]]]
+) -> None:
+    """`halve plan` for people."""
+    from halve.cut.sizes import format_count
+
+    before = anatomy.ledger.count(anatomy.sizes)
+    print(f"teacher: {anatomy.family}, {anatomy.sizes}: {format_count(before.params)} parameters")
+    rows: list[tuple[object, ...]] = []
+    for candidate, verdict in zip(found, verdicts, strict=True):
+        a, c = candidate.arch, candidate.counts
+        heads, cache = f"{a.heads}/{a.kv_heads}", bytes_(c.kv_cache_bytes_per_token)
+        costs = (f"{c.params:,}", f"{c.non_embedding:,}", cache, f"{c.flops_per_token / 1e9:.3g}")
+        rows.append((a.layers, a.hidden, a.ffn, heads, *costs, _opened_by(verdict)))
+    columns = ("layers", "hidden", "ffn", "heads/kv", "params", "non-embedding", "KV/token", "GFLOP/token", "opens in")
+    table("candidates, best guess first", columns, rows)
+    remedies = {(name, remedy) for verdict in verdicts for name, opens, remedy in verdict if opens != "yes" and remedy}
+    for name, remedy in sorted(remedies)[:4]:
+        print(f"{name} would open it with: {remedy}")
+
+
+def _opened_by(verdict: Sequence[tuple[str, str, str]]) -> str:
+    """Names alone where a runtime opens it, with the verdict where it does not or nobody knows."""
+    return ", ".join(name if opens == "yes" else f"{name}: {opens}" for name, opens, _ in verdict)
+
+
+def forecast(found: Forecast) -> None:
+    """`halve run --dry-run` for people."""
+    from halve.cut.sizes import format_count
+
+    t, s = found.teacher_counts, found.student_counts
+    rows: list[Sequence[object]] = [("layers", found.teacher.layers, found.student.layers)]
+    rows += [(a, getattr(found.teacher, a), getattr(found.student, a)) for a in ("hidden", "ffn", "heads", "kv_heads")]
+    rows += [
+        ("parameters", f"{t.params:,} ({format_count(t.params)})", f"{s.params:,} ({format_count(s.params)})"),
+        ("non-embedding", f"{t.non_embedding:,}", f"{s.non_embedding:,}"),
+        ("weights in 16 bits", bytes_(t.weight_bytes), bytes_(s.weight_bytes)),
+        ("KV cache a token", bytes_(t.kv_cache_bytes_per_token), bytes_(s.kv_cache_bytes_per_token)),
+        ("GFLOP a token", f"{t.flops_per_token / 1e9:.3g}", f"{s.flops_per_token / 1e9:.3g}"),
+    ]
+    table(f"{found.name}: plan", ("", "teacher", "student"), rows)
+    for name, opens, remedy in found.runtimes:
+        print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
+    work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]
+    table("work", ("stage", "tokens", "FLOP"), work)
+    m = found.memory
+    fits = "fits" if m.fits else "does not fit"
+    print(
+        f"memory of distilling: student with gradients and optimizer {bytes_(m.student_bytes)}, teacher"
+        f" {bytes_(m.teacher_bytes)}, activations {bytes_(m.activation_bytes)}, loss {bytes_(m.loss_bytes)}:"
+        f" {bytes_(m.total_bytes)}, {fits} one 80 GB GPU"
+    )
+    print(f"about {found.gpu_hours:,.3g} hours on one H100 at 40 % MFU; disk {bytes_(found.disk_bytes)}")
+    if found.schedule:
+        print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
+
+
+def results(found: Mapping[str, Any]) -> None:
+    """The evaluate stage's table: every model with standard errors."""
+    models = found["models"]
+    tasks = sorted({name for model in models.values() for name in model.get("choices", {})})
+    rows = []
+    for name, model in models.items():
+        cells = [_estimate(model.get(key)) for key in ("perplexity", "bits_per_byte", "kl", "agreement")]
+        accuracies = [_estimate(model.get("choices", {}).get(task)) for task in tasks]
+        rows.append((name, f"{model['params']:,}", f"{model['non_embedding_params']:,}", *cells, *accuracies))
+    columns = (
+        "model",
+        "params",
+        "non-embedding",
+        "perplexity",
+        "bits/byte",
+        f"KL to {found['reference']}",
+        "agreement",
+    )
+    table("held-out text (± standard error)", (*columns, *tasks), rows)
+
+
+def _estimate(value: Mapping[str, Any] | None) -> str:
+    if not value or value.get("value") is None:
+        return ""
+    error = value.get("stderr")
+    return f"{value['value']:.4g}" + (f" ± {error:.2g}" if error is not None else "")

@@ -1,0 +1,193 @@
+"""The prune stage: prove the anatomy, make the plan, cut, and check what came out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve import checkpoint, measure
+from halve.anatomy import Anatomy, discover
+from halve.cut.gain import constant_gains, fit_gains
+from halve.cut.plan import Plan, select
+from halve.cut.proof import prove
+from halve.cut.scores import Scores, random_scores
+from halve.cut.sizes import target
+from halve.cut.surgery import trim
+from halve.errors import CheckpointError, PlanError
+from halve.progress import SILENT, Progress
+from halve.recipe import Recipe
+from halve.rundir import write_json
+from halve.train import corpus
+
+GAIN_SAMPLES = 64
+CHECK_SAMPLES = 8
+MICRO_BATCH = 4
+
+
+def run(
+    recipe: Recipe,
+    *,
+    teacher: Path | str,
+    scores: Path | None,
+    cache: Path,
+    out: Path,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Cut the teacher to the recipe's sizes; writes `out/plan.json` and `out/model`, gives what was checked.
+
+    `scores` is the score stage's file; None ranks by random numbers (the control), seeded by the recipe.
+
+    Raises `PlanError` for sizes that are not legal, `AnatomyError` for an axis whose proof fails, both before weights
+    are read, and `CheckpointError` if the result is not what the plan says.
+    """
+    anatomy = discover(checkpoint.load_config(teacher))
+    after, kept_layers = target(anatomy, recipe.prune)
+    proof = prove(anatomy)
+    proof.demand(anatomy.sizes, after)
+    ranking = _ranking(anatomy, recipe, teacher, scores)
+    plan = select(anatomy, after, ranking, gain=recipe.prune.gain, kept_layers=kept_layers)
+    write_json(out / "plan.json", plan.to_json())
+    device = checkpoint.resolve_device(recipe.device)
+    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
+    tokenizer = checkpoint.load_tokenizer(teacher)
+    heldout = _samples(recipe, "valid", CHECK_SAMPLES, cache, tokenizer, progress)
+    before_nll = measure.language_modeling(model, heldout, micro_batch=MICRO_BATCH)
+    calibration = _samples(recipe, "train", min(GAIN_SAMPLES, recipe.score.samples), cache, tokenizer, progress)
+    gains = _gains(model, anatomy, plan, calibration, progress)
+    student = trim(model, plan, anatomy, gains=gains)
+    del model
+    record = {"stage": "prune", "teacher": str(teacher), "plan": plan.to_json(), "gains": gains}
+    checkpoint.save_model(student, out / "model", extra_from=teacher, record=record)
+    after_nll = measure.language_modeling(student, heldout, micro_batch=MICRO_BATCH)
+    counts = anatomy.ledger.count(plan.after, kept_layers=plan.layers)
+    _check(student, counts.params, out / "model", heldout[:1, : min(32, heldout.shape[1])], after_nll)
+    return {
+        "params": counts.params,
+        "non_embedding": counts.non_embedding,
+        "teacher_params": anatomy.ledger.count(anatomy.sizes).params,
+        "perplexity": measure.perplexity(after_nll).as_dict(),
+        "teacher_perplexity": measure.perplexity(before_nll).as_dict(),
+        "checks": [f"{check.axis}: {check.name}" for check in proof.checks],
+    }
+
+
+def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Path | str, scores: Path | None) -> Scores:
+    if scores is None:
+        return random_scores(anatomy, recipe.seed)
+    return Scores.load(
+        scores,
+        batch_agg=recipe.score.batch_agg,
+        seq_agg=recipe.score.seq_agg,
+        model=checkpoint.fingerprint(teacher),
+    )
+
+
+def _samples(recipe: Recipe, split: Any, count: int, cache: Path, tokenizer: Any, progress: Progress) -> Tensor:
+    tokens = corpus.open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)
+    samples = corpus.Samples(tokens, recipe.data.context, recipe.seed)
+    return samples.first(min(count, len(samples)))
+
+
+def _gains(
+    model: PreTrainedModel, anatomy: Anatomy, plan: Plan, samples: Tensor, progress: Progress
+) -> dict[str, float]:
+    if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
+        return {}
+    if plan.gain == "constant":
+        return constant_gains(anatomy, plan)
+
+    def batches() -> Iterator[Tensor]:
+        with progress.task("fit norm gains", samples.numel()) as task:
+            for batch in torch.split(samples, MICRO_BATCH):
+                yield batch
+                task.advance(batch.numel())
+
+    return fit_gains(model, anatomy, plan, batches())
+
+
+def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll: Tensor) -> None:
+    """Everything that must hold of a cut model; what fails is a defect of halve or of the family's code."""
+    counted = sum(parameter.numel() for parameter in student.parameters())
+    if counted != params:
+        raise PlanError(
+            f"the student has {counted} parameters, its plan {params}",
+            why="surgery and counting disagree",
+            fix="report this with the model's config.json",
+        )
+    if not bool(torch.isfinite(nll).all()):
+        raise CheckpointError(
+            "the student's perplexity is not finite",
+            why="its activations overflow after the cut",
+            fix="use dtype: float32, a smaller cut, or gain: none",
+        )
+    _check_cache(student, ids)
+    _check_reopens(student, folder, ids)
+
+
+def _check_cache(student: PreTrainedModel, ids: Tensor) -> None:
+    """Greedy tokens made with the key-value cache are greedy without it, up to ties within rounding."""
+    ids = ids.to(student.device)
+    with torch.inference_mode():
+        made = student.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=None,
+        )
+        logits = student(made, use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
+    chosen = logits.gather(-1, made[:, ids.shape[1] :, None])[..., 0]
+    behind = float((logits.amax(-1) - chosen).max())
+    rounding = 64 * torch.finfo(student.dtype).eps * float(logits.abs().max())
+    if not behind <= rounding:
+        raise CheckpointError(
+            "the student generates other text with the key-value cache than without",
+            why=f"a cached token lies {behind:.3g} below the best logit, rounding explains {rounding:.3g}",
+            fix="report this with the model's config.json",
+        )
+
+
+_FRESH = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(load_file(sys.argv[2])["ids"], use_cache=False).logits.float().contiguous()
+save_file({"logits": logits}, sys.argv[3])
+"""
+
+
+def _check_reopens(student: PreTrainedModel, folder: Path, ids: Tensor) -> None:
+    """Plain transformers opens the folder in a process without halve and computes the same logits."""
+    given, made = folder.with_name("ids.safetensors"), folder.with_name("logits.safetensors")
+    save_file({"ids": ids.cpu().contiguous()}, given)
+    try:
+        command = [sys.executable, "-c", _FRESH, str(folder), str(given), str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else ""
+        if not why:
+            with torch.inference_mode():
+                logits = student(ids.to(student.device), use_cache=False).logits.float().cpu()
+            gap = float((load_file(made)["logits"] - logits).abs().max())
+            tolerance = max(1e-3, 64 * torch.finfo(student.dtype).eps * float(logits.abs().max()))
+            why = "" if gap <= tolerance else f"its logits differ by {gap:.3g}"
+    finally:
+        given.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
+    if why:
+        raise CheckpointError(
+            "the student does not reopen in plain transformers",
+            why=why,
+            fix="report this with the model's config.json",
+        )
