@@ -80,8 +80,8 @@ def _check_room(recipe: Recipe, out: Path) -> None:
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if free < needed:
         raise DiskError(
-            f"{out} needs about {needed / 1e9:.1f} GB",
-            why=f"{free / 1e9:.1f} GB are free there",
+            f"{out} needs about {_in_words(needed)}",
+            why=f"{_in_words(free)} are free there",
             fix="free some space, choose another folder with --out, or drop some of distill.baselines",
         )
 
@@ -102,6 +102,10 @@ def _bytes_needed(recipe: Recipe) -> int:
             if not source.startswith(sources.HUB):
                 text += sum(path.stat().st_size for path in sources.files(source))
     return models * weights + (2 * 3 * _FLOAT32_BYTES * count if trains else 0) + text
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _volume(shape: tuple[int, ...]) -> int:

@@ -1,0 +1,322 @@
+"""The order of a run, what makes a stage run again and what is found before anything runs.
+
+The stages are stand-ins that write down that they were called; the real ones run in test_resume.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import halve
+import halve.stages
+from halve import pipeline
+from halve.errors import HalveError, RunError
+from halve.recipe import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+CORRECT = {"tokens": 640, "batch": 4}
+DISTILL = {"tokens": 640, "batch": 4}
+BASELINES = ["ce", "random_init", "random_prune"]
+ALL = [
+    "correct",
+    "score",
+    "prune",
+    "distill",
+    "distill-ce",
+    "distill-random_init",
+    "prune-random",
+    "distill-random_prune",
+    "evaluate",
+    "report",
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The calls of stages, as (stage's folder, arguments)."""
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def stage(recipe: Recipe, *, out: Path, **arguments: Any) -> dict[str, Any]:
+        made.append((out.name.removeprefix(".").removesuffix(".work"), arguments))
+        (out / "model").mkdir(exist_ok=True)
+        (out / "model" / "weights").write_text(str(len(made)))
+        return {"calls": len(made)}
+
+    def report(run: Path, out: Path) -> None:
+        made.append(("report", {"run": run}))
+        (out / "report.html").touch()
+
+    for name in ("correct", "score", "prune", "distill", "evaluate"):
+        monkeypatch.setattr(halve.stages, name, SimpleNamespace(run=stage), raising=False)
+    monkeypatch.setattr(halve, "report", SimpleNamespace(write=report), raising=False)
+    return made
+
+
+@pytest.fixture
+def full(make_recipe: MakeRecipe) -> Callable[..., Recipe]:
+    def make(**changes: Any) -> Recipe:
+        distill = {**DISTILL, "baselines": BASELINES, **changes.pop("distill", {})}
+        return make_recipe(**{"correct": CORRECT, "distill": distill, **changes})
+
+    return make
+
+
+def test_stages_run_in_order_and_get_what_they_need(
+    calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = full()
+    assert pipeline.run(recipe, tmp_path / "run") == tmp_path / "run"
+    assert [name for name, _ in calls] == ALL
+    got = dict(calls)
+    run = tmp_path / "run"
+    corrected, cut = run / "correct" / "model", run / "prune" / "model"
+    assert all(arguments["cache"] == run / "data" for name, arguments in calls if name != "report")
+    assert got["correct"]["teacher"] == recipe.model
+    assert got["score"]["teacher"] == got["prune"]["teacher"] == got["distill"]["teacher"] == corrected
+    assert got["prune"]["scores"] == run / "score" / "scores.safetensors"
+    assert got["prune-random"]["scores"] is None
+    variants = {name: (got[name]["variant"], got[name]["student"]) for name in got if name.startswith("distill")}
+    assert variants == {
+        "distill": ("student", cut),
+        "distill-ce": ("ce", cut),
+        "distill-random_init": ("random_init", cut),
+        "distill-random_prune": ("random_prune", run / "prune-random" / "model"),
+    }
+    assert got["evaluate"]["reference"] == "corrected"
+    assert got["evaluate"]["models"] == {
+        "teacher": recipe.model,
+        "corrected": corrected,
+        "pruned": cut,
+        "distilled": run / "distill" / "model",
+        "ce": run / "distill-ce" / "model",
+        "random_init": run / "distill-random_init" / "model",
+        "random_prune": run / "distill-random_prune" / "model",
+    }
+    assert list(got["evaluate"]["models"])[:4] == ["teacher", "corrected", "pruned", "distilled"]
+
+
+def test_a_short_recipe_has_few_stages(
+    calls: list[tuple[str, dict[str, Any]]], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    pipeline.run(recipe, tmp_path / "run")
+    assert [name for name, _ in calls] == ["score", "prune", "evaluate", "report"]
+    got = dict(calls)
+    assert got["score"]["teacher"] == got["prune"]["teacher"] == recipe.model
+    assert got["evaluate"]["reference"] == "teacher"
+    assert list(got["evaluate"]["models"]) == ["teacher", "pruned"]
+
+
+def test_a_finished_run_is_left_as_it_is(
+    calls: list[tuple[str, dict[str, Any]]],
+    full: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline.run(full(), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/**/*")}
+    calls.clear()
+
+    def needless(*args: Any) -> None:
+        raise AssertionError("nothing is left to check")
+
+    monkeypatch.setattr(pipeline, "check", needless)
+    said = StringIO()
+    pipeline.run(full(), tmp_path / "run", console=Console(file=said))
+    assert calls == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/**/*")} == before
+    assert said.getvalue().splitlines() == [f"{name}: done before" for name in ALL]
+
+
+ALWAYS = {"evaluate", "report"}
+STUDENTS = {"distill", "distill-ce", "distill-random_init", "distill-random_prune"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({"seed": 1}, set(ALL)),
+        ({"dtype": "float32"}, set(ALL)),
+        ({"correct": {**CORRECT, "lr": 2e-4}}, set(ALL)),
+        ({"correct": {**CORRECT, "checkpoint_every": 3}}, set()),
+        ({"score": {"samples": 9, "micro_batch": 4}}, set(ALL) - {"correct"}),
+        ({"score": {"samples": 8, "micro_batch": 4, "seq_agg": "l2"}}, set(ALL) - {"correct", "score"}),
+        ({"prune": {"ffn": 48, "layers": 3}}, set(ALL) - {"correct", "score"}),
+        ({"distill": {"lr": 2e-4}}, STUDENTS | ALWAYS),
+        ({"distill": {"temperature": 2.0}}, STUDENTS - {"distill-ce"} | ALWAYS),
+        ({"distill": {"checkpoint_every": 3}}, set()),
+        ({"distill": {"baselines": ["ce"]}}, ALWAYS),
+        ({"evaluate": {"samples": 5, "speed": False}}, ALWAYS),
+    ],
+)
+def test_a_changed_recipe_runs_what_it_affects_again(
+    calls: list[tuple[str, dict[str, Any]]],
+    full: Callable[..., Recipe],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    again: set[str],
+) -> None:
+    pipeline.run(full(), tmp_path / "run")
+    calls.clear()
+    pipeline.run(full(**changes), tmp_path / "run")
+    assert {name for name, _ in calls} == again
+
+
+def test_inputs_count_by_their_content(
+    calls: list[tuple[str, dict[str, Any]]],
+    make_recipe: MakeRecipe,
+    corpus: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    def recipe(train: Path, valid: Path) -> Recipe:
+        return make_recipe(data={"train": [str(train)], "valid": [str(valid)], "context": 32})
+
+    train, valid = tmp_path / "a.txt", tmp_path / "v.txt"
+    shutil.copy(corpus / "train.txt", train)
+    shutil.copy(corpus / "valid.txt", valid)
+    pipeline.run(recipe(train, valid), tmp_path / "run")
+    calls.clear()
+    moved = train.rename(tmp_path / "b.txt")
+    pipeline.run(recipe(moved, valid), tmp_path / "run")
+    assert calls == []
+    with valid.open("a") as file:
+        file.write(" More.")
+    pipeline.run(recipe(moved, valid), tmp_path / "run")
+    assert [name for name, _ in calls] == ["prune", "evaluate", "report"]
+    calls.clear()
+    with moved.open("a") as file:
+        file.write(" More.")
+    pipeline.run(recipe(moved, valid), tmp_path / "run")
+    assert [name for name, _ in calls] == ["score", "prune", "evaluate", "report"]
+
+
+def test_a_changed_teacher_is_noticed(
+    calls: list[tuple[str, dict[str, Any]]], make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path
+) -> None:
+    teacher = Path(shutil.copytree(tiny_llama, tmp_path / "teacher"))
+    pipeline.run(make_recipe(model=str(teacher)), tmp_path / "run")
+    calls.clear()
+    (teacher / "README.md").write_text("hello")
+    pipeline.run(make_recipe(model=str(teacher)), tmp_path / "run")
+    assert calls == []
+    config = (teacher / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    (teacher / "config.json").write_text(config)
+    pipeline.run(make_recipe(model=str(teacher)), tmp_path / "run")
+    assert [name for name, _ in calls] == ["score", "prune", "evaluate", "report"]
+
+
+def test_a_damaged_artifact_is_made_again(
+    calls: list[tuple[str, dict[str, Any]]], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    pipeline.run(make_recipe(), tmp_path / "run")
+    calls.clear()
+    (tmp_path / "run" / "prune" / "model" / "weights").unlink()
+    pipeline.run(make_recipe(), tmp_path / "run")
+    assert [name for name, _ in calls] == ["prune"]
+
+
+def test_a_failed_stage_goes_on_where_it_was_and_starts_anew_for_another_recipe(
+    calls: list[tuple[str, dict[str, Any]]],
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[bool] = []
+
+    def fails(recipe: Recipe, *, out: Path, **arguments: Any) -> dict[str, Any]:
+        found.append((out / ".checkpoints").exists())
+        (out / ".checkpoints").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(halve.stages, "prune", SimpleNamespace(run=fails))
+        for recipe in (make_recipe(), make_recipe(), make_recipe(prune={"ffn": 48})):
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(recipe, tmp_path / "run")
+    assert found == [False, True, False]
+    assert not (tmp_path / "run" / "prune").exists()
+    calls.clear()
+    pipeline.run(make_recipe(prune={"ffn": 48}), tmp_path / "run")
+    assert [name for name, _ in calls] == ["prune", "evaluate", "report"]
+
+
+def test_one_stage_alone(calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="score needs the artifact of correct\n  why: correct has not finished"):
+        pipeline.run(full(), tmp_path / "run", only="score")
+    assert calls == []
+    for section in pipeline.SECTIONS:
+        pipeline.run(full(), tmp_path / "run", only=section)
+    assert [name for name, _ in calls] == [
+        "correct",
+        "score",
+        "prune",
+        "prune-random",
+        *(name for name in ALL if name.startswith("distill")),
+        "evaluate",
+        "report",
+    ]
+    calls.clear()
+    pipeline.run(full(), tmp_path / "run")
+    assert calls == []
+    with pytest.raises(RunError, match=r"needs the artifact of prune\n.*\n  fix: halve prune with the same recipe"):
+        pipeline.run(full(prune={"ffn": 48}), tmp_path / "run", only="evaluate")
+
+
+def test_a_section_that_the_recipe_lacks_cannot_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is nothing to distill\n  why: recipe tiny has no section distill"):
+        pipeline.run(make_recipe(), tmp_path / "run", only="distill")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_found_before_the_first_stage(
+    calls: list[tuple[str, dict[str, Any]]], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(HalveError, match="cannot keep 65 of 64 ffn"):
+        pipeline.run(make_recipe(prune={"ffn": 65}), tmp_path / "run")
+    assert calls == []
+
+
+def test_check_finds_nothing_wrong_with_a_good_recipe(full: Callable[..., Recipe], tmp_path: Path) -> None:
+    assert pipeline.check(full(), tmp_path / "run") == ()
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_reports_every_mistake_at_once(
+    make_recipe: MakeRecipe, tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "choices.jsonl").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    data = {"train": [str(tmp_path / "empty.txt")], "valid": [str(tmp_path / "none.txt")], "context": 4096}
+    evaluate = {"choices": [str(tmp_path / "choices.jsonl")]}
+    recipe = make_recipe(data=data, prune={"heads": 3}, evaluate=evaluate)
+    found = [str(error) for error in pipeline.check(recipe, tmp_path / "out")]
+    expected = [
+        "is not a run folder",
+        "a sample has 4096 tokens, the model's context has 128",
+        "cannot keep 3 query heads",
+        "empty.txt is empty",
+        "there is no corpus",
+        "choices.jsonl",
+    ]
+    assert len(found) == len(expected), found
+    for message, error in zip(expected, found, strict=True):
+        assert message in error
+
+
+def test_check_looks_at_the_room_on_the_disk(
+    full: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    (error,) = pipeline.check(full(), tmp_path / "run")
+    assert " MB\n  why: 0.1 MB are free there" in str(error)

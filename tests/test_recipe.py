@@ -1,0 +1,141 @@
+"""The recipe: what it takes, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halve import recipe as recipes
+from halve.errors import RecipeError
+
+MINIMAL: dict[str, Any] = {
+    "name": "tiny",
+    "model": "owner/model",
+    "data": {"train": ["text.txt"], "valid": ["valid.txt"]},
+    "prune": {"hidden": 48},
+}
+
+
+def parse(folder: Path, **changes: Any) -> recipes.Recipe:
+    return recipes.parse({**MINIMAL, **changes}, folder=folder, source="r.yaml")
+
+
+def test_a_file_gives_the_recipe_that_its_text_says(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        """
+name: half-llama
+model: owner/model
+data:
+  train: [text.txt, "hub:owner/name:train"]
+  valid: [/elsewhere/valid.jsonl]
+  context: 128
+correct: {tokens: 1000, lr: 2e-5, min_lr: 1e-6}
+prune: {params: 4.5B}
+distill: {tokens: 2000, batch: 8, micro_batch: 2, baselines: [ce, random_init]}
+""",
+        encoding="utf-8",
+    )
+    recipe = recipes.load(path)
+    assert recipe.name == "half-llama"
+    assert recipe.data.train == (str(tmp_path / "text.txt"), "hub:owner/name:train")
+    assert recipe.data.valid == ("/elsewhere/valid.jsonl",)
+    assert recipe.correct is not None
+    assert recipe.correct.lr == 2e-5
+    assert recipe.distill is not None
+    assert recipe.distill.baselines == ("ce", "random_init")
+    assert recipe.distill.objective == "kl"
+    assert (recipe.score.samples, recipe.score.batch_agg, recipe.score.seq_agg) == (1024, "l2", "mean")
+    assert recipe.prune.gain == "fitted"
+
+
+def test_correction_and_distillation_are_off_unless_asked_for(tmp_path: Path) -> None:
+    recipe = parse(tmp_path)
+    assert recipe.correct is None
+    assert recipe.distill is None
+
+
+def test_a_recipe_survives_json(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, distill={"tokens": 5})
+    assert recipes.Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_model_is_a_folder_beside_the_recipe_or_a_hub_name(tmp_path: Path) -> None:
+    assert parse(tmp_path).model == "owner/model"
+    assert parse(tmp_path, model="./later").model == str(tmp_path / "later")
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    assert parse(tmp_path).model == str(tmp_path / "owner" / "model")
+
+
+def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    assert parse(tmp_path, evaluate={"choices": ["a.jsonl"]}).evaluate.choices == (str(tmp_path / "a.jsonl"),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, r"unknown key modle in r\.yaml\n  why: no stage would read it\n  fix: did you mean model\?"),
+        ({"zzzzzz": 1}, r"unknown key zzzzzz in r\.yaml\n.*\n  fix: known here: correct, data, device"),
+        ({"prune": {"hiden": 4}}, r"unknown key prune\.hiden in r\.yaml\n.*\n  fix: did you mean hidden\?"),
+        (
+            {"distill": {"tokens": 1, "xyzzy": 1}},
+            r"unknown key distill\.xyzzy in r\.yaml\n.*\n  fix: known here: .*\blr\b",
+        ),
+        ({"distill": {}}, r"r\.yaml lacks distill\.tokens\n.*\n  fix: add distill\.tokens:"),
+        ({"data": {"train": ["a"]}}, r"r\.yaml lacks data\.valid"),
+        ({"data": {"train": [], "valid": ["a"]}}, r"bad value for data\.train in r\.yaml"),
+        ({"prune": {"hidden": 0}}, r"bad value for prune\.hidden in r\.yaml\n  why: .*greater than 0.*given: 0"),
+        ({"prune": {"hidden": 4, "params": "1B"}}, "exactly one of params, non_embedding_ratio, or sizes by hand"),
+        ({"prune": {}}, "exactly one of"),
+        ({"prune": {"layers": 2, "drop_layers": "0"}}, "layers and drop_layers say the same thing twice"),
+        ({"prune": {"non_embedding_ratio": 1.5}}, r"bad value for prune\.non_embedding_ratio"),
+        ({"distill": {"tokens": 9, "lr": 1e-6}}, "min_lr 1e-05 is above lr 1e-06"),
+        ({"distill": {"tokens": 9, "batch": 6, "micro_batch": 4}}, "batch 6 is not a multiple of micro_batch 4"),
+        ({"distill": {"tokens": 9, "lr": float("nan")}}, r"bad value for distill\.lr"),
+        ({"name": "../up"}, "bad value for name"),
+        ({"device": "tpu"}, r"bad value for device in r\.yaml\n.*'tpu'"),
+        ({"seed": -1}, "bad value for seed"),
+    ],
+)
+def test_mistakes_are_named_with_their_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"cannot read recipe .*r\.yaml\n  why: No such file"),
+        ("a: [", r"recipe .*r\.yaml is not YAML"),
+        ("\x00", r"recipe .*r\.yaml is not YAML"),
+        ("just words", r"recipe .*r\.yaml has no keys\n  why: a recipe is a mapping, this is str"),
+        ("", r"recipe .*r\.yaml has no keys\n  why: a recipe is a mapping, this is NoneType"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        recipes.load(tmp_path / "r.yaml")
+
+
+def test_a_recipe_cannot_make_objects(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        recipes.load(tmp_path / "r.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+def test_recipes_are_values(tmp_path: Path) -> None:
+    recipe = parse(tmp_path)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+def test_reading_recipes_does_not_import_torch() -> None:
+    code = "import sys, halve.recipe, halve.pipeline; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
