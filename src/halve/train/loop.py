@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -37,7 +36,9 @@ _HALF = (torch.bfloat16, torch.float16)
 class Samples(Protocol):
     """Packed samples whose order is a function of the step (see `corpus.Samples`)."""
 
-    context: int
+    @property
+    def context(self) -> int:
+        """Tokens in a sample."""
 
     def batch(self, step: int, batch: int) -> Tensor:
         """Return the token ids [batch, context] of step `step`, counted from 0."""
@@ -92,7 +93,6 @@ def train(
     start = step = checkpoints.restore(work, student, optimizer, identity)
     saved: Path | None = next(iter(sorted(work.glob("step-*"))), None) if start else None
     _truncate(metrics, start)
-    precision = _precision(training, device)
     loss: float | None = None
     figures: Mapping[str, float] = {}
 
@@ -100,13 +100,13 @@ def train(
         nonlocal figures
         if heldout is None:
             return {}
-        with precision():
+        with autocast(training, device):
             figures = dict(heldout(body, head))
         _require_finite(figures, step, saved, training)
         return {"heldout": figures}
 
     def summed(ids_BS: Tensor) -> tuple[Tensor, int]:
-        with precision():
+        with autocast(training, device):
             return objective(body, head, ids_BS.to(device))
 
     with disk_guard(metrics), metrics.open("a", encoding="utf-8") as log:
@@ -130,6 +130,17 @@ def train(
                     os.fsync(log.fileno())
                     saved = checkpoints.save(work, step, student, optimizer, identity)
     return TrainResult(steps, steps * step_tokens, start, loss, figures)
+
+
+def autocast(training: Training, device: str) -> torch.autocast:
+    """Give the context of a forward pass: bfloat16 where the recipe says so or, by default, where it is faster."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_half(training, device))
+
+
+def is_half(training: Training, device: str) -> bool:
+    """Whether matrix products are taken in bfloat16 on this device."""
+    cuda = torch.device(device).type == "cuda"
+    return training.precision == "bfloat16" or (training.precision == "auto" and cuda)
 
 
 def num_steps(training: Training, context: int) -> int:
@@ -244,14 +255,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):  # the kill cut it short
         return math.inf
-
-
-class _Precision(Protocol):
-    def __call__(self) -> AbstractContextManager[Any]: ...
-
-
-def _precision(training: Training, device: str) -> _Precision:
-    """Autocast to bfloat16 where the recipe says so or, by default, where it is faster."""
-    kind = torch.device(device).type
-    half = training.precision == "bfloat16" or (training.precision == "auto" and kind == "cuda")
-    return lambda: torch.autocast(kind, torch.bfloat16, enabled=half)

@@ -115,8 +115,8 @@ def kl_rows(
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
     """Return KL(teacher || student) * temperature^2 of each token, and its gradient by the student's logits.
 
-    The sum is taken over `p (log p - log q) + q - p`: no term is negative and equal distributions give
-    exactly zero, so a small divergence is not lost in the rounding of large logits.
+    The sum is taken over `p (log p - log q) + q - p`, whose first-order rounding errors cancel: equal
+    distributions give exactly zero, and a small divergence is not lost in the rounding of large logits.
     """
     log_q_RV = torch.log_softmax(student / temperature if temperature != 1.0 else student, -1)
     log_p_RV = torch.log_softmax(teacher / temperature if temperature != 1.0 else teacher, -1)

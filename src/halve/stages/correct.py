@@ -1,0 +1,55 @@
+"""The correct stage: fine-tune the whole teacher on the corpus before it teaches (2408.11796, Sec. 2.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from halve import checkpoint, measure
+from halve.progress import SILENT, Progress
+from halve.recipe import Recipe
+from halve.train import corpus, loop, objectives
+
+
+def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
+    """Write the corrected teacher to `out/model` and the course of its training to `out/metrics.jsonl`.
+
+    The model keeps the precision that its weights had. `cache` is the run's folder of token files; what a
+    killed run left in `out` is gone on with. Raises `TrainError` when a loss is not finite, and `CorpusError`.
+    """
+    assert recipe.correct is not None
+    training = recipe.correct
+    device = checkpoint.resolve_device(recipe.device)
+    tokenizer = checkpoint.load_tokenizer(teacher)
+    config = checkpoint.load_config(teacher)
+    checkpoint.check_tokenizer(tokenizer, config, source=teacher)
+    measure.require_context(config, recipe.data.context, "a sample")
+    train = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
+    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    samples = corpus.Samples(train, recipe.data.context, recipe.seed)
+    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).first(training.eval_samples)
+    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
+    own_dtype = model.dtype
+    result = loop.train(
+        model,
+        objectives.cross_entropy(),
+        samples,
+        training,
+        seed=recipe.seed,
+        device=device,
+        work=out / ".checkpoints",
+        metrics=out / "metrics.jsonl",
+        progress=progress,
+        heldout=objectives.heldout_loss(heldout, micro_batch=training.micro_batch or training.batch),
+        name="correct",
+    )
+    record = {
+        "stage": "correct",
+        "teacher": str(teacher),
+        "seed": recipe.seed,
+        "corpus": train.fingerprint,
+        "training": training.model_dump(mode="json"),
+        **result.as_dict(),
+    }
+    checkpoint.save_model(model.to(own_dtype), out / "model", extra_from=teacher, record=record)
+    return result.as_dict()

@@ -1,0 +1,118 @@
+"""The distill stage: the student recovers what the cut cost it by following the teacher.
+
+The variants share the tokens, their order and the loop, and differ in one thing each:
+
+    student        the pruned model, trained with the recipe's objective
+    ce             the pruned model, trained with cross-entropy alone
+    random_init    the pruned model's sizes, weights drawn at random
+    random_prune   a model whose kept parts were drawn at random (made by the prune stage)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from halve import checkpoint, measure
+from halve.head import split
+from halve.progress import SILENT, Progress
+from halve.recipe import Dtype, Recipe
+from halve.train import corpus, loop, objectives
+
+VARIANTS = ("student", "ce", "random_init", "random_prune")
+
+
+def run(
+    recipe: Recipe,
+    *,
+    teacher: Path | str,
+    student: Path | str,
+    variant: str,
+    cache: Path,
+    out: Path,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write the recovered student to `out/model` and the course of its training to `out/metrics.jsonl`.
+
+    Before the first step: the teacher's cross-entropy is sane, its divergence from itself is zero, the
+    vocabularies align, the student's figures are finite. The teacher only ever runs forward. The model keeps
+    the precision of the student's checkpoint. `cache` is the run's folder of token files; what a killed run
+    left in `out` is gone on with. Raises `TrainError` where one of these fails, and `CorpusError`.
+    """
+    assert recipe.distill is not None
+    assert variant in VARIANTS
+    training = recipe.distill
+    device = checkpoint.resolve_device(recipe.device)
+    tokenizer = checkpoint.load_tokenizer(teacher)
+    for source in (teacher, student):
+        config = checkpoint.load_config(source)
+        checkpoint.check_tokenizer(tokenizer, config, source=source)
+        measure.require_context(config, recipe.data.context, "a sample")
+    train = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
+    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    samples = corpus.Samples(train, recipe.data.context, recipe.seed)
+    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).first(training.eval_samples)
+    micro_batch = training.micro_batch or training.batch
+
+    precision = loop.autocast(training, device)
+    master = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device).requires_grad_(False)
+    if not loop.is_half(training, device):
+        master.float()  # products of half-precision weights would not be exact, and on a CPU not fast
+    teacher_body, teacher_head = split(master)
+    model = _start(student, variant, seed=recipe.seed, dtype=recipe.dtype, device=device)
+    own_dtype = model.dtype
+    num_tokens = 1 + max(tokenizer.get_vocab().values())
+    vocab = objectives.shared_vocab(split(model)[1], teacher_head, num_tokens=num_tokens)
+    with precision:
+        teacher_ce = objectives.check_teacher(teacher_body, teacher_head, heldout, vocab=vocab, micro_batch=micro_batch)
+    if variant == "ce" or training.objective == "ce":
+        objective = objectives.cross_entropy()
+    else:
+        objective = objectives.distillation(
+            teacher_body,
+            teacher_head,
+            vocab=vocab,
+            temperature=training.temperature,
+            ce_share=training.ce_weight if training.objective == "mix" else 0.0,
+        )
+    result = loop.train(
+        model,
+        objective,
+        samples,
+        training,
+        seed=recipe.seed,
+        device=device,
+        work=out / ".checkpoints",
+        metrics=out / "metrics.jsonl",
+        progress=progress,
+        heldout=objectives.heldout_divergence(
+            teacher_body, teacher_head, heldout, vocab=vocab, micro_batch=micro_batch
+        ),
+        name="distill" if variant == "student" else f"distill-{variant}",
+    )
+    metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
+    record = {
+        "stage": "distill",
+        "teacher": str(teacher),
+        "student": str(student),
+        "seed": recipe.seed,
+        "corpus": train.fingerprint,
+        "training": training.model_dump(mode="json"),
+        **metrics,
+    }
+    checkpoint.save_model(model.to(own_dtype), out / "model", extra_from=student, record=record)
+    return metrics
+
+
+def _start(student: Path | str, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:
+    """Load the student; for a random start, draw weights of its shapes in its precision."""
+    model = checkpoint.load_model(student, dtype=dtype, device=device)
+    if variant != "random_init":
+        return model
+    with torch.random.fork_rng(devices=[]):  # the draw is the seed's alone, and leaves no trace
+        torch.manual_seed(seed)
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.load_config(student), dtype=torch.float32)
+    return fresh.to(device=device, dtype=model.dtype)

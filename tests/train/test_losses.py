@@ -1,0 +1,285 @@
+"""The chunked losses against the plain formulas in float64, and the memory that they do without.
+
+Shapes: N tokens, D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from halve.head import Head
+from halve.train import losses
+
+F64 = torch.float64
+N, D, TEACHER_D, V = 23, 8, 11, 29
+
+
+class Case(NamedTuple):
+    """Two heads with their hidden states, of which the student's parts want gradients."""
+
+    hidden_ND: Tensor
+    head: Head
+    teacher_ND: Tensor
+    teacher_head: Head
+    labels: Tensor
+
+
+def case(
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    bias: bool = False,
+    rows: int = V,
+    teacher_rows: int = V,
+    dtype: torch.dtype = F64,
+) -> Case:
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=F64).to(dtype)
+
+    def head(rows: int, width: int, grad: bool) -> Head:
+        parts = [draw(rows, width), draw(rows)]
+        weight, shift = (nn.Parameter(part) if grad else part for part in parts)
+        return Head(weight, shift if bias else None, scale, softcap)
+
+    hidden_ND = draw(N, D).requires_grad_()
+    labels = torch.randint(V, (N,), generator=random)
+    return Case(hidden_ND, head(rows, D, True), draw(N, TEACHER_D), head(teacher_rows, TEACHER_D, False), labels)
+
+
+def plain_logits(hidden_ND: Tensor, head: Head, vocab: int) -> Tensor:
+    z_NV = hidden_ND @ head.weight[:vocab].t()
+    if head.bias is not None:
+        z_NV = z_NV + head.bias[:vocab]
+    z_NV = z_NV * head.scale
+    return z_NV if head.softcap is None else torch.tanh(z_NV / head.softcap) * head.softcap
+
+
+def plain_kl(one: Case, *, vocab: int = V, temperature: float = 1.0) -> Tensor:
+    q = torch.softmax(plain_logits(one.hidden_ND, one.head, vocab) / temperature, -1)
+    p = torch.softmax(plain_logits(one.teacher_ND, one.teacher_head, vocab) / temperature, -1)
+    return (p * (p.log() - q.log())).sum() * temperature**2
+
+
+def plain_ce(one: Case, *, vocab: int = V) -> Tensor:
+    return nn.functional.cross_entropy(plain_logits(one.hidden_ND, one.head, vocab), one.labels, reduction="sum")
+
+
+def chunked_kl(one: Case, *, chunk: int, vocab: int = V, temperature: float = 1.0) -> Tensor:
+    target = losses.forward_kl(one.teacher_ND, one.teacher_head, vocab=vocab, temperature=temperature)
+    return losses.chunked(one.hidden_ND, one.head, target, vocab=vocab, chunk=chunk)
+
+
+def chunked_ce(one: Case, *, chunk: int, vocab: int = V) -> Tensor:
+    return losses.chunked(one.hidden_ND, one.head, losses.cross_entropy(one.labels), vocab=vocab, chunk=chunk)
+
+
+def gradients(loss: Tensor, one: Case) -> list[Tensor]:
+    wanted = [one.hidden_ND, one.head.weight] + ([] if one.head.bias is None else [one.head.bias])
+    return list(torch.autograd.grad(loss, wanted))
+
+
+def assert_same(have: Tensor, want: Tensor, one: Case) -> None:
+    torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(gradients(have * 0.7, one), gradients(want * 0.7, one), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.25},
+    "softcap": {"softcap": 2.0},
+    "all": {"bias": True, "scale": 3.0, "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, N, 100])
+@pytest.mark.parametrize("kind", HEADS)
+def test_kl_is_the_plain_formula(kind: str, chunk: int) -> None:
+    one = case(**HEADS[kind])
+    assert_same(chunked_kl(one, chunk=chunk), plain_kl(one), one)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, N])
+@pytest.mark.parametrize("kind", HEADS)
+def test_ce_is_the_plain_formula(kind: str, chunk: int) -> None:
+    one = case(**HEADS[kind])
+    assert_same(chunked_ce(one, chunk=chunk), plain_ce(one), one)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_kl_at_a_temperature(temperature: float) -> None:
+    one = case(softcap=5.0)
+    assert_same(chunked_kl(one, chunk=6, temperature=temperature), plain_kl(one, temperature=temperature), one)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_mix_is_the_weighted_sum(share: float) -> None:
+    one = case(scale=0.5)
+    kl = losses.forward_kl(one.teacher_ND, one.teacher_head, vocab=V, temperature=2.0)
+    target = losses.mix(kl, losses.cross_entropy(one.labels), share=share)
+    have = losses.chunked(one.hidden_ND, one.head, target, vocab=V, chunk=10)
+    assert_same(have, (1 - share) * plain_kl(one, temperature=2.0) + share * plain_ce(one), one)
+
+
+@pytest.mark.parametrize(("rows", "teacher_rows"), [(V, V + 5), (V + 5, V), (V + 3, V + 5)])
+def test_padded_vocabularies_are_aligned(rows: int, teacher_rows: int) -> None:
+    one = case(rows=rows, teacher_rows=teacher_rows, bias=True)
+    loss = chunked_kl(one, chunk=9)
+    assert_same(loss, plain_kl(one), one)
+    _, weight_VD, bias_V = gradients(chunked_kl(one, chunk=9), one)
+    assert weight_VD.shape[0] == rows
+    assert not weight_VD[V:].any()
+    assert not bias_V[V:].any()
+    assert_same(chunked_ce(one, chunk=9, vocab=V), plain_ce(one), one)
+
+
+def test_tied_weights_gather_both_gradients() -> None:
+    one = case()
+    ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    tied_VD, inner_DD = one.head.weight, torch.randn(D, D, dtype=F64)
+
+    def gradient(kl: Any, **options: Any) -> Tensor:
+        student = one._replace(hidden_ND=torch.tanh(tied_VD[ids] @ inner_DD))
+        return torch.autograd.grad(kl(student, **options), tied_VD)[0]
+
+    torch.testing.assert_close(gradient(chunked_kl, chunk=5), gradient(plain_kl), rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.booleans(), min_size=N, max_size=N), st.sampled_from([1, 4, 50]))
+def test_padding_never_counts(seed: int, keep: list[bool], chunk: int) -> None:
+    one, mask = case(seed=seed), torch.tensor(keep)
+    with torch.no_grad():
+        one.hidden_ND[~mask] = math.nan
+    clean = [losses.keep_tokens(part, mask) for part in (one.hidden_ND, one.teacher_ND, one.labels)]
+    kept = one._replace(hidden_ND=clean[0], teacher_ND=clean[1], labels=clean[2])
+    hidden_ND, weight_VD = gradients(chunked_kl(kept, chunk=chunk) + chunked_ce(kept, chunk=chunk), one)
+    assert not hidden_ND[~mask].any()
+    bare = kept._replace(hidden_ND=clean[0].detach().requires_grad_())
+    want_ND, want_VD = gradients(plain_kl(bare) + plain_ce(bare), bare)
+    torch.testing.assert_close(hidden_ND[mask], want_ND, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(weight_VD, want_VD, rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 4.0))
+def test_a_divergence_is_never_negative(seed: int, temperature: float) -> None:
+    one = case(seed=seed)
+    kl_N, _ = losses.kl_rows(
+        plain_logits(one.hidden_ND, one.head, V).detach().float(),
+        plain_logits(one.teacher_ND, one.teacher_head, V).float(),
+        temperature=temperature,
+    )
+    assert (kl_N >= 0).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 4.0))
+def test_equal_models_diverge_by_exactly_nothing(seed: int, temperature: float) -> None:
+    one = case(seed=seed, dtype=torch.float32, softcap=4.0)
+    head = Head(one.head.weight.detach(), softcap=4.0)
+    same = one._replace(teacher_ND=one.hidden_ND.detach(), teacher_head=head)
+    loss = chunked_kl(same, chunk=8, temperature=temperature)
+    assert loss == 0
+    assert not any(grad.any() for grad in gradients(loss, same))
+
+
+def test_a_small_divergence_survives_large_logits() -> None:
+    one = case(dtype=F64)
+    teacher_NV = 40 + 5 * plain_logits(one.teacher_ND, one.teacher_head, V)
+    student_NV = teacher_NV + 1e-2 * torch.randn(N, V, dtype=F64, generator=torch.Generator().manual_seed(0))
+    want_N, want_NV = losses.kl_rows(student_NV, teacher_NV)
+    have_N, have_NV = losses.kl_rows(student_NV.float(), teacher_NV.float())
+    assert (have_N.sum() / want_N.sum() - 1).abs() < 0.002
+    assert (have_NV - want_NV).norm() < 0.002 * want_NV.norm()
+
+
+def test_half_precision_weights_give_logits_that_are_not_rounded() -> None:
+    one = case(dtype=torch.bfloat16)
+    exact = Case(
+        one.hidden_ND.detach().double().requires_grad_(),
+        Head(nn.Parameter(one.head.weight.detach().double())),
+        one.teacher_ND.double(),
+        Head(one.teacher_head.weight.double()),
+        one.labels,
+    )
+    loss, want = chunked_kl(one, chunk=8), plain_kl(exact)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    for ours, theirs in zip(gradients(loss, one), gradients(want, exact), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-4)
+
+
+def test_autocast_does_not_reach_the_logits() -> None:
+    one = case(dtype=torch.float32)
+    want = chunked_kl(one, chunk=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chunked_kl(one, chunk=8), want)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    one = case()
+    frozen = one._replace(head=Head(one.head.weight.detach()))
+    loss = chunked_kl(frozen, chunk=8)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, one.hidden_ND), torch.autograd.grad(plain_kl(frozen), one.hidden_ND)
+    )
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers the storage of every result, and the largest sum that was alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_no_tensor_holds_more_logits_than_a_chunk(kind: str) -> None:
+    one, chunk = case(**HEADS[kind]), 12
+    assert N > chunk > TEACHER_D > D  # so that all other tensors are smaller, and the logits of all are larger
+    for loss in (chunked_kl, chunked_ce):
+        with Allocations() as seen:
+            loss(one, chunk=chunk).backward()
+        assert seen.largest == chunk * V
+
+
+def test_measures_are_the_plain_formulas() -> None:
+    one = case(softcap=3.0)
+    found = losses.divergence(one.hidden_ND, one.head, one.teacher_ND, one.teacher_head, one.labels, vocab=V, chunk=6)
+    torch.testing.assert_close(found.kl, plain_kl(one).detach())
+    torch.testing.assert_close(found.ce, plain_ce(one).detach())
+    best = [
+        plain_logits(hidden, head, V).argmax(-1)
+        for hidden, head in ((one.hidden_ND, one.head), (one.teacher_ND, one.teacher_head))
+    ]
+    assert found.agreement == (best[0] == best[1]).sum()
+    loss_N = losses.token_losses(one.hidden_ND, one.head, one.labels, vocab=V, chunk=6)
+    torch.testing.assert_close(loss_N.sum(), plain_ce(one).detach())
+
+
+def test_chunks_fit_the_vocabulary() -> None:
+    assert losses.chunk_tokens(2048, cuda=False) * 2048 <= 2**21
+    assert losses.chunk_tokens(128_256, cuda=True) * 128_256 <= 2**28
+    assert losses.chunk_tokens(2**30, cuda=False) == 256
