@@ -15,6 +15,8 @@ from xml.sax.saxutils import escape, quoteattr
 WIDTH = 480
 _LINE_HEIGHT = 14
 
+Number = int | float
+
 
 @dataclass(frozen=True)
 class Series:
@@ -22,7 +24,7 @@ class Series:
 
     label: str
     color: str
-    points: tuple[tuple[float, float], ...]
+    points: tuple[tuple[Number, Number], ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Level:
     """A horizontal line to compare curves with."""
 
     label: str
-    value: float
+    value: Number
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Interval:
 
     label: str
     color: str
-    value: float
-    stderr: float | None
+    value: Number
+    stderr: Number | None
 
 
 def curves(
@@ -98,7 +100,7 @@ def dots(rows: Sequence[Interval], *, title: str) -> str:
     return _svg(height, title, parts)
 
 
-def bars(values: Sequence[float], kept: Sequence[bool], *, title: str, x_label: str) -> str:
+def bars(values: Sequence[Number], kept: Sequence[bool], *, title: str, x_label: str) -> str:
     """One bar an entry; entries that were cut are outlines."""
     height, left, top, bottom = 190, 50, 12, 40
     high = max(*values, 0.0) or 1.0
@@ -121,14 +123,40 @@ def bars(values: Sequence[float], kept: Sequence[bool], *, title: str, x_label: 
     return _svg(height, title, parts)
 
 
+def profile(values: Sequence[Number], kept: int, *, title: str, x_label: str) -> str:
+    """Values from the largest down as a filled curve; the first `kept` of them are what was kept."""
+    height, left, right, top, bottom = 190, 50, 4, 16, 40
+    step = max(1, len(values) // 240)
+    ordered = sorted(values, reverse=True)
+    points = [(i, ordered[i]) for i in range(0, len(ordered), step)] + [(len(ordered) - 1, ordered[-1])]
+    y_ticks = ticks(0, ordered[0], 4)
+    to_x = _scale(0, len(ordered) - 1, left, WIDTH - right)
+    to_y = _scale(0, ordered[0] * 1.05 or 1.0, height - bottom, top)
+    base = height - bottom
+    edge = min(kept, len(ordered) - 1)
+    parts = [_grid_y(y_ticks, to_y, left, WIDTH - right)]
+    for state, part in (
+        ("cut", [p for p in [(edge, ordered[edge]), *points] if p[0] >= edge]),
+        ("kept", [*(p for p in points if p[0] < edge), (edge, ordered[edge])]),
+    ):
+        path = "L".join(f"{_n(to_x(x))} {_n(to_y(y))}" for x, y in sorted(part))
+        first, last = _n(to_x(min(part)[0])), _n(to_x(max(part)[0]))
+        parts.append(f'<path class="area {state}" d="M{path}L{last} {base}L{first} {base}Z"/>')
+    if kept < len(values):
+        parts.append(_cut_line(to_x(edge), top - 6, base, f"kept {kept} of {len(values)}", to_x(edge) > 300))
+    parts.append(_axis_x(ticks(0, len(values), 4), to_x, base, x_label))
+    return _svg(height, title, parts)
+
+
 def ranked(
-    rows: Sequence[Sequence[float]], labels: Sequence[str], *, title: str, x_label: str, cut_at: float | None
+    rows: Sequence[Sequence[Number]], labels: Sequence[str], *, title: str, x_label: str, cut_at: Number |
+    None
 ) -> str:
     """Heat map of importance, best first: a row a layer, columns are shares of its entries.
 
     `rows` hold values from 0 to 1. A line stands at `cut_at`, the share that is kept.
     """
-    left, right, top, bottom = 50, 4, 14, 40
+    left, right, top, bottom = 50, 4, 20, 40
     row_height = min(18.0, max(5.0, 260 / len(rows)))
     height = math.ceil(top + row_height * len(rows) + bottom)
     width = (WIDTH - left - right) / len(rows[0])
@@ -143,15 +171,13 @@ def ranked(
     base = top + row_height * len(rows)
     if cut_at is not None:
         x = left + (WIDTH - left - right) * cut_at
-        parts.append(f'<path class="cutline" d="M{_n(x)} {top - 4}V{_n(base + 3)}"/>')
-        anchor, dx = ("end", -5) if cut_at > 0.5 else ("", 5)
-        parts.append(_text(x + dx, base + 15, f"kept {100 * cut_at:.0f} %", f"label accent {anchor}"))
+        parts.append(_cut_line(x, top - 14, base + 3, f"kept {100 * cut_at:.0f} %", cut_at > 0.5))
     parts.append(_text((left + WIDTH) / 2, height - 6, x_label, "tick middle"))
     return _svg(height, title, parts)
 
 
 def grid(
-    rows: Sequence[Sequence[float]],
+    rows: Sequence[Sequence[Number]],
     kept: Sequence[Sequence[bool]],
     labels: Sequence[str],
     *,
@@ -179,7 +205,7 @@ def grid(
     return _svg(height, title, parts)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: Number, high: Number, count: int = 5) -> list[Number]:
     """Round numbers inside [low, high], about `count` of them."""
     span = high - low
     if not span > 0:
@@ -191,7 +217,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def figure(value: float) -> str:
+def figure(value: Number) -> str:
     """A number for reading: three significant digits or so, k, M and B for large ones.
 
     >>> [figure(x) for x in (0, 0.01234, 1.5, 23.456, 1234, 7_000_000)]
@@ -205,13 +231,13 @@ def figure(value: float) -> str:
     return _digits(value)
 
 
-def _digits(value: float) -> str:
+def _digits(value: Number) -> str:
     places = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _y_range(ys: Sequence[float], log: bool) -> tuple[float, float, list[float]]:
+def _y_range(ys: Sequence[Number], log: bool) -> tuple[Number, Number, list[Number]]:
     low, high = min(ys), max(ys)
     if not log:
         pad = (high - low or abs(high) or 1) * 0.06
@@ -224,13 +250,15 @@ def _y_range(ys: Sequence[float], log: bool) -> tuple[float, float, list[float]]
     return low, high, fine if len(fine) <= 7 or len(coarse) < 2 else coarse
 
 
-def _scale(low: float, high: float, start: float, end: float, *, log: bool = False) -> Callable[[float], float]:
+def _scale(low: Number, high: Number, start: Number, end: Number, *, log: bool = False) -> Callable[[Number],
+Number]:
     bend = math.log if log else float
     a, b = bend(low), bend(high)
     return lambda value: start + (end - start) * ((bend(value) - a) / (b - a) if b > a else 0.5)
 
 
-def _spread(ends: list[tuple[float, str, str]], *, low: float, high: float) -> list[tuple[float, str, str]]:
+def _spread(ends: list[tuple[Number, str, str]], *, low: Number, high: Number) -> list[tuple[Number, str,
+str]]:
     """Move labels apart so that none covers another: down from the top, then up from the bottom."""
     placed = sorted(ends)
     ys = [y for y, _, _ in placed]
@@ -243,18 +271,18 @@ def _spread(ends: list[tuple[float, str, str]], *, low: float, high: float) -> l
     return [(max(y, low), label, color) for y, (_, label, color) in zip(ys, placed, strict=True)]
 
 
-def _grid_y(values: Sequence[float], to_y: Callable[[float], float], left: float, right: float) -> str:
+def _grid_y(values: Sequence[Number], to_y: Callable[[Number], Number], left: Number, right: Number) -> str:
     lines = "".join(f"M{_n(left)} {_n(to_y(v))}H{_n(right)}" for v in values)
     labels = "".join(_text(left - 7, to_y(v) + 4, figure(v), "tick end") for v in values)
     return f'<path class="grid" d="{lines}"/>{labels}'
 
 
 def _axis_x(
-    values: Sequence[float],
-    to_x: Callable[[float], float],
-    base: float,
+    values: Sequence[Number],
+    to_x: Callable[[Number], Number],
+    base: Number,
     label: str,
-    grid_top: float | None = None,
+    grid_top: Number | None = None,
 ) -> str:
     top = base if grid_top is None else grid_top
     lines = "".join(f"M{_n(to_x(v))} {_n(top)}V{_n(base + 4)}" for v in values)
@@ -265,23 +293,28 @@ def _axis_x(
     )
 
 
-def _cell(x: float, y: float, width: float, height: float, value: float, kept: bool = True) -> str:
+def _cut_line(x: Number, top: Number, base: Number, label: str, before: bool) -> str:
+    line = f'<path class="cutline" d="M{_n(x)} {_n(top)}V{_n(base)}"/>'
+    return line + _text(x + (-6 if before else 6), top + 8, label, f"label accent {'end' if before else ''}")
+
+
+def _cell(x: Number, y: Number, width: Number, height: Number, value: Number, kept: bool = True) -> str:
     place = f'x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"'
     if not kept:
         return f'<rect class="cell cut" {place}/>'
     return f'<rect class="cell" {place} fill-opacity="{_n(0.06 + 0.94 * min(max(value, 0), 1))}"/>'
 
 
-def _text(x: float, y: float, text: str, classes: str) -> str:
+def _text(x: Number, y: Number, text: str, classes: str) -> str:
     return f'<text class="{classes.strip()}" x="{_n(x)}" y="{_n(y)}">{escape(text)}</text>'
 
 
-def _n(value: float) -> str:
+def _n(value: Number) -> str:
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text in ("-0", "") else text
 
 
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+def _svg(height: Number, title: str, parts: Sequence[str]) -> str:
     body = "".join(parts)
     return (
         f'<svg viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label={quoteattr(title)}'

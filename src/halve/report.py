@@ -1,0 +1,209 @@
+"""The report: one HTML page and a model card, from the run folder and nothing else.
+
+The page needs no network, no script and no second file; the same run folder gives the same bytes. A stage
+that has not finished is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from safetensors import safe_open
+
+from halve import sections
+from halve.plots import figure
+from halve.rundir import MANIFEST, RECIPE, atomic_file, read_json
+from halve.sections import Section, Table
+
+STAGES = ("correct", "score", "prune", "distill", "evaluate")
+"""In the order of the page; their variants, such as distill-ce, follow them."""
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("halve"),
+    autoescape=jinja2.select_autoescape(("html.j2",)),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says; parts of stages that have not finished are empty or None."""
+
+    recipe: Mapping[str, Any]
+    manifests: Mapping[str, Mapping[str, Any]]
+    plan: Mapping[str, Any] | None
+    results: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
+    about_scores: Mapping[str, Any]
+    logs: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def write(run: Path, out: Path) -> None:
+    """Write `out/report.html` and the model card `out/README.md` from the run folder `run`.
+
+    Raises `RunError` naming a file that is there and cannot be read, or if `run` holds no recipe.
+    """
+    facts = read(run)
+    for template, name in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
+        text = _PAGES.get_template(template).render(_view(facts))
+        with atomic_file(Path(out) / name) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+
+def read(run: Path) -> Run:
+    """Read a run folder, finished stages only."""
+    run = Path(run)
+    manifests = {path.parent.name: read_json(path) for path in sorted(run.glob(f"[!.]*/{MANIFEST}"))}
+    manifests = {name: manifests[name] for name in sorted(manifests, key=_order) if name != "report"}
+
+    def part(stage: str, name: str) -> Any:
+        path = run / stage / name
+        return read_json(path) if stage in manifests and path.exists() else None
+
+    scores, about = _scores(run / "score" / "scores.safetensors") if "score" in manifests else (None, {})
+    logs = {
+        _model_name(stage): _lines(run / stage / "metrics.jsonl")
+        for stage in manifests
+        if (run / stage / "metrics.jsonl").exists()
+    }
+    return Run(
+        read_json(run / RECIPE), manifests, part("prune", "plan.json"), part("evaluate", "results.json"),
+        scores, about, logs,
+    )  # fmt: skip
+
+
+def _order(stage: str) -> tuple[int, str]:
+    first = stage.partition("-")[0]
+    return (STAGES.index(first) if first in STAGES else len(STAGES), stage)
+
+
+def _model_name(stage: str) -> str:
+    """The evaluation's name of the model that a training stage makes."""
+    return {"correct": "corrected", "distill": sections.SUBJECT}.get(stage, stage.removeprefix("distill-"))
+
+
+def _scores(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    if not path.exists():
+        return None, {}
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        axes = [axis for axis in ("layers", "hidden", "ffn", "heads", "kv_heads") if axis in file.keys()]  # noqa: SIM118
+        return {axis: file.get_tensor(axis) for axis in axes}, about
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _view(run: Run) -> dict[str, Any]:
+    """What the templates show."""
+    pair = sections.ends(run.results)
+    name = str(run.recipe["name"])
+    found = (
+        sections.quality(run.results),
+        sections.shapes(run.plan, run.results),
+        sections.speed(run.results),
+        sections.learning(run.logs),
+        sections.importance(run.scores, run.about_scores, run.plan),
+        sections.completions(run.results),
+    )
+    versions = next((m["versions"] for m in reversed(list(run.manifests.values())) if m.get("versions")), {})
+    model = str(run.recipe["model"])
+    headline = f"A run of {name}"
+    if pair is not None:
+        headline = f"{figure(pair[0]['params'])} parameters made {figure(pair[1]['params'])}"
+    return {
+        "name": name,
+        "headline": headline,
+        "lead": _lead(run),
+        "tiles": [{"unit": "", "factor": ""} | tile for tile in sections.tiles(run.results)],
+        "sections": [section for section in found if section is not None],
+        "recipe_yaml": yaml.safe_dump(_shown(run.recipe), sort_keys=False, allow_unicode=True, width=88).rstrip(),
+        "stages": [_stage(stage, manifest) for stage, manifest in run.manifests.items()],
+        "facts": _provenance(run, versions),
+        "version": versions.get("halve", ""),
+        "teacher": _short(model),
+        "base_model": model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else "",
+        "tables": [_markdown(section) for section in found[:3] if section is not None and section.table],
+    }
+
+
+def _lead(run: Run) -> list[tuple[str, bool]]:
+    """The run in two sentences, as (text, is strong) pieces."""
+    pair = sections.ends(run.results)
+    if run.results is None or pair is None:
+        return []
+    before, after = pair
+    kept = sections.share(after["non_embedding_params"], before["non_embedding_params"])
+    pieces = [(kept, True), (f" of the non-embedding parameters of {_short(str(run.recipe['model']))} remain. ", False)]
+    subject = "distilled student" if sections.SUBJECT in run.results["models"] else "pruned model"
+    bpb = sections.estimate(after["bits_per_byte"])
+    pieces += [(f"The {subject} needs ", False), (f"{bpb.value} ± {bpb.error or '?'}", True), (" bits per byte", False)]
+    for name, words in (("pruned", " straight after the cut"), (run.results["reference"], " for its teacher")):
+        one = run.results["models"].get(name)
+        if one is not None and one is not after:
+            pieces.append((f", against {figure(one['bits_per_byte']['value'])}{words}", False))
+    return [*pieces, (".", False)]
+
+
+def _stage(stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    files = manifest.get("files") or {}
+    return {
+        "name": stage,
+        "key": str(manifest.get("key", ""))[:12],
+        "seed": manifest.get("seed", ""),
+        "files": len(files),
+        "size": sections.size(sum(entry["size"] for entry in files.values())) if files else "-",
+    }
+
+
+def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
+    facts = [(name, version) for name, version in versions.items()]
+    if run.about_scores.get("model"):
+        facts.append(("scored weights", run.about_scores["model"]))
+        facts.append(("calibration samples", run.about_scores["samples"]))
+    if run.results is not None:
+        facts.append(("held-out tokens", str(run.results["samples"]["fingerprint"])))
+        facts.append(("machine", f"{run.results['machine']['device']}, {run.results['machine']['threads']} threads"))
+    for stage in ("distill", "prune"):
+        files = (run.manifests.get(stage) or {}).get("files") or {}
+        facts += [(f"{stage}/{name}", f["sha256"]) for name, f in files.items() if name.endswith(".safetensors")]
+    return facts
+
+
+def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what is not set and without the folders of whoever ran it, which may be private."""
+    shown = {
+        section: {key: value for key, value in part.items() if value is not None} if isinstance(part, dict)
+        else part for section, part in recipe.items() if part is not None
+    }
+    shown["model"] = _short(shown["model"])
+    for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):
+        if key in shown.get(section, {}):
+            shown[section][key] = [_short(path) for path in shown[section][key]]
+    return shown
+
+
+def _short(text: str) -> str:
+    return Path(text).name if text.startswith(("/", "~")) or Path(text).is_absolute() else text
+
+
+def _markdown(section: Section) -> dict[str, str]:
+    assert section.table is not None
+    return {"title": section.title, "note": section.note, "text": _markdown_table(section.table)}
+
+
+def _markdown_table(table: Table) -> str:
+    lines = ["| " + " | ".join(table.head) + " |", "|---" + "|---:" * (len(table.head) - 1) + "|"]
+    for row in table.rows:
+        cells = [f"{cell.value} ± {cell.error}" if cell.error else cell.value for cell in row.cells]
+        label = f"**{row.label}**" if row.subject else row.label
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,443 @@
+"""The report's sections: a run's facts made into words, tables and figures. Nothing here reads a file.
+
+A section whose facts are missing is None. Numbers are rounded here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from halve import plots
+from halve.plots import Interval, Number, Series, figure
+
+LABELS = {
+    "teacher": "Teacher",
+    "corrected": "Corrected teacher",
+    "pruned": "Pruned, untrained",
+    "distilled": "Distilled student",
+    "ce": "Trained with CE",
+    "random_init": "Random start",
+    "random_prune": "Random cut",
+}
+SUBJECT = "distilled"
+_SHOWN = ("teacher", "corrected", "pruned", "distilled")
+_CURVE_POINTS = 160
+_RANKED_COLUMNS = 32
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table, with its standard error as text; `clear` if it is beyond two of them from zero."""
+
+    value: str
+    error: str = ""
+    clear: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    cells: tuple[Cell, ...]
+    color: str = ""
+    subject: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    head: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    note: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: str
+    texts: tuple[Facts, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with any of: a note, a table, a second table under a note of its own, figures, completions."""
+
+    title: str
+    note: str = ""
+    table: Table | None = None
+    between: str = ""
+    second: Table | None = None
+    figures: tuple[Figure, ...] = ()
+    completions: tuple[Completion, ...] = field(default=())
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------
+
+
+def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) -> Cell:
+    """A figure to the second digit of its standard error."""
+    if not one or one.get("value") is None:
+        return Cell("-")
+    scale = 100 if percent else 1
+    value, stderr = one["value"] * scale, (one.get("stderr") or 0) * scale
+    places = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 3
+    places = min(max(places, 0), 1 if percent else 4)
+    sign = "+" if signed and value > 0 else ""
+    text = f"{sign}{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+    unit = " %" if percent else ""
+    return Cell(text + unit, f"{stderr:.{places}f}" if stderr > 0 else "", signed and abs(value) > 2 * stderr)
+
+
+def size(num_bytes: Number) -> str:
+    """Bytes with a decimal unit."""
+    return figure(num_bytes).replace("k", " k").replace("M", " M").replace("B", " G").replace("T", " T") + (
+        " B" if abs(num_bytes) < 999.5 else "B"
+    )
+
+
+def times(ratio: Number) -> str:
+    """A factor such as 1.8x."""
+    return f"{figure(ratio)}\N{MULTIPLICATION SIGN}"
+
+
+def share(part: Number, whole: Number) -> str:
+    """A share in percent."""
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+# ---- before and after ----------------------------------------------------------------------------------------
+
+
+def ends(results: Facts | None) -> tuple[Facts, Facts] | None:
+    """The first model, which went in, and the one that came out: the distilled student, or else the pruned one."""
+    if not results:
+        return None
+    models = results["models"]
+    last = next((models[name] for name in (SUBJECT, "pruned") if name in models), None)
+    return None if last is None else (next(iter(models.values())), last)
+
+
+def tiles(results: Facts | None) -> list[dict[str, str]]:
+    """The headline figures: what went in, what came out."""
+    pair = ends(results)
+    if pair is None:
+        return []
+    before, after = pair
+    found = [
+        _tile("Parameters", before["params"], after["params"], figure),
+        _tile("Without embeddings", before["non_embedding_params"], after["non_embedding_params"], figure),
+        _tile("Weights", before["weight_bytes"], after["weight_bytes"], size),
+    ]
+    if before.get("speed") and after.get("speed"):
+        for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
+            rates = [one["speed"][f"{key}_tokens_per_second"] for one in pair]
+            found.append(_tile(label, *rates, figure) | {"unit": "tok/s", "factor": times(rates[1] / rates[0])})
+    found.append(_tile("Bits per byte", before["bits_per_byte"]["value"], after["bits_per_byte"]["value"], figure))
+    for task in after["choices"]:
+        values = [100 * one["choices"][task]["value"] for one in pair]
+        found.append(_tile(_task(task), *values, lambda value: f"{value:.1f} %") | {"factor": ""})
+    if after.get("agreement"):
+        agreement = estimate(after["agreement"], percent=True).value
+        found.append({"label": "Same first choice", "after": agreement, "before": "of next token as the teacher"})
+    return found
+
+
+def _tile(label: str, before: Number, after: Number, spell: Any) -> dict[str, str]:
+    return {"label": label, "after": spell(after), "before": f"from {spell(before)}", "factor": share(after, before)}
+
+
+def shapes(plan: Facts | None, results: Facts | None) -> Section | None:
+    """Sizes by axis, and what was cut."""
+    if not plan:
+        return None
+    rows = []
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
+        old, new = plan["before"][axis], plan["after"][axis]
+        rows.append(_sizes_row(axis, old, new, lambda n: f"{n:,}"))
+    cache = [4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in (plan["before"], plan["after"])]
+    rows.append(_sizes_row("key-value cache per token, 16 bit", *cache, size))
+    pair = ends(results)
+    if pair is not None:
+        for label, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
+            rows.append(_sizes_row(label, pair[0][key], pair[1][key], lambda n: f"{n:,}"))
+        rows.append(_sizes_row("weights", pair[0]["weight_bytes"], pair[1]["weight_bytes"], size))
+    return Section("What was cut", _cut_words(plan), Table(("", "before", "after", "kept"), tuple(rows)))
+
+
+def _sizes_row(label: str, old: Number, new: Number, spell: Any) -> Row:
+    kept = Cell("unchanged" if old == new else share(new, old))
+    return Row(label, (Cell(spell(old)), Cell(spell(new)), kept))
+
+
+def _cut_words(plan: Facts) -> str:
+    dropped = sorted(set(range(plan["before"]["layers"])) - set(plan["layers"]))
+    words = [f"A {plan['family']} model."]
+    if dropped:
+        words.append(f"Dropped {'layers' if len(dropped) > 1 else 'layer'} {_ranges(dropped)}, counted from 0.")
+    trimmed = [axis for axis in ("hidden", "ffn", "heads", "kv_heads") if plan["before"][axis] != plan["after"][axis]]
+    if trimmed:
+        words.append(f"Trimmed {', '.join(trimmed)}.")
+    if "hidden" in trimmed:
+        words.append(f"Norm gain: {plan['gain']}.")
+    return " ".join(words)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+# ---- quality and speed ---------------------------------------------------------------------------------------
+
+
+def quality(results: Facts | None) -> Section | None:
+    """Every model on the same held-out samples, with standard errors, and the differences in pairs."""
+    if not results:
+        return None
+    models, reference = results["models"], results["reference"]
+    tasks = list(next(iter(models.values()))["choices"])
+    rows = []
+    for name, one in models.items():
+        cells = [estimate(one["perplexity"]), estimate(one["bits_per_byte"])]
+        cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
+        cells += [estimate(one["choices"].get(task), percent=True) for task in tasks]
+        rows.append(Row(LABELS.get(name, name), tuple(cells), name, name == SUBJECT))
+    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice", *map(_task, tasks))
+    samples = results["samples"]
+    note = (
+        f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
+        f"KL in nats per token, from the {LABELS.get(reference, reference).lower()}. ± is one standard error."
+    )
+    plotted = [("bits_per_byte", "Bits per byte", "Lower is better.", False)]
+    plotted += [("kl", "KL to the teacher", "Nats per token; 0 is the teacher itself.", False)]
+    found = [_dot_plot(models, lambda one, k=key: one.get(k), title, words) for key, title, words, _ in
+    plotted] found += [
+        _dot_plot(
+            models,
+            lambda one, t=task: one["choices"].get(t),
+            _task(task),
+            f"Accuracy in percent over {models[next(iter(models))]['choices'][task]['items']} items.",
+            scale=100,
+        )
+        for task in tasks
+    ]
+    between, second = _differences(results.get("differences"), tasks)
+    figures = tuple(one for one in found if one is not None)
+    return Section("Quality", note, Table(head, tuple(rows)), between, second, figures)
+
+
+def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, Table | None]:
+    if not differences or not differences["against"]:
+        return "", None
+    rows = []
+    for name, one in differences["against"].items():
+        cells = [estimate(one.get("nll"), signed=True), estimate(one.get("kl"), signed=True)]
+        cells.append(estimate(one.get("agreement"), percent=True, signed=True))
+        cells += [estimate(one["choices"].get(task), percent=True, signed=True) for task in tasks]
+        rows.append(Row(f"minus {_lower(LABELS.get(name, name))}", tuple(cells), name))
+    words = (
+        "The distilled student minus each other model, sample by sample, with the standard error of the pairs: "
+        "all saw the same text, so these are sharper than the table above. Colored: beyond two standard errors."
+    )
+    head = ("distilled student", "nats per token", "KL to teacher", "same first choice", *map(_task, tasks))
+    return words, Table(head, tuple(rows))
+
+
+def _dot_plot(models: Facts, pick: Any, title: str, words: str, *, scale: Number = 1) -> Figure | None:
+    rows = [
+        Interval(
+            LABELS.get(name, name),
+            name,
+            pick(one)["value"] * scale,
+            None if pick(one).get("stderr") is None else pick(one)["stderr"] * scale,
+        )
+        for name, one in models.items()
+        if pick(one) and pick(one).get("value") is not None
+    ]
+    if not rows:
+        return None
+    return Figure(title, f"{words} Whiskers: two standard errors.", plots.dots(rows, title=title))
+
+
+def speed(results: Facts | None) -> Section | None:
+    """Tokens per second and memory, before and after."""
+    pair = ends(results)
+    if results is None or pair is None or not all(one.get("speed") for one in pair):
+        return None
+    before, after = (one["speed"] for one in pair)
+    rows = []
+    for label, key, spell in (
+        ("prefill, tokens per second", "prefill_tokens_per_second", figure),
+        ("decode, tokens per second", "decode_tokens_per_second", figure),
+        ("peak memory", "peak_memory_bytes", size),
+    ):
+        cells = (Cell(spell(before[key])), Cell(spell(after[key])), Cell(times(after[key] / before[key])))
+        rows.append(Row(label, cells))
+    test, machine = results["speed_test"], results["machine"]
+    note = (
+        f"Plain transformers on {machine['device']}, {machine['threads']} threads, {before_dtype(pair)}: "
+        f"batch {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new ones; the median of "
+        f"{test['repeats']} interleaved repeats. Peak memory is weights and the most that tensors take at once."
+    )
+    return Section("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
+
+
+def before_dtype(pair: tuple[Facts, Facts]) -> str:
+    """The precision that both were timed in."""
+    first, second = (str(one["dtype"]) for one in pair)
+    return first if first == second else f"{first} and {second}"
+
+
+# ---- learning ------------------------------------------------------------------------------------------------
+
+
+def learning(logs: Mapping[str, Sequence[Facts]]) -> Section | None:
+    """Loss against tokens, by the name of the model that learned."""
+    students = {name: log for name, log in logs.items() if name != "corrected"}
+    kl = _heldout(students, "kl")
+    ce = _heldout(students, "ce")
+    found = []
+    if kl:
+        positive = all(y > 0 for one in kl for _, y in one.points)
+        svg = plots.curves(kl, title="Held-out KL to the teacher", x_label="tokens", log_y=positive)
+        found.append(Figure("Held-out KL to the teacher", "Nats per token, on a logarithmic scale.", svg))
+    if ce:
+        svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
+        found.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
+    own = [one for one in (_losses(SUBJECT, students.get(SUBJECT, ())),) if one is not None]
+    if own:
+        svg = plots.curves(own, title="Training loss", x_label="tokens")
+        found.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
+    correction = _heldout({n: log for n, log in logs.items() if n == "corrected"}, "ce")
+    if correction:
+        svg = plots.curves(correction, title="Teacher correction", x_label="tokens")
+        found.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
+    note = "All students see the same tokens in the same order; held-out figures are on a small fixed set of samples."
+    return Section("Learning", note, figures=tuple(found)) if found else None
+
+
+def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
+    found = []
+    for name, log in logs.items():
+        points = [
+            (float(line["tokens"]), float(line["heldout"][metric]))
+            for line in log
+            if (line.get("heldout") or {}).get(metric) is not None
+        ]
+        if len(points) > 1:
+            found.append(Series(LABELS.get(name, name).split(",")[0], name, tuple(points)))
+    return found
+
+
+def _losses(name: str, log: Sequence[Facts]) -> Series | None:
+    steps = [(float(line["tokens"]), float(line["loss"])) for line in log if line.get("loss") is not None]
+    if len(steps) < 2:
+        return None
+    width = math.ceil(len(steps) / _CURVE_POINTS)
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    points = tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
+    return Series(LABELS.get(name, name).split(",")[0], name, points)
+
+
+# ---- importance ----------------------------------------------------------------------------------------------
+
+
+def importance(scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None) -> Section | None:
+    """Importance by axis and layer, and where the cut falls. `scores` are numpy arrays by axis."""
+    if not scores:
+        return None
+    num_layers = len(scores["layers"])
+    layers = set(plan["layers"]) if plan else set(range(num_layers))
+    names = [str(i) if i in layers else f"{i} \N{MULTIPLICATION SIGN}" for i in range(num_layers)]
+    place = {layer: i for i, layer in enumerate(plan["layers"])} if plan else {}
+    found = []
+    kept = [i in layers for i in range(num_layers)]
+    title = "Layers: block influence"
+    svg = plots.bars(scores["layers"].tolist(), kept, title=title, x_label="layer")
+    found.append(Figure(title, "1 - cosine between a layer's input and output. Outlined: dropped.", svg))
+    if "hidden" in scores:
+        values = scores["hidden"].tolist()
+        num_kept = len(plan["hidden"]) if plan else len(values)
+        svg = plots.profile(values, num_kept, title="Hidden channels by importance", x_label="channels, best first")
+        found.append(Figure("Hidden channels", "One ranking for the whole network.", svg))
+    if "ffn" in scores:
+        cut_at = plan["after"]["ffn"] / plan["before"]["ffn"] if plan else 1
+        svg = plots.ranked(
+            [_shades(row.tolist()) for row in scores["ffn"]],
+            names,
+            title="ffn neurons by importance in each layer",
+            x_label="share of the layer's neurons, best first",
+            cut_at=cut_at if cut_at < 1 else None,
+        )
+        words = "A row a layer; from a quarter of the layer's median (pale) to four times it (full)."
+        found.append(Figure("ffn neurons", words, svg))
+    if "heads" in scores:
+        heads = scores["heads"]
+        keeps = [
+            [not plan or (i in place and j in plan["heads"][place[i]]) for j in range(heads.shape[1])]
+            for i in range(num_layers)
+        ]
+        svg = plots.grid(
+            [(row / max(float(row.max()), 1e-30)).tolist() for row in heads],
+            keeps,
+            names,
+            title="Attention heads by importance",
+            x_label="head, in groups that share keys and values",
+            group=heads.shape[1] // max(1, scores["kv_heads"].shape[1]) if "kv_heads" in scores else 1,
+        )
+        found.append(Figure("Attention heads", "Relative to the layer's strongest. Outlined: cut.", svg))
+    words = "From one forward pass over the calibration samples; scores compare within one layer only."
+    if about.get("batch_agg"):
+        words += f" Aggregated by {about['batch_agg']} over samples, {about['seq_agg']} over tokens."
+    if len(layers) < num_layers:
+        words += " \N{MULTIPLICATION SIGN} marks dropped layers."
+    return Section("Importance", words, figures=tuple(found))
+
+
+def _shades(values: Sequence[Number]) -> list[Number]:
+    """Ranked values in at most `_RANKED_COLUMNS` columns: log2 of the ratio to the median, -2 to 2 made 0 to 1."""
+    ordered = sorted(values, reverse=True)
+    middle = max(ordered[len(ordered) // 2], 1e-30)
+    columns = min(_RANKED_COLUMNS, len(ordered))
+    edges = [round(i * len(ordered) / columns) for i in range(columns + 1)]
+    means = [sum(ordered[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [min(max((math.log2(max(mean, 1e-30) / middle) + 2) / 4, 0.0), 1.0) for mean in means]
+
+
+# ---- completions ---------------------------------------------------------------------------------------------
+
+
+def completions(results: Facts | None) -> Section | None:
+    """What teacher, pruned and distilled model write after the recipe's prompts."""
+    if not results or not results["completions"]:
+        return None
+    found = []
+    for one in results["completions"]:
+        texts = [
+            {"label": LABELS[name], "color": name, "text": one["texts"][name]}
+            for name in _SHOWN
+            if name in one["texts"]
+        ]
+        found.append(Completion(one["prompt"], tuple(texts)))
+    return Section("What they write", "Greedy continuations of the recipe's prompts (gray).", completions=tuple(found))
+
+
+def _task(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").capitalize()
+
+
+def _lower(label: str) -> str:
+    return label[:1].lower() + label[1:]
