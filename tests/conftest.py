@@ -41,6 +41,19 @@ def make_text(*, seed: int, num_documents: int) -> list[str]:
     return [" ".join(sentence() for _ in range(draw.randint(3, 9))) for _ in range(num_documents)]
 
 
+def teach(model: LlamaForCausalLM, ids: list[int], *, steps: int = 60) -> None:
+    """A second of training, so that the model is better than guessing and can be a teacher."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.tensor(ids)
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - 64, (8,), generator=draw)
+        batch = torch.stack([tokens[start : start + 64] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.txt (about 80 kB) and valid.txt (about 8 kB)."""
@@ -67,8 +80,8 @@ def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with a random llama of 4 layers and hidden 32, its tokenizer and a chat template."""
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, corpus: Path) -> Path:
+    """A folder with a llama of 4 layers and hidden 32 that has read a little, its tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -84,7 +97,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
         eos_token_id=0,
         initializer_range=0.1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    teach(model, tokenizer((corpus / "train.txt").read_text(encoding="utf-8"))["input_ids"])
+    model.save_pretrained(folder)
     GenerationConfig(bos_token_id=0, eos_token_id=0, max_new_tokens=17).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n", encoding="utf-8")
