@@ -290,8 +290,7 @@ def test_only_the_two_files_are_written(run: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_unfinished_stages_are_left_out(run: Path, tmp_path: Path, missing: list[str], gone: set[str]) ->
-None:
+def test_unfinished_stages_are_left_out(run: Path, tmp_path: Path, missing: list[str], gone: set[str]) -> None:
     part = shutil.copytree(run, tmp_path / "run")
     for stage in missing:
         (part / stage / "manifest.json").unlink()  # a stage without its manifest has not finished
@@ -374,8 +373,7 @@ def test_it_does_not_import_torch() -> None:
         (None, {}, ("-", "")),
     ],
 )
-def test_estimates_read_to_the_second_digit_of_their_error(one: Any, options: Any, want: tuple[str, str]) ->
-None:
+def test_estimates_read_to_the_second_digit_of_their_error(one: Any, options: Any, want: tuple[str, str]) -> None:
     cell = sections.estimate(one, **options)
     assert (cell.value, cell.error) == want
 

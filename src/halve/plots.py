@@ -149,8 +149,7 @@ def profile(values: Sequence[Number], kept: int, *, title: str, x_label: str) ->
 
 
 def ranked(
-    rows: Sequence[Sequence[Number]], labels: Sequence[str], *, title: str, x_label: str, cut_at: Number |
-    None
+    rows: Sequence[Sequence[Number]], labels: Sequence[str], *, title: str, x_label: str, cut_at: Number | None
 ) -> str:
     """Heat map of importance, best first: a row a layer, columns are shares of its entries.
 
@@ -250,15 +249,13 @@ def _y_range(ys: Sequence[Number], log: bool) -> tuple[Number, Number, list[Numb
     return low, high, fine if len(fine) <= 7 or len(coarse) < 2 else coarse
 
 
-def _scale(low: Number, high: Number, start: Number, end: Number, *, log: bool = False) -> Callable[[Number],
-Number]:
+def _scale(low: Number, high: Number, start: Number, end: Number, *, log: bool = False) -> Callable[[Number], Number]:
     bend = math.log if log else float
     a, b = bend(low), bend(high)
     return lambda value: start + (end - start) * ((bend(value) - a) / (b - a) if b > a else 0.5)
 
 
-def _spread(ends: list[tuple[Number, str, str]], *, low: Number, high: Number) -> list[tuple[Number, str,
-str]]:
+def _spread(ends: list[tuple[Number, str, str]], *, low: Number, high: Number) -> list[tuple[Number, str, str]]:
     """Move labels apart so that none covers another: down from the top, then up from the bottom."""
     placed = sorted(ends)
     ys = [y for y, _, _ in placed]

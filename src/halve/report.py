@@ -181,8 +181,9 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
 def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without what is not set and without the folders of whoever ran it, which may be private."""
     shown = {
-        section: {key: value for key, value in part.items() if value is not None} if isinstance(part, dict)
-        else part for section, part in recipe.items() if part is not None
+        section: {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
+        for section, part in recipe.items()
+        if part is not None
     }
     shown["model"] = _short(shown["model"])
     for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):

@@ -221,18 +221,23 @@ def quality(results: Facts | None) -> Section | None:
         f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
         f"KL in nats per token, from the {LABELS.get(reference, reference).lower()}. ± is one standard error."
     )
-    plotted = [("bits_per_byte", "Bits per byte", "Lower is better.", False)]
-    plotted += [("kl", "KL to the teacher", "Nats per token; 0 is the teacher itself.", False)]
-    found = [_dot_plot(models, lambda one, k=key: one.get(k), title, words) for key, title, words, _ in
-    plotted] found += [
+    first = next(iter(models.values()))
+    found = [
+        _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
         _dot_plot(
-            models,
-            lambda one, t=task: one["choices"].get(t),
-            _task(task),
-            f"Accuracy in percent over {models[next(iter(models))]['choices'][task]['items']} items.",
-            scale=100,
-        )
-        for task in tasks
+            {name: one.get("kl") for name, one in models.items()},
+            "KL to the teacher",
+            "Nats per token; 0 is the teacher itself.",
+        ),
+        *(
+            _dot_plot(
+                {name: one["choices"].get(task) for name, one in models.items()},
+                _task(task),
+                f"Accuracy in percent over {first['choices'][task]['items']} items.",
+                scale=100,
+            )
+            for task in tasks
+        ),
     ]
     between, second = _differences(results.get("differences"), tasks)
     figures = tuple(one for one in found if one is not None)
@@ -256,17 +261,13 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
     return words, Table(head, tuple(rows))
 
 
-def _dot_plot(models: Facts, pick: Any, title: str, words: str, *, scale: Number = 1) -> Figure | None:
-    rows = [
-        Interval(
-            LABELS.get(name, name),
-            name,
-            pick(one)["value"] * scale,
-            None if pick(one).get("stderr") is None else pick(one)["stderr"] * scale,
-        )
-        for name, one in models.items()
-        if pick(one) and pick(one).get("value") is not None
-    ]
+def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, scale: int = 1) -> Figure | None:
+    rows = []
+    for name, one in estimates.items():
+        if one and one.get("value") is not None:
+            stderr = one.get("stderr")
+            error = None if stderr is None else stderr * scale
+            rows.append(Interval(LABELS.get(name, name), name, one["value"] * scale, error))
     if not rows:
         return None
     return Figure(title, f"{words} Whiskers: two standard errors.", plots.dots(rows, title=title))
