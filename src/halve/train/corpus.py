@@ -168,7 +168,7 @@ class Samples:
     def batch(self, step: int, batch: int) -> Int64[Tensor, "batch context"]:
         """The `batch` samples that optimizer step `step` (from 0) sees."""
         draws = range(step * batch, (step + 1) * batch)
-        order = [_epoch(self.seed, draw // len(self), len(self))[draw % len(self)] for draw in draws]
+        order = [int(_epoch(self.seed, draw // len(self), len(self))[draw % len(self)]) for draw in draws]
         return self.take(order)
 
     def first(self, num_samples: int) -> Int64[Tensor, "samples context"]:
