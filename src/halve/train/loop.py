@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _HALF = (torch.bfloat16, torch.float16)
 
 
+@runtime_checkable
 class Samples(Protocol):
     """Packed samples whose order is a function of the step (see `corpus.Samples`)."""
 
@@ -117,7 +118,7 @@ def train(
                 began = time.perf_counter()
                 lr = learning_rate(step, steps=steps, training=training)
                 ids = torch.split(samples.batch(step - 1, training.batch), training.micro_batch or training.batch)
-                loss, norm = _step(student, summed, ids, optimizer, lr=lr, clip=training.clip)
+                loss, norm = optimize(student, summed, ids, optimizer, lr=lr, clip=training.clip)
                 _require_finite({"loss": loss, "grad_norm": norm}, step, saved, training)
                 rate = step_tokens / (time.perf_counter() - began)
                 line = {"step": step, "tokens": step * step_tokens, "loss": loss, "grad_norm": norm, "lr": lr}
@@ -193,7 +194,7 @@ def attention_flops(*, layers: int, heads: int, head_dim: int, context: int) -> 
     return 2 * layers * heads * head_dim * context
 
 
-def _step(
+def optimize(
     student: nn.Module,
     summed: Callable[[Tensor], tuple[Tensor, int]],
     batches: Iterable[Tensor],

@@ -9,8 +9,7 @@ Shapes: B batch, S seq, N tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -23,18 +22,11 @@ from halve.train import losses
 _SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
 
 
-class Objective(Protocol):
-    """A loss of the student on a batch."""
+Objective = Callable[[Body, Head, Tensor], tuple[Tensor, int]]
+"""(body, head, token ids [B, S]) -> (the losses of all counted tokens summed, how many these are)."""
 
-    def __call__(self, body: Body, head: Head, ids_BS: Tensor, /) -> tuple[Tensor, int]:
-        """Return the sum of the losses of all counted tokens, and how many these are."""
-
-
-class Heldout(Protocol):
-    """A measurement of the student on text it does not train on."""
-
-    def __call__(self, body: Body, head: Head, /) -> Mapping[str, float]:
-        """Return figures by name."""
+Heldout = Callable[[Body, Head], Mapping[str, float]]
+"""A measurement of the student on text it does not train on: figures by name."""
 
 
 def cross_entropy() -> Objective:
