@@ -1,1 +1,85 @@
-"""halve."""
+"""Make a Hugging Face language model smaller and keep what it knows.
+
+>>> import halve
+>>> from transformers import LlamaConfig
+>>> anatomy = halve.discover(LlamaConfig())
+>>> print(anatomy.sizes)
+layers 32, hidden 4096, ffn 11008, heads 32/32 x 128, vocab 32000
+>>> anatomy.ledger.count(anatomy.sizes.at(hidden=3072, ffn=8192)).params
+4223339520
+
+Names are imported when they are first used, so that `import halve` alone imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halve.anatomy import Anatomy, Arch, discover
+    from halve.checkpoint import load_config
+    from halve.cut.plan import Plan, select
+    from halve.cut.proof import Proof, prove
+    from halve.cut.scores import Scores
+    from halve.cut.surgery import trim
+    from halve.dryrun import forecast
+    from halve.errors import HalveError
+    from halve.pipeline import run
+    from halve.preflight import check
+    from halve.recipe import Recipe
+    from halve.recipe import load as load_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "Arch",
+    "HalveError",
+    "Plan",
+    "Proof",
+    "Recipe",
+    "Scores",
+    "__version__",
+    "check",
+    "discover",
+    "forecast",
+    "load_config",
+    "load_recipe",
+    "prove",
+    "run",
+    "select",
+    "trim",
+]
+
+# Where each name lives, and what it is called there.
+_HOMES = {
+    "Anatomy": ("halve.anatomy", "Anatomy"),
+    "Arch": ("halve.anatomy", "Arch"),
+    "HalveError": ("halve.errors", "HalveError"),
+    "Plan": ("halve.cut.plan", "Plan"),
+    "Proof": ("halve.cut.proof", "Proof"),
+    "Recipe": ("halve.recipe", "Recipe"),
+    "Scores": ("halve.cut.scores", "Scores"),
+    "check": ("halve.preflight", "check"),
+    "discover": ("halve.anatomy", "discover"),
+    "forecast": ("halve.dryrun", "forecast"),
+    "load_config": ("halve.checkpoint", "load_config"),
+    "load_recipe": ("halve.recipe", "load"),
+    "prove": ("halve.cut.proof", "prove"),
+    "run": ("halve.pipeline", "run"),
+    "select": ("halve.cut.plan", "select"),
+    "trim": ("halve.cut.surgery", "trim"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halve' has no attribute {name!r}")
+    module, own_name = _HOMES[name]
+    value = globals()[name] = getattr(import_module(module), own_name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,39 @@
+# `make demo` or `make test`: each is enough by itself, with Python 3.11 or newer and nothing installed.
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   DEMO="--long"       more flags for halve demo
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test docs families
+
+demo: $(VENV)/.installed
+	$(BIN)/halve demo $(DEMO)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/make_docs.py --check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
+
+# What is generated from the code; families takes minutes and is needed when a quirk or a proof changes.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python scripts/make_docs.py
+families: $(VENV)/.installed-dev
+	$(BIN)/python scripts/make_docs.py families
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit('halve needs Python 3.11 or newer: make PYTHON=python3.12' if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv $(VENV)
