@@ -1,11 +1,11 @@
 """What scoring costs: one forward pass that scores every axis, beside a plain pass over the same batches.
 
-    python benchmarks/score.py [--hidden 768 --ffn 2048 --heads 12 --layers 6 --seq 512 ...] [--out result.json]
+    python benchmarks/score.py [--hidden 768 --ffn 2048 --heads 12 --layers 6 --seq 512 ...] [--out FILE]
 
 A Llama with random weights; neither pass makes logits. Plain and scored passes alternate, so that a busy
-machine slows both; the figures are medians, and the ratio is the median over pairs. The byte floor is the time to read
-every scored activation once and both sides of every layer, at the rate at which this machine sums
-one such activation.
+machine slows both; times are medians, and the ratios are medians over pairs: of wall-clock time, and on a
+CPU of processor time, which other programs disturb less. The byte floor is the time to read every scored
+activation once and both sides of every layer, at the rate at which this machine sums such activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -76,9 +76,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     plain()
     scored()
     pairs = [(seconds(plain, args.device), seconds(scored, args.device)) for _ in range(args.repeats)]
-    plain_s = statistics.median(pair[0] for pair in pairs)
-    scored_s = statistics.median(pair[1] for pair in pairs)
-    ratios = [scored / plain for plain, scored in pairs]
+    plain_s = statistics.median(before.wall for before, _ in pairs)
+    scored_s = statistics.median(after.wall for _, after in pairs)
+    ratios = [after.wall / before.wall for before, after in pairs]
+    cpu_ratios = [after.cpu / before.cpu for before, after in pairs]
 
     channels = sum(len(found) * width(anatomy, axis) for axis, found in find_points(model, anatomy).items())
     num_bytes = samples_BS.numel() * (channels + 2 * args.layers * args.hidden) * dtype.itemsize
@@ -93,6 +94,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "ratio_median": round(statistics.median(ratios), 4),
         "ratio_min": round(min(ratios), 4),
         "ratio_max": round(max(ratios), 4),
+        "cpu_ratio_median": round(statistics.median(cpu_ratios), 4),
+        "cpu_ratio_min": round(min(cpu_ratios), 4),
+        "cpu_ratio_max": round(max(cpu_ratios), 4),
         "floor_bytes": num_bytes,
         "floor_s": round(floor_s, 4),
         "floor_ratio": round(1 + floor_s / plain_s, 4),
@@ -100,20 +104,27 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall-clock time of one call, the device's queue drained."""
-    start = time.perf_counter()
+class Seconds(NamedTuple):
+    """What one call took."""
+
+    wall: float
+    cpu: float
+
+
+def seconds(call: Callable[[], object], device: str) -> Seconds:
+    """Wall-clock and processor time of one call, the device's queue drained."""
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def read_rate(args: argparse.Namespace, dtype: torch.dtype) -> float:
     """Bytes per second at which a micro-batch's ffn activation is summed."""
     act = torch.ones(args.micro_batch, args.seq, args.ffn, dtype=dtype, device=args.device)
     act.sum()
-    times = [seconds(lambda: act.sum().item(), args.device) for _ in range(9)]
+    times = [seconds(lambda: act.sum().item(), args.device).wall for _ in range(9)]
     return act.numel() * act.itemsize / statistics.median(times)
 
 

@@ -30,8 +30,8 @@ from halve.recipe import Aggregator
 
 SEQ_AGGREGATORS: Final[tuple[Aggregator, ...]] = ("mean", "l2", "var")
 
-# A slice and what is computed from it stay in the cache: 256 x 2048 float32 numbers are 2 MiB.
-_SLICE_TOKENS = 256
+# A slice and what is computed from it stay in the cache: 128 x 2048 float32 numbers are 1 MiB.
+_SLICE_TOKENS = 128
 
 
 def seq_statistics(act_BSC: Float[Tensor, "batch seq channels"]) -> Float32[Tensor, "3 batch channels"]:
@@ -57,18 +57,15 @@ def sliced_statistics(act_BSC: Float[Tensor, "batch seq channels"]) -> Float32[T
     seq = act_BSC.shape[1]
     samples = []
     for act_SC in act_BSC:
-        pilot_C = act_SC[:_SLICE_TOKENS].mean(0, dtype=torch.float32)
+        pilot_C = act_SC[:_SLICE_TOKENS].float().mean(0)
         sums_3C = torch.zeros(3, *pilot_C.shape, device=act_SC.device)
-        for part_SC in act_SC.split(_SLICE_TOKENS):
+        for part_SC in torch.split(act_SC, _SLICE_TOKENS):
+            part_SC = part_SC.float()  # once: sums over mixed types are slow
             shifted_SC = part_SC - pilot_C
-            sums_3C += torch.stack(
-                (part_SC.abs().sum(0, dtype=torch.float32), shifted_SC.sum(0), shifted_SC.square_().sum(0))
-            )
+            sums_3C += torch.stack((part_SC.abs().sum(0), shifted_SC.sum(0), shifted_SC.square_().sum(0)))
         absolute_C, shift_C, square_C = sums_3C / seq
         var_C = (square_C - shift_C.square()).clamp_min(0)
-        samples.append(
-            torch.stack((absolute_C, (seq * (var_C + (pilot_C + shift_C).square())).sqrt(), var_C))
-        )
+        samples.append(torch.stack((absolute_C, (seq * (var_C + (pilot_C + shift_C).square())).sqrt(), var_C)))
     return torch.stack(samples, dim=1)
 
 
@@ -142,9 +139,7 @@ def aggregate(
     return BATCH_AGGREGATORS[batch_agg](sums[:, SEQ_AGGREGATORS.index(seq_agg)], num_samples)
 
 
-def head_importance(
-    channels: Float[Tensor, "*layers channels"], *, head_dim: int
-) -> Float[Tensor, "*layers heads"]:
+def head_importance(channels: Float[Tensor, "*layers channels"], *, head_dim: int) -> Float[Tensor, "*layers heads"]:
     """Score heads: the L2 norm over the scores of each head's channels in the output projection's input.
 
     2407.14679 takes the norm over a head's channels token by token, before the reductions; like NVIDIA's code
@@ -157,9 +152,7 @@ def head_importance(
     return heads
 
 
-def group_importance(
-    heads: Float[Tensor, "*layers heads"], *, kv_heads: int
-) -> Float[Tensor, "*layers kv_heads"]:
+def group_importance(heads: Float[Tensor, "*layers heads"], *, kv_heads: int) -> Float[Tensor, "*layers kv_heads"]:
     """Score key-value groups: the sum over the query heads that read each.
 
     >>> group_importance(torch.tensor([1.0, 2.0, 3.0, 4.0]), kv_heads=2).tolist()
@@ -172,10 +165,17 @@ def token_cosine(
     x_BSD: Float[Tensor, "batch seq hidden"], y_BSD: Float[Tensor, "batch seq hidden"]
 ) -> Float32[Tensor, "batch seq"]:
     """Cosine between two states of each token, in float32; 0 where either is zero."""
-    x_BSD, y_BSD = x_BSD.float(), y_BSD.float()
-    norms_BS = torch.linalg.vector_norm(x_BSD, dim=-1) * torch.linalg.vector_norm(y_BSD, dim=-1)
-    cosine_BS: Tensor = torch.linalg.vecdot(x_BSD, y_BSD) / norms_BS
-    return cosine_BS.masked_fill(norms_BS == 0, 0.0)
+    if x_BSD.is_cuda:
+        return _cosine(x_BSD, y_BSD)
+    # sample by sample, so that float32 copies of half-precision states stay small
+    return torch.stack([_cosine(x_SD, y_SD) for x_SD, y_SD in zip(x_BSD, y_BSD, strict=True)])
+
+
+def _cosine(x: Float[Tensor, "*tokens hidden"], y: Float[Tensor, "*tokens hidden"]) -> Float32[Tensor, "*tokens"]:
+    x, y = x.float(), y.float()
+    norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    cosine: Tensor = torch.linalg.vecdot(x, y) / norms
+    return cosine.masked_fill(norms == 0, 0.0)
 
 
 def block_importance(

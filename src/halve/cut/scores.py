@@ -60,9 +60,7 @@ class Statistics:
         for axis, sums in self.sums.items():
             points_PC = aggregate(sums, num_samples=self.num_samples, batch_agg=batch_agg, seq_agg=seq_agg)
             layer_P = torch.tensor(self.point_layers[axis])
-            by_layer[axis] = points_PC.new_zeros(num_layers, points_PC.shape[1]).index_add(
-                0, layer_P, points_PC
-            )
+            by_layer[axis] = points_PC.new_zeros(num_layers, points_PC.shape[1]).index_add(0, layer_P, points_PC)
         heads = kv_heads = None
         if "heads" in by_layer:
             heads = head_importance(by_layer["heads"], head_dim=self.head_dim)
@@ -165,9 +163,7 @@ class Scores:
         batch_agg, seq_agg = batch_agg or scores.batch_agg, seq_agg or scores.seq_agg
         if statistics is None or batch_agg is None or seq_agg is None:
             return scores
-        return statistics.scores(
-            batch_agg=batch_agg, seq_agg=seq_agg, model=scores.model, samples=scores.samples
-        )
+        return statistics.scores(batch_agg=batch_agg, seq_agg=seq_agg, model=scores.model, samples=scores.samples)
 
 
 def random_scores(anatomy: Anatomy, seed: int) -> Scores:

@@ -60,9 +60,7 @@ def measure(
         for axis, found in points.items()
     }
     block_sums = torch.zeros(num_layers, dtype=torch.float64, device=device)
-    batch = (
-        0  # samples in the present forward pass; the hooks read it, since some modules see tokens flattened
-    )
+    batch = 0  # samples in the present forward pass; the hooks read it, since some modules see tokens flattened
 
     def tap(axis: str, index: int) -> Callable[[Tensor], None]:
         def add(act: Tensor) -> None:
@@ -194,14 +192,10 @@ def _check_finite(sums: dict[str, Tensor], block_sums: Tensor, points: dict[str,
     bad = [
         (layer, name)
         for axis, found in points.items()
-        for (layer, name), finite in zip(
-            found, sums[axis].isfinite().all(-1).all(0).all(0).tolist(), strict=True
-        )
+        for (layer, name), finite in zip(found, sums[axis].isfinite().all(-1).all(0).all(0).tolist(), strict=True)
         if not finite
     ]
-    bad += [
-        (layer, f"layer {layer}") for layer, finite in enumerate(block_sums.isfinite().tolist()) if not finite
-    ]
+    bad += [(layer, f"layer {layer}") for layer, finite in enumerate(block_sums.isfinite().tolist()) if not finite]
     if bad:
         raise CheckpointError(
             f"activations are not finite, first at {min(bad)[1]}",
