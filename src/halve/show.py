@@ -38,7 +38,7 @@ def _numeric(cell: object) -> bool:
     return isinstance(cell, int | float) or (isinstance(cell, str) and cell[:1].isdigit()) or cell == ""
 
 
-def bytes_(count: float) -> str:
+def bytes_(count: int | float) -> str:
     """Decimal units, as disks and GPUs are sold.
 
     >>> bytes_(1.6e10)
