@@ -1,7 +1,7 @@
 """Gains that make up for the smaller statistics of a norm over fewer channels.
 
 A norm over H' of H channels divides by another spread. If the removed channels were zero, the kept outputs shrink by
-sqrt(H'/H), and a gain of sqrt(H/H') is exact. If they carried energy, the best single factor of a norm is smaller;
+sqrt(H'/H), and a gain of sqrt(H/H') is exact but for the norm's eps. If they carried energy, the best single factor of a norm is smaller;
 `fit_gains` finds it on calibration samples. Not in the papers; see docs/decisions/norm-gain.md for what it measured.
 """
 
@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def fit_gains(model: PreTrainedModel, anatomy: Anatomy, plan: Plan, batches: Ite
         module = model.get_submodule(name)
         centered = norm_kind(module).centered
 
-        def add(_: nn.Module, args: tuple[Tensor, ...], name: str = name, centered: bool = centered) -> None:
+        def add(_: nn.Module, args: tuple[Any, ...], name: str = name, centered: bool = centered) -> None:
             ratio = spread(args[0][..., kept], centered=centered) / spread(args[0], centered=centered)
             ratio = ratio[torch.isfinite(ratio)]
             sums[name] = sums[name] + ratio.double().sum()

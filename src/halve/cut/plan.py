@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from halve.anatomy import Anatomy, Arch
 from halve.recipe import Gain
 
 
+@runtime_checkable
 class Importance(Protocol):
     """What `select` reads of scores, higher is kept: [hidden], [layers, ffn], [layers, heads], ..., [layers]."""
 

@@ -85,7 +85,7 @@ def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
             continue
         try:
             found = [*_check_axis(axis, model, twin, reference, seed)]
-        except (RuntimeError, ValueError, AssertionError, HalveError) as error:
+        except (RuntimeError, ValueError, IndexError, AssertionError, HalveError) as error:
             found = [Check(axis, "cut", False, float("nan"), " ".join(str(error).split())[:200])]
         checks += found
     if reopen:
@@ -234,7 +234,7 @@ def _check_reopen(axes: list[str], model: PreTrainedModel, twin: Anatomy, seed: 
             planned = twin.ledger.count(plan.after, kept_layers=plan.layers).params
             counted = sum(parameter.numel() for parameter in student.parameters())
             detail = "" if counted == planned else f"{counted} parameters where the plan says {planned}"
-            checks.append(Check(axis, "parameters as planned", not detail, abs(counted - planned), detail))
+            checks.append(Check(axis, "parameters as planned", not detail, float(abs(counted - planned)), detail))
             student.save_pretrained(Path(scratch) / axis)
             expected[axis] = logits(student, twin)
         try:

@@ -104,16 +104,15 @@ def _either(values: Sequence[int]) -> str:
 def _implied(anatomy: Anatomy, asked: dict[str, int]) -> dict[str, int]:
     """Sizes that follow from those given: groups of one are cut with their heads, coupled widths together."""
     before, implied = anatomy.sizes, dict(asked)
+    if _grouped_in_ones(before) and "kv_heads" in asked:
+        implied.setdefault("heads", asked["kv_heads"])
     if anatomy.coupled:
-        if "hidden" in asked and "heads" not in asked and asked["hidden"] % before.head_dim == 0:
+        if "hidden" in asked and "heads" not in implied and asked["hidden"] % before.head_dim == 0:
             implied["heads"] = asked["hidden"] // before.head_dim
-        if "heads" in asked and "hidden" not in asked:
-            implied["hidden"] = asked["heads"] * before.head_dim
-    if _grouped_in_ones(before):
         if "heads" in implied:
-            implied.setdefault("kv_heads", implied["heads"])
-        elif "kv_heads" in implied:
-            implied["heads"] = implied["kv_heads"]
+            implied.setdefault("hidden", implied["heads"] * before.head_dim)
+    if _grouped_in_ones(before) and "heads" in implied:
+        implied.setdefault("kv_heads", implied["heads"])
     return implied
 
 

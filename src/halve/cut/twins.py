@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,9 +141,9 @@ class _StatisticsOver:
 def skipping(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Iterator[None]:
     """Within, this layer passes its input on."""
 
-    def forward_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> object:
+    def forward_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])  # type: ignore[index]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
     handle = module.register_forward_hook(forward_input, with_kwargs=True)

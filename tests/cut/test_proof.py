@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import ALSO, NO_GROUPS, PROVED, config
+from transformers import AutoConfig
+
+from halve.anatomy import CUT_AXES, Expr, discover
+from halve.cut.proof import SAME, fresh_logits, prove
+from halve.cut.surgery import trim
+from halve.cut.twins import logits, random_twin, twin_plan
+from halve.errors import AnatomyError
+
+
+@pytest.mark.parametrize("family", PROVED + ALSO)
+def test_every_axis_is_proved(family: str) -> None:
+    proof = prove(discover(config(family)), reopen=False)
+    wanted = set(CUT_AXES) - ({"kv_heads"} if family in NO_GROUPS else set())
+    assert {check.axis for check in proof.checks} == wanted
+    assert [check for check in proof.checks if not check.passed] == []
+
+
+def test_trimmed_twins_of_all_families_reopen_in_a_fresh_process(tmp_path: Path) -> None:
+    expected, twin = {}, discover(config("llama")).twin()
+    for family in PROVED:
+        twin = discover(config(family)).twin()
+        model = random_twin(twin, seed=0)
+        for axis in CUT_AXES:
+            if axis in twin.refusals:
+                continue
+            plan = twin_plan(axis, twin, 0)
+            student = trim(model, plan, twin)
+            counted = sum(p.numel() for p in student.parameters())
+            assert counted == twin.ledger.count(plan.after, kept_layers=plan.layers).params
+            student.save_pretrained(tmp_path / f"{family}-{axis}")
+            expected[f"{family}-{axis}"] = logits(student, twin)
+    found = fresh_logits(tmp_path, list(expected), twin)
+    assert len(expected) == 5 * len(PROVED) - len(NO_GROUPS)
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < SAME, name
+
+
+def test_a_proof_reopens_in_a_fresh_process_by_itself() -> None:
+    proof = prove(discover(config("qwen2")))
+    assert sum(check.name == "reopens in plain transformers" for check in proof.checks) == 5
+    assert all(check.passed for check in proof.checks)
+
+
+@pytest.mark.parametrize(
+    ("family", "suffix", "broken", "axis"),
+    [
+        ("phi3", "qkv_proj.weight", "kv_heads head_dim + heads head_dim + kv_heads head_dim, hidden", "heads"),
+        ("phi3", "gate_up_proj.weight", "ffn 2, hidden", "ffn"),
+        ("gpt_neox", "query_key_value.weight", "heads head_dim + heads head_dim + heads head_dim, hidden", "heads"),
+        ("llama", "layernorm.weight", "72", "hidden"),
+        ("qwen2", "q_proj.bias", "64", "heads"),
+        ("olmo2", "q_norm.weight", "64", "heads"),
+    ],
+)
+def test_a_broken_anatomy_is_refused(family: str, suffix: str, broken: str, axis: str) -> None:
+    anatomy = discover(config(family))
+    shape = tuple(Expr.parse(dim) for dim in broken.split(","))
+    params = {name: shape if name.endswith(suffix) else old for name, old in anatomy.params.items()}
+    proof = prove(replace(anatomy, params=params), reopen=False)
+    assert axis in proof.refusals
+    with pytest.raises(AnatomyError, match=rf"will not cut {axis} of {family}\n  why: the proof failed"):
+        proof.demand(anatomy.sizes, anatomy.sizes.at(**{axis: 1}))
+
+
+def test_leaving_out_any_parameter_shows_clearly() -> None:
+    proof = prove(discover(config("llama")), reopen=False)
+    controls = [check for check in proof.checks if "leaving out" in check.name]
+    assert len(controls) == 4
+    assert all(check.measure > 0.1 for check in controls)
+
+
+def test_a_family_whose_heads_have_places_is_refused() -> None:
+    """BLOOM's ALiBi gives every head a slope by its number: heads cannot be permuted, and the proof sees it."""
+    proof = prove(discover(AutoConfig.for_model("bloom", hidden_size=64, n_head=4, n_layer=2)), reopen=False)
+    assert "the proof failed" in proof.refusals["heads"]
+    assert "layers" not in proof.refusals
+
+
+def test_mixtures_prove_what_is_not_refused() -> None:
+    proof = prove(discover(AutoConfig.for_model("mixtral", num_hidden_layers=3)), reopen=False)
+    assert {check.axis for check in proof.checks if check.passed} == {"layers", "heads", "kv_heads"}
+    assert {"ffn", "hidden"} <= set(proof.refusals)
+
+
+def test_the_twin_hides_nothing() -> None:
+    twin = discover(config("qwen2")).twin()
+    model = random_twin(twin, seed=0)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float64
+        assert parameter.std() > 0.05, name
