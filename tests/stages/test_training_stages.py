@@ -1,0 +1,121 @@
+"""Correction and distillation from folder to folder, as the pipeline calls them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from halve.errors import CorpusError, TrainError
+from halve.recipe import Recipe
+from halve.stages import correct, distill
+
+STEPS = {"tokens": 4 * 8 * 32, "batch": 8, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1, "eval_samples": 4}
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The tiny llama without its last layer, in bfloat16."""
+    folder = tmp_path_factory.mktemp("students") / "student"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "dtype": "bfloat16"}))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value.bfloat16() for name, value in tensors.items() if "layers.3." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def distilled(
+    recipe: Recipe, tmp_path: Path, *, teacher: Path, student: Path, variant: str = "student"
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[dict[str, Any]]]:
+    out = tmp_path / variant
+    out.mkdir()
+    cache = tmp_path / "data"
+    metrics = distill.run(recipe, teacher=teacher, student=student, variant=variant, cache=cache, out=out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return metrics, load_file(out / "model" / "model.safetensors"), lines
+
+
+def test_a_corrected_teacher_is_a_model_like_the_teacher(
+    make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(correct=STEPS)
+    metrics = correct.run(recipe, teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "model"))
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert metrics["heldout"] == lines[-1]["heldout"]
+    assert metrics["heldout"]["ce"] < lines[0]["heldout"]["ce"]
+    AutoTokenizer.from_pretrained(tmp_path / "model")
+    record = json.loads((tmp_path / "model" / "halve.json").read_text())
+    assert (record["stage"], record["tokens"], record["seed"]) == ("correct", 1024, 0)
+
+
+def test_a_student_comes_nearer_to_its_teacher(
+    make_recipe: MakeRecipe, tiny_llama: Path, student: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(distill=STEPS | {"tokens": 20 * 8 * 32})
+    metrics, after, lines = distilled(recipe, tmp_path, teacher=tiny_llama, student=student)
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert lines[-1]["heldout"]["kl"] < 0.8 * lines[0]["heldout"]["kl"]
+    assert metrics["variant"] == "student"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student" / "model", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_variants_share_the_tokens_and_differ_in_one_thing(
+    make_recipe: MakeRecipe, tiny_llama: Path, student: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(distill=STEPS)
+    starts, ends = {}, {}
+    for variant in ("student", "ce", "random_init"):
+        _, ends[variant], lines = distilled(recipe, tmp_path, teacher=tiny_llama, student=student, variant=variant)
+        starts[variant] = lines[0]["heldout"]
+    assert starts["ce"] == starts["student"]
+    assert starts["random_init"]["ce"] > starts["student"]["ce"]
+    assert any(not torch.equal(ends["ce"][name], ends["student"][name]) for name in ends["ce"])
+    (tmp_path / "again").mkdir()
+    _, again, _ = distilled(recipe, tmp_path / "again", teacher=tiny_llama, student=student, variant="random_init")
+    assert all(torch.equal(again[name], ends["random_init"][name]) for name in again)
+
+
+@pytest.mark.parametrize("objective", ["ce", "mix"])
+def test_the_recipe_chooses_the_objective(
+    objective: str, make_recipe: MakeRecipe, tiny_llama: Path, student: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for name in ("kl", objective):
+        recipe = make_recipe(distill=STEPS | {"objective": name, "ce_weight": 0.25})
+        (tmp_path / name).mkdir()
+        losses[name] = distilled(recipe, tmp_path / name, teacher=tiny_llama, student=student)[2][1]["loss"]
+    assert losses[objective] > 1.2 * losses["kl"]
+
+
+def test_a_random_teacher_is_refused(make_recipe: MakeRecipe, tiny_llama: Path, student: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_llama, teacher)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama)).save_pretrained(teacher)
+    with pytest.raises(TrainError, match="the teacher teaches nothing"):
+        distilled(make_recipe(distill=STEPS), tmp_path, teacher=teacher, student=student)
+    assert not (tmp_path / "student" / "model").exists()
+
+
+def test_a_sample_longer_than_the_context_is_refused(
+    make_recipe: MakeRecipe, tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    data = {"train": [str(corpus / "train.txt")], "valid": [str(corpus / "valid.txt")], "context": 200}
+    with pytest.raises(CorpusError, match="a sample has 200 tokens, the model's context has 128"):
+        correct.run(make_recipe(correct=STEPS, data=data), teacher=tiny_llama, cache=tmp_path, out=tmp_path / "out")
