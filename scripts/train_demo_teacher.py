@@ -228,16 +228,18 @@ def main() -> int:
     if args.verb == "check":
         return 0 if check_teacher(args.prepared, args.folder, device=device) else 1
     steps = args.tokens // (args.batch * CONTEXT)
-    training = Training(
-        tokens=args.tokens,
-        batch=args.batch,
-        lr=args.lr,
-        min_lr=args.lr / 100,
-        warmup_steps=min(200, steps // 10),
-        weight_decay=0.1,
-        checkpoint_every=max(steps // 10, 1),
-        eval_every=max(steps // 40, 1),
-        eval_samples=128,
+    training = Training.model_validate(
+        {
+            "tokens": args.tokens,
+            "batch": args.batch,
+            "lr": args.lr,
+            "min_lr": args.lr / 100,
+            "warmup_steps": min(200, steps // 10),
+            "weight_decay": 0.1,
+            "checkpoint_every": max(steps // 10, 1),
+            "eval_every": max(steps // 40, 1),
+            "eval_samples": 128,
+        }
     )
     train_teacher(args.prepared, args.folder, training=training, device=device)
     return 0

@@ -125,10 +125,7 @@ def reopen(note: Path) -> Tokens | None:
     if not (note.exists() and path.exists()):
         return None
     facts = read_json(note)
-    if (
-        facts.get("format") != FORMAT
-        or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize
-    ):
+    if facts.get("format") != FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
         return None
     return Tokens(
         path=path,
@@ -229,9 +226,7 @@ def _key(
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    what: dict[str, Any] = (
-        json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
-    )
+    what: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
     for state in ("truncation", "padding"):  # left behind by whoever called the tokenizer last
         what.pop(state, None)
     what = {"model": what, "eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}

@@ -15,6 +15,7 @@ import codecs
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import lzma
 import zlib
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from halve.errors import CorpusError
 
@@ -60,9 +61,7 @@ def read(source: str, *, text_field: str, revision: str | None = None) -> Iterat
         empty = empty and not piece.text.strip()
         yield piece
     if empty:
-        raise CorpusError(
-            f"{source} is empty", why="it holds no text at all", fix="give a source with some text"
-        )
+        raise CorpusError(f"{source} is empty", why="it holds no text at all", fix="give a source with some text")
 
 
 def files(source: str) -> list[Path]:
@@ -141,23 +140,57 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     match path.suffix.lower():
         case ".gz":
-            return cast(IO[bytes], gzip.open(path))
+            return gzip.open(path)
         case ".xz":
             return lzma.open(path)
         case ".bz2":
             return bz2.open(path)
         case ".zst":
-            zstandard = _extra("zstandard", path)
-            stream: IO[bytes] = zstandard.open(path, "rb")
-            return stream
+            return io.BufferedReader(_ZstdFile(path, _extra("zstandard", path)), PIECE_CHARS)
         case _:
             return path.open("rb")
 
 
-def _text(path: Path, file: IO[bytes]) -> Iterator[Piece]:
+class _ZstdFile(io.RawIOBase):
+    """The unpacked bytes of a .zst file; the package's own reader takes a file cut short for a whole one."""
+
+    def __init__(self, path: Path, zstandard: ModuleType) -> None:
+        self._file = path.open("rb")
+        self._zstandard = zstandard
+        self._frame: Any = None
+        self._packed = self._unpacked = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            packed = self._packed or self._file.read(4096)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._unpacked = self._frame.decompress(packed)
+            except self._zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _text(path: Path, file: io.BufferedIOBase) -> Iterator[Piece]:
     """A text file as one document."""
     held = ""
     for text in _decode(path, file):
@@ -170,7 +203,7 @@ def _text(path: Path, file: IO[bytes]) -> Iterator[Piece]:
         yield Piece(held, last=True)
 
 
-def _decode(path: Path, file: IO[bytes]) -> Iterator[str]:
+def _decode(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
     """UTF-8 text chunk by chunk; keeps count, so that an error can say where it is."""
     held, offset, line = b"", 0, 1
     while True:
@@ -197,7 +230,7 @@ def _cut(text: str) -> int:
     return PIECE_CHARS
 
 
-def _json_lines(path: Path, file: IO[bytes], *, text_field: str) -> Iterator[Piece]:
+def _json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
     line = offset = 0
     while raw := file.readline(LONGEST_LINE_BYTES + 1):
         line += 1
@@ -238,9 +271,7 @@ def _parquet_rows(path: Path, *, text_field: str) -> Iterator[Piece]:
                 number += 1
                 yield from _row({text_field: value}, place=f"{path}, row {number}", text_field=text_field)
     except ValueError as error:  # pyarrow.ArrowInvalid among them
-        raise CorpusError(
-            f"cannot read {path}", why=str(error), fix="check that it is a whole parquet file"
-        ) from error
+        raise CorpusError(f"cannot read {path}", why=str(error), fix="check that it is a whole parquet file") from error
 
 
 def _hub_rows(source: str, *, text_field: str, revision: str | None) -> Iterator[Piece]:
