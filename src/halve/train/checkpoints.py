@@ -25,11 +25,16 @@ _WEIGHTS, _FACTS = "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def folder(work: Path, step: int) -> Path:
+    """Give the place of the state after `step` steps."""
+    return work / f"step-{step:08d}"
+
+
 def save(
     work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
 ) -> Path:
     """Write the state after `step` steps, remove older ones, give its folder. `DiskError` when full."""
-    final = work / f"step-{step:08d}"
+    final = folder(work, step)
     draft = work / f".{final.name}.tmp"
     with disk_guard(final):
         work.mkdir(parents=True, exist_ok=True)
@@ -54,10 +59,10 @@ def save(
 def restore(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> int:
     """Load this run's newest state into model and optimizer, and give its step; 0 where there is none."""
     wanted = json.loads(json.dumps(identity))
-    for folder in reversed(_complete(work)):
-        facts = read_json(folder / _FACTS)
+    for kept in reversed(_complete(work)):
+        facts = read_json(kept / _FACTS)
         if facts["identity"] == wanted:
-            _load(folder / _WEIGHTS, facts["step"], model, optimizer)
+            _load(kept / _WEIGHTS, facts["step"], model, optimizer)
             return int(facts["step"])
     return 0
 

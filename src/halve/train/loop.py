@@ -92,7 +92,7 @@ def train(
     identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json")}
     steps, step_tokens = num_steps(training, samples.context), training.batch * samples.context
     start = step = checkpoints.restore(work, student, optimizer, identity)
-    saved: Path | None = next(iter(sorted(work.glob("step-*"))), None) if start else None
+    saved = checkpoints.folder(work, start) if start else None
     _truncate(metrics, start)
     loss: float | None = None
     figures: Mapping[str, float] = {}
@@ -140,8 +140,9 @@ def autocast(training: Training, device: str) -> torch.autocast:
 
 def is_half(training: Training, device: str) -> bool:
     """Whether matrix products are taken in bfloat16 on this device."""
-    cuda = torch.device(device).type == "cuda"
-    return training.precision == "bfloat16" or (training.precision == "auto" and cuda)
+    if training.precision != "auto":
+        return training.precision == "bfloat16"
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def num_steps(training: Training, context: int) -> int:
