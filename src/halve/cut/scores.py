@@ -118,6 +118,7 @@ class Scores:
         """
         tensors = self.by_axis()
         about: dict[str, Any] = {
+            "format": FORMAT,
             "model": self.model,
             "samples": self.samples,
             "batch_agg": self.batch_agg,
@@ -131,7 +132,8 @@ class Scores:
                 tensors[f"statistics.{axis}.layer"] = torch.tensor(statistics.point_layers[axis])
         plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         with atomic_file(path) as draft:
-            save_file(plain, draft, metadata={"format": FORMAT, "about": json.dumps(about, sort_keys=True)})
+            # one entry: safetensors writes several in an order that changes from process to process
+            save_file(plain, draft, metadata={"about": json.dumps(about, sort_keys=True)})
 
     @classmethod
     def load(
@@ -197,10 +199,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise _broken(path, f"its format is {metadata.get('format')}, not {FORMAT}")
-            about = json.loads(metadata["about"])
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            if about.get("format") != FORMAT:
+                raise _broken(path, f"its format is {about.get('format')}, not {FORMAT}")
             return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, str(error)) from error
