@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -35,21 +34,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = app(args=None if argv is None else list(argv), standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        app(args=words or ["--help"], prog_name="halve")
     except HalveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 0
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    except SystemExit as finished:  # the parser prints its own errors and always ends so
+        code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
+        if code == 130:
+            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return code
+    raise AssertionError("the parser ends with SystemExit")
 
 
 @app.command()
