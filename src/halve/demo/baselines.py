@@ -66,7 +66,8 @@ def fit(ids: Sequence[int] | NDArray[Any], *, vocab: int, order: int = 5) -> NGr
     """Fit interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999, Sec. 2.7) to a stream of ids.
 
     The highest order counts occurrences; each lower order counts the distinct ids that precede an n-gram. One
-    discount an order, D = n1 / (n1 + 2 n2), from the numbers of n-grams counted once and twice.
+    discount an order, D = n1 / (n1 + 2 n2), from the numbers of n-grams counted once and twice; 1/2 where n1
+    = 0.
     """
     assert vocab**order < 2**64, "n-grams are numbered in 64 bits"
     stream = np.asarray(ids, dtype=np.int64)
@@ -82,7 +83,7 @@ def fit(ids: Sequence[int] | NDArray[Any], *, vocab: int, order: int = 5) -> NGr
                 contexts=contexts,
                 totals=np.add.reduceat(counts, start).astype(np.int64),
                 kinds=kinds.astype(np.int64),
-                discount=once / (once + 2 * twice) if once else 0.0,
+                discount=once / (once + 2 * twice) if once else 0.5,  # 0 would leave nothing for the unseen
             )
         )
         if n > 1:

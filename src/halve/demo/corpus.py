@@ -81,7 +81,7 @@ def standard_library() -> Path:
 
 
 def read_modules(root: Path, *, tests: bool = False) -> Iterator[Module]:
-    """Take apart every module under `root`, ordered by name.
+    """Take apart every module under `root`, ordered by path.
 
     Files that this Python cannot parse are passed over: the library ships some on purpose. `tests` adds
     the library's own tests, which some systems package apart.
@@ -117,9 +117,7 @@ def take_apart(name: str, source: str) -> Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in old files
         tree = ast.parse(source)
-        code = _without_strings(tree, source)
-        ast.parse(code)
-    return Module(name=name, code=code, prose=tuple(_docstrings(tree)))
+    return Module(name=name, code=_without_strings(tree, source), prose=tuple(_docstrings(tree)))
 
 
 def documents(modules: Iterable[Module], *, held_out: bool) -> Iterator[dict[str, str]]:
@@ -171,11 +169,9 @@ def _dotted(path: Path) -> str:
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
     """Docstrings in the order in which a reader meets them."""
-    owners = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    inner = [node for body in _bodies(tree) for node in body if isinstance(node, kinds)]
+    owners: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [tree, *inner]
     owners.sort(key=lambda node: getattr(node, "lineno", 0))
     for node in owners:
         text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
@@ -212,16 +208,15 @@ def _cut(lines: list[bytes], statement: ast.stmt, *, leave_pass: bool) -> None:
 
 
 def _is_string(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
-    for node in ast.walk(tree):
-        for name in ("body", "orelse", "finalbody"):
-            body = getattr(node, name, None)
-            if isinstance(body, list):
-                yield body
+def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Every list of statements, without a look at the expressions, which are most of a tree."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        nodes = getattr(node, field, None)
+        if isinstance(nodes, list):
+            if nodes and isinstance(nodes[0], ast.stmt):
+                yield nodes
+            for inner in nodes:
+                yield from _bodies(inner)

@@ -21,9 +21,7 @@ _FEWEST_CONTEXT_LINES = 3
 _SHORTEST, _LONGEST = 10, 80  # characters of a choice without its indentation
 
 
-def build_items(
-    modules: Iterable[Module], *, num_items: int = 400, num_choices: int = 4, seed: int = 0
-) -> list[Item]:
+def build_items(modules: Iterable[Module], *, num_items: int = 400, num_choices: int = 4, seed: int = 0) -> list[Item]:
     """Items `{"context", "choices", "answer"}` at places drawn from the modules' code by `seed`.
 
     The context ends with a line break; every choice is one line, indentation kept, without a line break.
