@@ -1,4 +1,4 @@
-"""Token files and samples: text is tokenised once, packed to fixed length, and drawn by (seed, step) alone.
+"""Token files and samples: text is tokenized once, packed to fixed length, and drawn by (seed, step) alone.
 
 recipe -> sources (text) -> Tokens (a memory-mapped file) -> Samples -> int64 [batch, context]
 """
@@ -28,7 +28,7 @@ from halve.train import sources as text_sources
 from halve.train.sources import HUB, Piece
 
 FORMAT = 1
-_BATCH_CHARS = 1 << 19  # tokenised together; bounds memory
+_BATCH_CHARS = 1 << 19  # tokenized together; bounds memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def prepare(
     The file's name is a hash of the content, the tokenizer and `text_field`. Each document ends with the
     end-of-sequence token; where a tokenizer has none, each begins with its beginning-of-sequence token
     instead. Special tokens spelled out in the text become those tokens. Documents longer than a piece
-    (`sources.PIECE_CHARS`) are tokenised piece by piece. A data set of the hub stays at the revision it had
+    (`sources.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the revision it had
     when it was first read into `cache`.
 
     Works in bounded memory; a kill leaves nothing that counts. Raises `CorpusError` as `sources.read` does.
