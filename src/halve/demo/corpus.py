@@ -109,8 +109,11 @@ def take_apart(name: str, source: str) -> Module:
     Strings that stand alone as statements go as well, since they read like docstrings; only true docstrings
     become prose.
 
-    >>> take_apart("m", 'def half(x):\\n    "Divide by two."\\n    return x / 2\\n')
-    Module(name='m', code='def half(x):\\n    return x / 2\\n', prose=('Divide by two.',))
+    >>> source = 'def half(x):\\n    "Divide a number by two, as floats are divided."\\n    return x / 2'
+    >>> take_apart("m", source).code
+    'def half(x):\\n    return x / 2'
+    >>> take_apart("m", source).prose
+    ('Divide a number by two, as floats are divided.',)
 
     Raises `SyntaxError` or `ValueError` for a source that does not parse.
     """
