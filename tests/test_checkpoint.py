@@ -77,9 +77,7 @@ def test_shards_load_and_every_one_is_checked(tiny_llama: Path, tmp_path: Path) 
     last = sorted(tmp_path.glob("*.safetensors"))[-1]
     content = last.read_bytes()
     last.write_bytes(content[:-3])
-    with pytest.raises(
-        CheckpointError, match=rf"{last.name} is truncated\n  why: it has \d+ bytes and its header"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{last.name} is truncated\n  why: it has \d+ bytes and its header"):
         checkpoint.load_model(tmp_path)
     last.unlink()
     with pytest.raises(CheckpointError, match=rf"{last.name} is missing"):
@@ -113,9 +111,7 @@ def test_a_header_that_is_not_json_is_refused(model_copy: Path) -> None:
 def test_pickles_are_refused_unopened(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(tiny_llama / "config.json", tmp_path)
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(
-        CheckpointError, match=f"{name} is a pickle checkpoint.*\n.*only safetensors are read"
-    ):
+    with pytest.raises(CheckpointError, match=f"{name} is a pickle checkpoint.*\n.*only safetensors are read"):
         checkpoint.load_model(tmp_path)
 
 
@@ -134,16 +130,12 @@ def test_an_index_cannot_point_outside_or_at_a_pickle(model_copy: Path) -> None:
 
 def test_a_missing_tensor_is_not_made_up(model_copy: Path) -> None:
     edit_weights(model_copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(
-        CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight\n  why: it would be"
-    ):
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight\n  why: it would be"):
         checkpoint.load_model(model_copy)
 
 
 def test_an_extra_tensor_is_not_lost(model_copy: Path) -> None:
-    edit_weights(
-        model_copy, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(64)})
-    )
+    edit_weights(model_copy, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(64)}))
     with pytest.raises(CheckpointError, match=r"extra tensor model\.layers\.0\.mlp\.up_proj\.bias"):
         checkpoint.load_model(model_copy)
 
@@ -159,9 +151,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(model_copy: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(model_copy: Path, value: float) -> None:
     edit_weights(model_copy, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"][3].fill_(value))
-    with pytest.raises(
-        CheckpointError, match=r"model\.layers\.2\.mlp\.down_proj\.weight of .* is not finite"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.down_proj\.weight of .* is not finite"):
         checkpoint.load_model(model_copy)
 
 
@@ -245,15 +235,11 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise soundness.errors.LocalEntryNotFoundError("no connection\nmore")
 
     monkeypatch.setattr(soundness, "snapshot_download", offline)
-    with pytest.raises(
-        CheckpointError, match=r"cannot get model own/er\n  why: .*the hub cannot be reached: no conn"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot get model own/er\n  why: .*the hub cannot be reached: no conn"):
         checkpoint.load_model("own/er")
 
 
-def test_a_hub_name_asks_for_safetensors_and_json_alone(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_name_asks_for_safetensors_and_json_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
     def download(name: str, **patterns: Any) -> str:
@@ -371,9 +357,7 @@ def test_rope_scaling_survives_in_both_spellings(tiny_llama: Path, tmp_path: Pat
 def test_gpt_neox_keeps_its_oldest_rope_names(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model("gpt_neox", vocab_size=64, rotary_pct=0.5, rotary_emb_base=777.0, **sizes)
-    checkpoint.save_model(
-        AutoModelForCausalLM.from_config(config), tmp_path / "out", extra_from=None, record=None
-    )
+    checkpoint.save_model(AutoModelForCausalLM.from_config(config), tmp_path / "out", extra_from=None, record=None)
     raw = raw_config(tmp_path / "out")
     assert (raw["rotary_pct"], raw["rotary_emb_base"]) == (0.5, 777.0)
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 777.0

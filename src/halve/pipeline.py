@@ -106,7 +106,8 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         add("distill", "distill", _distill("student"), reads=reads, after=(*corrected, "prune"))
         for variant in recipe.distill.baselines:
             models[variant] = f"distill-{variant}"
-            own, cut = reads, "prune"
+            own: _Names = reads
+            cut = "prune"
             if variant == "ce":  # it has an objective of its own
                 own = (*reads, "-distill.objective", "-distill.temperature", "-distill.ce_weight")
             if variant == "random_prune":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, runtime_checkable, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -25,7 +25,6 @@ from rich.text import Text
 
 
 @runtime_checkable
-@runtime_checkable
 class Task(Protocol):
     """One piece of work in progress."""
 
@@ -33,7 +32,6 @@ class Task(Protocol):
         """Report `tokens` more as done, with the metrics of the moment, such as `loss=2.1`."""
 
 
-@runtime_checkable
 @runtime_checkable
 class Progress(Protocol):
     """Something that long work can report to."""
