@@ -1,7 +1,7 @@
 """Train the demo's teacher from scratch on the standard library's code without its docstrings.
 
     python scripts/train_demo_teacher.py prepare PREPARED      text, tokenizer, token files, baselines
-    python scripts/train_demo_teacher.py train PREPARED DIR    a Llama of 2 M parameters, by halve's own loop
+    python scripts/train_demo_teacher.py train PREPARED DIR    a Llama of 1.5 M parameters, by halve's own loop
     python scripts/train_demo_teacher.py check PREPARED DIR    must beat a 5-gram model and xz
 
 `prepare` reads this Python's library and needs no GPU; `train` and `check` read PREPARED alone.
@@ -38,12 +38,12 @@ VOCAB = 2048
 CONTEXT = 256
 SEED = 0
 SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 320,
+    "hidden_size": 104,
+    "intermediate_size": 280,
     "num_hidden_layers": 10,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
 }
 
 
@@ -217,8 +217,9 @@ def main() -> int:
             options.add_argument("folder", type=Path)
             options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         if verb == "train":
-            options.add_argument("--tokens", type=int, default=200_000_000)
-            options.add_argument("--batch", type=int, default=256, help="samples in a step")
+            options.add_argument("--tokens", type=int, default=20_480_000)
+            options.add_argument("--batch", type=int, default=32, help="samples in a step")
+            options.add_argument("--micro-batch", type=int, default=8, help="samples in one forward pass")
             options.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
     if args.verb == "prepare":
