@@ -1,0 +1,71 @@
+"""The demo: the whole pipeline on the embedded teacher and the standard library's docstrings.
+
+The teacher knows code without docstrings (see scripts/train_demo_teacher.py); the corpus is the docstrings' prose, so
+that correction has something to correct. Held-out modules are in neither.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from halve import pipeline
+from halve.demo.corpus import read_modules, standard_library, write_prose
+from halve.demo.task import build_items, write_items
+from halve.errors import CorpusError
+from halve.recipe import Recipe, parse
+from halve.rundir import atomic_file
+
+HERE = Path(__file__).parent
+TEACHER = HERE / "teacher"
+HELD_OUT_SHARE = 0.1
+
+
+def run(*, out: Path, long: bool, corpus: Path | None, console: Console) -> Path:
+    """Carry out the demo in `out` and return the run folder; its texts lie beside it in `OUT-texts`.
+
+    `corpus` replaces the standard library's docstrings by a UTF-8 text file whose last tenth is held out; the
+    line-completion task is then left out. Raises `CorpusError` where the library's sources are missing.
+    """
+    recipe = make_recipe(out.with_name(f"{out.name}-texts"), long=long, corpus=corpus)
+    return pipeline.run(recipe, out, console=console)
+
+
+def make_recipe(texts: Path, *, long: bool, corpus: Path | None) -> Recipe:
+    """Write the demo's texts into `texts` and give the recipe that uses them."""
+    texts.mkdir(parents=True, exist_ok=True)
+    raw: dict[str, Any] = yaml.safe_load((HERE / ("long.yaml" if long else "demo.yaml")).read_text(encoding="utf-8"))
+    if corpus is not None:
+        train, valid = _split(corpus, texts)
+    else:
+        modules = list(read_modules(standard_library()))
+        train, valid = write_prose(texts, modules)
+        items = texts / "next-line.jsonl"
+        write_items(items, build_items([module for module in modules if module.held_out]))
+        raw["evaluate"]["choices"] = [str(items.resolve())]
+    raw["model"] = str(TEACHER)
+    raw["data"] |= {"train": [str(train.resolve())], "valid": [str(valid.resolve())]}
+    return parse(raw, folder=texts, source="the demo's recipe")
+
+
+def _split(corpus: Path, texts: Path) -> tuple[Path, Path]:
+    """The first nine tenths of a text for training, the rest held out, cut at a line's end."""
+    try:
+        text = corpus.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"cannot read {corpus}", why=str(error), fix="--corpus takes a UTF-8 text file") from error
+    cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT_SHARE))) + 1
+    if not cut or not text[cut:].strip():
+        raise CorpusError(
+            f"{corpus} cannot be divided into training and held-out text",
+            why="no line ends in its first nine tenths, or nothing follows",
+            fix="--corpus takes a text of many lines, half a megabyte or more",
+        )
+    paths = texts / "train.txt", texts / "valid.txt"
+    for path, part in zip(paths, (text[:cut], text[cut:]), strict=True):
+        with atomic_file(path) as draft:
+            draft.write_text(part, encoding="utf-8")
+    return paths
