@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from halve.card import model_card
 from halve.errors import CheckpointError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
 from halve.rundir import disk_guard, sync, sync_tree
@@ -38,7 +39,7 @@ __all__ = [
     "save_model",
 ]
 
-GENERATION, RECORD = "generation_config.json", "halve.json"
+GENERATION, RECORD, CARD = "generation_config.json", "halve.json", "README.md"
 
 
 def load_config(source: str | Path) -> transformers.PretrainedConfig:
@@ -165,8 +166,8 @@ def save_model(
     """Write an ordinary Hugging Face folder, whole or not at all.
 
     `extra_from` is the model whose tokenizer, chat template and generation config are copied; `record`
-    becomes halve.json. An earlier model in `folder` is replaced. Raises `DiskError` when the device is full
-    and `CheckpointError` for a folder that holds something else.
+    becomes halve.json and a short model card. An earlier model in `folder` is replaced. Raises `DiskError` when
+    the device is full and `CheckpointError` for a folder that holds something else.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
@@ -185,6 +186,7 @@ def save_model(
             _copy_extras(None if extra_from is None else locate(extra_from), draft)
             if record is not None:
                 _write_object(draft / RECORD, record)
+                (draft / CARD).write_text(model_card(record), encoding="utf-8")
             sync_tree(draft)
             if folder.exists():
                 shutil.rmtree(folder)

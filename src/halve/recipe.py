@@ -185,7 +185,7 @@ def _explain(error: ValidationError, source: str) -> RecipeError:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return RecipeError(f"unknown key {place} in {source}", why="no stage would read it", fix=hint)
     if first["type"] == "missing":
@@ -211,13 +211,10 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
         local = folder / Path(text).expanduser()
         return str(local) if local.exists() or text.startswith((".", "/", "~")) else text
 
-    data = recipe.data.model_copy(
-        update={
-            "train": tuple(s if s.startswith("hub:") else str(folder / Path(s).expanduser()) for s in recipe.data.train),
-            "valid": tuple(s if s.startswith("hub:") else str(folder / Path(s).expanduser()) for s in recipe.data.valid),
-        }
-    )
-    evaluate = recipe.evaluate.model_copy(
-        update={"choices": tuple(str(folder / Path(c).expanduser()) for c in recipe.evaluate.choices)}
-    )
+    def anchored(sources: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(s if s.startswith("hub:") else str(folder / Path(s).expanduser()) for s in sources)
+
+    splits = {"train": anchored(recipe.data.train), "valid": anchored(recipe.data.valid)}
+    data = recipe.data.model_copy(update=splits)
+    evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices)})
     return recipe.model_copy(update={"model": absolute(recipe.model), "data": data, "evaluate": evaluate})

@@ -1,8 +1,9 @@
 """Gains that make up for the smaller statistics of a norm over fewer channels.
 
 A norm over H' of H channels divides by another spread. If the removed channels were zero, the kept outputs shrink by
-sqrt(H'/H), and a gain of sqrt(H/H') is exact but for the norm's eps. If they carried energy, the best single factor of a norm is smaller;
-`fit_gains` finds it on calibration samples. Not in the papers; see docs/decisions/norm-gain.md for what it measured.
+sqrt(H'/H), and a gain of sqrt(H/H') is exact but for the norm's eps. If they carried energy, the best single factor of
+a norm is smaller; `fit_gains` finds it on calibration samples. Not in the papers; docs/decisions/0005-norm-gain.md has
+what it measured.
 """
 
 from __future__ import annotations

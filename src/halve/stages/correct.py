@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halve import checkpoint, measure
+from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.train import corpus, loop, objectives
@@ -45,7 +46,8 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     )
     record = {
         "stage": "correct",
-        "teacher": str(teacher),
+        "base_model": name_of(recipe.model),
+        "teacher": checkpoint.fingerprint(teacher),
         "seed": recipe.seed,
         "corpus": train.fingerprint,
         "training": training.model_dump(mode="json"),

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halve import checkpoint, measure
+from halve.card import name_of
 from halve.head import split
 from halve.progress import SILENT, Progress
 from halve.recipe import Dtype, Recipe
@@ -96,7 +97,8 @@ def run(
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
     record = {
         "stage": "distill",
-        "teacher": str(teacher),
+        "base_model": name_of(recipe.model),
+        "teacher": checkpoint.fingerprint(teacher),
         "student": str(student),
         "seed": recipe.seed,
         "corpus": train.fingerprint,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from halve import checkpoint, measure
 from halve.anatomy import Anatomy, discover
+from halve.card import name_of
 from halve.cut.gain import constant_gains, fit_gains
 from halve.cut.plan import Plan, select
 from halve.cut.proof import prove
@@ -64,7 +65,13 @@ def run(
     gains = _gains(model, anatomy, plan, calibration, progress)
     student = trim(model, plan, anatomy, gains=gains)
     del model
-    record = {"stage": "prune", "teacher": str(teacher), "plan": plan.to_json(), "gains": gains}
+    record = {
+        "stage": "prune",
+        "base_model": name_of(recipe.model),
+        "teacher": checkpoint.fingerprint(teacher),
+        "plan": plan.to_json(),
+        "gains": gains,
+    }
     checkpoint.save_model(student, out / "model", extra_from=teacher, record=record)
     after_nll = measure.language_modeling(student, heldout, micro_batch=MICRO_BATCH)
     counts = anatomy.ledger.count(plan.after, kept_layers=plan.layers)

@@ -1,0 +1,51 @@
+"""The short model card that lies in every model folder halve writes; the report stage writes a long one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_DONE = {
+    "correct": "adapted to a corpus by fine-tuning with cross-entropy",
+    "prune": "pruned, and not yet distilled: expect it to be much worse than its base model",
+    "distill": "pruned and distilled from its base model",
+}
+
+
+def name_of(source: str | Path) -> str:
+    """What a model is called outside this machine: a hub name as it is, a folder by its own name."""
+    return Path(source).name if Path(source).exists() else str(source)
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """A README.md with front matter from what `halve.json` says: `stage`, `base_model` and, if cut, `plan`.
+
+    >>> print(model_card({"stage": "prune", "base_model": "owner/name"}).splitlines()[1])
+    base_model: owner/name
+    """
+    base = str(record.get("base_model", "unknown"))
+    front = {
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["halve", str(record.get("stage"))],
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {base}, made smaller", ""]
+    lines.append(f"A model {_DONE.get(str(record.get('stage')), 'written')} by halve. `halve.json` says how.")
+    if plan := record.get("plan"):
+        lines += ["", "| axis | before | after |", "|---|---|---|"]
+        lines += [f"| {axis} | {plan['before'][axis]} | {plan['after'][axis]} |" for axis in plan["before"]]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
