@@ -10,6 +10,7 @@ from halve.anatomy import Anatomy, Arch, Counts, discover
 from halve.anatomy.runtimes import runtimes
 from halve.cut.sizes import target
 from halve.recipe import Recipe, Training
+from halve.train.losses import chunk_tokens
 
 GPU_BYTES = 80e9
 # Matrix rate that MFU is counted against: one H100 SXM in bf16, dense, from its data sheet.
@@ -21,9 +22,10 @@ MFU = 0.4
 class Memory:
     """Bytes on one device while distilling in bf16 compute with float32 masters, and whether 80 GB hold them.
 
-    masters, gradients and AdamW's two moments are float32 (16 bytes a student parameter); the teacher stands in its
-    checkpoint's 16 bits; activations are those that one micro-batch keeps for the backward pass, about 34 hidden plus
-    3 ffn 16-bit entries a token and layer; the loss keeps two float32 chunks of 1024 tokens of logits.
+    masters, gradients and AdamW's two moments are float32 and autocast keeps a 16-bit copy of the weights (18 bytes a
+    student parameter); the teacher stands in its checkpoint's 16 bits; activations are those that one micro-batch
+    keeps for the backward pass, about 34 hidden plus 3 ffn 16-bit entries a token and layer; the loss keeps two
+    float32 chunks of logits. An estimate: no GPU has been measured yet.
     """
 
     student_bytes: int
@@ -102,10 +104,10 @@ def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe
     section = recipe.distill
     rows = (section.micro_batch or section.batch) * recipe.data.context if section else recipe.data.context
     return Memory(
-        student_bytes=16 * counts.params,
+        student_bytes=18 * counts.params,
         teacher_bytes=before.weight_bytes,
         activation_bytes=2 * rows * after.layers * (34 * after.hidden + 3 * after.ffn),
-        loss_bytes=2 * 4 * min(rows, 1024) * anatomy.sizes.vocab,
+        loss_bytes=2 * 4 * min(rows, chunk_tokens(anatomy.sizes.vocab, cuda=True)) * anatomy.sizes.vocab,
     )
 
 

@@ -382,17 +382,5 @@ def test_gradients_are_clipped_to_the_norm(clip: float, bound: bool) -> None:
     assert seen == [pytest.approx(clip if bound else norm, rel=1e-2)]
 
 
-def test_the_work_of_a_token() -> None:
-    llama = {"student_params": 3.7e9, "teacher_params": 7e9, "student_hidden": 3072, "teacher_hidden": 4096}
-    work = loop.flops_per_token(**{k: int(v) for k, v in llama.items()}, vocab=128_256)
-    assert work == 2 * 7e9 + 6 * 3.7e9 + 128_256 * (6 * 3072 + 2 * 4096)
-    assert loop.flops_per_token(
-        student_params=0, teacher_params=0, student_hidden=0, teacher_hidden=0, vocab=0,
-        student_attention=5, teacher_attention=7,
-    ) == 3 * 5 + 7  # fmt: skip
-    # two products of 2 heads x 8 channels, over 50 positions on average of 100, two operations each
-    assert loop.attention_flops(layers=1, heads=2, head_dim=8, context=100) == 2 * 2 * 16 * 50
-
-
 def _parts(model: PreTrainedModel) -> tuple[Any, Head]:
     return split(model.eval())

@@ -180,7 +180,7 @@ def _layers_path(model: PreTrainedModel, count: int) -> str:
             why=f"{len(lists)} module lists have {count} entries, as many as there are layers",
             fix="halve reads decoder-only models with one stack of layers",
         )
-    return lists[0]
+    return str(lists[0])
 
 
 def _kinds(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,8 +39,8 @@ def random_twin(twin: Anatomy, *, seed: int) -> PreTrainedModel:
 
 def _draw(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     if value.ndim >= 2:
-        fan_in = value.shape[-1]
-        return torch.randn(value.shape, generator=generator, dtype=torch.float64) * (1.5 / fan_in) ** 0.5
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        return drawn * math.sqrt(1.5 / value.shape[-1])
     if name.endswith("bias"):
         return torch.randn(value.shape, generator=generator, dtype=torch.float64)
     return torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5

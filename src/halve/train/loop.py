@@ -170,31 +170,6 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
     )
 
 
-def flops_per_token(
-    *,
-    student_params: int,
-    teacher_params: int,
-    student_hidden: int,
-    teacher_hidden: int,
-    vocab: int,
-    student_attention: int = 0,
-    teacher_attention: int = 0,
-) -> int:
-    """Return the work of one distilled token: (2 N_T + a_T) + 3 (2 N_S + a_S) + V (6 H_S + 2 H_T).
-
-    N are parameters without embeddings and head, a the attention's own work (`attention_flops`). Without a
-    teacher (its sizes 0) this is the work of training with cross-entropy.
-    """
-    teacher = 2 * teacher_params + teacher_attention
-    student = 2 * student_params + student_attention
-    return teacher + 3 * student + vocab * (6 * student_hidden + 2 * teacher_hidden)
-
-
-def attention_flops(*, layers: int, heads: int, head_dim: int, context: int) -> int:
-    """Return the work a token has in the two products of causal attention, on average over its positions."""
-    return 2 * layers * heads * head_dim * context
-
-
 def optimize(
     student: nn.Module,
     summed: Callable[[Tensor], tuple[Tensor, int]],

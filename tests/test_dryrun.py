@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from families import config
+
+from halve.dryrun import forecast
+from halve.recipe import parse
+
+
+def test_the_work_of_distillation(tmp_path: Path) -> None:
+    """Work per token = (2 N_T + a_T) + 3 (2 N_S + a_S) + V (6 H_S + 2 H_T), written out for a small llama."""
+    teacher = config("llama", tie_word_embeddings=False)
+    teacher.save_pretrained(tmp_path / "teacher")
+    raw = {
+        "name": "cost",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 100},
+        "prune": {"hidden": 48, "ffn": 64},
+        "distill": {"tokens": 1000, "baselines": ["ce"]},
+        "correct": {"tokens": 500},
+    }
+    found = forecast(parse(raw, folder=tmp_path, source="test"))
+    layers, heads, groups, head_dim, vocab = 6, 6, 3, 20, 128
+    attention = layers * 2 * 2 * heads * head_dim * 50  # two products, two operations, 50 of 100 keys on average
+
+    def body(hidden: int, ffn: int) -> int:
+        return layers * (2 * hidden * heads * head_dim + 2 * hidden * groups * head_dim + 3 * hidden * ffn)
+
+    once = 2 * body(96, 160) + attention + 2 * vocab * 96
+    student = 2 * body(48, 64) + attention + 2 * vocab * 48
+    assert found.flops["distill"] == 1000 * (once + 3 * student)
+    assert found.flops["distill (ce)"] == 1000 * 3 * student
+    assert found.flops["correct"] == 500 * 3 * once
+    assert found.flops["score"] == 1024 * 100 * once
+    assert found.memory.student_bytes == 18 * found.student_counts.params
+    assert found.memory.fits
