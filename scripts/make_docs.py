@@ -163,10 +163,10 @@ def _value(default: Any) -> str:
 # ---- the families
 
 # The families that must be proved, then others that are, then some whose axes are refused. Where a family's default
-# config is not one that its code builds, or hides what real checkpoints have, the values beside it are set.
+# config is not one that its code builds, the values beside it are set.
 PROVED: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3")},
-    "nemotron": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
     **{name: {} for name in ("olmo", "olmo2", "granite", "smollm3", "starcoder2", "gpt_neox", "gpt2", "stablelm")},
     **{name: {} for name in ("cohere2", "glm4")},
 }
