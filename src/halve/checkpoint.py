@@ -273,6 +273,8 @@ def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
             model.save_pretrained(draft)
     finally:
         model.config, model.generation_config = config, generation
+    for file in draft.glob("*.safetensors"):
+        file.chmod((draft / CONFIG).stat().st_mode)  # safetensors writes files that others cannot read
     (draft / GENERATION).unlink(missing_ok=True)
     if generation is not None:
         generation.to_json_file(draft / GENERATION)

@@ -2,7 +2,7 @@
 
 A norm over H' of H channels divides by another spread. If the removed channels were zero, the kept outputs shrink by
 sqrt(H'/H), and a gain of sqrt(H/H') is exact but for the norm's eps. If they carried energy, the best single factor of
-a norm is smaller; `fit_gains` finds it on calibration samples. Not in the papers; docs/decisions/0005-norm-gain.md has
+a norm is smaller; `fit_gains` finds it on calibration samples. Not in the papers; docs/decisions/0007-norm-gain.md has
 what it measured.
 """
 
