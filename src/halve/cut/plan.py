@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from halve.anatomy import Anatomy, Arch
+from halve.cut.importance import rank
 from halve.recipe import Gain
 
 
@@ -116,8 +116,7 @@ def _top(scores: Tensor | None, before: int, after: int) -> tuple[int, ...]:
     if before == after:
         return tuple(range(before))
     assert scores is not None, "an axis that is cut needs scores"
-    best = torch.sort(scores, descending=True, stable=True).indices[:after]
-    return tuple(sorted(best.tolist()))
+    return tuple(sorted(rank(scores)[:after].tolist()))
 
 
 def _heads(scores: Tensor | None, before: Arch, after: Arch, groups: tuple[int, ...]) -> tuple[int, ...]:
