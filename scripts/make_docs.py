@@ -192,7 +192,7 @@ def families_page(*, reopen: bool) -> str:
         " family's default architecture (see [axes and proof](../concepts/axes-and-proof.md)). A family that is not"
         " listed works as far as its own proof goes: `halve inspect MODEL`.\n\n"
         "*with heads*, *with hidden*: the family's code computes head_dim as hidden / heads, so the two are cut"
-        " together. *with kv_heads* and *heads* alike where every query head has a key-value head of its own. The last"
+        " together. Where the code has a key-value head for every query head, kv_heads go with heads. The last"
         " two columns say whether the runtime opens the model when `hidden` is cut and the heads are kept; cutting"
         " only `ffn` and `layers` leaves a model that every runtime of the family opens. transformers opens all:"
         " that is part of the proof.\n\n"
