@@ -179,6 +179,9 @@ SHOWN_AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
 
 def families_page(*, reopen: bool) -> str:
     """Which axes of which family can be cut, from the proofs."""
+    import torch
+
+    torch.set_num_threads(1)  # the twins are tiny: threads would wait for each other
     rows, notes = [], []
     for family, changes in {**PROVED, **OTHERS}.items():
         row, reasons = _support(family, changes, reopen=reopen)
