@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from halve.anatomy import Anatomy, discover
 from halve.anatomy.configs import build, layer_lists, resized
-from halve.errors import AnatomyError, PlanError
+from halve.errors import AnatomyError, HalveError, PlanError
 
 
 def made_of(anatomy: Anatomy, suffix: str) -> str:
@@ -110,6 +110,20 @@ def test_a_coupled_family_without_a_quirk_is_refused_by_axis() -> None:
 def test_a_model_that_is_no_decoder_is_refused() -> None:
     with pytest.raises(AnatomyError, match=r"cannot build t5 as a causal language model"):
         discover(AutoConfig.for_model("t5"))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("mamba", "does not say how large heads is"),
+        ("gemma3", "does not say how many layers there are"),
+        ("bamba", "does not accept hidden"),
+        ("gemma4_text", "cannot find out what gemma4_text is made of"),
+    ],
+)
+def test_what_is_no_plain_decoder_is_refused_in_three_lines(family: str, message: str) -> None:
+    with pytest.raises(HalveError, match=message):
+        discover(AutoConfig.for_model(family))
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "smollm3", "qwen2"])

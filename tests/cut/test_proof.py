@@ -96,3 +96,14 @@ def test_the_twin_hides_nothing() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float64
         assert parameter.std() > 0.05, name
+
+
+def test_hybrids_are_refused_by_axis() -> None:
+    """Layers of several makes: what permutes is proved, the gated queries of qwen3_next are not guessed."""
+    teacher = AutoConfig.for_model("qwen3_next", num_hidden_layers=4, num_experts=4, num_experts_per_tok=2)
+    proof = prove(discover(teacher), reopen=False)
+    assert "the proof failed" in proof.refusals["heads"]
+    assert "mixture" in proof.refusals["ffn"]
+    # dense and sparse layers by index arithmetic: a twin of fewer layers is another model, and is refused
+    proof = prove(discover(AutoConfig.for_model("jamba", num_hidden_layers=8, num_experts=4)), reopen=False)
+    assert {"hidden", "ffn", "heads", "kv_heads"} <= set(proof.refusals)

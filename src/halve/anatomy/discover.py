@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from halve.anatomy import configs
 from halve.anatomy.arch import Arch, Layer, Ledger, Shape
 from halve.anatomy.axes import Expr
-from halve.anatomy.quirks import Quirk, quirk
+from halve.anatomy.quirks import KEYS, Quirk, quirk
 from halve.anatomy.solve import TWIN_POINT, small, solve, tie
-from halve.errors import AnatomyError
+from halve.errors import AnatomyError, HalveError
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,21 @@ class Anatomy:
 def discover(config: PretrainedConfig) -> Anatomy:
     """Find the anatomy of the model that this config describes, on the meta device, in seconds.
 
-    Raises `AnatomyError` for a config that is no decoder-only language model.
+    Raises `AnatomyError` for a config that is no decoder-only language model with attention.
     """
+    try:
+        return _discover(config)
+    except HalveError:
+        raise
+    except Exception as error:  # a family's own code may raise anything at sizes that it was not written for
+        raise AnatomyError(
+            f"cannot find out what {config.model_type} is made of",
+            why=f"{type(error).__name__}: {error}",
+            fix="this family's code does not build at other sizes; it can be supported in anatomy/quirks.py",
+        ) from error
+
+
+def _discover(config: PretrainedConfig) -> Anatomy:
     model = configs.build(config, device="meta")
     layers_path = _layers_path(model, configs.num_layers(config))
     representatives = _representatives(model, config, layers_path)
@@ -230,6 +243,13 @@ def _sizes(config: PretrainedConfig, exprs: Mapping[str, Shape | None]) -> Arch:
         value = getattr(config, name) if name else None
         if isinstance(value, int):
             values[axis] = value
+    for axis in ("hidden", "heads", "vocab"):
+        if axis not in values:
+            raise AnatomyError(
+                f"the config does not say how large {axis} is",
+                why=f"none of {', '.join(KEYS[axis])} holds a number",
+                fix="halve reads decoder-only language models with attention",
+            )
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_dim", values["hidden"] // values["heads"])
     values.setdefault("ffn", 4 * values["hidden"])

@@ -99,7 +99,7 @@ def run(
         "stage": "distill",
         "base_model": name_of(recipe.model),
         "teacher": checkpoint.fingerprint(teacher),
-        "student": str(student),
+        "student": checkpoint.fingerprint(student),
         "seed": recipe.seed,
         "corpus": train.fingerprint,
         "training": training.model_dump(mode="json"),
