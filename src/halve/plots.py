@@ -49,7 +49,7 @@ def curves(
     series: Sequence[Series], *, title: str, x_label: str, levels: Sequence[Level] = (), log_y: bool = False
 ) -> str:
     """Curves over a shared x with their names at their ends, and dashed levels."""
-    height, left, right, top, bottom = 270, 50, 112, 12, 40
+    height, left, right, top, bottom = 270, 50, 118, 12, 40
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points] + [level.value for level in levels]
     x_ticks = ticks(0, max(xs))

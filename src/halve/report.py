@@ -16,7 +16,7 @@ import jinja2
 import yaml
 from safetensors import safe_open
 
-from halve import sections
+from halve import charts, sections
 from halve.plots import figure
 from halve.rundir import MANIFEST, RECIPE, atomic_file, read_json
 from halve.sections import Section, Table
@@ -110,15 +110,17 @@ def _view(run: Run) -> dict[str, Any]:
         sections.quality(run.results),
         sections.shapes(run.plan, run.results),
         sections.speed(run.results),
-        sections.learning(run.logs),
-        sections.importance(run.scores, run.about_scores, run.plan),
+        charts.learning(run.logs),
+        charts.importance(run.scores, run.about_scores, run.plan),
         sections.completions(run.results),
     )
-    versions = next((m["versions"] for m in reversed(list(run.manifests.values())) if m.get("versions")), {})
+    versions: Mapping[str, str] = next(
+        (m["versions"] for m in reversed(list(run.manifests.values())) if m.get("versions")), {}
+    )
     model = str(run.recipe["model"])
     headline = f"A run of {name}"
     if pair is not None:
-        headline = f"{figure(pair[0]['params'])} parameters made {figure(pair[1]['params'])}"
+        headline = f"From {figure(pair[0]['params'])} parameters to {figure(pair[1]['params'])}"
     return {
         "name": name,
         "headline": headline,
@@ -145,12 +147,15 @@ def _lead(run: Run) -> list[tuple[str, bool]]:
     pieces = [(kept, True), (f" of the non-embedding parameters of {_short(str(run.recipe['model']))} remain. ", False)]
     subject = "distilled student" if sections.SUBJECT in run.results["models"] else "pruned model"
     bpb = sections.estimate(after["bits_per_byte"])
-    pieces += [(f"The {subject} needs ", False), (f"{bpb.value} ± {bpb.error or '?'}", True), (" bits per byte", False)]
-    for name, words in (("pruned", " straight after the cut"), (run.results["reference"], " for its teacher")):
-        one = run.results["models"].get(name)
-        if one is not None and one is not after:
-            pieces.append((f", against {figure(one['bits_per_byte']['value'])}{words}", False))
-    return [*pieces, (".", False)]
+    pm = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{bpb.error}" if bpb.error else ""
+    pieces += [(f"The {subject} needs ", False), (f"{bpb.value}{pm}", True), (" bits per byte", False)]
+    others = [
+        f"{figure(one['bits_per_byte']['value'])} {words}"
+        for name, words in (("pruned", "straight after the cut"), (run.results["reference"], "for its teacher"))
+        if (one := run.results["models"].get(name)) is not None and one is not after
+    ]
+    against = f", against {' and '.join(others)}" if others else ""
+    return [*pieces, (f"{against}.", False)]
 
 
 def _stage(stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without what is not set and without the folders of whoever ran it, which may be private."""
-    shown = {
+    shown: dict[str, Any] = {
         section: {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
         for section, part in recipe.items()
         if part is not None

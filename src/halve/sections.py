@@ -1,17 +1,17 @@
-"""The report's sections: a run's facts made into words, tables and figures. Nothing here reads a file.
+"""The report's sections: a run's facts made into words, tables and figures (those of curves and maps: `charts`).
 
-A section whose facts are missing is None. Numbers are rounded here and nowhere else.
+Nothing here reads a file. A section whose facts are missing is None.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from halve import plots
-from halve.plots import Interval, Number, Series, figure
+from halve.plots import Interval, Number, figure
 
 LABELS = {
     "teacher": "Teacher",
@@ -24,8 +24,6 @@ LABELS = {
 }
 SUBJECT = "distilled"
 _SHOWN = ("teacher", "corrected", "pruned", "distilled")
-_CURVE_POINTS = 160
-_RANKED_COLUMNS = 32
 
 Facts = Mapping[str, Any]
 
@@ -83,7 +81,7 @@ class Section:
 
 
 def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) -> Cell:
-    """A figure to the second digit of its standard error."""
+    """A figure to the second digit of its standard error; a share is given in percent, without the sign."""
     if not one or one.get("value") is None:
         return Cell("-")
     scale = 100 if percent else 1
@@ -92,8 +90,7 @@ def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) 
     places = min(max(places, 0), 1 if percent else 4)
     sign = "+" if signed and value > 0 else ""
     text = f"{sign}{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
-    unit = " %" if percent else ""
-    return Cell(text + unit, f"{stderr:.{places}f}" if stderr > 0 else "", signed and abs(value) > 2 * stderr)
+    return Cell(text, f"{stderr:.{places}f}" if stderr > 0 else "", signed and abs(value) > 2 * stderr)
 
 
 def size(num_bytes: Number) -> str:
@@ -138,19 +135,20 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
     ]
     if before.get("speed") and after.get("speed"):
         for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
-            rates = [one["speed"][f"{key}_tokens_per_second"] for one in pair]
-            found.append(_tile(label, *rates, figure) | {"unit": "tok/s", "factor": times(rates[1] / rates[0])})
-    found.append(_tile("Bits per byte", before["bits_per_byte"]["value"], after["bits_per_byte"]["value"], figure))
+            old, new = (one["speed"][f"{key}_tokens_per_second"] for one in pair)
+            found.append(_tile(label, old, new, figure) | {"unit": "tok/s", "factor": times(new / old)})
+    old, new = (one["bits_per_byte"]["value"] for one in pair)
+    found.append(_tile("Bits per byte", old, new, figure) | {"factor": ""})
     for task in after["choices"]:
-        values = [100 * one["choices"][task]["value"] for one in pair]
-        found.append(_tile(_task(task), *values, lambda value: f"{value:.1f} %") | {"factor": ""})
+        old, new = (100 * one["choices"][task]["value"] for one in pair)
+        found.append(_tile(_task(task), old, new, lambda value: f"{value:.1f} %") | {"factor": ""})
     if after.get("agreement"):
         agreement = estimate(after["agreement"], percent=True).value
-        found.append({"label": "Same first choice", "after": agreement, "before": "of next token as the teacher"})
+        found.append({"label": "Same first choice", "after": f"{agreement} %", "before": "of token as the teacher"})
     return found
 
 
-def _tile(label: str, before: Number, after: Number, spell: Any) -> dict[str, str]:
+def _tile(label: str, before: Number, after: Number, spell: Callable[[Number], str]) -> dict[str, str]:
     return {"label": label, "after": spell(after), "before": f"from {spell(before)}", "factor": share(after, before)}
 
 
@@ -162,8 +160,8 @@ def shapes(plan: Facts | None, results: Facts | None) -> Section | None:
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
         old, new = plan["before"][axis], plan["after"][axis]
         rows.append(_sizes_row(axis, old, new, lambda n: f"{n:,}"))
-    cache = [4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in (plan["before"], plan["after"])]
-    rows.append(_sizes_row("key-value cache per token, 16 bit", *cache, size))
+    old, new = (4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in (plan["before"], plan["after"]))
+    rows.append(_sizes_row("key-value cache per token, 16 bit", old, new, size))
     pair = ends(results)
     if pair is not None:
         for label, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
@@ -172,7 +170,7 @@ def shapes(plan: Facts | None, results: Facts | None) -> Section | None:
     return Section("What was cut", _cut_words(plan), Table(("", "before", "after", "kept"), tuple(rows)))
 
 
-def _sizes_row(label: str, old: Number, new: Number, spell: Any) -> Row:
+def _sizes_row(label: str, old: Number, new: Number, spell: Callable[[Number], str]) -> Row:
     kept = Cell("unchanged" if old == new else share(new, old))
     return Row(label, (Cell(spell(old)), Cell(spell(new)), kept))
 
@@ -207,7 +205,8 @@ def quality(results: Facts | None) -> Section | None:
     """Every model on the same held-out samples, with standard errors, and the differences in pairs."""
     if not results:
         return None
-    models, reference = results["models"], results["reference"]
+    models = results["models"]
+    reference: str = results["reference"]
     tasks = list(next(iter(models.values()))["choices"])
     rows = []
     for name, one in models.items():
@@ -215,11 +214,11 @@ def quality(results: Facts | None) -> Section | None:
         cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
         cells += [estimate(one["choices"].get(task), percent=True) for task in tasks]
         rows.append(Row(LABELS.get(name, name), tuple(cells), name, name == SUBJECT))
-    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice", *map(_task, tasks))
+    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(tasks))
     samples = results["samples"]
     note = (
         f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
-        f"KL in nats per token, from the {LABELS.get(reference, reference).lower()}. ± is one standard error."
+        f"KL in nats per token, from the {_lower(LABELS.get(reference, reference))}. ± is one standard error."
     )
     first = next(iter(models.values()))
     found = [
@@ -257,7 +256,7 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
         "The distilled student minus each other model, sample by sample, with the standard error of the pairs: "
         "all saw the same text, so these are sharper than the table above. Colored: beyond two standard errors."
     )
-    head = ("distilled student", "nats per token", "KL to teacher", "same first choice", *map(_task, tasks))
+    head = ("distilled student", "nats per token", "KL to teacher", "same first choice, %", *_percent(tasks))
     return words, Table(head, tuple(rows))
 
 
@@ -302,122 +301,6 @@ def before_dtype(pair: tuple[Facts, Facts]) -> str:
     return first if first == second else f"{first} and {second}"
 
 
-# ---- learning ------------------------------------------------------------------------------------------------
-
-
-def learning(logs: Mapping[str, Sequence[Facts]]) -> Section | None:
-    """Loss against tokens, by the name of the model that learned."""
-    students = {name: log for name, log in logs.items() if name != "corrected"}
-    kl = _heldout(students, "kl")
-    ce = _heldout(students, "ce")
-    found = []
-    if kl:
-        positive = all(y > 0 for one in kl for _, y in one.points)
-        svg = plots.curves(kl, title="Held-out KL to the teacher", x_label="tokens", log_y=positive)
-        found.append(Figure("Held-out KL to the teacher", "Nats per token, on a logarithmic scale.", svg))
-    if ce:
-        svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
-        found.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
-    own = [one for one in (_losses(SUBJECT, students.get(SUBJECT, ())),) if one is not None]
-    if own:
-        svg = plots.curves(own, title="Training loss", x_label="tokens")
-        found.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
-    correction = _heldout({n: log for n, log in logs.items() if n == "corrected"}, "ce")
-    if correction:
-        svg = plots.curves(correction, title="Teacher correction", x_label="tokens")
-        found.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
-    note = "All students see the same tokens in the same order; held-out figures are on a small fixed set of samples."
-    return Section("Learning", note, figures=tuple(found)) if found else None
-
-
-def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
-    found = []
-    for name, log in logs.items():
-        points = [
-            (float(line["tokens"]), float(line["heldout"][metric]))
-            for line in log
-            if (line.get("heldout") or {}).get(metric) is not None
-        ]
-        if len(points) > 1:
-            found.append(Series(LABELS.get(name, name).split(",")[0], name, tuple(points)))
-    return found
-
-
-def _losses(name: str, log: Sequence[Facts]) -> Series | None:
-    steps = [(float(line["tokens"]), float(line["loss"])) for line in log if line.get("loss") is not None]
-    if len(steps) < 2:
-        return None
-    width = math.ceil(len(steps) / _CURVE_POINTS)
-    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
-    points = tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
-    return Series(LABELS.get(name, name).split(",")[0], name, points)
-
-
-# ---- importance ----------------------------------------------------------------------------------------------
-
-
-def importance(scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None) -> Section | None:
-    """Importance by axis and layer, and where the cut falls. `scores` are numpy arrays by axis."""
-    if not scores:
-        return None
-    num_layers = len(scores["layers"])
-    layers = set(plan["layers"]) if plan else set(range(num_layers))
-    names = [str(i) if i in layers else f"{i} \N{MULTIPLICATION SIGN}" for i in range(num_layers)]
-    place = {layer: i for i, layer in enumerate(plan["layers"])} if plan else {}
-    found = []
-    kept = [i in layers for i in range(num_layers)]
-    title = "Layers: block influence"
-    svg = plots.bars(scores["layers"].tolist(), kept, title=title, x_label="layer")
-    found.append(Figure(title, "1 - cosine between a layer's input and output. Outlined: dropped.", svg))
-    if "hidden" in scores:
-        values = scores["hidden"].tolist()
-        num_kept = len(plan["hidden"]) if plan else len(values)
-        svg = plots.profile(values, num_kept, title="Hidden channels by importance", x_label="channels, best first")
-        found.append(Figure("Hidden channels", "One ranking for the whole network.", svg))
-    if "ffn" in scores:
-        cut_at = plan["after"]["ffn"] / plan["before"]["ffn"] if plan else 1
-        svg = plots.ranked(
-            [_shades(row.tolist()) for row in scores["ffn"]],
-            names,
-            title="ffn neurons by importance in each layer",
-            x_label="share of the layer's neurons, best first",
-            cut_at=cut_at if cut_at < 1 else None,
-        )
-        words = "A row a layer; from a quarter of the layer's median (pale) to four times it (full)."
-        found.append(Figure("ffn neurons", words, svg))
-    if "heads" in scores:
-        heads = scores["heads"]
-        keeps = [
-            [not plan or (i in place and j in plan["heads"][place[i]]) for j in range(heads.shape[1])]
-            for i in range(num_layers)
-        ]
-        svg = plots.grid(
-            [(row / max(float(row.max()), 1e-30)).tolist() for row in heads],
-            keeps,
-            names,
-            title="Attention heads by importance",
-            x_label="head, in groups that share keys and values",
-            group=heads.shape[1] // max(1, scores["kv_heads"].shape[1]) if "kv_heads" in scores else 1,
-        )
-        found.append(Figure("Attention heads", "Relative to the layer's strongest. Outlined: cut.", svg))
-    words = "From one forward pass over the calibration samples; scores compare within one layer only."
-    if about.get("batch_agg"):
-        words += f" Aggregated by {about['batch_agg']} over samples, {about['seq_agg']} over tokens."
-    if len(layers) < num_layers:
-        words += " \N{MULTIPLICATION SIGN} marks dropped layers."
-    return Section("Importance", words, figures=tuple(found))
-
-
-def _shades(values: Sequence[Number]) -> list[Number]:
-    """Ranked values in at most `_RANKED_COLUMNS` columns: log2 of the ratio to the median, -2 to 2 made 0 to 1."""
-    ordered = sorted(values, reverse=True)
-    middle = max(ordered[len(ordered) // 2], 1e-30)
-    columns = min(_RANKED_COLUMNS, len(ordered))
-    edges = [round(i * len(ordered) / columns) for i in range(columns + 1)]
-    means = [sum(ordered[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
-    return [min(max((math.log2(max(mean, 1e-30) / middle) + 2) / 4, 0.0), 1.0) for mean in means]
-
-
 # ---- completions ---------------------------------------------------------------------------------------------
 
 
@@ -438,6 +321,10 @@ def completions(results: Facts | None) -> Section | None:
 
 def _task(name: str) -> str:
     return name.replace("_", " ").replace("-", " ").capitalize()
+
+
+def _percent(tasks: Sequence[str]) -> list[str]:
+    return [f"{_task(task)}, %" for task in tasks]
 
 
 def _lower(label: str) -> str:
