@@ -82,13 +82,14 @@ def resized(
             values[name] = size
     values |= {name: sizes[axis] for name, axis in FOLLOWERS.items() if hasattr(config, name) and axis in sizes}
     try:
-        for name, value in values.items():
-            setattr(result, name, value)
-        if "head_dim" in sizes:
-            _fit_rope_factors(result, sizes["head_dim"])
-        validate = getattr(result, "validate", None)
-        if validate is not None:
-            validate()
+        with quiet():
+            for name, value in values.items():
+                setattr(result, name, value)
+            if "head_dim" in sizes:
+                _fit_rope_factors(result, sizes["head_dim"])
+            validate = getattr(result, "validate", None)
+            if validate is not None:
+                validate()
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise PlanError(
             f"{config.model_type} does not accept {_phrase(sizes)}",

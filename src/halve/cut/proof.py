@@ -71,6 +71,15 @@ class Proof:
 
 def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
     """Prove each axis on a random twin in a second; the fresh process that reopens takes seconds more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the twin is so small that threads only wait for each other
+    try:
+        return _prove(anatomy, seed=seed, reopen=reopen)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prove(anatomy: Anatomy, *, seed: int, reopen: bool) -> Proof:
     twin = anatomy.twin()
     refusals = dict(anatomy.refusals)
     checks: list[Check] = []
