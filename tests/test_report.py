@@ -241,7 +241,7 @@ def test_the_page_is_well_formed_and_stands_alone(page: str) -> None:
     assert not outline.tags & {"script", "link", "img", "iframe"}
     assert "@import" not in page
     assert "url(" not in page
-    assert page.count("<svg") == 3 + 4 + 4
+    assert page.count("<svg") == 4 + 4 + 4
 
 
 def test_the_figures_are_those_of_the_results(page: str) -> None:
@@ -262,6 +262,14 @@ def test_nobodys_folders_are_shown(page: str) -> None:
     assert "someone" not in page
     assert "train.jsonl" in page
     assert "/etc is kept" in page
+
+
+def test_blank_lines_are_folded_and_indents_kept() -> None:
+    raw = results()
+    raw["completions"] = [{"prompt": "p", "texts": {"teacher": " a\n\n \n\t\n\n    b\n\nc\n\n\n"}}]
+    section = sections.completions(raw)
+    assert section is not None
+    assert section.completions[0].texts[0]["text"] == " a\n\n    b\n\nc"
 
 
 def test_the_same_folder_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:

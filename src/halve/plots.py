@@ -96,7 +96,7 @@ def dots(rows: Sequence[Interval], *, title: str) -> str:
             f'<circle class="dot {row.color}" cx="{_n(to_x(row.value))}" cy="{_n(y)}" r="5">'
             f"<title>{escape(name)}</title></circle>"
         )
-        parts.append(_text(WIDTH, y + 4, figure(row.value), "tick end"))
+        parts.append(_text(WIDTH, y + 4, figure(row.value, trim=False), "tick end"))
     return _svg(height, title, parts)
 
 
@@ -216,8 +216,8 @@ def ticks(low: Number, high: Number, count: int = 5) -> list[Number]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def figure(value: Number) -> str:
-    """A number for reading: three significant digits or so, k, M and B for large ones.
+def figure(value: Number, *, trim: bool = True) -> str:
+    """A number for reading: three significant digits or so, k, M and B for large ones; `trim` drops zeros.
 
     >>> [figure(x) for x in (0, 0.01234, 1.5, 23.456, 1234, 7_000_000)]
     ['0', '0.0123', '1.5', '23.5', '1.23k', '7M']
@@ -226,14 +226,14 @@ def figure(value: Number) -> str:
         return "0" if value == 0 else "n/a"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
-            return _digits(value / size) + unit
-    return _digits(value)
+            return _digits(value / size, trim) + unit
+    return _digits(value, trim)
 
 
-def _digits(value: Number) -> str:
+def _digits(value: Number, trim: bool) -> str:
     places = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:.{places}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return text.rstrip("0").rstrip(".") if trim and "." in text else text
 
 
 def _y_range(ys: Sequence[Number], log: bool) -> tuple[Number, Number, list[Number]]:

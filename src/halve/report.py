@@ -150,7 +150,7 @@ def _lead(run: Run) -> list[tuple[str, bool]]:
     pm = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{bpb.error}" if bpb.error else ""
     pieces += [(f"The {subject} needs ", False), (f"{bpb.value}{pm}", True), (" bits per byte", False)]
     others = [
-        f"{figure(one['bits_per_byte']['value'])} {words}"
+        f"{sections.estimate(one['bits_per_byte']).value} {words}"
         for name, words in (("pruned", "straight after the cut"), (run.results["reference"], "for its teacher"))
         if (one := run.results["models"].get(name)) is not None and one is not after
     ]
@@ -176,7 +176,7 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
         facts.append(("calibration samples", run.about_scores["samples"]))
     if run.results is not None:
         facts.append(("held-out tokens", str(run.results["samples"]["fingerprint"])))
-        facts.append(("machine", f"{run.results['machine']['device']}, {run.results['machine']['threads']} threads"))
+        facts.append(("machine", sections.machine_words(run.results["machine"])))
     for stage in ("distill", "prune"):
         files = (run.manifests.get(stage) or {}).get("files") or {}
         facts += [(f"{stage}/{name}", f["sha256"]) for name, f in files.items() if name.endswith(".safetensors")]

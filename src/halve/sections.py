@@ -6,7 +6,8 @@ Nothing here reads a file. A section whose facts are missing is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,11 @@ LABELS = {
     "ce": "Trained with CE",
     "random_init": "Random start",
     "random_prune": "Random cut",
+}
+CONTROLS = {
+    "ce": "the same cut, trained on the text alone with cross-entropy",
+    "random_init": "the student's sizes with random weights, distilled",
+    "random_prune": "a cut at random of the same sizes, distilled",
 }
 SUBJECT = "distilled"
 _SHOWN = ("teacher", "corrected", "pruned", "distilled")
@@ -144,7 +150,9 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
         found.append(_tile(_task(task), old, new, lambda value: f"{value:.1f} %") | {"factor": ""})
     if after.get("agreement"):
         agreement = estimate(after["agreement"], percent=True).value
-        found.append({"label": "Same first choice", "after": f"{agreement} %", "before": "of token as the teacher"})
+        found.append(
+            {"label": "Same first choice", "after": f"{agreement} %", "before": "for the next token as its teacher"}
+        )
     return found
 
 
@@ -219,7 +227,7 @@ def quality(results: Facts | None) -> Section | None:
     note = (
         f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
         f"KL in nats per token, from the {_lower(LABELS.get(reference, reference))}. ± is one standard error."
-    )
+    ) + controls(models)
     first = next(iter(models.values()))
     found = [
         _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
@@ -227,6 +235,12 @@ def quality(results: Facts | None) -> Section | None:
             {name: one.get("kl") for name, one in models.items()},
             "KL to the teacher",
             "Nats per token; 0 is the teacher itself.",
+        ),
+        _dot_plot(
+            {name: one.get("agreement") for name, one in models.items()},
+            "Same first choice as the teacher",
+            "Percent of tokens.",
+            scale=100,
         ),
         *(
             _dot_plot(
@@ -241,6 +255,11 @@ def quality(results: Facts | None) -> Section | None:
     between, second = _differences(results.get("differences"), tasks)
     figures = tuple(one for one in found if one is not None)
     return Section("Quality", note, Table(head, tuple(rows)), between, second, figures)
+
+
+def controls(names: Iterable[str]) -> str:
+    """What the controls among these models are, in words."""
+    return "".join(f" {LABELS[name]}: {CONTROLS[name]}." for name in names if name in CONTROLS)
 
 
 def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, Table | None]:
@@ -288,14 +307,20 @@ def speed(results: Facts | None) -> Section | None:
         rows.append(Row(label, cells))
     test, machine = results["speed_test"], results["machine"]
     note = (
-        f"Plain transformers on {machine['device']}, {machine['threads']} threads, {before_dtype(pair)}: "
+        f"Plain transformers on {machine_words(machine)}, {timed_dtype(pair)}: "
         f"batch {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new ones; the median of "
         f"{test['repeats']} interleaved repeats. Peak memory is weights and the most that tensors take at once."
     )
     return Section("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
 
 
-def before_dtype(pair: tuple[Facts, Facts]) -> str:
+def machine_words(machine: Facts) -> str:
+    """What a run was measured on."""
+    threads = machine["threads"]
+    return f"{machine['device']}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def timed_dtype(pair: tuple[Facts, Facts]) -> str:
     """The precision that both were timed in."""
     first, second = (str(one["dtype"]) for one in pair)
     return first if first == second else f"{first} and {second}"
@@ -311,12 +336,21 @@ def completions(results: Facts | None) -> Section | None:
     found = []
     for one in results["completions"]:
         texts = [
-            {"label": LABELS[name], "color": name, "text": one["texts"][name]}
+            {"label": LABELS[name], "color": name, "text": _folded(one["texts"][name])}
             for name in _SHOWN
             if name in one["texts"]
         ]
         found.append(Completion(one["prompt"], tuple(texts)))
-    return Section("What they write", "Greedy continuations of the recipe's prompts (gray).", completions=tuple(found))
+    return Section(
+        "What they write",
+        "Greedy continuations of the recipe's prompts (gray); blank lines are folded.",
+        completions=tuple(found),
+    )
+
+
+def _folded(text: str) -> str:
+    """Without runs of blank lines, which weak models love and which would push everything else off the screen."""
+    return re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", text).rstrip()
 
 
 def _task(name: str) -> str:
