@@ -264,6 +264,13 @@ def test_nobodys_folders_are_shown(page: str) -> None:
     assert "/etc is kept" in page
 
 
+def test_the_headline_compares_quality_with_the_models_own_teacher() -> None:
+    found = {tile["label"]: tile["before"] for tile in sections.tiles(results())}
+    assert found["Bits per byte"] == "its teacher: 0.796"
+    assert found["Next line"] == "its teacher: 80.6 %"
+    assert found["Parameters"] == "from 1.87M"
+
+
 def test_blank_lines_are_folded_and_indents_kept() -> None:
     raw = results()
     raw["completions"] = [{"prompt": "p", "texts": {"teacher": " a\n\n \n\t\n\n    b\n\nc\n\n\n"}}]

@@ -131,7 +131,7 @@ def ends(results: Facts | None) -> tuple[Facts, Facts] | None:
 def tiles(results: Facts | None) -> list[dict[str, str]]:
     """The headline figures: what went in, what came out."""
     pair = ends(results)
-    if pair is None:
+    if results is None or pair is None:
         return []
     before, after = pair
     found = [
@@ -143,11 +143,13 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
         for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
             old, new = (one["speed"][f"{key}_tokens_per_second"] for one in pair)
             found.append(_tile(label, old, new, figure) | {"unit": "tok/s", "factor": times(new / old)})
-    old, new = (one["bits_per_byte"]["value"] for one in pair)
-    found.append(_tile("Bits per byte", old, new, figure) | {"factor": ""})
+    # against what the student learned from: the corrected teacher knows this text better than the one that went in
+    taught = results["models"][results["reference"]]
+    old, new = (one["bits_per_byte"]["value"] for one in (taught, after))
+    found.append({"label": "Bits per byte", "after": figure(new), "before": f"its teacher: {figure(old)}"})
     for task in after["choices"]:
-        old, new = (100 * one["choices"][task]["value"] for one in pair)
-        found.append(_tile(_task(task), old, new, lambda value: f"{value:.1f} %") | {"factor": ""})
+        old, new = (100 * one["choices"][task]["value"] for one in (taught, after))
+        found.append({"label": _task(task), "after": f"{new:.1f} %", "before": f"its teacher: {old:.1f} %"})
     if after.get("agreement"):
         agreement = estimate(after["agreement"], percent=True).value
         found.append(
