@@ -67,7 +67,9 @@ def read(run: Path) -> Run:
         path = run / stage / name
         return read_json(path) if stage in manifests and path.exists() else None
 
-    scores, about = _scores(run / "score" / "scores.safetensors") if "score" in manifests else (None, {})
+    # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
+    files = [run / stage / "scores.safetensors" for stage in ("prune", "score") if stage in manifests]
+    scores, about = next((_scores(path) for path in files if path.exists()), (None, {}))
     logs = {
         _model_name(stage): _lines(run / stage / "metrics.jsonl")
         for stage in manifests
@@ -89,9 +91,7 @@ def _model_name(stage: str) -> str:
     return {"correct": "corrected", "distill": sections.SUBJECT}.get(stage, stage.removeprefix("distill-"))
 
 
-def _scores(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    if not path.exists():
-        return None, {}
+def _scores(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, framework="numpy") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
         axes = [axis for axis in ("layers", "hidden", "ffn", "heads", "kv_heads") if axis in file.keys()]  # noqa: SIM118

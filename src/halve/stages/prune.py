@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def run(
     out: Path,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Cut the teacher to the recipe's sizes; writes `out/plan.json` and `out/model`, gives what was checked.
+    """Cut the teacher to the recipe's sizes; writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
 
-    `scores` is the score stage's file; None ranks by random numbers (the control), seeded by the recipe.
+    Gives sizes, perplexities and what was checked. `scores` is the score stage's file, read under the recipe's
+    aggregators; None ranks by random numbers (the control), seeded by the recipe.
 
     Raises `PlanError` for sizes that are not legal, `AnatomyError` for an axis whose proof fails, both before weights
     are read, and `CheckpointError` if the result is not what the plan says.
@@ -56,6 +58,7 @@ def run(
     ranking = _ranking(anatomy, recipe, teacher, scores)
     plan = select(anatomy, after, ranking, gain=recipe.prune.gain, kept_layers=kept_layers)
     write_json(out / "plan.json", plan.to_json())
+    replace(ranking, statistics=None).save(out / "scores.safetensors")
     device = checkpoint.resolve_device(recipe.device)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     tokenizer = checkpoint.load_tokenizer(teacher)
