@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halve import checkpoint
+from halve.anatomy import discover
+from halve.cut.sizes import target
+from halve.demo import corpus as demo_corpus
+from halve.demo import run as demo
+from halve.errors import CorpusError
+from halve.preflight import check
+
+
+def test_the_teacher_that_ships() -> None:
+    assert sum(file.stat().st_size for file in demo.TEACHER.iterdir()) < 8e6
+    anatomy = discover(checkpoint.load_config(demo.TEACHER))
+    counts = anatomy.ledger.count(anatomy.sizes)
+    assert anatomy.family == "llama"
+    assert anatomy.sizes.layers == 10
+    assert 1.4e6 < counts.params < 2.1e6
+    record = json.loads((demo.TEACHER / "halve.json").read_text())
+    assert record["tokens"] >= 20_000_000
+    assert set(record["held_out"]) == set(demo_corpus.HELD_OUT)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_the_recipe_keeps_about_half_and_has_nothing_to_mend(tmp_path: Path, long: bool) -> None:
+    recipe = demo.make_recipe(tmp_path, long=long, corpus=None)
+    anatomy = discover(checkpoint.load_config(recipe.model))
+    arch, _ = target(anatomy, recipe.prune)
+    kept = anatomy.ledger.count(arch).non_embedding / anatomy.ledger.count(anatomy.sizes).non_embedding
+    assert 0.48 < kept < 0.52
+    assert 64 <= recipe.score.samples <= 128
+    assert recipe.correct is not None
+    assert recipe.distill is not None
+    assert {"ce", "random_init"} <= set(recipe.distill.baselines)
+    assert check(recipe) == ()
+
+
+def test_a_text_of_ones_own(tmp_path: Path) -> None:
+    text = "".join(f"line {i} of a text with words in it\n" for i in range(5000))
+    (tmp_path / "own.txt").write_text(text)
+    recipe = demo.make_recipe(tmp_path / "texts", long=False, corpus=tmp_path / "own.txt")
+    train, valid = (Path(source).read_text() for (source,) in (recipe.data.train, recipe.data.valid))
+    assert train + valid == text
+    assert 0.09 < len(valid) / len(text) < 0.11
+    assert recipe.evaluate.choices == ()
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe\x00", "cannot read"), (b"one line", "cannot be divided")])
+def test_a_text_that_will_not_do(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "own.txt").write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        demo.make_recipe(tmp_path / "texts", long=False, corpus=tmp_path / "own.txt")
+
+
+def test_without_the_librarys_sources_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nothing")})
+    with pytest.raises(CorpusError, match="--corpus FILE"):
+        demo.make_recipe(tmp_path / "texts", long=False, corpus=None)

@@ -1,0 +1,160 @@
+"""Pruning from folder to folder, and the checks on what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halve import checkpoint
+from halve.cut.plan import Plan
+from halve.cut.scores import Scores
+from halve.errors import AnatomyError, CheckpointError, PlanError, RunError
+from halve.recipe import Recipe
+from halve.stages import prune, score
+
+MakeRecipe = Callable[..., Recipe]
+SIZES = {"hidden": 24, "ffn": 40, "heads": 2, "layers": 3}
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, tiny_llama: Path) -> Path:
+    out = tmp_path_factory.mktemp("score")
+    score.run(make_recipe(), teacher=tiny_llama, cache=out / "data", out=out)
+    return out / "scores.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, tiny_llama: Path, scores: Path
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("prune")
+    recipe = make_recipe(prune=SIZES)
+    return out, prune.run(recipe, teacher=tiny_llama, scores=scores, cache=out / "data", out=out)
+
+
+def test_the_result_is_an_ordinary_folder(pruned: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
+    out, metrics = pruned
+    student = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert sum(p.numel() for p in student.parameters()) == metrics["params"]
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (24, 40, 3)
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 2, 8)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["dtype"] == config["torch_dtype"]
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "README.md"):
+        assert (out / "model" / name).exists(), name
+    ids = AutoTokenizer.from_pretrained(out / "model")("The old cat", return_tensors="pt")
+    assert student.generate(**ids, max_new_tokens=5).shape[1] > 5
+
+
+def test_provenance(pruned: tuple[Path, dict[str, Any]], tiny_llama: Path, scores: Path) -> None:
+    out, metrics = pruned
+    record = json.loads((out / "model" / "halve.json").read_text())
+    plan = Plan.load(out / "plan.json")
+    assert Plan.from_json(record["plan"]) == plan
+    assert record["teacher"] == checkpoint.fingerprint(tiny_llama)
+    assert record["base_model"] == "tiny-llama"
+    assert str(tiny_llama.parent) not in (out / "model" / "halve.json").read_text()
+    # one factor a norm, fitted by default: more than one, at most that of dead channels
+    assert len(record["gains"]) == 9
+    assert all(0.9 < gain < (32 / 24) ** 0.5 + 1e-6 for gain in record["gains"].values())
+    used, measured = Scores.load(out / "scores.safetensors"), Scores.load(scores)
+    assert used.hidden is not None
+    assert torch.equal(used.hidden, measured.hidden)  # type: ignore[arg-type]
+    assert metrics["perplexity"]["value"] > metrics["teacher_perplexity"]["value"]
+
+
+def test_the_best_entries_stay(pruned: tuple[Path, dict[str, Any]], scores: Path) -> None:
+    plan, measured = Plan.load(pruned[0] / "plan.json"), Scores.load(scores)
+    assert measured.hidden is not None
+    gone = sorted(set(range(32)) - set(plan.hidden))
+    assert measured.hidden[list(plan.hidden)].min() >= measured.hidden[gone].max()
+
+
+def test_random_numbers_cut_elsewhere(
+    pruned: tuple[Path, dict[str, Any]], make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(prune={**SIZES, "gain": "none"})
+    prune.run(recipe, teacher=tiny_llama, scores=None, cache=tmp_path / "data", out=tmp_path)
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.after == Plan.load(pruned[0] / "plan.json").after
+    assert plan.hidden != Plan.load(pruned[0] / "plan.json").hidden
+
+
+def test_scores_of_another_model_are_refused(
+    make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path
+) -> None:
+    other = checkpoint.load_model(tiny_llama)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(0.01)
+    checkpoint.save_model(other, tmp_path / "other", extra_from=tiny_llama, record=None)
+    with pytest.raises(RunError, match="scores of another model"):
+        prune.run(make_recipe(), teacher=tmp_path / "other", scores=scores, cache=tmp_path / "data", out=tmp_path)
+
+
+def test_an_axis_that_is_not_proved_is_not_cut(
+    make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = prune.prove
+
+    def doubtful(anatomy: Any) -> Any:
+        proof = real(anatomy, reopen=False)
+        return type(proof)(proof.family, proof.checks, {**proof.refusals, "ffn": "the proof failed: made up"})
+
+    monkeypatch.setattr(prune, "prove", doubtful)
+    with pytest.raises(AnatomyError, match="will not cut ffn of llama"):
+        prune.run(make_recipe(), teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+# ---- the checks can fail ----
+
+
+def test_a_wrong_count_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
+    student = checkpoint.load_model(pruned[0] / "model")
+    ids = torch.arange(1, 17)[None]
+    with pytest.raises(PlanError, match="parameters, its plan"):
+        prune._check(student, 7, pruned[0] / "model", ids, torch.zeros(1, dtype=torch.float64))
+
+
+def test_a_perplexity_that_is_not_finite_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
+    student = checkpoint.load_model(pruned[0] / "model")
+    nll = torch.tensor([float("nan")], dtype=torch.float64)
+    with pytest.raises(CheckpointError, match="perplexity is not finite"):
+        prune._check(student, pruned[1]["params"], pruned[0] / "model", torch.arange(1, 17)[None], nll)
+
+
+def test_a_cache_that_lies_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
+    student = checkpoint.load_model(pruned[0] / "model")
+    ids = torch.arange(1, 17)[None]
+    prune._check_cache(student, ids)
+    for layer in student.model.layers:  # two layers that share a number write over each other's keys
+        layer.self_attn.layer_idx = 0
+    with pytest.raises(CheckpointError, match="with the key-value cache than without"):
+        prune._check_cache(student, ids)
+
+
+def test_a_folder_with_other_weights_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
+    student = checkpoint.load_model(pruned[0] / "model")
+    ids = torch.arange(1, 17)[None]
+    prune._check_reopens(student, pruned[0] / "model", ids)
+    with torch.no_grad():
+        student.model.norm.weight.mul_(1.5)
+    with pytest.raises(CheckpointError, match=r"does not reopen in plain transformers\n  why: its logits differ"):
+        prune._check_reopens(student, pruned[0] / "model", ids)
+    assert sorted(load_file(pruned[0] / "model" / "model.safetensors"))
+    assert not list((pruned[0]).glob("*.safetensors.tmp"))
+
+
+def test_a_folder_that_transformers_cannot_open_is_noticed(pruned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    student = checkpoint.load_model(pruned[0] / "model")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="does not reopen in plain transformers"):
+        prune._check_reopens(student, tmp_path / "model", torch.arange(1, 9)[None])
