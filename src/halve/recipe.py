@@ -16,7 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from halve.errors import RecipeError
 
 Aggregator = Literal["mean", "l2", "var"]
+Method = Literal["activation", "random", "magnitude", "wanda", "taylor", "fluctuation"]
+FfnPoint = Literal["down_input", "up_output"]
+DepthCriterion = Literal["bi", "angular", "nll", "logit_mse", "task", "taylor", "random"]
+DepthPattern = Literal["single", "block", "greedy"]
 Gain = Literal["none", "constant", "fitted"]
+Rotation = Literal["none", "pca"]
+Refit = Literal["none", "outputs", "all"]
+Selection = Literal["rank", "refit"]
+LayerMerge = Literal["none", "laco"]
 Objective = Literal["kl", "ce", "mix"]
 Baseline = Literal["ce", "random_init", "random_prune"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -93,6 +101,14 @@ class Score(Section):
     micro_batch: Count = 8
     batch_agg: Aggregator = "l2"
     seq_agg: Aggregator = "mean"
+    method: Method = Field("activation", description="how width is scored; all but activation are baselines")
+    ffn_point: FfnPoint = Field("down_input", description="where neurons are read; up_output is the paper's formula")
+    depth: DepthCriterion = Field("bi", description="how layers are scored")
+    depth_pattern: DepthPattern = Field(
+        "single", description="which sets are compared: single layers, contiguous blocks, or one by one greedily"
+    )
+    depth_samples: Count = Field(64, description="samples that a removal is measured on")
+    depth_task: str | None = Field(None, description="multiple-choice file for depth: task")
 
 
 class Prune(Section):
@@ -107,6 +123,14 @@ class Prune(Section):
     layers: Count | None = Field(None, description="layers to keep, the least important dropped")
     drop_layers: str | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
     gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")
+    steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
+    selection: Selection = Field("rank", description="refit: choose neurons by what a refit cannot make up for")
+    rotation: Rotation = Field("none", description="basis of the residual stream that hidden is cut in")
+    refit: Refit = Field("none", description="solve for the weights that read or write what was cut")
+    ridge: float = Field(1e-3, gt=0, description="ridge of the refit, relative to the mean of the Gram's diagonal")
+    refit_samples: Count = Field(128, description="calibration samples of rotation and refit")
+    head_merge: float = Field(0.0, description="coefficient of the head residual merge; 0 is off")
+    layer_merge: LayerMerge = Field("none", description="laco: add removed layers' differences to the one before")
 
     @model_validator(mode="after")
     def _one_way(self) -> Prune:
@@ -130,6 +154,16 @@ class Evaluate(Section):
     speed: bool = Field(True, description="measure prefill and decode speed and peak memory")
 
 
+class Step(Section):
+    """A further round of iterative compression: prune the last student again and distil it (15B to 8B to 4B)."""
+
+    prune: Prune
+    distill: Distill | None = None
+    teacher: Literal["original", "previous"] = Field(
+        "original", description="whom it learns from: the run's teacher, corrected if it corrects, or the last student"
+    )
+
+
 class Recipe(Section):
     """A whole run, from a teacher to a report."""
 
@@ -143,6 +177,7 @@ class Recipe(Section):
     score: Score = Score()
     prune: Prune
     distill: Distill | None = None
+    then: tuple[Step, ...] = Field((), description="further rounds of prune and distill, each from the last student")
     evaluate: Evaluate = Evaluate()
 
 
