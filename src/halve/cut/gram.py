@@ -1,0 +1,82 @@
+"""Gram matrices, streamed: what a least-squares problem needs of any number of tokens, in width squared of memory.
+
+Legend: N tokens, X channels that explain, Y channels to be explained.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from halve.errors import CheckpointError
+
+
+class SingularGramWarning(UserWarning):
+    """Fewer tokens than channels: only the ridge makes the solution unique."""
+
+
+class Gram:
+    """`xx = sum_n x_n x_n^T` and `yx = sum_n y_n x_n^T`; products in float32 (float64 if given), sums in float64."""
+
+    def __init__(self, x_channels: int, y_channels: int = 0, *, device: torch.device | str = "cpu") -> None:
+        self.xx_XX: Tensor = torch.zeros(x_channels, x_channels, dtype=torch.float64, device=device)
+        self.yx_YX: Tensor = torch.zeros(y_channels, x_channels, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Float[Tensor, "*tokens x"], y: Float[Tensor, "*tokens y"] | None = None) -> None:
+        """Take tokens in; leading dimensions are flattened."""
+        x_NX = _raised(x)
+        self.xx_XX += x_NX.T @ x_NX
+        if y is not None:
+            self.yx_YX += _raised(y).T @ x_NX
+        self.tokens += len(x_NX)
+
+    def check(self, what: str) -> None:
+        """Raise `CheckpointError` where a sum is not finite; warn where there were fewer tokens than channels."""
+        if not bool(self.xx_XX.isfinite().all() and self.yx_YX.isfinite().all()):
+            raise CheckpointError(
+                f"activations are not finite at {what}",
+                why="NaN or infinity came out of the model on the calibration samples",
+                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
+            )
+        if self.tokens < len(self.xx_XX):
+            warnings.warn(
+                f"{self.tokens} calibration tokens for {len(self.xx_XX)} channels at {what}:"
+                " the refit rests on its ridge; give prune.refit_samples more",
+                SingularGramWarning,
+                stacklevel=2,
+            )
+
+
+def _raised(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def ridge(
+    xx_XX: Float64[Tensor, "x x"],
+    yx_YX: Float64[Tensor, "y x"],
+    prior_YX: Float[Tensor, "y x"],
+    *,
+    strength: float,
+) -> Float64[Tensor, "y x"]:
+    """The matrix that explains y by x best, held near a prior:
+
+        argmin_W  sum_n |y_n - W x_n|^2 + r |W - prior|^2,   r = strength * mean diagonal of xx
+
+    Ridge regression toward the weights that a cut leaves instead of toward zero: where data say nothing, nothing
+    changes, and where nothing was cut, the prior explains everything and comes back. Solved in float64 by Cholesky.
+    Channels that are zero on every token keep their prior.
+
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> ridge(4 * one, 8 * one, 0 * one, strength=1.0).item()  # sum of squares 4, ridge 4: half way to 8 / 4
+    1.0
+    """
+    prior_YX = prior_YX.double()
+    r = strength * xx_XX.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    regular_XX = xx_XX + r * torch.eye(len(xx_XX), dtype=torch.float64, device=xx_XX.device)
+    gap_YX = yx_YX - prior_YX @ xx_XX
+    result: Tensor = prior_YX + torch.cholesky_solve(gap_YX.T, torch.linalg.cholesky(regular_XX)).T
+    return result

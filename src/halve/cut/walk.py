@@ -1,0 +1,150 @@
+"""Walking through a model layer by layer: the states between layers, and what each layer was called with.
+
+A layer's call has more arguments than its input: masks, rotary tables, whatever the family passes. They depend on
+the shape of the batch alone (samples are packed, nothing is padded), so they are recorded in one pass and handed to
+the layer again with any other input of that shape.
+
+Legend: B batch, S seq, D hidden, C channels of any tensor.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+
+IN_MEMORY_BYTES = 2**32
+"""States beyond this are kept in a file."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model called one of its layers, but for the input."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class Reached(Exception):
+    """Raised inside a layer to leave it once what is wanted was seen."""
+
+
+def layer_modules(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
+    """The layers in their order."""
+    return [model.get_submodule(f"{anatomy.layers_path}.{layer}") for layer in range(anatomy.sizes.layers)]
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a module was called on."""
+    first = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(first, Tensor), f"the first input is a {type(first).__name__}"
+    return first
+
+
+@torch.no_grad()
+def record_calls(
+    model: PreTrainedModel, anatomy: Anatomy, ids_BS: Int64[Tensor, "batch seq"]
+) -> tuple[list[Call], Float[Tensor, "batch seq hidden"]]:
+    """One pass: how every layer is called on samples of this shape, and the first layer's input."""
+    calls: list[Call] = []
+    inputs: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {name: value for name, value in kwargs.items() if args or value is not first_input(args, kwargs)}
+        inputs.append(first_input(args, kwargs))
+        calls.append(Call(args[1:], rest))
+
+    with ExitStack() as hooks:
+        for module in layer_modules(model, anatomy):
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
+    return calls, inputs[0]
+
+
+@torch.no_grad()
+def first_states(
+    model: PreTrainedModel, anatomy: Anatomy, ids_BS: Int64[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq hidden"]:
+    """The first layer's input; no layer is run."""
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(first_input(args, kwargs))
+        raise Reached
+
+    handle = layer_modules(model, anatomy)[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def run_layer(
+    layer: nn.Module, call: Call, states_BSD: Float[Tensor, "batch seq hidden"]
+) -> Float[Tensor, "batch seq hidden"]:
+    """A layer's output on another input of the shape that the call was recorded with."""
+    output = layer(states_BSD, *call.positional, **call.keywords)
+    result: Tensor = output if isinstance(output, Tensor) else output[0]
+    return result
+
+
+@contextmanager
+def watching(module: nn.Module, see: Callable[[Tensor, Tensor | None], None], *, leave: bool) -> Iterator[None]:
+    """While open, hand a module's first input and its output to `see`; with `leave`, its input alone, and go out there.
+
+    `leave` raises `Reached` before the module is run: for what depends on its input alone.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(first_input(args, kwargs), None)
+        raise Reached
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        see(first_input(args, kwargs), output)
+
+    if leave:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class States:
+    """One tensor of [samples, seq, channels], in memory or, beyond `IN_MEMORY_BYTES`, in a file that goes with it."""
+
+    def __init__(self, samples: int, seq: int, channels: int, *, dtype: torch.dtype) -> None:
+        size = samples * seq * channels
+        self.file = None
+        if size * dtype.itemsize <= IN_MEMORY_BYTES:
+            self.values = torch.empty(samples, seq, channels, dtype=dtype)
+        else:
+            self.file = tempfile.NamedTemporaryFile(prefix="halve-states-")  # noqa: SIM115 (lives as long as this)
+            flat = torch.from_file(self.file.name, shared=True, size=size, dtype=dtype)
+            self.values = flat.view(samples, seq, channels)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.values[rows]
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        self.values[rows] = value.detach().to(self.values.dtype).cpu()
+
+
+def states_bytes(samples: int, seq: int, widths: Sequence[int], *, dtype: torch.dtype) -> int:
+    """Bytes of several `States`."""
+    return samples * seq * sum(widths) * dtype.itemsize
