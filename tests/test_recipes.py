@@ -61,6 +61,22 @@ MISTRAL_NEMO_12B = {
 }
 
 
+NEMOTRON_4_15B = {
+    "architectures": ["NemotronForCausalLM"],
+    "model_type": "nemotron",
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 256000,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+
+
 def shipped() -> list[Path]:
     return sorted(RECIPES.glob("*.yaml"))
 
@@ -90,7 +106,8 @@ def test_a_shipped_recipe_parses_and_is_named_like_its_file(path: Path) -> None:
 
 def test_the_published_models_are_shipped() -> None:
     names = {path.stem for path in shipped()}
-    assert {"llama-3.1-minitron-4b-width", "llama-3.1-minitron-4b-depth", "mn-minitron-8b"} <= names
+    minitrons = {"llama-3.1-minitron-4b-width", "llama-3.1-minitron-4b-depth", "mn-minitron-8b", "minitron-15b-8b-4b"}
+    assert minitrons <= names
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
@@ -153,6 +170,37 @@ def test_nemo_has_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["student_counts"]["non_embedding"] == non_embedding == 7_340_363_776
     assert found["student_counts"]["params"] == non_embedding + 2 * 131_072 * 4_096 == 8_414_105_600
     assert rounded(found) == ("8.4B", "7.3B")
+
+
+def test_two_rounds_have_the_papers_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nemotron's layer: an ffn without a gate, norms with biases."""
+    recipe = on_config("minitron-15b-8b-4b.yaml", NEMOTRON_4_15B, tmp_path)
+    found = dry_run(recipe, capsys)
+
+    def params(hidden: int, ffn: int, heads: int) -> int:
+        attention = 2 * hidden * heads * 128 + 2 * hidden * 8 * 128
+        return 32 * (attention + 2 * hidden * ffn + 4 * hidden) + 2 * hidden + 2 * 256_000 * hidden
+
+    eight, four = found["rounds"]
+    sizes = ("hidden", "ffn", "layers", "heads", "kv_heads")
+    assert [eight["student"][axis] for axis in sizes] == [4096, 16384, 32, 48, 8]
+    assert [four["student"][axis] for axis in sizes] == [3072, 9216, 32, 24, 8]
+    assert eight["counts"]["params"] == params(4096, 16384, 48)
+    assert four["counts"]["params"] == params(3072, 9216, 24)
+    assert [f"{one['counts']['params'] / 1e9:.2f}B" for one in (eight, four)] == ["8.27B", "4.19B"]
+    assert found["student"] == four["student"]
+    once, smaller, least = (
+        one["flops_per_token"] for one in (found["teacher_counts"], eight["counts"], four["counts"])
+    )
+    assert list(found["tokens"]) == ["score", "distill", "score-2", "distill-2"]
+    assert found["flops"]["score-2"] == 1024 * 4096 * smaller
+    assert found["flops"]["distill-2"] == 94e9 * (once + 3 * least), "the original teaches"
+    loaded = load(recipe)
+    assert [step.teacher for step in loaded.then] == ["original"]
+    assert main(["run", str(recipe), "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    assert "round 1" in page
+    assert "round 2" in page
 
 
 def test_the_dry_run_says_whether_one_gpu_holds_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

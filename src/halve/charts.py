@@ -12,7 +12,7 @@ from typing import Any
 
 from halve import plots
 from halve.plots import Number, Series
-from halve.sections import LABELS, SUBJECT, Facts, Figure, Section
+from halve.sections import SUBJECT, Facts, Figure, Section, color, label
 
 _CURVE_POINTS = 160
 _RANKED_COLUMNS = 32
@@ -34,7 +34,7 @@ def learning(logs: Mapping[str, Sequence[Facts]]) -> Section | None:
     if ce:
         svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
         found.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
-    own = [one for one in (_losses(SUBJECT, students.get(SUBJECT, ())),) if one is not None]
+    own = [one for name in students if color(name) == SUBJECT and (one := _losses(name, students[name]))]
     if own:
         svg = plots.curves(own, title="Training loss", x_label="tokens")
         found.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
@@ -56,7 +56,7 @@ def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
             if (line.get("heldout") or {}).get(metric) is not None
         ]
         if len(points) > 1:
-            found.append(Series(LABELS.get(name, name).split(",")[0], name, tuple(points)))
+            found.append(Series(label(name).split(",")[0], color(name), tuple(points)))
     return found
 
 
@@ -67,13 +67,15 @@ def _losses(name: str, log: Sequence[Facts]) -> Series | None:
     width = math.ceil(len(steps) / _CURVE_POINTS)
     groups = [steps[i : i + width] for i in range(0, len(steps), width)]
     points = tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
-    return Series(LABELS.get(name, name).split(",")[0], name, points)
+    return Series(label(name).split(",")[0], color(name), points)
 
 
 # ---- importance ----------------------------------------------------------------------------------------------
 
 
-def importance(scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None) -> Section | None:
+def importance(
+    scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None, *, title: str = "Importance"
+) -> Section | None:
     """Importance by axis and layer, and where the cut falls. `scores` are numpy arrays by axis."""
     if not scores:
         return None
@@ -83,9 +85,9 @@ def importance(scores: Mapping[str, Any] | None, about: Facts, plan: Facts | Non
     place = {layer: i for i, layer in enumerate(plan["layers"])} if plan else {}
     found = []
     kept = [i in layers for i in range(num_layers)]
-    title = "Layers: block influence"
-    svg = plots.bars(scores["layers"].tolist(), kept, title=title, x_label="layer")
-    found.append(Figure(title, "1 - cosine between a layer's input and output. Outlined: dropped.", svg))
+    name = "Layers: block influence"
+    svg = plots.bars(scores["layers"].tolist(), kept, title=name, x_label="layer")
+    found.append(Figure(name, "1 - cosine between a layer's input and output. Outlined: dropped.", svg))
     if "hidden" in scores:
         values = scores["hidden"].tolist()
         num_kept = len(plan["hidden"]) if plan else len(values)
@@ -122,7 +124,7 @@ def importance(scores: Mapping[str, Any] | None, about: Facts, plan: Facts | Non
         words += f" Aggregated by {about['batch_agg']} over samples, {about['seq_agg']} over tokens."
     if len(layers) < num_layers:
         words += " \N{MULTIPLICATION SIGN} marks dropped layers."
-    return Section("Importance", words, figures=tuple(found))
+    return Section(title, words, figures=tuple(found))
 
 
 def _shades(values: Sequence[Number]) -> list[Number]:

@@ -230,8 +230,9 @@ def _show_results(folder: Path, *, json_: bool) -> None:
         show.as_json(results)
         return
     show.results(results)
-    page, student = folder / "report" / "report.html", folder / "distill" / "model"
-    for path in (page, student):
+    subject = (results.get("differences") or {}).get("subject", "distilled")
+    student = folder / subject.replace("distilled", "distill") / "model"
+    for path in (folder / "report" / "report.html", student):
         if path.exists():
             print(path)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from halve import checkpoint
-from halve.anatomy import Anatomy, Arch, Counts, discover
+from halve.anatomy import Anatomy, Arch, Counts
 from halve.anatomy.runtimes import runtimes
-from halve.cut.sizes import target
 from halve.recipe import Recipe, Training
+from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
 from halve.train.losses import chunk_tokens
 
 GPU_BYTES = 80e9
@@ -45,8 +44,17 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Round:
+    """What one round of pruning and distilling makes."""
+
+    student: Arch
+    counts: Counts
+    dropped_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """Everything that `--dry-run` prints."""
+    """Everything that `--dry-run` prints; `student` and what follows it is the last round's."""
 
     name: str
     teacher: Arch
@@ -54,6 +62,7 @@ class Forecast:
     teacher_counts: Counts
     student_counts: Counts
     dropped_layers: tuple[int, ...]
+    rounds: tuple[Round, ...]
     runtimes: tuple[tuple[str, str, str], ...]
     tokens: dict[str, int]
     flops: dict[str, float]
@@ -77,26 +86,42 @@ def forecast(recipe: Recipe) -> Forecast:
 
     Raises what planning raises: `CheckpointError`, `AnatomyError`, `PlanError`.
     """
-    anatomy = discover(checkpoint.load_config(recipe.model))
-    after, kept = target(anatomy, recipe.prune)
     context = recipe.data.context
-    before_counts = anatomy.ledger.count(anatomy.sizes, context=context)
-    after_counts = anatomy.ledger.count(after, kept_layers=kept, context=context)
-    flops, tokens = _work(recipe, before_counts, after_counts)
+    found = shapes(recipe)
+    teacher, last = found[0].before, found[-1]
+    before = teacher.ledger.count(teacher.sizes, context=context)
+    made = tuple(_made(shape, context) for shape in found)
+    flops, tokens = _work(recipe, before, made)
     return Forecast(
         name=recipe.name,
-        teacher=anatomy.sizes,
-        student=after,
-        teacher_counts=before_counts,
-        student_counts=after_counts,
-        dropped_layers=() if kept is None else tuple(i for i in range(anatomy.sizes.layers) if i not in kept),
-        runtimes=tuple((r.name, r.opens, r.remedy) for r in runtimes(anatomy, after)),
+        teacher=teacher.sizes,
+        student=last.after,
+        teacher_counts=before,
+        student_counts=made[-1].counts,
+        dropped_layers=made[-1].dropped_layers,
+        rounds=made,
+        runtimes=tuple((r.name, r.opens, r.remedy) for r in runtimes(last.before, last.after)),
         tokens=tokens,
         flops=flops,
-        memory=memory(anatomy, after, before_counts, after_counts, recipe),
-        disk_bytes=_disk(recipe, before_counts, after_counts, tokens),
+        memory=_peak(recipe, found, before, made),
+        disk_bytes=_disk(recipe, before, made, tokens),
         schedule=_schedule(recipe),
     )
+
+
+def _made(shape: Shape, context: int) -> Round:
+    kept, layers = shape.kept_layers, range(shape.before.sizes.layers)
+    counts = shape.before.ledger.count(shape.after, kept_layers=kept, context=context)
+    return Round(shape.after, counts, () if kept is None else tuple(i for i in layers if i not in kept))
+
+
+def _peak(recipe: Recipe, found: tuple[Shape, ...], before: Counts, made: tuple[Round, ...]) -> Memory:
+    """The memory of the round that takes most."""
+    candidates = []
+    for i, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True)):
+        teacher = made[i - 1].counts if learns_from_previous(recipe, i + 1) else before
+        candidates.append(memory(shape.before, shape.after, teacher, made[i].counts, part))
+    return max(candidates, key=lambda one: one.total_bytes)
 
 
 def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe: Recipe) -> Memory:
@@ -111,29 +136,38 @@ def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe
     )
 
 
-def _work(recipe: Recipe, before: Counts, after: Counts) -> tuple[dict[str, float], dict[str, int]]:
+def _work(recipe: Recipe, before: Counts, made: tuple[Round, ...]) -> tuple[dict[str, float], dict[str, int]]:
     """Forward is one unit, backward two: 3 for what is trained, 1 for the teacher (DESIGN: work per token)."""
-    tokens, flops = {"score": recipe.score.samples * recipe.data.context}, {}
-    flops["score"] = float(tokens["score"] * before.flops_per_token)
+    tokens: dict[str, int] = {}
+    flops: dict[str, float] = {}
     if recipe.correct:
         tokens["correct"] = recipe.correct.tokens
         flops["correct"] = 3.0 * recipe.correct.tokens * before.flops_per_token
-    if recipe.distill:
-        tokens["distill"] = recipe.distill.tokens
-        step = before.flops_per_token + 3 * after.flops_per_token
-        flops["distill"] = float(recipe.distill.tokens * step)
-        for baseline in recipe.distill.baselines:
-            tokens[f"distill ({baseline})"] = recipe.distill.tokens
-            alone = 3 * after.flops_per_token
-            flops[f"distill ({baseline})"] = float(recipe.distill.tokens * (alone if baseline == "ce" else step))
+    cut = before
+    for number, (part, after) in enumerate(zip(rounds(recipe), (one.counts for one in made), strict=True), 1):
+        score, distill = named("score", number), named("distill", number)
+        tokens[score] = part.score.samples * part.data.context
+        flops[score] = float(tokens[score] * cut.flops_per_token)
+        if part.distill:
+            teacher = cut if learns_from_previous(recipe, number) else before
+            tokens[distill] = part.distill.tokens
+            step = teacher.flops_per_token + 3 * after.flops_per_token
+            flops[distill] = float(part.distill.tokens * step)
+            for baseline in part.distill.baselines:
+                alone = 3 * after.flops_per_token
+                tokens[f"{distill} ({baseline})"] = part.distill.tokens
+                flops[f"{distill} ({baseline})"] = float(part.distill.tokens * (alone if baseline == "ce" else step))
+        cut = after
     return flops, tokens
 
 
-def _disk(recipe: Recipe, before: Counts, after: Counts, tokens: dict[str, int]) -> int:
+def _disk(recipe: Recipe, before: Counts, made: tuple[Round, ...], tokens: dict[str, int]) -> int:
     """Models, one training checkpoint of 12 bytes a parameter with its successor beside it, and the token files."""
-    corrected = before.weight_bytes + 24 * before.params if recipe.correct else 0
-    students = 1 + (1 + len(recipe.distill.baselines) if recipe.distill else 0)
-    return corrected + students * after.weight_bytes + 24 * after.params + 4 * max(tokens.values())
+    total = before.weight_bytes + 24 * before.params if recipe.correct else 0
+    for part, after in zip(rounds(recipe), (one.counts for one in made), strict=True):
+        students = 1 + (1 + len(part.distill.baselines) if part.distill else 0)
+        total += students * after.weight_bytes
+    return total + 24 * max(one.counts.params for one in made) + 4 * max(tokens.values())
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     teacher + corpus -> correct -> score -> prune -> distill (and its baselines) -> evaluate -> report
 
+Where a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow on the last student, and so on.
+
 `stages` lists them for a recipe and `run` carries them out in a run folder (see `rundir`). Every stage is a
 function from artifacts to one artifact; only this file knows the order. A stage's key is a hash of its name,
 the recipe fields it reads, the keys of the stages before it and the content of what it takes from outside;
@@ -22,6 +24,7 @@ from halve.errors import RunError
 from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
 from halve.recipe import Recipe
+from halve.rounds import learns_from_previous, named, rounds
 from halve.rundir import RunDir, content_hashes
 from halve.soundness import CONFIG, TOKENIZER_FILES, locate
 from halve.train import sources
@@ -34,6 +37,7 @@ __all__ = ["Stage", "check", "run", "stages"]
 SECTIONS = ("correct", "score", "prune", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context")
 _INPUTS = ("teacher", "train", "valid")
+_NUM_LAYERS = ("prune.layers", "prune.drop_layers", "prune.params", "prune.non_embedding_ratio")
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,16 @@ class Stage:
     name: str
     section: str
     """The recipe's section, and the command that runs this stage alone."""
+    recipe: Recipe
+    """The run's recipe; from the second round on that round's."""
     reads: tuple[str, ...]
-    """The recipe's fields that its result depends on; `-section.field` leaves a field out again."""
+    """That recipe's fields that its result depends on; `-section.field` leaves a field out again."""
     after: tuple[str, ...]
     """The stages whose artifacts it takes."""
     outside: tuple[str, ...]
-    """What else it takes: teacher, train, valid, choices."""
+    """What else it takes: teacher, train, valid, choices, depth_task."""
+    number: int
+    """The round it belongs to; what looks at the whole run belongs to the first."""
     act: _Act
 
 
@@ -59,24 +67,22 @@ _Names = tuple[str, ...]
 class _Run:
     """What a stage may reach for."""
 
-    recipe: Recipe
     folder: RunDir
+    cache: Path
     progress: Progress
 
-    @property
-    def cache(self) -> Path:
-        return self.folder.path / "data"
-
-    @property
-    def teacher(self) -> Path | str:
-        """The model that is scored, cut and learned from: corrected, if the recipe corrects."""
-        return self.model("correct") if self.recipe.correct else self.recipe.model
+    def scores(self, stage: str) -> Path:
+        return self.folder.stage(stage) / "scores.safetensors"
 
     def model(self, stage: str) -> Path:
         return self.folder.stage(stage) / "model"
 
+    def source(self, stage: str | None, recipe: Recipe) -> Path | str:
+        """The model that a stage made; None is the one that the recipe names."""
+        return recipe.model if stage is None else self.model(stage)
 
-_Act = Callable[[_Run, Path], Mapping[str, Any]]
+
+_Act = Callable[[_Run, Recipe, Path], Mapping[str, Any]]
 
 
 # ---- the stages, in order ------------------------------------------------------------------------------------
@@ -85,76 +91,107 @@ _Act = Callable[[_Run, Path], Mapping[str, Any]]
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages that a recipe asks for, each after those it needs."""
     listed: list[Stage] = []
-
-    def add(name: str, section: str, act: _Act, *, reads: _Names, after: _Names, outside: _Names = _INPUTS) -> None:
-        listed.append(Stage(name, section, (*_EVERYWHERE, *reads), after, outside, act))
-
-    corrected: _Names = ("correct",) if recipe.correct else ()
-    models = {"pruned": "prune"}
+    models: dict[str, str] = {}
+    original = None  # the stage that makes the teacher, if it is corrected
     if recipe.correct:
-        models = {"corrected": "correct", **models}
-        add("correct", "correct", _correct, reads=("correct", "-correct.checkpoint_every"), after=())
-
-    # the aggregators are chosen when scores are used: their file holds the raw statistics of all
-    reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg")
-    add("score", "score", _score, reads=reads, after=corrected, outside=("teacher", "train"))
-    add("prune", "prune", _prune, reads=("prune", "score"), after=(*corrected, "score"))
-
-    if recipe.distill:
-        models["distilled"] = "distill"
-        reads = ("distill", "-distill.baselines", "-distill.checkpoint_every")
-        add("distill", "distill", _distill("student"), reads=reads, after=(*corrected, "prune"))
-        for variant in recipe.distill.baselines:
-            models[variant] = f"distill-{variant}"
-            own: _Names = reads
-            cut = "prune"
-            if variant == "ce":  # it has an objective of its own
-                own = (*reads, "-distill.objective", "-distill.temperature", "-distill.ce_weight")
-            if variant == "random_prune":
-                cut = "prune-random"
-                add(cut, "prune", _prune_at_random, reads=("prune", "score"), after=corrected)
-            add(models[variant], "distill", _distill(variant), reads=own, after=(*corrected, cut))
-
-    reads, measured = ("evaluate", "-evaluate.choices"), ("teacher", "valid", "choices")
-    add("evaluate", "evaluate", _evaluate(models), reads=reads, after=tuple(models.values()), outside=measured)
-    add("report", "report", _report, reads=("name",), after=tuple(stage.name for stage in listed), outside=())
+        models["corrected"] = original = "correct"
+        reads: _Names = (*_EVERYWHERE, "correct", "-correct.checkpoint_every")
+        listed.append(Stage("correct", "correct", recipe, reads, (), _INPUTS, 1, _correct))
+    last = original
+    for number, part in enumerate(rounds(recipe), 1):
+        teacher = last if learns_from_previous(recipe, number) else original
+        made, students = _round(part, number, cut=last, teacher=teacher)
+        listed += made
+        models |= students
+        last = models.get(named("distilled", number), named("prune", number))
+    subject = next((name for name, stage in models.items() if stage == last and name.startswith("distilled")), None)
+    reads, measured = (*_EVERYWHERE, "evaluate", "-evaluate.choices"), ("teacher", "valid", "choices")
+    act = _evaluate(models, subject=subject)
+    listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
+    everything = tuple(stage.name for stage in listed)
+    listed.append(Stage("report", "report", recipe, (*_EVERYWHERE, "name"), everything, (), 1, _report))
     return tuple(listed)
 
 
-def _correct(run: _Run, out: Path) -> Mapping[str, Any]:
+def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None) -> tuple[list[Stage], dict[str, str]]:
+    """The stages of one round, and the models they make by the names that evaluation gives them.
+
+    `cut` and `teacher` are the stages whose models are cut and learned from; None is the recipe's model.
+    """
+    listed: list[Stage] = []
+    score, prune, at_random = named("score", number), named("prune", number), named("prune", number, "random")
+    whole: _Names = () if cut is None else (cut,)
+    taught: _Names = () if teacher is None else (teacher,)
+
+    def add(name: str, section: str, act: _Act, reads: _Names, after: _Names, outside: _Names = _INPUTS) -> None:
+        after = tuple(dict.fromkeys(after))
+        listed.append(Stage(name, section, recipe, (*_EVERYWHERE, *reads), after, outside, number, act))
+
+    # the aggregators are chosen when scores are used: their file holds the raw statistics of all
+    reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task", *_NUM_LAYERS)
+    add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
+    reads = ("prune", "score", "-score.depth_task")
+    add(prune, "prune", _prune(cut, score), reads, (*whole, score))
+    models = {named("pruned", number): prune}
+    if recipe.distill is None:
+        return listed, models
+
+    for variant in ("student", *recipe.distill.baselines):
+        own: _Names = ("distill", "-distill.baselines", "-distill.checkpoint_every")
+        start = prune
+        if variant == "ce":  # it has an objective of its own
+            own = (*own, "-distill.objective", "-distill.temperature", "-distill.ce_weight")
+        if variant == "random_prune":
+            start = at_random
+            add(start, "prune", _prune(cut, None), ("prune", "score", "-score.depth_task"), whole)
+        stage = named("distill", number, "" if variant == "student" else variant)
+        add(stage, "distill", _distill(variant, start, teacher), own, (*taught, start))
+        models[named("distilled" if variant == "student" else variant, number)] = stage
+    return listed, models
+
+
+def _correct(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
     from halve.stages import correct
 
-    return correct.run(run.recipe, teacher=run.recipe.model, cache=run.cache, out=out, progress=run.progress)
+    return correct.run(recipe, teacher=recipe.model, cache=run.cache, out=out, progress=run.progress)
 
 
-def _score(run: _Run, out: Path) -> Mapping[str, Any]:
-    from halve.stages import score
+def _score(cut: str | None) -> _Act:
+    def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import score
 
-    return score.run(run.recipe, teacher=run.teacher, cache=run.cache, out=out, progress=run.progress)
+        teacher = run.source(cut, recipe)
+        return score.run(recipe, teacher=teacher, cache=run.cache, out=out, progress=run.progress)
 
-
-def _prune(run: _Run, out: Path) -> Mapping[str, Any]:
-    from halve.stages import prune
-
-    scores = run.folder.stage("score") / "scores.safetensors"
-    return prune.run(run.recipe, teacher=run.teacher, scores=scores, cache=run.cache, out=out, progress=run.progress)
+    return act
 
 
-def _prune_at_random(run: _Run, out: Path) -> Mapping[str, Any]:
-    from halve.stages import prune
+def _prune(cut: str | None, scored: str | None) -> _Act:
+    """Cut by the scores of a stage; None cuts at random."""
 
-    return prune.run(run.recipe, teacher=run.teacher, scores=None, cache=run.cache, out=out, progress=run.progress)
+    def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import prune
+
+        return prune.run(
+            recipe,
+            teacher=run.source(cut, recipe),
+            scores=None if scored is None else run.scores(scored),
+            cache=run.cache,
+            out=out,
+            progress=run.progress,
+        )
+
+    return act
 
 
-def _distill(variant: str) -> _Act:
-    def act(run: _Run, out: Path) -> Mapping[str, Any]:
+def _distill(variant: str, start: str, teacher: str | None) -> _Act:
+    def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import distill
 
-        student = run.model("prune-random" if variant == "random_prune" else "prune")
         return distill.run(
-            run.recipe,
-            teacher=run.teacher,
-            student=student,
+            recipe,
+            teacher=run.source(teacher, recipe),
+            student=run.model(start),
             variant=variant,
             cache=run.cache,
             out=out,
@@ -164,14 +201,15 @@ def _distill(variant: str) -> _Act:
     return act
 
 
-def _evaluate(models: Mapping[str, str]) -> _Act:
-    def act(run: _Run, out: Path) -> Mapping[str, Any]:
+def _evaluate(models: Mapping[str, str], *, subject: str | None) -> _Act:
+    def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import evaluate
 
         return evaluate.run(
-            run.recipe,
-            models={"teacher": run.recipe.model, **{name: run.model(stage) for name, stage in models.items()}},
-            reference="corrected" if run.recipe.correct else "teacher",
+            recipe,
+            models={"teacher": recipe.model, **{name: run.model(stage) for name, stage in models.items()}},
+            reference="corrected" if recipe.correct else "teacher",
+            subject=subject,
             cache=run.cache,
             out=out,
             progress=run.progress,
@@ -180,7 +218,7 @@ def _evaluate(models: Mapping[str, str]) -> _Act:
     return act
 
 
-def _report(run: _Run, out: Path) -> Mapping[str, Any]:
+def _report(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
     from halve import report
 
     report.write(run.folder.path, out)
@@ -190,16 +228,25 @@ def _report(run: _Run, out: Path) -> Mapping[str, Any]:
 # ---- carrying them out ---------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, out: str | Path, *, only: str | None = None, console: Console | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    only: str | None = None,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> Path:
     """Carry out a recipe in the folder `out`, whatever is done of it already, and return the folder.
 
-    `only` names one of `SECTIONS` and carries out its stages alone. `console` shows progress; without one
-    nothing is said. A killed run goes on where it was; a finished run changes nothing.
+    `only` names one of `SECTIONS` and carries out its stages alone, those of later rounds as far as their inputs are
+    there. `cache` holds token files and hashes of inputs, by default `out/data`; runs may share one. `console` shows
+    progress; without one nothing is said. A killed run goes on where it was; a finished run changes nothing.
 
     Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are not
     there, and every error of `check` before the first stage.
     """
     out = Path(out)
+    cache = out / "data" if cache is None else cache
     listed = stages(recipe)
     if only is not None and not any(stage.section == only for stage in listed):
         raise RunError(
@@ -209,22 +256,22 @@ def run(recipe: Recipe, out: str | Path, *, only: str | None = None, console: Co
         )
     say = console.print if console is not None else _nothing
     with RunDir.open(out, recipe) as folder:
-        keys = _keys(recipe, listed, memo=out / "data" / "hashes.json")
+        keys = _keys(recipe, listed, memo=cache / "hashes.json")
         wanted = [stage for stage in listed if only in (None, stage.section)]
-        todo = [stage for stage in wanted if not folder.is_done(stage.name, keys[stage.name])]
         if only is not None:
-            _require_inputs(folder, wanted, keys)
+            wanted = _possible(folder, wanted, keys)
+        todo = [stage for stage in wanted if not folder.is_done(stage.name, keys[stage.name])]
         if todo:
             for error in check(recipe, out):
                 raise error
-        this = _Run(recipe, folder, SILENT if console is None else RichProgress(console))
+        this = _Run(folder, cache, SILENT if console is None else RichProgress(console))
         for stage in wanted:
             if stage not in todo:
                 say(f"{stage.name}: done before")
                 continue
             began = time.monotonic()
             work = folder.work(stage.name, keys[stage.name])
-            metrics = stage.act(this, work)
+            metrics = stage.act(this, stage.recipe, work)
             inputs = {name: keys[name] for name in stage.after}
             folder.commit(stage.name, keys[stage.name], metrics, seed=recipe.seed, inputs=inputs)
             say(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
@@ -235,16 +282,21 @@ def _nothing(line: str) -> None:
     return None
 
 
-def _require_inputs(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> None:
-    own = {stage.name for stage in wanted}
+def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> list[Stage]:
+    """The stages whose inputs are there or are made on the way; those of later rounds wait for them."""
+    possible: list[Stage] = []
     for stage in wanted:
-        for name in stage.after:
-            if name not in own and not folder.is_done(name, keys[name]):
-                raise RunError(
-                    f"{stage.name} needs the artifact of {name}",
-                    why=f"{name} has not finished with this recipe in {folder.path}",
-                    fix=f"halve {name.partition('-')[0]} with the same recipe and --out first, or halve run",
-                )
+        own = {one.name for one in possible}
+        missing = [name for name in stage.after if name not in own and not folder.is_done(name, keys[name])]
+        if not missing:
+            possible.append(stage)
+        elif stage.number == 1:
+            raise RunError(
+                f"{stage.name} needs the artifact of {missing[0]}",
+                why=f"{missing[0]} has not finished with this recipe in {folder.path}",
+                fix=f"halve {missing[0].partition('-')[0]} with the same recipe and --out first, or halve run",
+            )
+    return possible
 
 
 def _keys(recipe: Recipe, listed: Sequence[Stage], *, memo: Path) -> dict[str, str]:
@@ -253,7 +305,7 @@ def _keys(recipe: Recipe, listed: Sequence[Stage], *, memo: Path) -> dict[str, s
     for stage in listed:
         parts = {
             "stage": stage.name,
-            "recipe": _fields(recipe, stage.reads),
+            "recipe": _fields(stage.recipe, stage.reads),
             "after": [keys[name] for name in stage.after],
             "outside": [content[name] for name in stage.outside],
         }
@@ -284,6 +336,8 @@ def _outside(recipe: Recipe, name: str, memo: Path) -> list[Any]:
         files = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" or p.name in used]
     elif name == "choices":
         files = [Path(path) for path in recipe.evaluate.choices]
+    elif name == "depth_task":
+        files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
     else:
         listed = getattr(recipe.data, name)
         hub = [source for source in listed if source.startswith(sources.HUB)]

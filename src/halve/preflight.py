@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DiskError, HalveError
+from halve.errors import DiskError, HalveError, RecipeError
 from halve.recipe import Recipe
+from halve.rounds import learns_from_previous, rounds, shapes
 from halve.rundir import check_folder
 from halve.soundness import locate, read_headers
 from halve.train import sources
@@ -45,7 +46,7 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     yield lambda: _check_plan(recipe)
     for source in dict.fromkeys((*recipe.data.train, *recipe.data.valid)):
         yield lambda source=source: _check_corpus(source, recipe.data.text_field)  # type: ignore[misc]
-    for path in recipe.evaluate.choices:
+    for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
         yield lambda path=path: load_items(path)  # type: ignore[misc]
     if out is not None:
         yield lambda: _check_room(recipe, out)
@@ -60,10 +61,14 @@ def _check_tokenizer(recipe: Recipe) -> None:
 
 
 def _check_plan(recipe: Recipe) -> None:
-    from halve import anatomy, checkpoint
-    from halve.cut import sizes
-
-    sizes.target(anatomy.discover(checkpoint.load_config(recipe.model)), recipe.prune)
+    shapes(recipe)
+    for number in range(2, 2 + len(recipe.then)):
+        if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
+            raise RecipeError(
+                f"round {number} learns from the last student, which has learned nothing",
+                why=f"round {number - 1} has no section distill, so its student is what the cut left",
+                fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
+            )
 
 
 def _check_corpus(source: str, text_field: str) -> None:
@@ -91,11 +96,13 @@ def _bytes_needed(recipe: Recipe) -> int:
     headers = read_headers(locate(recipe.model)).values()
     weights = sum(header.num_bytes for header in headers)
     count = sum(_volume(header.shape) for header in headers)
-    models = 2 + (recipe.correct is not None)
+    models = 1 + (recipe.correct is not None)
     trains = recipe.correct is not None
-    if recipe.distill is not None:
-        models += 1 + len(recipe.distill.baselines) + ("random_prune" in recipe.distill.baselines)
-        trains = True
+    for part in rounds(recipe):
+        models += 1
+        if part.distill is not None:
+            models += 1 + len(part.distill.baselines) + ("random_prune" in part.distill.baselines)
+            trains = True
     text = 0
     with suppress(HalveError):
         for source in (*recipe.data.train, *recipe.data.valid):

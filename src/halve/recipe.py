@@ -141,6 +141,10 @@ class Prune(Section):
             raise ValueError("give exactly one of params, non_embedding_ratio, or sizes by hand")
         if self.layers is not None and self.drop_layers is not None:
             raise ValueError("layers and drop_layers say the same thing twice")
+        if self.refit == "all" and (self.head_merge or self.layer_merge != "none"):
+            raise ValueError("refit: all solves for the matrices that head_merge and layer_merge change: use outputs")
+        if self.steps > 1 and (self.rotation != "none" or self.selection == "refit"):
+            raise ValueError("steps above 1 score what is left anew: not with rotation or selection: refit")
         return self
 
 
@@ -252,4 +256,7 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     splits = {"train": anchored(recipe.data.train), "valid": anchored(recipe.data.valid)}
     data = recipe.data.model_copy(update=splits)
     evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices)})
-    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data, "evaluate": evaluate})
+    task = None if recipe.score.depth_task is None else anchored((recipe.score.depth_task,))[0]
+    score = recipe.score.model_copy(update={"depth_task": task})
+    update = {"model": absolute(recipe.model), "data": data, "score": score, "evaluate": evaluate}
+    return recipe.model_copy(update=update)

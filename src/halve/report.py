@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from halve import charts, sections
 from halve.plots import figure
+from halve.rounds import named, parsed
 from halve.rundir import MANIFEST, RECIPE, atomic_file, read_json
 from halve.sections import Section, Table
 
@@ -33,15 +34,22 @@ _PAGES = jinja2.Environment(
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What a round's scores and plan say; what has not finished is None or empty."""
+
+    plan: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
+    about_scores: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run folder says; parts of stages that have not finished are empty or None."""
 
     recipe: Mapping[str, Any]
     manifests: Mapping[str, Mapping[str, Any]]
-    plan: Mapping[str, Any] | None
+    cuts: tuple[Cut, ...]
     results: Mapping[str, Any] | None
-    scores: Mapping[str, Any] | None
-    about_scores: Mapping[str, Any]
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -67,28 +75,34 @@ def read(run: Path) -> Run:
         path = run / stage / name
         return read_json(path) if stage in manifests and path.exists() else None
 
-    # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
-    files = [run / stage / "scores.safetensors" for stage in ("prune", "score") if stage in manifests]
-    scores, about = next((_scores(path) for path in files if path.exists()), (None, {}))
+    def cut(number: int) -> Cut:
+        # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
+        stages = [stage for stage in (named("prune", number), named("score", number)) if stage in manifests]
+        files = [run / stage / "scores.safetensors" for stage in stages]
+        scores, about = next((_scores(path) for path in files if path.exists()), (None, {}))
+        return Cut(part(named("prune", number), "plan.json"), scores, about)
+
     logs = {
         _model_name(stage): _lines(run / stage / "metrics.jsonl")
         for stage in manifests
         if (run / stage / "metrics.jsonl").exists()
     }
-    return Run(
-        read_json(run / RECIPE), manifests, part("prune", "plan.json"), part("evaluate", "results.json"),
-        scores, about, logs,
-    )  # fmt: skip
+    recipe = read_json(run / RECIPE)
+    cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
+    return Run(recipe, manifests, cuts, part("evaluate", "results.json"), logs)
 
 
-def _order(stage: str) -> tuple[int, str]:
-    first = stage.partition("-")[0]
-    return (STAGES.index(first) if first in STAGES else len(STAGES), stage)
+def _order(stage: str) -> tuple[bool, int, int, str]:
+    """Round by round; within one in the order of `STAGES`; the whole run's evaluation last."""
+    base, number, variant = parsed(stage)
+    place = STAGES.index(base) if base in STAGES else len(STAGES)
+    return (place >= STAGES.index("evaluate"), number, place, variant)
 
 
 def _model_name(stage: str) -> str:
     """The evaluation's name of the model that a training stage makes."""
-    return {"correct": "corrected", "distill": sections.SUBJECT}.get(stage, stage.removeprefix("distill-"))
+    base, number, variant = parsed(stage)
+    return named(variant or {"correct": "corrected", "distill": sections.SUBJECT}.get(base, base), number)
 
 
 def _scores(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,10 +122,13 @@ def _view(run: Run) -> dict[str, Any]:
     name = str(run.recipe["name"])
     found = (
         sections.quality(run.results),
-        sections.shapes(run.plan, run.results),
+        sections.shapes([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
         sections.speed(run.results),
         charts.learning(run.logs),
-        charts.importance(run.scores, run.about_scores, run.plan),
+        *(
+            charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))
+            for number, cut in enumerate(run.cuts, 1)
+        ),
         sections.completions(run.results),
     )
     versions: Mapping[str, str] = next(
@@ -137,6 +154,10 @@ def _view(run: Run) -> dict[str, Any]:
     }
 
 
+def _numbered(title: str, number: int) -> str:
+    return title if number == 1 else f"{title}, round {number}"
+
+
 def _lead(run: Run) -> list[tuple[str, bool]]:
     """The run in two sentences, as (text, is strong) pieces."""
     pair = sections.ends(run.results)
@@ -145,13 +166,15 @@ def _lead(run: Run) -> list[tuple[str, bool]]:
     before, after = pair
     kept = sections.share(after["non_embedding_params"], before["non_embedding_params"])
     pieces = [(kept, True), (f" of the non-embedding parameters of {_short(str(run.recipe['model']))} remain. ", False)]
-    subject = "distilled student" if sections.SUBJECT in run.results["models"] else "pruned model"
+    last = sections.subject(run.results) or ""
+    subject = "distilled student" if sections.color(last) == sections.SUBJECT else "pruned model"
     bpb = sections.estimate(after["bits_per_byte"])
     pm = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{bpb.error}" if bpb.error else ""
     pieces += [(f"The {subject} needs ", False), (f"{bpb.value}{pm}", True), (" bits per byte", False)]
+    cut = named("pruned", parsed(last)[1])
     others = [
         f"{sections.estimate(one['bits_per_byte']).value} {words}"
-        for name, words in (("pruned", "straight after the cut"), (run.results["reference"], "for its teacher"))
+        for name, words in ((cut, "straight after the cut"), (run.results["reference"], "for its teacher"))
         if (one := run.results["models"].get(name)) is not None and one is not after
     ]
     against = f", against {' and '.join(others)}" if others else ""
@@ -171,13 +194,14 @@ def _stage(stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
     facts = [(name, version) for name, version in versions.items()]
-    if run.about_scores.get("model"):
-        facts.append(("scored weights", run.about_scores["model"]))
-        facts.append(("calibration samples", run.about_scores["samples"]))
+    for number, cut in enumerate(run.cuts, 1):
+        if cut.about_scores.get("model"):
+            facts.append((_numbered("scored weights", number), cut.about_scores["model"]))
+            facts.append((_numbered("calibration samples", number), cut.about_scores["samples"]))
     if run.results is not None:
         facts.append(("held-out tokens", str(run.results["samples"]["fingerprint"])))
         facts.append(("machine", sections.machine_words(run.results["machine"])))
-    for stage in ("distill", "prune"):
+    for stage in (named(base, number) for number in range(len(run.cuts), 0, -1) for base in ("distill", "prune")):
         files = (run.manifests.get(stage) or {}).get("files") or {}
         facts += [(f"{stage}/{name}", f["sha256"]) for name, f in files.items() if name.endswith(".safetensors")]
     return facts
@@ -185,16 +209,22 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without what is not set and without the folders of whoever ran it, which may be private."""
-    shown: dict[str, Any] = {
-        section: {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
-        for section, part in recipe.items()
-        if part is not None
-    }
+    shown: dict[str, Any] = {key: _set(part) for key, part in recipe.items() if part is not None}
+    if not shown.get("then"):
+        shown.pop("then", None)
     shown["model"] = _short(shown["model"])
+    if shown.get("score", {}).get("depth_task"):
+        shown["score"]["depth_task"] = _short(shown["score"]["depth_task"])
     for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):
         if key in shown.get(section, {}):
             shown[section][key] = [_short(path) for path in shown[section][key]]
     return shown
+
+
+def _set(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {key: _set(value) for key, value in part.items() if value is not None}
+    return [_set(one) for one in part] if isinstance(part, list) else part
 
 
 def _short(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from halve import plots
 from halve.plots import Interval, Number, figure
+from halve.rounds import parsed
 
 LABELS = {
     "teacher": "Teacher",
@@ -32,6 +33,23 @@ SUBJECT = "distilled"
 _SHOWN = ("teacher", "corrected", "pruned", "distilled")
 
 Facts = Mapping[str, Any]
+
+
+def label(name: str) -> str:
+    """What a model is called on the page: that of the second round is a Distilled student 2."""
+    base, number, _ = parsed(name)
+    return LABELS.get(base, base) + (f" {number}" if number > 1 else "")
+
+
+def color(name: str) -> str:
+    """The color's class: the same in every round."""
+    return parsed(name)[0]
+
+
+def subject(results: Facts) -> str | None:
+    """The model that came out: the last round's distilled student, or else its pruned one."""
+    found = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
+    return max(found, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
 
 
 @dataclass(frozen=True)
@@ -120,12 +138,9 @@ def share(part: Number, whole: Number) -> str:
 
 
 def ends(results: Facts | None) -> tuple[Facts, Facts] | None:
-    """The first model, which went in, and the one that came out: the distilled student, or else the pruned one."""
-    if not results:
-        return None
-    models = results["models"]
-    last = next((models[name] for name in (SUBJECT, "pruned") if name in models), None)
-    return None if last is None else (next(iter(models.values())), last)
+    """The first model, which went in, and the one that came out."""
+    last = subject(results) if results else None
+    return None if not results or last is None else (next(iter(results["models"].values())), results["models"][last])
 
 
 def tiles(results: Facts | None) -> list[dict[str, str]]:
@@ -162,32 +177,48 @@ def _tile(label: str, before: Number, after: Number, spell: Callable[[Number], s
     return {"label": label, "after": spell(after), "before": f"from {spell(before)}", "factor": share(after, before)}
 
 
-def shapes(plan: Facts | None, results: Facts | None) -> Section | None:
-    """Sizes by axis, and what was cut."""
-    if not plan:
+def shapes(plans: Sequence[Facts], results: Facts | None) -> Section | None:
+    """Sizes by axis before and after each round, and what was cut."""
+    if not plans:
         return None
+    sizes = [plans[0]["before"], *(plan["after"] for plan in plans)]
     rows = []
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
-        old, new = plan["before"][axis], plan["after"][axis]
-        rows.append(_sizes_row(axis, old, new, lambda n: f"{n:,}"))
-    old, new = (4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in (plan["before"], plan["after"]))
-    rows.append(_sizes_row("key-value cache per token, 16 bit", old, new, size))
-    pair = ends(results)
-    if pair is not None:
-        for label, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
-            rows.append(_sizes_row(label, pair[0][key], pair[1][key], lambda n: f"{n:,}"))
-        rows.append(_sizes_row("weights", pair[0]["weight_bytes"], pair[1]["weight_bytes"], size))
-    return Section("What was cut", _cut_words(plan), Table(("", "before", "after", "kept"), tuple(rows)))
+        rows.append(_sizes_row(axis, [one[axis] for one in sizes], lambda n: f"{n:,}"))
+    caches = [4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in sizes]
+    rows.append(_sizes_row("key-value cache per token, 16 bit", caches, size))
+    models = _cut_models(results, len(plans))
+    if models:
+        for name, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
+            rows.append(_sizes_row(name, [one[key] for one in models], lambda n: f"{n:,}"))
+        rows.append(_sizes_row("weights", [one["weight_bytes"] for one in models], size))
+    after = ("after",) if len(plans) == 1 else tuple(f"round {i}" for i in range(1, len(plans) + 1))
+    words = [_cut_words(plan) for plan in plans]
+    if len(plans) > 1:
+        words = [f"Round {i}: {text}" for i, text in enumerate(words, 1)]
+    note = f"A {plans[0]['family']} model. " + " ".join(words)
+    return Section("What was cut", note.rstrip(), Table(("", "before", *after, "kept"), tuple(rows)))
 
 
-def _sizes_row(label: str, old: Number, new: Number, spell: Callable[[Number], str]) -> Row:
+def _cut_models(results: Facts | None, count: int) -> list[Facts]:
+    """The model that went in and the pruned one of each round; none if one of them was not measured."""
+    if not results:
+        return []
+    pruned = {parsed(name)[1]: one for name, one in results["models"].items() if color(name) in (SUBJECT, "pruned")}
+    if set(pruned) != set(range(1, count + 1)):
+        return []
+    return [next(iter(results["models"].values())), *(pruned[i] for i in range(1, count + 1))]
+
+
+def _sizes_row(name: str, sizes: Sequence[Number], spell: Callable[[Number], str]) -> Row:
+    old, new = sizes[0], sizes[-1]
     kept = Cell("unchanged" if old == new else share(new, old))
-    return Row(label, (Cell(spell(old)), Cell(spell(new)), kept))
+    return Row(name, (*(Cell(spell(one)) for one in sizes), kept))
 
 
 def _cut_words(plan: Facts) -> str:
     dropped = sorted(set(range(plan["before"]["layers"])) - set(plan["layers"]))
-    words = [f"A {plan['family']} model."]
+    words = []
     if dropped:
         words.append(f"Dropped {'layers' if len(dropped) > 1 else 'layer'} {_ranges(dropped)}, counted from 0.")
     trimmed = [axis for axis in ("hidden", "ffn", "heads", "kv_heads") if plan["before"][axis] != plan["after"][axis]]
@@ -223,12 +254,12 @@ def quality(results: Facts | None) -> Section | None:
         cells = [estimate(one["perplexity"]), estimate(one["bits_per_byte"])]
         cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
         cells += [estimate(one["choices"].get(task), percent=True) for task in tasks]
-        rows.append(Row(LABELS.get(name, name), tuple(cells), name, name == SUBJECT))
+        rows.append(Row(label(name), tuple(cells), color(name), name == subject(results)))
     head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(tasks))
     samples = results["samples"]
     note = (
         f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
-        f"KL in nats per token, from the {_lower(LABELS.get(reference, reference))}. ± is one standard error."
+        f"KL in nats per token, from the {_lower(label(reference))}. ± is one standard error."
     ) + controls(models)
     first = next(iter(models.values()))
     found = [
@@ -261,7 +292,8 @@ def quality(results: Facts | None) -> Section | None:
 
 def controls(names: Iterable[str]) -> str:
     """What the controls among these models are, in words."""
-    return "".join(f" {LABELS[name]}: {CONTROLS[name]}." for name in names if name in CONTROLS)
+    known = [base for base in dict.fromkeys(map(color, names)) if base in CONTROLS]
+    return "".join(f" {LABELS[base]}: {CONTROLS[base]}." for base in known)
 
 
 def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, Table | None]:
@@ -272,7 +304,7 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
         cells = [estimate(one.get("nll"), signed=True), estimate(one.get("kl"), signed=True)]
         cells.append(estimate(one.get("agreement"), percent=True, signed=True))
         cells += [estimate(one["choices"].get(task), percent=True, signed=True) for task in tasks]
-        rows.append(Row(f"minus {_lower(LABELS.get(name, name))}", tuple(cells), name))
+        rows.append(Row(f"minus {_lower(label(name))}", tuple(cells), color(name)))
     words = (
         "The distilled student minus each other model, sample by sample, with the standard error of the pairs: "
         "all saw the same text, so these are sharper than the table above. Colored: beyond two standard errors."
@@ -287,7 +319,7 @@ def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, 
         if one and one.get("value") is not None:
             stderr = one.get("stderr")
             error = None if stderr is None else stderr * scale
-            rows.append(Interval(LABELS.get(name, name), name, one["value"] * scale, error))
+            rows.append(Interval(label(name), color(name), one["value"] * scale, error))
     if not rows:
         return None
     return Figure(title, f"{words} Whiskers: two standard errors.", plots.dots(rows, title=title))
@@ -338,9 +370,9 @@ def completions(results: Facts | None) -> Section | None:
     found = []
     for one in results["completions"]:
         texts = [
-            {"label": LABELS[name], "color": name, "text": _folded(one["texts"][name])}
-            for name in _SHOWN
-            if name in one["texts"]
+            {"label": label(name), "color": color(name), "text": _folded(text)}
+            for name, text in one["texts"].items()
+            if color(name) in _SHOWN
         ]
         found.append(Completion(one["prompt"], tuple(texts)))
     return Section(

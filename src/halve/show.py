@@ -143,17 +143,20 @@ def forecast(found: Forecast) -> None:
     """`halve run --dry-run` for people."""
     from halve.cut.sizes import format_count
 
-    t, s = found.teacher_counts, found.student_counts
-    rows: list[Sequence[object]] = [("layers", found.teacher.layers, found.student.layers)]
-    rows += [(a, getattr(found.teacher, a), getattr(found.student, a)) for a in ("hidden", "ffn", "heads", "kv_heads")]
-    rows += [
-        ("parameters", f"{t.params:,} ({format_count(t.params)})", f"{s.params:,} ({format_count(s.params)})"),
-        ("non-embedding", f"{t.non_embedding:,}", f"{s.non_embedding:,}"),
-        ("weights in 16 bits", bytes_(t.weight_bytes), bytes_(s.weight_bytes)),
-        ("KV cache a token", bytes_(t.kv_cache_bytes_per_token), bytes_(s.kv_cache_bytes_per_token)),
-        ("GFLOP a token", f"{t.flops_per_token / 1e9:.3g}", f"{s.flops_per_token / 1e9:.3g}"),
+    archs = [found.teacher, *(one.student for one in found.rounds)]
+    counts = [found.teacher_counts, *(one.counts for one in found.rounds)]
+    names = ["student"] if len(found.rounds) == 1 else [f"round {i}" for i in range(1, len(counts))]
+    rows: list[Sequence[object]] = [
+        (axis, *(getattr(arch, axis) for arch in archs)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
     ]
-    table(f"{found.name}: plan", ("", "teacher", "student"), rows)
+    rows += [
+        ("parameters", *(f"{c.params:,} ({format_count(c.params)})" for c in counts)),
+        ("non-embedding", *(f"{c.non_embedding:,}" for c in counts)),
+        ("weights in 16 bits", *(bytes_(c.weight_bytes) for c in counts)),
+        ("KV cache a token", *(bytes_(c.kv_cache_bytes_per_token) for c in counts)),
+        ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
+    ]
+    table(f"{found.name}: plan", ("", "teacher", *names), rows)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
     work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]

@@ -46,7 +46,10 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(recipe: Recipe, models: dict[str, Path], reference: str, out: Path) -> dict[str, Any]:
     out.mkdir()
-    evaluate.run(recipe, models=models, reference=reference, cache=out / "data", out=out, progress=SILENT)
+    subject = "distilled" if "distilled" in models else None
+    evaluate.run(
+        recipe, models=models, reference=reference, subject=subject, cache=out / "data", out=out, progress=SILENT
+    )
     results: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return results
 

@@ -36,7 +36,6 @@ from halve.rundir import write_json
 from halve.speed import Speed, compare_speed, weight_bytes
 from halve.train import corpus
 
-SUBJECT = "distilled"
 FORWARD_TOKENS = 4096  # in one forward pass of the samples; no figure depends on it
 NEW_TOKENS, REPEATS = 32, 5
 
@@ -58,14 +57,16 @@ def run(
     *,
     models: Mapping[str, Path | str],
     reference: str,
+    subject: str | None,
     cache: Path,
     out: Path,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Measure every model and write `out/results.json`; gives the main figures of each model.
 
-    `models` maps names to checkpoints in the order of the report; `reference` is the one among them that the
-    others are compared to. `cache` is the run's folder of token files. The tokenizer is the first model's.
+    `models` maps names to checkpoints in the order of the report; `reference` is the one among them that KL and
+    agreement are measured to, `subject` the one whose differences from all others are given (None: no differences).
+    `cache` is the run's folder of token files. The tokenizer is the first model's.
 
     Raises `CorpusError` for held-out text, multiple-choice items or prompts that cannot be used, before any
     weight is loaded.
@@ -115,7 +116,7 @@ def run(
             "repeats": REPEATS,
         },
         "models": {name: {**one.facts, "speed": speeds.get(name)} for name, one in measured.items()},
-        "differences": _differences(measured),
+        "differences": None if subject is None else _differences(measured, subject),
         "completions": [
             {"prompt": prompt, "texts": {name: one.completions[i] for name, one in measured.items()}}
             for i, prompt in enumerate(recipe.evaluate.prompts)
@@ -240,14 +241,12 @@ def _speed_facts(speed: Speed) -> dict[str, float]:
     }
 
 
-def _differences(measured: Mapping[str, _Measured]) -> dict[str, Any] | None:
-    """The distilled student minus each other model, in pairs of samples and of items."""
-    if SUBJECT not in measured:
-        return None
-    ours = measured[SUBJECT]
+def _differences(measured: Mapping[str, _Measured], subject: str) -> dict[str, Any]:
+    """The subject minus each other model, in pairs of samples and of items."""
+    ours = measured[subject]
     against = {}
     for name, theirs in measured.items():
-        if name == SUBJECT:
+        if name == subject:
             continue
         against[name] = {
             **{
@@ -260,7 +259,7 @@ def _differences(measured: Mapping[str, _Measured]) -> dict[str, Any] | None:
                 for task, right in ours.choices.items()
             },
         }
-    return {"subject": SUBJECT, "against": against}
+    return {"subject": subject, "against": against}
 
 
 def _headline(facts: Mapping[str, Any]) -> dict[str, Any]:
