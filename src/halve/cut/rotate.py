@@ -34,6 +34,7 @@ from halve.cut.twins import logits, random_twin
 from halve.cut.walk import watching
 from halve.errors import AnatomyError
 from halve.progress import SILENT, Progress
+from halve.recipe import Prune
 
 _HIDDEN = Expr.parse("hidden")
 
@@ -95,6 +96,11 @@ def untied(anatomy: Anatomy) -> Anatomy:
     config = copy.deepcopy(anatomy.config)
     config.tie_word_embeddings = False
     return discover(config)
+
+
+def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
+    """The anatomy that a student's sizes and counts are those of: rotation gives it a head of its own."""
+    return untied(anatomy) if prune.rotation != "none" else anatomy
 
 
 def prove_rotation(anatomy: Anatomy, *, seed: int = 0) -> float:
