@@ -6,7 +6,7 @@ A file is JSON lines (also .gz or .xz), one item a line; other keys are ignored:
 
 A choice follows its context as it stands: a space between the two belongs to the choice.
 
-Shape suffixes: `N` choices of a batch, `S` tokens, `D` hidden.
+Shape suffixes: `N` choices of a batch, `S` tokens, `M` scored tokens, `D` hidden.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.errors import CorpusError
-from halve.head import split
+from halve.head import Head, split
 from halve.measure import context_length, row_chunks, token_log_probs
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -184,20 +184,60 @@ def answer_encoded(
     see; the head is applied to scored positions alone.
     """
     body, head = split(model)
+    batches = batch_up(items, batch_tokens=batch_tokens)
+    nats = [choice_nats(head, body(batch.ids.to(model.device)), batch) for batch in batches]
+    return right_answers(items, batches, nats)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences of like length that go through the model together, padded on the right."""
+
+    ids: Int64[Tensor, "choices seq"]
+    owners: tuple[tuple[int, int], ...]
+    """The item and the choice that each sequence is."""
+    row: Int64[Tensor, " scored"]
+    """The sequence that each scored token is in."""
+    at: Int64[Tensor, " scored"]
+    """Its place in there."""
+
+
+def batch_up(items: Sequence[Encoded], *, batch_tokens: int = 4096) -> tuple[Batch, ...]:
+    """Put all choices of all items into batches of at most so many tokens, padding included, shortest first.
+
+    One sequence that is longer has a batch of its own.
+    """
     flat = [(i, c, row) for i, item in enumerate(items) for c, row in enumerate(item.sequences)]
     flat.sort(key=lambda entry: len(entry[2]))
+    batches = []
+    for group in _batches(flat, batch_tokens):
+        width = len(group[-1][2])
+        ids_NS = torch.tensor([[*row, *[0] * (width - len(row))] for _, _, row in group])
+        places = [(n, s) for n, (i, _, row) in enumerate(group) for s in range(items[i].start, len(row))]
+        row_of, at = torch.tensor(places).T
+        batches.append(Batch(ids_NS, tuple((i, c) for i, c, _ in group), row_of, at))
+    return tuple(batches)
+
+
+@torch.no_grad()
+def choice_nats(head: Head, hidden: Float[Tensor, "choices seq hidden"], batch: Batch) -> Float64[Tensor, " choices"]:
+    """Log-probability of each choice of a batch, summed over its scored tokens, from the last hidden states (CPU).
+
+    The head is applied to scored positions alone.
+    """
+    row_of, at, ids_NS = (tensor.to(hidden.device) for tensor in (batch.row, batch.at, batch.ids))
+    hidden_MD, targets_M = hidden[row_of, at - 1], ids_NS[row_of, at]
+    sums_N = torch.zeros(len(ids_NS), dtype=torch.float64, device=hidden.device)
+    for rows in row_chunks(len(targets_M), head.weight.shape[0]):
+        sums_N.index_add_(0, row_of[rows], token_log_probs(head.logits(hidden_MD[rows]), targets_M[rows]).double())
+    return sums_N.cpu()
+
+
+def right_answers(items: Sequence[Encoded], batches: Sequence[Batch], nats: Sequence[Tensor]) -> Bool[Tensor, " items"]:
+    """Which items are answered rightly, from what `choice_nats` gives of every batch."""
     scores = [[0.0] * len(item.sequences) for item in items]
-    for batch in _batches(flat, batch_tokens):
-        width = len(batch[-1][2])
-        ids_NS = torch.tensor([[*row, *[0] * (width - len(row))] for _, _, row in batch], device=model.device)
-        hidden_NSD = body(ids_NS)
-        places = [(n, s) for n, (i, _, row) in enumerate(batch) for s in range(items[i].start, len(row))]
-        row_of, at = torch.tensor(places, device=model.device).T
-        hidden, targets = hidden_NSD[row_of, at - 1], ids_NS[row_of, at]
-        sums = torch.zeros(len(batch), dtype=torch.float64, device=model.device)
-        for rows in row_chunks(len(targets), head.weight.shape[0]):
-            sums.index_add_(0, row_of[rows], token_log_probs(head.logits(hidden[rows]), targets[rows]).double())
-        for (i, c, _), total in zip(batch, sums.tolist(), strict=True):
+    for batch, nats_N in zip(batches, nats, strict=True):
+        for (i, c), total in zip(batch.owners, nats_N.tolist(), strict=True):
             scores[i][c] = total / items[i].num_bytes[c]
     right = [
         all(score < row[item.answer] for c, score in enumerate(row) if c != item.answer)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.errors import CorpusError
-from halve.head import split
+from halve.head import Head, split
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits: enough rows to keep a GPU busy, few enough for a laptop
 
@@ -121,14 +121,21 @@ def language_modeling(
     nll = []
     for ids_BS in torch.split(samples, micro_batch):
         ids_BS = ids_BS.to(model.device)
-        hidden_BTD = body(ids_BS)[:, :-1]
-        targets = ids_BS[:, 1:].flatten()
-        nats = torch.empty(targets.shape, dtype=torch.float64, device=targets.device)
-        for rows in row_chunks(len(targets), head.weight.shape[0]):
-            logits_NV = head.logits(hidden_BTD.flatten(0, 1)[rows])
-            nats[rows] = -token_log_probs(logits_NV, targets[rows]).double()
-        nll.append(nats.view(len(ids_BS), -1).mean(1).cpu())
+        nll.append(sample_nll(head, body(ids_BS), ids_BS).cpu())
     return torch.cat(nll)
+
+
+@torch.no_grad()
+def sample_nll(
+    head: Head, hidden: Float[Tensor, "samples seq hidden"], ids: Int[Tensor, "samples seq"]
+) -> Float[Tensor, " samples"]:
+    """Mean nats of each sample's tokens after its first, from the last hidden states (float64, on their device)."""
+    targets_N = ids[:, 1:].flatten()
+    rows_ND = hidden[:, :-1].flatten(0, 1)
+    nats_N = torch.empty(targets_N.shape, dtype=torch.float64, device=targets_N.device)
+    for rows in row_chunks(len(targets_N), head.weight.shape[0]):
+        nats_N[rows] = -token_log_probs(head.logits(rows_ND[rows]), targets_N[rows]).double()
+    return nats_N.view(len(ids), -1).mean(1)
 
 
 @torch.no_grad()
