@@ -351,7 +351,7 @@ def test_one_stage_alone_of_every_round_that_has_come_so_far(
         made.append([name for name, _ in calls])
         calls.clear()
     assert made == [["score"], ["prune"], ["distill"], ["score-2"], ["prune-2"], ["distill-2"]]
-    with pytest.raises(RunError, match="evaluate needs the artifact of prune-3\n.*\n  fix: halve prune with"):
+    with pytest.raises(RunError, match=r"evaluate needs the artifact of prune-3\n.*\n  fix: halve prune with"):
         pipeline.run(recipe, tmp_path / "run", only="evaluate")
 
 

@@ -356,6 +356,15 @@ def test_first_samples_are_spread_evenly(tmp_path: Path) -> None:
     assert samples.first(99)[:, 0].tolist() == list(range(0, 100, 10))
 
 
+def test_calibration_samples_are_one_of_each_strip_and_move_with_the_seed(tmp_path: Path) -> None:
+    tokens = fake_tokens(tmp_path, 1005)
+    drawn = [Samples(tokens, 10, seed=seed).calibration(4)[:, 0].tolist() for seed in range(3)]
+    assert drawn[0] == Samples(tokens, 10, seed=0).first(4)[:, 0].tolist() == [0, 250, 500, 750]
+    assert drawn[1] == [150, 400, 650, 900], "0.618 of a strip of 25 samples is 15"
+    assert drawn[2] == [50, 300, 550, 800], "0.236 of it is 5"
+    assert Samples(tokens, 10, seed=1).calibration(999)[:, 0].tolist() == list(range(0, 1000, 10))
+
+
 def test_too_little_text_for_one_sample_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="fewer tokens than one sample: 9 of 10"):
         Samples(fake_tokens(tmp_path, 9), 10, seed=0)

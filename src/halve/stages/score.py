@@ -18,9 +18,9 @@ from halve.train import corpus
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.scores`).
 
-    The samples are spread evenly over the training text, packed to `data.context` tokens. A corpus that has
-    fewer than `score.samples` gives all it has: `samples` beside `samples_asked` in the returned figures.
-    `cache` is the run's folder of token files.
+    The samples are spread evenly over the training text at places that the seed moves, packed to `data.context`
+    tokens. A corpus that has fewer than `score.samples` gives all it has: `samples` beside `samples_asked` in the
+    returned figures. `cache` is the run's folder of token files.
 
     Raises `CorpusError` for text without one whole sample, before weights are read, and `CheckpointError` where
     activations are not finite.
@@ -30,7 +30,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     anatomy = discover(config)
     tokenizer = checkpoint.load_tokenizer(teacher)
     tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
-    samples_BS = corpus.Samples(tokens, recipe.data.context, recipe.seed).first(recipe.score.samples)
+    samples_BS = corpus.Samples(tokens, recipe.data.context, recipe.seed).calibration(recipe.score.samples)
     device = checkpoint.resolve_device(recipe.device)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     start = time.perf_counter()

@@ -6,6 +6,7 @@ recipe -> sources (text) -> Tokens (a memory-mapped file) -> Samples -> int64 [b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from halve.train import sources as text_sources
 from halve.train.sources import HUB, Piece
 
 FORMAT = 1
+_GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
 _BATCH_CHARS = 1 << 19  # tokenized together; bounds memory
 
 
@@ -172,6 +174,16 @@ class Samples:
         """At most `num_samples` samples, spread evenly over the corpus and independent of the seed."""
         num_samples = min(num_samples, len(self))
         return self.take([index * len(self) // num_samples for index in range(num_samples)])
+
+    def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
+        """At most `num_samples` samples, one of each of as many equal strips of the corpus, placed by the seed.
+
+        Seed 0 takes each strip's first, as `first` does; every seed sees the whole length of the corpus.
+        """
+        num_samples = min(num_samples, len(self))
+        place = self.seed * _GOLDEN % 1
+        edges = [index * len(self) // num_samples for index in range(num_samples + 1)]
+        return self.take([a + int(place * (b - a)) for a, b in itertools.pairwise(edges)])
 
     def take(self, indices: Iterable[int]) -> Int64[Tensor, "samples context"]:
         """Samples by their place in the corpus."""
