@@ -28,10 +28,10 @@ class Gram:
 
     def add(self, x: Float[Tensor, "*tokens x"], y: Float[Tensor, "*tokens y"] | None = None) -> None:
         """Take tokens in; leading dimensions are flattened."""
-        x_NX = _raised(x)
+        x_NX = raised(x).reshape(-1, x.shape[-1])
         self.xx_XX += x_NX.T @ x_NX
         if y is not None:
-            self.yx_YX += _raised(y).T @ x_NX
+            self.yx_YX += raised(y).reshape(-1, y.shape[-1]).to(x_NX.dtype).T @ x_NX
         self.tokens += len(x_NX)
 
     def check(self, what: str) -> None:
@@ -51,8 +51,9 @@ class Gram:
             )
 
 
-def _raised(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+def raised(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same values in float32, or in float64 where they are."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def ridge(

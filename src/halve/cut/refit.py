@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
-from halve.cut.gram import Gram, ridge
+from halve.cut.gram import Gram, raised, ridge
 from halve.cut.plan import Plan
 from halve.cut.sites import Site, find_sites, input_dim
 from halve.cut.surgery import take
@@ -97,7 +97,8 @@ class _Refit:
         self.kept_K = torch.tensor(plan.hidden, device=self.device)
         self.found = find_sites(teacher, anatomy)
         self.teacher_layers = layer_modules(teacher, anatomy)
-        self.student_layers = layer_modules(self.student, replace(anatomy, sizes=plan.after))
+        self.student_anatomy = replace(anatomy, sizes=plan.after)  # as far as walking goes
+        self.student_layers = layer_modules(self.student, self.student_anatomy)
         samples, seq = samples_BS.shape
         sizes = anatomy.sizes
         self.x_D = States(samples, seq, sizes.hidden, dtype=teacher.dtype)
@@ -124,7 +125,7 @@ class _Refit:
             ids_BS = self.samples_BS[rows]
             self._calls(len(ids_BS))
             self.x_D[rows] = first_states(self.teacher, self.anatomy, ids_BS)
-            self.z_K[rows] = first_states(self.student, self.anatomy, ids_BS)
+            self.z_K[rows] = first_states(self.student, self.student_anatomy, ids_BS)
         self._skip(range(self.plan.layers[0]))
 
     def _layer(self, layer: int) -> None:
@@ -196,17 +197,17 @@ class _Refit:
         gram = Gram(weight_KC.shape[1], weight_KC.shape[0], device=self.device)
         for rows in self._rows():
             seen, written = self._run_to(layer, name, rows, tuple(earlier.values()))
-            goal_BSK = given[number][rows].to(self.device).float()
+            goal_BSK = raised(given[number][rows].to(self.device))
             if scale is not None:
-                z_BSK = self.z_K[rows].to(self.device).float()
+                z_BSK = raised(self.z_K[rows].to(self.device))
                 if last:
                     teacher_BSK = self._kept(self.x_D[rows])
                     goal_BSK = (teacher_BSK - z_BSK) / scale - _sum(written)
                 else:
                     due = (self._kept(before_D[rows]) - z_BSK) / scale
-                    taught = [given[index][rows].to(self.device).float() for index in earlier]
+                    taught = [given[index][rows].to(self.device) for index in earlier]
                     goal_BSK = goal_BSK + due + _sum(taught) - _sum(written)
-            gram.add(seen, goal_BSK if bias is None else goal_BSK - bias.float())
+            gram.add(seen, goal_BSK if bias is None else goal_BSK - raised(bias))
         gram.check(name)
         new = ridge(gram.xx_XX, gram.yx_YX, weight_KC, strength=self.strength)
         _weight(module).copy_(_oriented(new, self.anatomy, source))
@@ -234,7 +235,7 @@ class _Refit:
             ids_BS = self.samples_BS[:batch]
             self.calls[batch] = (
                 record_calls(self.teacher, self.anatomy, ids_BS)[0],
-                record_calls(self.student, replace(self.anatomy, sizes=self.plan.after), ids_BS)[0],
+                record_calls(self.student, self.student_anatomy, ids_BS)[0],
             )
         return self.calls[batch]
 
@@ -264,7 +265,7 @@ class _Refit:
         return see
 
     def _kept(self, x_BSD: Tensor) -> Tensor:
-        return x_BSD.to(self.device).index_select(-1, self.kept_K).float()
+        return raised(x_BSD.to(self.device).index_select(-1, self.kept_K))
 
     def _selection(self) -> Tensor:
         """The map that a cut alone makes: every kept channel stands for itself."""
@@ -290,7 +291,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    return sum((tensor.float() for tensor in tensors), start=torch.zeros(()))
+    return sum((raised(tensor) for tensor in tensors), start=torch.zeros(()))
 
 
 def _keep_input(states: States, rows: slice) -> See:
