@@ -1,0 +1,39 @@
+"""Whether samples can say anything about a model: checked before weights are read."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jaxtyping import Int
+from torch import Tensor
+
+from halve.errors import CorpusError
+
+MIN_SAMPLES: Final = 2
+
+
+def check(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
+    """Refuse calibration samples that no score, gain or refit should be made from.
+
+    Raises `CorpusError` for fewer than two samples, for samples that each repeat one token, and for token ids outside
+    the vocabulary. Activations that are not finite are refused where they are measured (`CheckpointError`).
+    """
+    if len(samples_BS) < MIN_SAMPLES:
+        raise CorpusError(
+            f"{len(samples_BS)} calibration samples are too few",
+            why=f"statistics over samples need at least {MIN_SAMPLES}",
+            fix="give more text in data.train, a smaller data.context, or a larger score.samples",
+        )
+    low, high = int(samples_BS.min()), int(samples_BS.max())
+    if low < 0 or high >= vocab:
+        raise CorpusError(
+            f"calibration samples hold token {low if low < 0 else high}",
+            why=f"the model's vocabulary has {vocab} entries, 0 to {vocab - 1}",
+            fix="use the tokenizer that belongs to this model",
+        )
+    if bool((samples_BS == samples_BS[:, :1]).all()):
+        raise CorpusError(
+            "calibration samples are constant",
+            why=f"each repeats one token, the first {int(samples_BS[0, 0])}, and drives few of the model's parts",
+            fix="give real text in data.train",
+        )

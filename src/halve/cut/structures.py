@@ -1,0 +1,94 @@
+"""Everything that goes with one entry of an axis: rows of weights, read off the anatomy's expressions.
+
+Removing a neuron takes a row of the gate, a row of up and a column of down along (a coupled structure, LLM-Pruner,
+arXiv 2305.11627, Sec. 3.1). Here a parameter is turned so that all it has of entry n stands in row n, whatever is
+fused, interleaved or transposed; whatever scores rows then scores structures.
+
+Legend: L layers, N entries of an axis, X weights that one parameter has of an entry, P positions of a dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from halve.anatomy import Anatomy, Expr
+
+
+def owners(expr: Expr, axis: str, sizes: Mapping[str, int]) -> Int64[Tensor, " positions"]:
+    """The entry of an axis that each position of a dimension belongs to; -1 where it belongs to none.
+
+    >>> expr = Expr.parse("heads 2 + ffn")
+    >>> owners(expr, "heads", {"heads": 2, "ffn": 3}).tolist()
+    [0, 0, 1, 1, -1, -1, -1]
+    """
+    parts = []
+    for term in expr.terms:
+        lengths = [factor if isinstance(factor, int) else sizes[factor] for factor in term]
+        position_P = torch.arange(prod(lengths))
+        if axis in term:
+            place = term.index(axis)
+            parts.append(position_P // prod(lengths[place + 1 :]) % lengths[place])
+        else:
+            parts.append(torch.full_like(position_P, -1))
+    return torch.cat(parts)
+
+
+def positions(expr: Expr, axis: str, sizes: Mapping[str, int]) -> Int64[Tensor, "entries positions"]:
+    """The positions of a dimension that belong to each entry of an axis, in their order.
+
+    >>> positions(Expr.parse("heads 2 + heads"), "heads", {"heads": 2}).tolist()
+    [[0, 1, 4], [2, 3, 5]]
+    """
+    owner_P = owners(expr, axis, sizes)
+    order_P = owner_P.argsort(stable=True)
+    return order_P[int((owner_P < 0).sum()) :].view(sizes[axis], -1)
+
+
+def rows(value: Tensor, dim: int, positions_NP: Int64[Tensor, "entries positions"]) -> Float[Tensor, "entries weights"]:
+    """What a parameter has of each entry along one of its dimensions."""
+    return value.movedim(dim, 0)[positions_NP.to(value.device)].flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One dimension of one parameter that carries an axis."""
+
+    name: str
+    layer: int | None
+    dim: int
+    positions: Int64[Tensor, "entries positions"]
+
+
+def places(anatomy: Anatomy, axis: str) -> Iterator[Place]:
+    """Every dimension of every parameter that carries an axis; a tied table stands once."""
+    sizes = anatomy.sizes.sizes
+    for name, shape in anatomy.params.items():
+        for dim, expr in enumerate(shape):
+            if axis in expr.axes:
+                yield Place(name, anatomy.layer_of(name), dim, positions(expr, axis, sizes))
+
+
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """The scores of an axis' structures, summed over parameters."""
+
+    layers: Float64[Tensor, "layers entries"]
+    outside: Float64[Tensor, " entries"]
+    """What parameters outside the layers add: embeddings, the final norm."""
+
+
+def totals(anatomy: Anatomy, axis: str, score: Callable[[Place], Float[Tensor, " entries"]]) -> Totals:
+    """Add up `score` over every place of an axis, in float64 on the CPU."""
+    num = anatomy.sizes.sizes[axis]
+    layers_LN = torch.zeros(anatomy.sizes.layers, num, dtype=torch.float64)
+    outside_N = torch.zeros(num, dtype=torch.float64)
+    for place in places(anatomy, axis):
+        target_N = outside_N if place.layer is None else layers_LN[place.layer]
+        target_N += score(place).double().cpu()
+    return Totals(layers_LN, outside_N)
