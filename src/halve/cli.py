@@ -171,6 +171,82 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         _next(f"halve run {recipe}")
 
 
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. See --list.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the studies.")] = False,
+    out: Annotated[Path, typer.Option(help="Where runs and results go; studies share what they can.")] = Path(
+        "runs/studies"
+    ),
+    model: Annotated[str | None, typer.Option(help="A teacher instead of the demo's.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Its text to distill on; may be repeated.")] = None,
+    valid: Annotated[list[str] | None, typer.Option(help="Its held-out text; may be repeated.")] = None,
+    choices: Annotated[Path | None, typer.Option(help="Multiple-choice items, for depth-sets.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an arm is distilled on.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a sample.")] = None,
+    quiet: Quiet = False,
+    json_: AsJson = False,
+) -> None:
+    """Reproduce a table of the papers in small: arms, seeds, a verdict on each claim. Resumable."""
+    from halve import show
+    from halve.studies import declare
+
+    if list_ or name is None:
+        listed = [declare.load(each) for each in declare.names()]
+        if json_:
+            show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
+        else:
+            rows = [(s.name, s.title, f"arXiv {s.source}", len(s.arms)) for s in listed]
+            show.table("studies", ("name", "title", "after", "arms"), rows)
+            _next("halve study NAME, or halve study all")
+        return
+    from halve.studies import engine
+    from halve.studies import setting as settings
+
+    wanted = [declare.load(each) for each in (declare.names() if name == "all" else (name,))]
+    changes: dict[str, Any] = {}
+    if tokens is not None:
+        changes["distill"] = {"tokens": tokens}
+    if context is not None:
+        changes["data"] = {"context": context}
+    texts = out / "texts"
+    if model is None:
+        setting = settings.of_demo(texts, changes=changes)
+    else:
+        setting = settings.of_ones_own(
+            model, train=train or (), valid=valid or (), choices=choices, texts=texts, changes=changes
+        )
+    flags = {"model": model and Path(model).name, "seeds": seeds, "tokens": tokens, "context": context}
+    said = "".join(f" --{key} {value}" for key, value in flags.items() if value not in (None, 3))
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    found, failed = [], 0
+    for each in wanted:
+        try:
+            results = engine.run(
+                each,
+                setting,
+                seeds=range(seeds),
+                out=out,
+                command=f"halve study {each.name}{said}",
+                say=console.print,
+            )
+        except HalveError as error:
+            if len(wanted) == 1:
+                raise
+            print(f"error: {each.name}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        found.append(results)
+        if not json_:
+            show.study(results)
+            print(out / each.name / "results.json")
+    if json_:
+        show.as_json(found if name == "all" else found[0])
+    if failed:
+        raise typer.Exit(2)
+
+
 def _stage_command(section: str, summary: str, following: str) -> None:
     def command(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
         from halve import show

@@ -100,6 +100,32 @@ def dots(rows: Sequence[Interval], *, title: str) -> str:
     return _svg(height, title, parts)
 
 
+_SHEET_STYLE = """
+svg{--ink:#1b1d21;--muted:#646a73;--line:#e4e1da;--panel:#ffffff;--teacher:#7a808a;--distilled:#0f766e}
+@media (prefers-color-scheme:dark){svg{--ink:#e9e7e2;--muted:#9aa0a9;--line:#2c3036;--panel:#1a1d21;
+--teacher:#8d939d;--distilled:#4fd1c0}}
+text{fill:var(--muted);font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+.back{fill:var(--panel)}.heading{fill:var(--ink);font-weight:600;font-size:14px}.label{fill:var(--c,var(--muted));
+font-weight:600}.middle{text-anchor:middle}.end{text-anchor:end}.grid{stroke:var(--line);fill:none}
+.dot{fill:var(--c);stroke:var(--panel);stroke-width:1.5}
+.whisker{stroke:var(--c);stroke-width:2.5;stroke-linecap:round;opacity:.45}
+.teacher{--c:var(--teacher)}.distilled{--c:var(--distilled)}
+"""
+
+
+def sheet(panels: Sequence[tuple[str, str]], *, title: str) -> str:
+    """Plots of this module under each other, each under its heading, as a file that brings its own style."""
+    margin, top = 16, 16
+    parts = [f"<style>{_SHEET_STYLE}</style>", '<rect class="back" width="100%" height="100%" rx="12"/>']
+    for heading, svg in panels:
+        height = float(svg.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
+        place = f'<svg x="{margin}" y="{_n(top + 24)}" width="{WIDTH}" height="{_n(height)}" '
+        parts.append(_text(margin, top + 12, heading, "heading"))
+        parts.append(svg.replace("<svg ", place, 1))
+        top += math.ceil(height) + 40
+    return _svg(top, title, parts, width=WIDTH + 2 * margin) + "\n"
+
+
 def bars(values: Sequence[Number], kept: Sequence[bool], *, title: str, x_label: str) -> str:
     """One bar an entry; entries that were cut are outlines."""
     height, left, top, bottom = 190, 50, 12, 40
@@ -311,9 +337,9 @@ def _n(value: Number) -> str:
     return "0" if text in ("-0", "") else text
 
 
-def _svg(height: Number, title: str, parts: Sequence[str]) -> str:
+def _svg(height: Number, title: str, parts: Sequence[str], *, width: Number = WIDTH) -> str:
     body = "".join(parts)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label={quoteattr(title)}'
+        f'<svg viewBox="0 0 {width} {_n(height)}" role="img" aria-label={quoteattr(title)}'
         f' xmlns="http://www.w3.org/2000/svg">{body}</svg>'
     )

@@ -194,6 +194,24 @@ def results(found: Mapping[str, Any]) -> None:
     table("held-out text (± standard error)", (*columns, *tasks), rows)
 
 
+def study(found: Mapping[str, Any]) -> None:
+    """A study's figures and verdicts."""
+    metrics = found["metrics"]
+    rows = [(arm["label"], *(_mean(arm["metrics"][metric]) for metric in metrics)) for arm in found["arms"]]
+    seeds = len(found["seeds"])
+    columns = (metric.replace("_", " ") for metric in metrics)
+    table(f"{found['title']} (mean of {seeds} seeds ± standard error)", ("arm", *columns), rows)
+    verdicts = [
+        (claim["text"], claim["metric"].replace("_", " "), _mean(claim["effect"]), claim["verdict"])
+        for claim in found["claims"]
+    ]
+    table("verdicts", ("claim", "figure", "effect", "verdict"), verdicts)
+
+
+def _mean(value: Mapping[str, Any] | None) -> str:
+    return _estimate(None if value is None else {"value": value["mean"], "stderr": value["stderr"]})
+
+
 def _estimate(value: Mapping[str, Any] | None) -> str:
     if not value or value.get("value") is None:
         return ""

@@ -1,0 +1,67 @@
+"""On what studies are done: the demo's teacher and texts, or one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halve.demo import run as demo
+from halve.errors import RecipeError
+from halve.rundir import atomic_file
+from halve.studies.arms import Setting
+
+
+def of_demo(texts: Path, *, changes: dict[str, Any]) -> Setting:
+    """The embedded teacher, the standard library's prose and the demo's items; writes the texts into `texts`.
+
+    Raises `CorpusError` where the library's sources are missing.
+    """
+    recipe = demo.make_recipe(texts, long=False, corpus=None)
+    items = split_items(Path(recipe.evaluate.choices[0]), texts)
+    return Setting(recipe.model, recipe.data.train, recipe.data.valid, items, changes)
+
+
+def of_ones_own(
+    model: str,
+    *,
+    train: Sequence[str],
+    valid: Sequence[str],
+    choices: Path | None,
+    texts: Path,
+    changes: dict[str, Any],
+) -> Setting:
+    """A teacher and texts of one's own; relative paths are made absolute. Raises `RecipeError` without texts."""
+    if not train or not valid:
+        raise RecipeError(
+            f"a study of {model} needs texts",
+            why="the demo's texts go with the demo's teacher",
+            fix="--train FILE --valid FILE, each as in a recipe's data section",
+        )
+    items = None if choices is None else split_items(choices, texts)
+    folder = Path(model)
+    named = str(folder.resolve()) if folder.exists() else model
+    return Setting(named, _absolute(train), _absolute(valid), items, changes)
+
+
+def _absolute(sources: Sequence[str]) -> tuple[str, ...]:
+    return tuple(source if source.startswith("hub:") else str(Path(source).resolve()) for source in sources)
+
+
+def split_items(path: Path, texts: Path) -> tuple[str, str]:
+    """Every second item for choosing, the others for measuring: two files in `texts`, by their paths."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        assert all(isinstance(json.loads(line), dict) for line in lines)
+    except (OSError, ValueError, AssertionError) as error:
+        raise RecipeError(
+            f"cannot read multiple-choice items from {path}", why=str(error), fix="--choices takes JSON lines"
+        ) from error
+    made = []
+    for name, part in (("select", lines[::2]), ("test", lines[1::2])):
+        file = texts / f"{path.name.split('.')[0]}-{name}.jsonl"
+        with atomic_file(file) as draft:
+            draft.write_text("".join(line + "\n" for line in part), encoding="utf-8")
+        made.append(str(file.resolve()))
+    return made[0], made[1]

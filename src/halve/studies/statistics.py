@@ -1,0 +1,55 @@
+"""Statistics over seeds: plain numbers in, plain numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+Verdict = Literal["held", "reversed", "inconclusive"]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean.
+
+    >>> mean([1.0, 2.0, 6.0])
+    3.0
+    """
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean, s / sqrt(n) with the n - 1 estimate of s; None for fewer than two values.
+
+    >>> standard_error([1.0, 2.0, 3.0])  # s = 1
+    0.5773502691896258
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    middle = mean(values)
+    variance = math.fsum((value - middle) ** 2 for value in values) / (count - 1)
+    return math.sqrt(variance / count)
+
+
+def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """`first` minus `second`, seed by seed: what both share, such as an easy corpus order, drops out.
+
+    >>> differences([3.0, 5.0], [1.0, 4.0])
+    [2.0, 1.0]
+    """
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def verdict(effects: Sequence[float]) -> Verdict:
+    """What effects over seeds say of a claim that they are above zero.
+
+    Inconclusive where the standard error exceeds half of the mean effect, or where it is not known (one seed).
+
+    >>> verdict([1.0, 1.1, 0.9]), verdict([-1.0, -1.1, -0.9]), verdict([1.0, -0.9, 0.5])
+    ('held', 'reversed', 'inconclusive')
+    """
+    effect, error = mean(effects), standard_error(effects)
+    if error is None or error > abs(effect) / 2 or effect == 0:
+        return "inconclusive"
+    return "held" if effect > 0 else "reversed"
