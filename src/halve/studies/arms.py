@@ -28,6 +28,8 @@ SELECT, TEST = "@select", "@test"
 class Setting:
     """On what a study is done: a teacher, texts, items for choosing and for measuring, and changes of the base."""
 
+    name: str
+    """What the teacher is called on the page."""
     model: str
     train: tuple[str, ...]
     valid: tuple[str, ...]

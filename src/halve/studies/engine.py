@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve import pipeline
-from halve.card import name_of
 from halve.recipe import Recipe
 from halve.rounds import named
 from halve.rundir import MANIFEST, atomic_file, read_json, write_json
@@ -98,7 +97,7 @@ def collect(
         "command": command,
         "seeds": list(seeds),
         "teacher": {
-            "name": name_of(setting.model),
+            "name": setting.name,
             "params": teacher["params"],
             "non_embedding_params": teacher["non_embedding_params"],
             "perplexity": _estimate([one["results"]["models"][_TEACHER]["perplexity"]["value"] for one in firsts]),

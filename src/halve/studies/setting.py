@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from halve.card import name_of
 from halve.demo import run as demo
 from halve.errors import RecipeError
 from halve.rundir import atomic_file
@@ -20,7 +21,7 @@ def of_demo(texts: Path, *, changes: dict[str, Any]) -> Setting:
     """
     recipe = demo.make_recipe(texts, long=False, corpus=None)
     items = split_items(Path(recipe.evaluate.choices[0]), texts)
-    return Setting(recipe.model, recipe.data.train, recipe.data.valid, items, changes)
+    return Setting("the demo's", recipe.model, recipe.data.train, recipe.data.valid, items, changes)
 
 
 def of_ones_own(
@@ -42,7 +43,7 @@ def of_ones_own(
     items = None if choices is None else split_items(choices, texts)
     folder = Path(model)
     named = str(folder.resolve()) if folder.exists() else model
-    return Setting(named, _absolute(train), _absolute(valid), items, changes)
+    return Setting(name_of(model), named, _absolute(train), _absolute(valid), items, changes)
 
 
 def _absolute(sources: Sequence[str]) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ def mean(values: Sequence[float]) -> float:
 def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean, s / sqrt(n) with the n - 1 estimate of s; None for fewer than two values.
 
-    >>> standard_error([1.0, 2.0, 3.0])  # s = 1
-    0.5773502691896258
+    >>> standard_error([1.0, 3.0, 5.0, 3.0, 3.0])  # s = sqrt(2), n = 5
+    0.6324555320336759
     """
     count = len(values)
     if count < 2:
