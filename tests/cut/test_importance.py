@@ -170,3 +170,23 @@ def test_examples_in_docstrings() -> None:
     result = doctest.testmod(importance)
     assert result.attempted >= 8
     assert result.failed == 0
+
+
+def test_scores_across_the_network() -> None:
+    scores_LC = torch.tensor([[1.0, 2.0, 6.0], [100.0, 200.0, 600.0], [4.0, 4.0, 4.0]])
+    found = importance.network(scores_LC)
+    # mean 3, deviations -2, -1, 3, unbiased variance 14 / 2
+    expected = torch.tensor([-2.0, -1.0, 3.0]) / 7**0.5
+    torch.testing.assert_close(found[:2], torch.stack((expected, expected)))
+    assert found[2].tolist() == [0.0, 0.0, 0.0]
+    assert importance.network(torch.ones(2, 1)).tolist() == [[0.0], [0.0]]
+
+
+def test_the_variance_over_tokens_survives_a_large_mean_and_any_grouping() -> None:
+    act_BSC = torch.randn(6, 50, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 10.0, 1000.0])
+    expected = act_BSC.double().flatten(0, 1).var(0)
+    whole = importance.token_moments(act_BSC)
+    parts = importance.token_moments(act_BSC[:1]) + importance.token_moments(act_BSC[1:])
+    for moments in (whole, parts):
+        found = importance.token_variance(moments, num_samples=6, num_tokens=300)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -110,6 +112,32 @@ def test_random_scores_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert found.hidden is not None
     assert one.hidden is not None
     assert found.hidden.equal(one.hidden)
+
+
+def test_a_file_that_names_no_method_is_read_as_activation(statistics: Statistics, tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    scored(statistics).save(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name in ("method", "ffn_point"):
+        del about[name]
+    del tensors["hidden.layers"]
+    save_file(tensors, path, metadata={"about": json.dumps(about)})
+    found = Scores.load(path)
+    assert (found.method, found.statistics.ffn_point) == ("activation", "down_input")  # type: ignore[union-attr]
+    assert found.hidden_layers is not None
+    save_file(tensors, path, metadata={"about": json.dumps({**about, "method": "guessing"})})
+    with pytest.raises(RunError, match="not a sound scores file"):
+        Scores.load(path)
+
+
+def test_the_parts_of_hidden_add_up(statistics: Statistics) -> None:
+    found = scored(statistics)
+    assert found.hidden_layers is not None
+    assert tuple(found.hidden_layers.shape) == (2, 6)
+    torch.testing.assert_close(found.hidden_layers.sum(0), found.hidden)
+    assert found.network()["hidden"].mean(1).abs().max() < 1e-6
 
 
 def test_scores_of_another_model_are_refused(statistics: Statistics, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from halve.anatomy import Anatomy, discover
 from halve.cut.importance import block_importance, channel_importance, seq_statistics, sums_over_batch
 from halve.cut.scores import Scores, Statistics
-from halve.cut.taps import find_points, measure, on_input, on_passage
+from halve.cut.taps import find_points, measure, on_input, on_output, on_passage
 from halve.errors import AnatomyError, CheckpointError
 
 
@@ -214,3 +214,58 @@ def test_a_module_that_is_not_called_is_refused(llama: tuple[PreTrainedModel, An
         assert set(find_points(model, refused)) == {"hidden", "heads"}
     finally:
         del model.model.layers[1].mlp.extra
+
+
+# By family: the module whose output is the paper's X W_1, and the module that follows it
+FIRST = {
+    "llama": "mlp.gate_proj",
+    "gemma2": "mlp.gate_proj",
+    "olmo2": "mlp.gate_proj",
+    "phi3": "mlp.gate_up_proj",
+    "nemotron": "mlp.up_proj",
+    "starcoder2": "mlp.c_fc",
+    "gpt_neox": "mlp.dense_h_to_4h",
+}
+
+
+@pytest.mark.parametrize("model_type", FIRST)
+def test_the_first_matrix_is_read_before_the_activation(model_type: str, samples_BS: Tensor) -> None:
+    model, anatomy = build(tiny(model_type))
+    written: list[Tensor] = []
+    module = model.get_submodule(f"{anatomy.layers_path}.1.{FIRST[model_type]}")
+    with on_output(module, written.append):
+        found = scores(measure(model, anatomy, samples_BS, ffn_point="up_output", micro_batch=3)).ffn
+    assert found is not None
+    first_block = torch.cat(written[-3:])[..., :48]
+    torch.testing.assert_close(found[1], channel_importance(first_block))
+    other = scores(measure(model, anatomy, samples_BS, micro_batch=3)).ffn
+    assert other is not None
+    assert not torch.allclose(found, other)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma2"])
+def test_the_gate_is_what_the_activation_function_reads(model_type: str, samples_BS: Tensor) -> None:
+    model, anatomy = build(tiny(model_type))
+    activated: list[Tensor] = []
+    layer = model.get_submodule("model.layers.0.mlp")
+    function = next(m for name, m in layer.named_children() if "act" in name)
+    with on_input(function, activated.append):
+        found = scores(measure(model, anatomy, samples_BS, ffn_point="up_output", micro_batch=8)).ffn
+    assert found is not None
+    torch.testing.assert_close(found[0], channel_importance(activated[-1]))
+
+
+def test_only_ffn_moves_with_its_point(llama: tuple[PreTrainedModel, Anatomy], samples_BS: Tensor) -> None:
+    down, up = (measure(*llama, samples_BS, ffn_point=point, micro_batch=8) for point in ("down_input", "up_output"))
+    assert up.sums["hidden"].equal(down.sums["hidden"])
+    assert up.sums["heads"].equal(down.sums["heads"])
+    assert (down.ffn_point, up.ffn_point) == ("down_input", "up_output")
+
+
+def test_a_layer_without_a_first_matrix_is_refused(llama: tuple[PreTrainedModel, Anatomy], samples_BS: Tensor) -> None:
+    model, anatomy = llama
+    gone = ("1.mlp.gate_proj", "1.mlp.up_proj")
+    left = {name: expr for name, expr in anatomy.modules.items() if not name.endswith(gone)}
+    with pytest.raises(AnatomyError, match="cannot score ffn of family llama") as error:
+        measure(model, replace(anatomy, modules=left), samples_BS, ffn_point="up_output", micro_batch=8)
+    assert error.value.why == "no module of layer 1 makes it"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from halve.recipe import Aggregator
@@ -205,3 +205,44 @@ def rank(scores: Float[Tensor, "*layers channels"]) -> Int[Tensor, "*layers chan
     [1, 0, 2]
     """
     return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def network(scores_LC: Float[Tensor, "layers channels"]) -> Float[Tensor, "layers channels"]:
+    """Scores that compare across layers: each layer's are shifted and scaled to mean 0 and variance 1.
+
+    FLAP, arXiv 2312.11983, Sec. 3: layers differ in scale, so that scores are standardized before one ranking spans
+    the network. The variance is the unbiased one, as in its code. A layer whose scores are all equal gets zeros.
+
+    >>> network(torch.tensor([[1.0, 3.0, 5.0], [10.0, 30.0, 50.0], [2.0, 2.0, 2.0]])).tolist()
+    [[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    """
+    centered_LC = scores_LC - scores_LC.mean(1, keepdim=True)
+    spread_L1 = (centered_LC.square().sum(1, keepdim=True) / max(1, scores_LC.shape[1] - 1)).sqrt()
+    flat_L1 = (scores_LC == scores_LC[:, :1]).all(1, keepdim=True)
+    return (centered_LC / spread_L1).masked_fill(flat_L1, 0.0)
+
+
+def token_moments(act_BSC: Float[Tensor, "batch seq channels"]) -> Float64[Tensor, "3 channels"]:
+    """Sums over samples that `token_variance` reads: of each sample's mean, its square and the variance about it.
+
+    Float32 inside a sample, float64 across; sums of micro-batches add up.
+    """
+    act_BSC = act_BSC.to(torch.promote_types(act_BSC.dtype, torch.float32))
+    var_BC, mean_BC = torch.var_mean(act_BSC, dim=1, correction=0)
+    mean_BC = mean_BC.double()
+    return torch.stack((mean_BC.sum(0), mean_BC.square().sum(0), var_BC.double().sum(0)))
+
+
+def token_variance(
+    moments: Float64[Tensor, "3 *points channels"], *, num_samples: int, num_tokens: int
+) -> Float64[Tensor, "*points channels"]:
+    """The unbiased variance of channels over all tokens of all samples, which are equally long.
+
+    >>> act = torch.tensor([[[1.0], [2.0]], [[3.0], [6.0]]])  # tokens 1, 2, 3, 6
+    >>> round(token_variance(token_moments(act), num_samples=2, num_tokens=4).item(), 4)
+    4.6667
+    """
+    mean, square, within = moments / num_samples
+    biased = (within + square - mean.square()).clamp_min(0)
+    variance: Tensor = biased * (num_tokens / max(1, num_tokens - 1))
+    return variance

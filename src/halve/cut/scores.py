@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from jaxtyping import Float32, Float64, Int64
@@ -20,15 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halve.anatomy import Anatomy
+from halve.cut import baselines
 from halve.cut.importance import (
     BATCH_AGGREGATORS,
     SEQ_AGGREGATORS,
     aggregate,
     group_importance,
     head_importance,
+    network,
 )
 from halve.errors import RunError
-from halve.recipe import Aggregator
+from halve.recipe import Aggregator, FfnPoint, Method
 from halve.rundir import atomic_file
 
 FORMAT: Final = "halve-scores-1"
@@ -52,6 +55,8 @@ class Statistics:
     num_samples: int
     head_dim: int
     kv_heads: int
+    ffn_point: FfnPoint = "down_input"
+    """Where neurons were read (see `halve.cut.taps`)."""
 
     def scores(self, *, batch_agg: Aggregator, seq_agg: Aggregator, model: str, samples: str) -> Scores:
         """The scores under one pair of aggregators (see `halve.cut.importance`)."""
@@ -76,6 +81,7 @@ class Statistics:
             batch_agg=batch_agg,
             seq_agg=seq_agg,
             statistics=self,
+            hidden_layers=by_layer["hidden"].float() if "hidden" in by_layer else None,
         )
 
 
@@ -83,7 +89,8 @@ class Statistics:
 class Scores:
     """The importance of every part of one model, higher = keep. An axis that was not scored is None.
 
-    `hidden` has one ranking for the network. Only `layers`, which is BI, compares across layers.
+    `hidden` has one ranking for the network. Of the others only `layers` compares across layers; `network` makes the
+    rest comparable.
     """
 
     hidden: Float32[Tensor, " hidden"] | None
@@ -91,6 +98,7 @@ class Scores:
     heads: Float32[Tensor, "layers heads"] | None
     kv_heads: Float32[Tensor, "layers kv_heads"] | None
     layers: Float32[Tensor, " layers"]
+    """BI, where activations were seen; ones where none were, random numbers for random scores."""
     model: str
     """Fingerprint of the weights that were scored."""
     samples: str
@@ -98,7 +106,12 @@ class Scores:
     batch_agg: Aggregator | None = None
     seq_agg: Aggregator | None = None
     statistics: Statistics | None = None
-    """What other aggregators can be derived from; None for scores that were not measured."""
+    """What other aggregators can be derived from; None for scores by another method than activation."""
+    method: Method = "activation"
+    hidden_layers: Float32[Tensor, "layers hidden"] | None = None
+    """What each layer adds to `hidden`; what stands outside the layers, such as embeddings, is in `hidden` alone."""
+    layer_scores: Float32[Tensor, " layers"] | None = None
+    """By taylor: Shortened LLaMA's score of whole layers (arXiv 2402.02834); higher hurts more."""
 
     def by_axis(self) -> dict[str, Tensor]:
         """The axes that were scored."""
@@ -111,21 +124,28 @@ class Scores:
         }
         return {axis: scores for axis, scores in axes.items() if scores is not None}
 
+    def network(self) -> dict[str, Tensor]:
+        """By axis, [layers, entries]: scores standardized layer by layer, so that one ranking can span the network."""
+        axes = {"hidden": self.hidden_layers, "ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}
+        return {axis: network(scores) for axis, scores in axes.items() if scores is not None}
+
     def save(self, path: Path) -> None:
         """Write one safetensors file: a vector or matrix per axis, and the statistics behind them.
 
         Raises `DiskError` when the device is full; then nothing is left.
         """
-        tensors = self.by_axis()
+        parts = {"hidden.layers": self.hidden_layers, "layer_scores": self.layer_scores}
+        tensors = self.by_axis() | {name: tensor for name, tensor in parts.items() if tensor is not None}
         about: dict[str, Any] = {
             "format": FORMAT,
+            "method": self.method,
             "model": self.model,
             "samples": self.samples,
             "batch_agg": self.batch_agg,
             "seq_agg": self.seq_agg,
         }
         if (statistics := self.statistics) is not None:
-            about |= {key: getattr(statistics, key) for key in ("num_samples", "head_dim", "kv_heads")}
+            about |= {key: getattr(statistics, key) for key in ("num_samples", "head_dim", "kv_heads", "ffn_point")}
             tensors["statistics.layers"] = statistics.block_sums
             for axis, sums in statistics.sums.items():
                 tensors[f"statistics.{axis}"] = sums
@@ -146,7 +166,8 @@ class Scores:
     ) -> Scores:
         """Read what `save` wrote, under other aggregators if they are given.
 
-        Scores without statistics, such as random ones, have no aggregators and are returned as they are.
+        Scores without statistics, by any method but activation, have no aggregators and are returned as they are. A
+        file that does not name its method is read as activation.
         Raises `RunError` for a file that is missing, damaged or no scores file, and where `model` is given,
         for scores of weights with another fingerprint.
         """
@@ -170,16 +191,17 @@ class Scores:
 
 def random_scores(anatomy: Anatomy, seed: int) -> Scores:
     """Uniform random numbers for every axis: the control that shows what importance is worth."""
-    generator = torch.Generator().manual_seed(seed)
+    draw = partial(baselines.random, generator=torch.Generator().manual_seed(seed))
     sizes = anatomy.sizes
     return Scores(
-        hidden=torch.rand(sizes.hidden, generator=generator),
-        ffn=torch.rand(sizes.layers, sizes.ffn, generator=generator),
-        heads=torch.rand(sizes.layers, sizes.heads, generator=generator),
-        kv_heads=torch.rand(sizes.layers, sizes.kv_heads, generator=generator),
-        layers=torch.rand(sizes.layers, generator=generator),
+        hidden=draw(sizes.hidden),
+        ffn=draw(sizes.layers, sizes.ffn),
+        heads=draw(sizes.layers, sizes.heads),
+        kv_heads=draw(sizes.layers, sizes.kv_heads),
+        layers=draw(sizes.layers),
         model="",
         samples=f"random numbers, seed {seed}",
+        method="random",
     )
 
 
@@ -218,7 +240,10 @@ def _assemble(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scores
             num_samples=int(about["num_samples"]),
             head_dim=int(about["head_dim"]),
             kv_heads=int(about["kv_heads"]),
+            ffn_point=about.get("ffn_point", "down_input"),
         )
+    if (method := about.get("method", "activation")) not in get_args(Method):
+        raise ValueError(f"method {method}")
     batch_agg, seq_agg = about["batch_agg"], about["seq_agg"]
     if batch_agg not in (None, *BATCH_AGGREGATORS) or seq_agg not in (None, *SEQ_AGGREGATORS):
         raise ValueError(f"aggregators {batch_agg}, {seq_agg}")
@@ -233,6 +258,9 @@ def _assemble(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scores
         batch_agg=batch_agg,
         seq_agg=seq_agg,
         statistics=statistics,
+        method=method,
+        hidden_layers=tensors.get("hidden.layers"),
+        layer_scores=tensors.get("layer_scores"),
     )
 
 

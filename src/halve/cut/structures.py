@@ -55,6 +55,27 @@ def rows(value: Tensor, dim: int, positions_NP: Int64[Tensor, "entries positions
     return value.movedim(dim, 0)[positions_NP.to(value.device)].flatten(1)
 
 
+_CHUNK_NUMEL = 2**24
+"""Weights that are turned at a time: an embedding turned whole would take as much memory again."""
+
+
+def row_scores(
+    score: Callable[..., Float[Tensor, " some"]],
+    *values: Tensor,
+    dim: int,
+    positions_NP: Int64[Tensor, "entries positions"],
+) -> Float[Tensor, " entries"]:
+    """`score` of the rows of one or more tensors of a parameter's shape, such as its weight and its gradient.
+
+    >>> index = torch.tensor([[0], [1]])
+    >>> row_scores(lambda x, y: (x * y).sum(1), torch.ones(2, 3), torch.ones(2, 3), dim=0, positions_NP=index).tolist()
+    [3.0, 3.0]
+    """
+    step = max(1, _CHUNK_NUMEL * len(positions_NP) // max(1, values[0].numel()))
+    parts = [score(*(rows(value, dim, part_NP) for value in values)) for part_NP in torch.split(positions_NP, step)]
+    return torch.cat(parts)
+
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """One dimension of one parameter that carries an axis."""

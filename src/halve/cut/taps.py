@@ -1,37 +1,63 @@
 """Listening to a model: one forward pass over the calibration samples, and what it says of every axis.
 
-Where the scores are taken (a point is one tensor that weights read):
+Where the scores are taken (a point is one tensor that weights read or make):
 
-    ffn      the input of the down projection, after the activation function
+    ffn      down_input: the input of the down projection, after the activation function
+             up_output: the output of the first matrix, before it
     heads    the input of the attention's output projection
     hidden   every tensor that attention and MLP read from the residual stream, each once: the outputs of the
              norms in front of them, or the stream itself in families that normalize after them
     layers   each layer's input beside its output
 
-2407.14679's formula for ffn reads the first matrix's output, before the activation; what we read is what the
-removed column multiplies, and exists in gated and fused MLPs alike. The paper scores hidden at all
-LayerNorms; we leave out the final norm, as NVIDIA's code does, and norms on the sub-layers' outputs.
+2407.14679's formula for ffn reads the first matrix's output, before the activation; down_input is what the removed
+column multiplies. Of a gated MLP the first matrix is the gate, of a fused one its first block of ffn. The paper scores
+hidden at all LayerNorms; we leave out the final norm, as NVIDIA's code does, and norms on the sub-layers' outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.importance import block_importance, seq_statistics, sums_over_batch
 from halve.cut.scores import WIDTH_AXES, Statistics
+from halve.cut.sites import output_expr
+from halve.cut.structures import positions
 from halve.errors import AnatomyError, CheckpointError
 from halve.progress import SILENT, Progress
+from halve.recipe import FfnPoint
 
 Point = tuple[int, str]
 """The layer and the module whose input is scored."""
+Hear = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One point and how to open it: `open(module, call)` hands every tensor that passes there to `call`."""
+
+    layer: int
+    module: str
+    open: Callable[[nn.Module, Hear], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What one pass leaves, on the CPU."""
+
+    sums: dict[str, Tensor]
+    """By axis: what the reduction gave, summed over samples, `[..., points, channels]`."""
+    block_sums: Float64[Tensor, " layers"]
+    """`importance.block_importance` of every layer, summed over samples."""
 
 
 def measure(
@@ -39,6 +65,7 @@ def measure(
     anatomy: Anatomy,
     samples_BS: Int64[Tensor, "batch seq"],
     *,
+    ffn_point: FfnPoint = "down_input",
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> Statistics:
@@ -51,52 +78,85 @@ def measure(
     Raises `AnatomyError` where the anatomy names a module that the model does not call as expected, and
     `CheckpointError` where activations are not finite.
     """
+    taps = input_taps(model, anatomy)
+    if "ffn" in taps:
+        taps["ffn"] = FFN_POINTS[ffn_point](model, anatomy, taps["ffn"])
+    heard = listen(model, anatomy, samples_BS, taps, statistics, micro_batch=micro_batch, progress=progress)
+    return Statistics(
+        sums=heard.sums,
+        point_layers={axis: tuple(tap.layer for tap in found) for axis, found in taps.items()},
+        block_sums=heard.block_sums,
+        num_samples=len(samples_BS),
+        head_dim=anatomy.sizes.head_dim,
+        kv_heads=anatomy.sizes.kv_heads,
+        ffn_point=ffn_point,
+    )
+
+
+def statistics(act_BSC: Tensor) -> Tensor:
+    """What every aggregator needs of one micro-batch: [2, 3, channels]."""
+    return sums_over_batch(seq_statistics(act_BSC))
+
+
+def listen(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    taps: Mapping[str, Sequence[Tap]],
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> Heard:
+    """Run the samples through the model's body and add up `reduce` of every tap's [batch, seq, channels], and BI.
+
+    `reduce` gives [..., channels] in float64 whose sums over micro-batches are those of the whole. Raises
+    `CheckpointError` where a sum is not finite.
+    """
     assert not model.training, "score a model in eval mode"
     assert len(samples_BS) > 0, "no samples"
-    points = find_points(model, anatomy)
-    num_layers, device = anatomy.sizes.layers, model.device
-    sums = {
-        axis: torch.zeros(2, 3, len(found), width(anatomy, axis), dtype=torch.float64, device=device)
-        for axis, found in points.items()
-    }
-    block_sums = torch.zeros(num_layers, dtype=torch.float64, device=device)
+    device = model.device
+    sums: dict[str, dict[int, Tensor]] = {axis: {} for axis in taps}
     batch = 0  # samples in the present forward pass; the hooks read it, since some modules see tokens flattened
 
-    def tap(axis: str, index: int) -> Callable[[Tensor], None]:
+    def hear(axis: str, index: int) -> Hear:
         def add(act: Tensor) -> None:
-            act_BSC = act.reshape(batch, -1, act.shape[-1])
-            sums[axis][:, :, index] += sums_over_batch(seq_statistics(act_BSC))
-
-        return add
-
-    def tap_layer(layer: int) -> Callable[[Tensor, Tensor], None]:
-        def add(before_BSD: Tensor, after_BSD: Tensor) -> None:
-            block_sums[layer] += block_importance(before_BSD, after_BSD).sum()
+            found = reduce(act.reshape(batch, -1, act.shape[-1]))
+            sums[axis][index] = sums[axis][index].add_(found) if index in sums[axis] else found
 
         return add
 
     with ExitStack() as hooks, torch.inference_mode():
-        for axis, found in points.items():
-            for index, (_, name) in enumerate(found):
-                hooks.enter_context(on_input(model.get_submodule(name), tap(axis, index)))
-        for layer in range(num_layers):
-            module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
-            hooks.enter_context(on_passage(module, tap_layer(layer)))
+        for axis, found in taps.items():
+            for index, tap in enumerate(found):
+                hooks.enter_context(tap.open(model.get_submodule(tap.module), hear(axis, index)))
+        block_sums = hooks.enter_context(on_layers(model, anatomy))
         task = hooks.enter_context(progress.task("score", samples_BS.numel()))
         for part_BS in torch.split(samples_BS, micro_batch):
             batch = len(part_BS)
             model.base_model(input_ids=part_BS.to(device), use_cache=False)
             task.advance(part_BS.numel())
 
-    _check_finite(sums, block_sums, points)
-    return Statistics(
-        sums={axis: tensor.cpu() for axis, tensor in sums.items()},
-        point_layers={axis: tuple(layer for layer, _ in found) for axis, found in points.items()},
-        block_sums=block_sums.cpu(),
-        num_samples=len(samples_BS),
-        head_dim=anatomy.sizes.head_dim,
-        kv_heads=anatomy.sizes.kv_heads,
-    )
+    # outside of inference mode, so that what comes back are ordinary tensors
+    stacked = {axis: torch.stack([parts[i] for i in range(len(parts))], dim=-2) for axis, parts in sums.items()}
+    heard = Heard({axis: tensor.cpu() for axis, tensor in stacked.items()}, block_sums.clone().cpu())
+    _check_finite(heard, taps)
+    return heard
+
+
+@contextmanager
+def on_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Float64[Tensor, " layers"]]:
+    """While open, add up each layer's `block_importance` over all samples that go through, into what this gives."""
+    block_sums = torch.zeros(anatomy.sizes.layers, dtype=torch.float64, device=model.device)
+
+    def turn(layer: int, before_BSD: Tensor, after_BSD: Tensor) -> None:
+        block_sums[layer] += block_importance(before_BSD.detach(), after_BSD.detach()).sum()
+
+    with ExitStack() as hooks:
+        for layer in range(anatomy.sizes.layers):
+            module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
+            hooks.enter_context(on_passage(module, partial(turn, layer)))
+        yield block_sums
 
 
 def width(anatomy: Anatomy, axis: str) -> int:
@@ -108,6 +168,15 @@ def width(anatomy: Anatomy, axis: str) -> int:
 def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Point, ...]]:
     """Find the points of each axis: of modules that read one and the same tensor, the first.
 
+    Raises what `find_readers` raises.
+    """
+    found = find_readers(model, anatomy)
+    return {axis: tuple((layer, names[0]) for layer, names in points) for axis, points in found.items()}
+
+
+def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
+    """Every tensor that modules inside the layers read of each axis: its layer, and all modules that read it.
+
     Watches the model read two tokens. An axis that the anatomy refuses and that has no point is left out.
     Raises `AnatomyError` where a point of another axis is missing.
     """
@@ -117,19 +186,69 @@ def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Poi
         for name in names:
             # What was read is kept alive here, so that one address means one tensor.
             hooks.enter_context(on_input(model.get_submodule(name), read.setdefault(name, []).append))
-        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        _two_tokens(model)
     found = {}
     for axis in WIDTH_AXES:
         problem = _problem(anatomy, axis, read)
         if problem is None:
             found[axis] = tuple(_distinct(anatomy, axis, read))
         elif axis not in anatomy.refusals:
-            raise AnatomyError(
-                f"cannot score {axis} of family {anatomy.family}",
-                why=problem,
-                fix=f"this family's {axis} cannot be cut yet; please report the model",
-            )
+            raise _unscorable(anatomy, axis, problem)
     return found
+
+
+def input_taps(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Tap, ...]]:
+    """A tap at every point of `find_points`."""
+    found = find_points(model, anatomy)
+    return {axis: tuple(Tap(layer, name, on_input) for layer, name in points) for axis, points in found.items()}
+
+
+def _as_read(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap]) -> tuple[Tap, ...]:
+    return tuple(taps)
+
+
+def first_outputs(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap] = ()) -> tuple[Tap, ...]:
+    """A tap in every layer at the first matrix whose output is made of ffn, at its first block of ffn.
+
+    Of several the first that the model calls: in a gated MLP the gate, whose output the activation function reads.
+    Watches the model read two tokens. Raises `AnatomyError` for a layer that has none.
+    """
+    called: dict[int, str] = {}
+
+    def note(layer: int, name: str, _: Tensor) -> None:
+        called.setdefault(layer, name)
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for name in anatomy.modules:
+            layer = anatomy.layer_of(name)
+            if layer is not None and "ffn" in output_expr(anatomy, name).axes:
+                hooks.enter_context(on_output(model.get_submodule(name), partial(note, layer, name)))
+        _two_tokens(model)
+    if missing := [layer for layer in range(anatomy.sizes.layers) if layer not in called]:
+        raise _unscorable(anatomy, "ffn", f"no module of layer {missing[0]} makes it")
+    sizes, found = anatomy.sizes.sizes, []
+    for layer, name in sorted(called.items()):
+        first_F = positions(output_expr(anatomy, name), "ffn", sizes)[:, 0].to(model.device)
+        found.append(Tap(layer, name, partial(_on_entries, entries=first_F)))
+    return tuple(found)
+
+
+FFN_POINTS: Final[Mapping[FfnPoint, Callable[..., tuple[Tap, ...]]]] = {
+    "down_input": _as_read,
+    "up_output": first_outputs,
+}
+
+
+def _two_tokens(model: PreTrainedModel) -> None:
+    model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+
+
+def _unscorable(anatomy: Anatomy, axis: str, problem: str) -> AnatomyError:
+    return AnatomyError(
+        f"cannot score {axis} of family {anatomy.family}",
+        why=problem,
+        fix=f"this family's {axis} cannot be cut yet; please report the model",
+    )
 
 
 def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str | None:
@@ -144,14 +263,13 @@ def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str 
     return None
 
 
-def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Iterator[Point]:
+def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Iterator[tuple[int, tuple[str, ...]]]:
     for layer, readers in enumerate(anatomy.readers(axis)):
-        seen = set()
+        by_address: dict[int, list[str]] = {}
         for name in readers:
-            address = read[name][0].data_ptr()
-            if address not in seen:
-                seen.add(address)
-                yield layer, name
+            by_address.setdefault(read[name][0].data_ptr(), []).append(name)
+        for names in by_address.values():
+            yield layer, tuple(names)
 
 
 @contextmanager
@@ -166,6 +284,21 @@ def on_input(module: nn.Module, call: Callable[[Tensor], None]) -> Iterator[None
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def on_output(module: nn.Module, call: Hear) -> Iterator[None]:
+    """While open, hand the output of a module to `call`."""
+    handle = module.register_forward_hook(lambda _module, _args, output: call(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _on_entries(module: nn.Module, call: Hear, *, entries: Tensor) -> AbstractContextManager[None]:
+    """`on_output` for some entries of the last dimension."""
+    return on_output(module, lambda output: call(output[..., entries]))
 
 
 @contextmanager
@@ -188,14 +321,14 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return first
 
 
-def _check_finite(sums: dict[str, Tensor], block_sums: Tensor, points: dict[str, tuple[Point, ...]]) -> None:
-    bad = [
-        (layer, name)
-        for axis, found in points.items()
-        for (layer, name), finite in zip(found, sums[axis].isfinite().all(-1).all(0).all(0).tolist(), strict=True)
-        if not finite
-    ]
-    bad += [(layer, f"layer {layer}") for layer, finite in enumerate(block_sums.isfinite().tolist()) if not finite]
+def _check_finite(heard: Heard, taps: Mapping[str, Sequence[Tap]]) -> None:
+    bad = []
+    for axis, found in taps.items():
+        sums = heard.sums[axis]
+        finite_P = sums.isfinite().all(-1).reshape(-1, len(found)).all(0)
+        bad += [(tap.layer, tap.module) for tap, finite in zip(found, finite_P.tolist(), strict=True) if not finite]
+    turns = heard.block_sums.isfinite().tolist()
+    bad += [(layer, f"layer {layer}") for layer, finite in enumerate(turns) if not finite]
     if bad:
         raise CheckpointError(
             f"activations are not finite, first at {min(bad)[1]}",
