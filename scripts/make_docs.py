@@ -112,9 +112,11 @@ def recipe_page() -> str:
     parts = [head, f"## The top\n\n{top}"]
     for name, section in sections.items():
         field = Recipe.model_fields[name]
+        many = "A list of such sections. " if typing.get_origin(field.annotation) is tuple else ""
         state = "required" if field.is_required() else "off unless it is there" if field.default is None else "optional"
         parts.append(
-            f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')} This section is {state}.\n\n{_fields(section)}"
+            f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')} {many}This section is {state}.\n\n"
+            f"{_fields(section)}"
         )
     return "\n".join(parts)
 
@@ -138,6 +140,8 @@ def _fields(section: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
 
 def _kind(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a section as [{annotation.__name__.lower()}](#{annotation.__name__.lower()})"
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):

@@ -27,6 +27,10 @@ FLAGS = {
     ],
     "run": ["recipe", "--out", "--dry-run", "--quiet", "--json"],
     "check": ["recipe", "--out", "--json"],
+    "study": [
+        *("name", "--list", "--out", "--model", "--train", "--valid", "--choices"),
+        *("--seeds", "--tokens", "--context", "--quiet", "--json"),
+    ],
     "correct": RUN,
     "score": RUN,
     "prune": RUN,
