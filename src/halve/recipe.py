@@ -21,7 +21,7 @@ FfnPoint = Literal["down_input", "up_output"]
 DepthCriterion = Literal["bi", "angular", "nll", "logit_mse", "task", "taylor", "random"]
 DepthPattern = Literal["single", "block", "greedy"]
 Gain = Literal["none", "constant", "fitted"]
-Rotation = Literal["none", "pca"]
+Rotation = Literal["auto", "none", "pca"]
 Refit = Literal["none", "outputs", "all"]
 Selection = Literal["rank", "refit"]
 LayerMerge = Literal["none", "laco"]
@@ -125,7 +125,10 @@ class Prune(Section):
     gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")
     steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
     selection: Selection = Field("rank", description="refit: choose neurons by what a refit cannot make up for")
-    rotation: Rotation = Field("none", description="basis of the residual stream that hidden is cut in")
+    rotation: Rotation = Field(
+        "none", description="basis that hidden is cut in; auto: the principal one where the family's norms allow it"
+    )
+    untie: bool = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
     refit: Refit = Field("none", description="solve for the weights that read or write what was cut")
     ridge: float = Field(1e-3, gt=0, description="ridge of the refit, relative to the mean of the Gram's diagonal")
     refit_samples: Count = Field(128, description="calibration samples of rotation and refit")
@@ -143,8 +146,8 @@ class Prune(Section):
             raise ValueError("layers and drop_layers say the same thing twice")
         if self.refit == "all" and (self.head_merge or self.layer_merge != "none"):
             raise ValueError("refit: all solves for the matrices that head_merge and layer_merge change: use outputs")
-        if self.steps > 1 and (self.rotation != "none" or self.selection == "refit"):
-            raise ValueError("steps above 1 score what is left anew: not with rotation or selection: refit")
+        if self.steps > 1 and (self.rotation == "pca" or self.selection == "refit"):
+            raise ValueError("steps above 1 score what is left anew: not with rotation: pca or selection: refit")
         return self
 
 

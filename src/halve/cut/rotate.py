@@ -6,8 +6,9 @@ commute with a rotation once their weights are folded into the matrices that rea
 off, norms on the sub-layers' outputs and norms of embeddings do not: their families are refused, by a proof on the
 random twin.
 
-A head that is tied to the embeddings cannot take the final norm's weight and stay tied: rotation unties it. What
-this costs is vocab x hidden more parameters, none of them in the layers.
+A head that is tied to the embeddings cannot take the final norm's weight and stay tied: rotation unties it. That
+costs vocab x hidden more parameters, none of them in the layers. `tie` takes them back from a cut student: one factor
+a channel, fitted on the teacher's logits, stands in the final norm for what the folded head knew.
 
 Legend: N tokens, D hidden.
 """
@@ -24,7 +25,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy, discover
+from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.axes import Expr
 from halve.anatomy.configs import build
 from halve.cut.gain import norm_kind
@@ -78,7 +79,7 @@ def stream_moment(
     def see(x: Tensor, _: Tensor | None) -> None:
         gram.add(torch.nn.functional.normalize(x.float(), dim=-1))
 
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks, torch.no_grad():
         for name in anatomy.norms:
             hooks.enter_context(watching(model.get_submodule(name), see, leave=False))
         task = hooks.enter_context(progress.task("principal basis", samples_BS.numel()))
@@ -99,8 +100,26 @@ def untied(anatomy: Anatomy) -> Anatomy:
 
 
 def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
-    """The anatomy that a student's sizes and counts are those of: rotation gives it a head of its own."""
-    return untied(anatomy) if prune.rotation != "none" else anatomy
+    """The anatomy that a student's sizes and counts are those of: one with a head of its own if rotation may untie."""
+    return untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+
+
+def turns(anatomy: Anatomy, after: Arch, prune: Prune) -> bool:
+    """Whether a cut to these sizes is made in another basis.
+
+    Raises `AnatomyError` for `rotation: pca` in a family that does not allow it; `auto` then leaves the basis alone.
+    """
+    if prune.rotation == "none" or after.hidden == anatomy.sizes.hidden:
+        return False
+    if prune.rotation == "auto" and prune.steps > 1:
+        return False
+    try:
+        prove_rotation(anatomy)
+    except AnatomyError:
+        if prune.rotation == "pca":
+            raise
+        return False
+    return True
 
 
 def prove_rotation(anatomy: Anatomy, *, seed: int = 0) -> float:
@@ -153,6 +172,56 @@ def rotate(
             new_buffers[name].copy_(old_buffers[name])
     result.generation_config = model.generation_config
     return result.eval(), result_anatomy
+
+
+@torch.no_grad()
+def tie(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    final_norm: str,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    strength: float,
+    micro_batch: int,
+) -> PreTrainedModel:
+    """A new student whose head is its embedding table E again, the loss made up for in the final norm.
+
+    The final norm is multiplied, channel by channel, by g that brings the logits closest to the teacher's:
+
+        argmin_g  sum_n |W t_n - E (g * s_n)|^2 + r |g - 1|^2
+
+    W is the teacher's head, t and s are what both heads read. The normal equations need two Gram matrices:
+    `((E^T E) * (S^T S)) g = rowsum((E^T W) * (S^T T))`. One pass of both models over the samples.
+    """
+    gram = Gram(student.get_input_embeddings().weight.shape[1], teacher.get_output_embeddings().weight.shape[1])
+    for part_BS in torch.split(samples_BS, micro_batch):
+        read = [m.base_model(input_ids=part_BS.to(m.device), use_cache=False)[0] for m in (student, teacher)]
+        gram.add(read[0].cpu(), read[1].cpu())
+    gram.check("the head")
+    table_VK, head_VD = (
+        module.weight.double().cpu() for module in (student.get_input_embeddings(), teacher.get_output_embeddings())
+    )
+    normal_KK = (table_VK.T @ table_VK) * gram.xx_XX
+    goal_K = ((table_VK.T @ head_VD) * gram.yx_YX.T).sum(1)
+    r = strength * normal_KK.diagonal().mean()
+    factors_K = torch.linalg.solve(normal_KK + r * torch.eye(len(goal_K), dtype=torch.float64), goal_K + r)
+    config = copy.deepcopy(student.config)
+    config.tie_word_embeddings = True
+    result = build(config, device=str(student.device), dtype=student.dtype)
+    own = student.state_dict()
+    names = {name for name, _ in result.named_parameters()}
+    for name, value in result.state_dict().items():
+        if name in names or name in own:
+            value.copy_(own[name])
+    result.get_input_embeddings().weight.copy_(student.get_input_embeddings().weight)
+    result.tie_weights()
+    module = result.get_submodule(final_norm)
+    offset = norm_kind(module).offset
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight.copy_((weight.double() + offset) * factors_K.to(weight.device) - offset)
+    result.generation_config = student.generation_config
+    return result.eval()
 
 
 def _turn(

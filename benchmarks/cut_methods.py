@@ -1,0 +1,211 @@
+"""The methods that `cut_quality.py` compares: how each scores and cuts, under one interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, Arch
+from halve.cut import apply, depth, layer_merge, refit, width
+from halve.cut.plan import select
+from halve.cut.rotate import student_anatomy
+from halve.cut.scores import Scores
+from halve.cut.sizes import target
+from halve.cut.surgery import trim
+from halve.recipe import DepthCriterion, DepthPattern, Method, Prune
+from halve.train.corpus import Samples
+
+MICRO_BATCH = 16
+PLAIN, RANDOM, OURS = "minitron", "random", "halve"
+
+# ---- the methods
+
+
+@dataclass(frozen=True)
+class Width:
+    """A cut of hidden and ffn."""
+
+    source: str
+    method: Method = "activation"
+    prune: Mapping[str, Any] = field(default_factory=lambda: {"gain": "none"})
+    ours: bool = False
+
+    def cut(self, ratio: float, setting: Setting) -> PreTrainedModel:
+        """A student of this share of the non-embedding parameters."""
+        return _by_width(self, ratio, setting)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A cut of layers: a criterion and a pattern, or LaCo's search."""
+
+    source: str
+    criterion: DepthCriterion
+    pattern: DepthPattern
+    laco: bool = False
+    ours: bool = False
+
+    def cut(self, ratio: float, setting: Setting) -> PreTrainedModel:
+        """A student of nearly this share of the non-embedding parameters."""
+        return _by_depth(self, ratio, setting)
+
+
+METHODS: dict[str, Width | Depth] = {
+    OURS: Width(
+        "rotation (head stays tied), selection by refit, refit of everything, fitted gains",
+        prune={"gain": "fitted", "rotation": "pca", "selection": "refit", "refit": "all"},
+        ours=True,
+    ),
+    "halve-untied": Width(
+        "the same with a head of its own: larger by vocab x hidden",
+        prune={"gain": "fitted", "rotation": "pca", "untie": True, "selection": "refit", "refit": "all"},
+        ours=True,
+    ),
+    "halve-unrotated": Width(
+        "the same without rotation",
+        prune={"gain": "fitted", "selection": "refit", "refit": "all"},
+        ours=True,
+    ),
+    PLAIN: Width("2407.14679: l2/mean, one shot, no refit, no gain"),
+    RANDOM: Width("uniform random entries", method="random"),
+    "magnitude": Width("weight magnitude", method="magnitude"),
+    "wanda": Width("2306.11695, structured: activation x weight norm", method="wanda"),
+    "taylor": Width("LLM-Pruner, 2305.11627: first-order Taylor", method="taylor"),
+    "flap": Width("2312.11983: fluctuation", method="fluctuation"),
+    "osscar": Width(
+        "2403.12983: selection with refit", prune={"gain": "none", "selection": "refit", "refit": "outputs"}
+    ),
+    "slicegpt": Width("2401.15024: PCA rotation, one basis", prune={"gain": "none", "rotation": "pca", "untie": True}),
+    "shortgpt": Depth("2403.03853: BI", "bi", "single"),
+    "gromov": Depth("2403.17887: angular distance of blocks", "angular", "block"),
+    "shortened-ppl": Depth("2402.02834: perplexity", "nll", "single"),
+    "shortened-taylor": Depth("2402.02834: Taylor", "taylor", "single"),
+    "sleb": Depth("2402.09025: greedy", "nll", "greedy"),
+    "laco": Depth("2402.11187: layer merge", "angular", "single", laco=True),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share under one seed."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    calibration_BS: Tensor
+    heldout_BS: Tensor
+    train: Samples
+    seed: int
+    refit_samples: int
+
+
+def make_student(method: Width | Depth, ratio: float, setting: Setting) -> tuple[PreTrainedModel, dict[str, float]]:
+    """Score and cut; the seconds that each took, and of them those spent in solves."""
+    timed: dict[str, float] = {"solves": 0.0}
+    with stopwatch(timed):
+        began = time.perf_counter()
+        student = method.cut(ratio, setting)
+        timed["seconds"] = time.perf_counter() - began
+    return student, timed
+
+
+def _by_width(method: Width, ratio: float, setting: Setting) -> PreTrainedModel:
+    prune = Prune(non_embedding_ratio=ratio, refit_samples=setting.refit_samples, **method.prune)
+    after, _ = target(student_anatomy(setting.anatomy, prune), prune)
+    scores = _scores(method.method, setting)
+    made = apply.cut(
+        setting.model,
+        setting.anatomy,
+        scores,
+        prune,
+        setting.calibration_BS,
+        after=after,
+        kept_layers=None,
+        micro_batch=MICRO_BATCH,
+    )
+    return made.student
+
+
+def _by_depth(method: Depth, ratio: float, setting: Setting) -> PreTrainedModel:
+    anatomy, total = setting.anatomy, setting.anatomy.sizes.layers
+    after = depth_arch(anatomy, ratio)
+    source = setting.model
+    if method.laco:
+        found = layer_merge.laco_search(
+            source, anatomy, setting.calibration_BS[:16], layers=after.layers, micro_batch=MICRO_BATCH
+        )
+        source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
+    else:
+        scores = _scores("taylor", setting) if method.criterion == "taylor" else None
+        kept = depth.choose(
+            source,
+            anatomy,
+            setting.calibration_BS[: setting.refit_samples],
+            criterion=method.criterion,
+            pattern=method.pattern,
+            remove=total - after.layers,
+            micro_batch=MICRO_BATCH,
+            seed=setting.seed,
+            scores=scores,
+        ).kept
+    plan = select(anatomy, after, _nothing(anatomy), gain="none", kept_layers=kept)
+    return trim(source, plan, anatomy)
+
+
+def depth_arch(anatomy: Anatomy, ratio: float) -> Arch:
+    """The number of layers whose non-embedding parameters are nearest to the share."""
+    goal = ratio * anatomy.ledger.count(anatomy.sizes).non_embedding
+    sizes = [anatomy.sizes.at(layers=n) for n in range(1, anatomy.sizes.layers)]
+    return min(sizes, key=lambda arch: abs(anatomy.ledger.count(arch).non_embedding - goal))
+
+
+def _scores(method: Method, setting: Setting) -> Scores:
+    return width.score(
+        setting.model,
+        setting.anatomy,
+        setting.calibration_BS,
+        method=method,
+        ffn_point="down_input",
+        batch_agg="l2",
+        seq_agg="mean",
+        micro_batch=MICRO_BATCH,
+        seed=setting.seed,
+        model_fingerprint="",
+        samples_fingerprint="",
+    )
+
+
+def _nothing(anatomy: Anatomy) -> Scores:
+    """Scores that are never read: all widths stay."""
+    return Scores(None, None, None, None, torch.zeros(anatomy.sizes.layers), model="", samples="")
+
+
+@contextmanager
+def stopwatch(timed: dict[str, float]) -> Iterator[None]:
+    """Count the seconds spent in ridge solves, removal orders and eigenvectors."""
+    places = [(refit, "ridge"), (apply, "removal_order"), (apply, "principal_basis")]
+    before = [(module, name, getattr(module, name)) for module, name in places]
+
+    def counting(act: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return act(*args, **kwargs)
+            finally:
+                timed["solves"] += time.perf_counter() - began
+
+        return counted
+
+    for module, name, act in before:
+        setattr(module, name, counting(act))
+    try:
+        yield
+    finally:
+        for module, name, act in before:
+            setattr(module, name, act)

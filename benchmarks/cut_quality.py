@@ -1,0 +1,356 @@
+"""How close a cut starts to its teacher and how fast it recovers: halve's default beside every baseline.
+
+    python benchmarks/cut_quality.py --out FOLDER [--model DIR --train FILE --valid FILE] [--seeds 3] [--tokens 98304]
+
+All methods in one process, on one teacher, on the same calibration samples, at the same sizes. Sizes are shares of the
+non-embedding parameters: width methods share one architecture a size, depth methods take the nearest whole number
+of layers. Learning rates are swept on the first seed at 50 %; the other sizes take the best rate found for each
+method, and the other seeds are run for the best four and for plain Minitron and random. A seed draws the
+calibration samples and the order of training. Results are appended to FOLDER/results.jsonl as they come, and a
+second call goes on from there; FOLDER/report.md is written at the end.
+
+Without --model: halve's demo teacher and the prose of the standard library's docstrings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cut_methods import METHODS, MICRO_BATCH, OURS, PLAIN, RANDOM, Setting, depth_arch, make_student
+from transformers import PreTrainedModel
+
+from halve import checkpoint, measure
+from halve.anatomy import discover
+from halve.cut.gram import SingularGramWarning
+from halve.cut.sizes import target
+from halve.demo.corpus import read_modules, standard_library, write_prose
+from halve.demo.run import TEACHER
+from halve.head import split
+from halve.recipe import Data, Distill, Prune, Recipe
+from halve.train import corpus, loop, objectives
+
+RATIOS = (0.7, 0.5, 0.3)
+TARGETS = {0.7: 0.5, 0.5: 0.55, 0.3: 0.7}
+RATES = (1e-3, 2e-3, 4e-3)
+SWEPT = 0.5
+CONTROLS = (PLAIN, RANDOM)
+
+# ---- measuring
+
+
+def kl(student: PreTrainedModel, setting: Setting) -> float:
+    """Mean KL(teacher || student) on held-out text."""
+    found = measure.divergence(student, setting.model, setting.heldout_BS, micro_batch=MICRO_BATCH)
+    return float(found.kl.mean())
+
+
+def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: int) -> list[tuple[int, float]]:
+    """KL on held-out text by tokens of distillation."""
+    body, head = split(setting.model)
+    training = Distill(
+        tokens=tokens,
+        batch=16,
+        micro_batch=16,
+        lr=lr,
+        min_lr=lr / 20,
+        warmup_steps=3,
+        eval_every=4,
+        checkpoint_every=10**6,
+    )
+    vocab = setting.anatomy.sizes.vocab
+    student.requires_grad_(True)
+    heldout = objectives.heldout_divergence(body, head, setting.heldout_BS, vocab=vocab, micro_batch=MICRO_BATCH)
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "metrics.jsonl"
+        loop.train(
+            student,
+            objectives.distillation(body, head, vocab=vocab),
+            setting.train,
+            training,
+            seed=setting.seed,
+            device="cpu",
+            work=Path(scratch) / "work",
+            metrics=log,
+            heldout=heldout,
+        )
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(line["tokens"], line["heldout"]["kl"]) for line in lines if "heldout" in line]
+
+
+def forward_seconds(setting: Setting) -> float:
+    """One plain forward pass of the body over the calibration samples; median of three."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for part_BS in torch.split(setting.calibration_BS, MICRO_BATCH):
+                setting.model.base_model(input_ids=part_BS, use_cache=False)
+        return time.perf_counter() - began
+
+    return statistics.median(once() for _ in range(3))
+
+
+# ---- the schedule
+
+
+class Book:
+    """Results on disk, one JSON line each; what is there is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The line with these values."""
+        return next((line for line in self.lines if all(line.get(k) == v for k, v in key.items())), None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append and say it."""
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print({name: value for name, value in line.items() if name != "curve"}, flush=True)
+
+
+def run_one(book: Book, setting: Setting, name: str, ratio: float, lr: float | None, tokens: int) -> dict[str, Any]:
+    """One method at one size and seed, with retraining where a rate is given."""
+    kind = "start" if lr is None else "retrained"
+    key = {"kind": kind, "method": name, "ratio": ratio, "seed": setting.seed, "lr": lr}
+    if (known := book.find(**key)) is not None:
+        return known
+    student, timed = make_student(METHODS[name], ratio, setting)
+    counts = {"params": student.num_parameters(), "non_embedding": _non_embedding(student)}
+    line = {**key, **counts}
+    if lr is None:
+        line |= {"kl": kl(student, setting), **timed}
+    else:
+        curve = retrain(student, setting, lr=lr, tokens=tokens)
+        line |= {"kl": curve[-1][1], "curve": curve}
+    book.add(line)
+    return line
+
+
+def _non_embedding(model: PreTrainedModel) -> int:
+    anatomy = discover(model.config)
+    return anatomy.ledger.count(anatomy.sizes).non_embedding
+
+
+def carry_out(book: Book, settings: Sequence[Setting], tokens: int) -> None:
+    """Everything, the cheapest first."""
+    first = settings[0]
+    if book.find(kind="forward") is None:
+        book.add({"kind": "forward", "seconds": forward_seconds(first), "tokens": first.calibration_BS.numel()})
+    for setting in settings:
+        for ratio in RATIOS:
+            for name in METHODS:
+                run_one(book, setting, name, ratio, None, tokens)
+    best: dict[str, float] = {}
+    for name in METHODS:
+        swept = [run_one(book, first, name, SWEPT, lr, tokens) for lr in RATES]
+        best[name] = min(swept, key=lambda line: line["kl"])["lr"]
+    for ratio in RATIOS:
+        for name in METHODS:
+            run_one(book, first, name, ratio, best[name], tokens)
+    for name in finalists(book, best):
+        for setting in settings[1:]:
+            for ratio in RATIOS:
+                run_one(book, setting, name, ratio, best[name], tokens)
+
+
+def finalists(book: Book, best: dict[str, float]) -> list[str]:
+    """The four with the lowest KL after retraining at 50 % on the first seed, plain Minitron and random."""
+
+    def final(name: str) -> float:
+        line = book.find(kind="retrained", method=name, ratio=SWEPT, seed=0, lr=best[name])
+        assert line is not None
+        return float(line["kl"])
+
+    ranked = sorted(METHODS, key=final)
+    return list(dict.fromkeys([*ranked[:4], *CONTROLS]))
+
+
+# ---- the report
+
+
+def spell(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def starts(book: Book, name: str, ratio: float) -> list[float]:
+    """KL straight after the cut, by seed."""
+    return [line["kl"] for line in book.lines if _is(line, "start", name, ratio)]
+
+
+def finals(book: Book, name: str, ratio: float) -> dict[int, dict[str, Any]]:
+    """The best-rate retrained line of every seed."""
+    lines = [line for line in book.lines if _is(line, "retrained", name, ratio)]
+    result: dict[int, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: -line["kl"]):
+        result[line["seed"]] = line
+    return result
+
+
+def _is(line: dict[str, Any], kind: str, name: str, ratio: float) -> bool:
+    return line["kind"] == kind and line.get("method") == name and line.get("ratio") == ratio
+
+
+def tokens_to(curve: Sequence[Sequence[float]], goal: float) -> float:
+    """Tokens of retraining after which KL is at most the goal; infinite where it never is."""
+    return next((tokens for tokens, value in curve if value <= goal), float("inf"))
+
+
+def report(book: Book, about: str, tokens: int) -> str:
+    """The tables and the verdicts on the targets, as markdown."""
+    forward = book.find(kind="forward")
+    assert forward is not None
+    columns = " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " |"
+    rule = "|---|---|" + "---|" * len(RATIOS)
+    lines = [about, "", "## Straight after the cut", "", "KL to the teacher, and its share of plain Minitron's.", ""]
+    lines += [f"| method | params at 50 % | {columns}", rule]
+    for name in METHODS:
+        cells = []
+        for ratio in RATIOS:
+            ours, plain = starts(book, name, ratio), starts(book, PLAIN, ratio)
+            share = statistics.mean(a / b for a, b in zip(ours, plain, strict=True))
+            cells.append(f"{spell(ours)} ({share:.2f})")
+        size = next(line["params"] for line in book.lines if _is(line, "start", name, SWEPT))
+        lines.append(f"| {name} | {size:,} | " + " | ".join(cells) + " |")
+    lines += ["", f"## After {tokens:,} tokens of distillation, and the best rate", ""]
+    lines += [f"| method | rate | {columns}", rule]
+    for name in METHODS:
+        rate = next(iter(finals(book, name, SWEPT).values()))["lr"]
+        cells = [spell([line["kl"] for line in finals(book, name, ratio).values()]) for ratio in RATIOS]
+        lines.append(f"| {name} | {rate:g} | " + " | ".join(cells) + " |")
+    lines += ["", "## Targets", ""]
+    others = [name for name, method in METHODS.items() if not method.ours]
+    for ratio in RATIOS:
+        share = statistics.mean(
+            a / b for a, b in zip(starts(book, OURS, ratio), starts(book, PLAIN, ratio), strict=True)
+        )
+        nearest = min(others, key=lambda name: statistics.mean(starts(book, name, ratio)))
+        lines.append(
+            f"- {ratio:.0%}, start: {share:.2f} of plain Minitron, target {TARGETS[ratio]}:"
+            f" {'reached' if share <= TARGETS[ratio] else 'missed'};"
+            f" best baseline {nearest} {spell(starts(book, nearest, ratio))}, ours {spell(starts(book, OURS, ratio))}"
+        )
+        plain, mine = finals(book, PLAIN, ratio), finals(book, OURS, ratio)
+        needed = [tokens_to(mine[seed]["curve"], plain[seed]["kl"]) for seed in mine.keys() & plain.keys()]
+        beaten = min(others, key=lambda name: min(line["kl"] for line in finals(book, name, ratio).values()))
+        lines.append(
+            f"- {ratio:.0%}, retrained: plain Minitron's final KL after {max(needed):,.0f} of {tokens:,} tokens"
+            f" ({'reached' if max(needed) <= tokens / 2 else 'missed'}, target half); best baseline {beaten}"
+            f" {spell([line['kl'] for line in finals(book, beaten, ratio).values()])},"
+            f" ours {spell([line['kl'] for line in mine.values()])}"
+        )
+    lines += ["", "## Cost of scoring plus cutting at 50 %, in forward passes over the calibration set", ""]
+    lines += ["| method | without solves | solves, s |", "|---|---|---|"]
+    for name in METHODS:
+        timed = [line for line in book.lines if _is(line, "start", name, SWEPT)]
+        passes = statistics.median((line["seconds"] - line["solves"]) / forward["seconds"] for line in timed)
+        lines.append(f"| {name} | {passes:.2f} | {statistics.median(line['solves'] for line in timed):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- the command
+
+
+def main() -> None:
+    """Measure, print as it comes, and write the report."""
+    parser = argparse.ArgumentParser(description="How close a cut starts to its teacher and how fast it recovers.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default=str(TEACHER))
+    parser.add_argument("--train", help="text; default: the standard library's docstrings")
+    parser.add_argument("--valid")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=384, help="calibration samples")
+    parser.add_argument("--refit-samples", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=98304, help="tokens of retraining")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore", SingularGramWarning)
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    settings = [make_setting(args, seed) for seed in range(args.seeds)]
+    book = Book(args.out / "results.jsonl")
+    carry_out(book, settings, args.tokens)
+    book.add({"kind": "time", "seconds": time.perf_counter() - began})
+    text = report(book, describe(args, book, settings[0]), args.tokens)
+    (args.out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def make_setting(args: argparse.Namespace, seed: int) -> Setting:
+    """Load the teacher and the samples of one seed."""
+    train, valid = args.train, args.valid
+    if train is None:
+        texts = args.out / "texts"
+        texts.mkdir(exist_ok=True)
+        train, valid = (str(path) for path in write_prose(texts, list(read_modules(standard_library()))))
+    recipe = Recipe(
+        name="cut-quality",
+        model=args.model,
+        seed=seed,
+        data=Data(train=(train,), valid=(valid,), context=args.context),
+        prune=Prune(non_embedding_ratio=0.5),
+    )
+    model = checkpoint.load_model(args.model, dtype="float32", device="cpu")
+    tokenizer = checkpoint.load_tokenizer(args.model)
+    cache = args.out / "data"
+    tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer)
+    heldout = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer)
+    samples = corpus.Samples(tokens, args.context, seed)
+    return Setting(
+        model=model,
+        anatomy=discover(model.config),
+        calibration_BS=samples.calibration(args.samples),
+        heldout_BS=corpus.Samples(heldout, args.context, 0).first(32),
+        train=samples,
+        seed=seed,
+        refit_samples=args.refit_samples,
+    )
+
+
+def describe(args: argparse.Namespace, book: Book, setting: Setting) -> str:
+    """What was run, where and for how long."""
+    anatomy = setting.anatomy
+    archs = []
+    for ratio in RATIOS:
+        wide, _ = target(anatomy, Prune(non_embedding_ratio=ratio))
+        whole = anatomy.ledger.count(anatomy.sizes).non_embedding
+        share = anatomy.ledger.count(wide).non_embedding / whole
+        deep = depth_arch(anatomy, ratio)
+        archs.append(
+            f"{ratio:.0%}: hidden {wide.hidden}, ffn {wide.ffn} ({share:.1%}), or"
+            f" {deep.layers} of {anatomy.sizes.layers} layers ({anatomy.ledger.count(deep).non_embedding / whole:.1%})"
+        )
+    seconds = sum(line["seconds"] for line in book.lines if line["kind"] == "time")
+    flags = f"--samples {args.samples} --refit-samples {args.refit_samples} --seeds {args.seeds} --tokens {args.tokens}"
+    return "\n".join(
+        [
+            f"# Cut quality, {time.strftime('%Y-%m-%d')}",
+            "",
+            f"`python benchmarks/cut_quality.py {flags} --threads {args.threads}`, {seconds / 60:.0f} minutes,"
+            f" torch {torch.__version__}, {platform.machine()}. Teacher: {anatomy.family},"
+            f" {anatomy.ledger.count(anatomy.sizes).params:,} parameters. KL in nats a token on"
+            f" {len(setting.heldout_BS)} held-out samples of {args.context} tokens. Sizes: {'; '.join(archs)}.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""From scores to a smaller model: everything that `prune` in a recipe can ask for, in its order.
+
+    target sizes -> which entries (ranked, in steps, or by refit) -> plan -> merge -> trim -> refit
+
+The residual stream is turned before its channels are ranked; what was merged or turned is a copy of the teacher, and
+its own weights are never changed. The plan is complete before the first weight is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, Arch
+from halve.cut import layer_merge
+from halve.cut.gain import constant_gains, fit_gains
+from halve.cut.gram import Gram
+from halve.cut.plan import Importance, Plan, select
+from halve.cut.refit import refit
+from halve.cut.rotate import principal_basis, rotate, stream_moment, tie, turns
+from halve.cut.scores import Scores
+from halve.cut.selection import removal_order
+from halve.cut.sites import input_dim
+from halve.cut.surgery import trim
+from halve.cut.taps import find_points, on_input
+from halve.progress import SILENT, Progress
+from halve.recipe import Prune
+
+GAIN_SAMPLES = 64
+
+Rescore = Callable[[PreTrainedModel, Anatomy], Importance]
+"""Scores a partly cut model anew, for `prune.steps` above 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A student and how it came about; `anatomy` is that of the model whose entries the plan names."""
+
+    student: PreTrainedModel
+    anatomy: Anatomy
+    plan: Plan
+    gains: dict[str, float]
+    figures: dict[str, Any]
+
+
+def cut(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    scores: Scores,
+    prune: Prune,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    after: Arch,
+    kept_layers: Sequence[int] | None,
+    rescore: Rescore | None = None,
+    micro_batch: int,
+    progress: Progress = SILENT,
+    planned: Callable[[Plan], None] | None = None,
+) -> Cut:
+    """Cut a model to legal sizes the way `prune` says; the model is not changed.
+
+    `samples_BS` are the calibration samples of the basis, the selection, the gains and the refit: the first
+    `refit_samples` are used, of them the first 64 for gains. `planned` gets the plan before any weight is cut.
+    `rescore` is needed for `prune.steps` above 1.
+
+    Raises `PlanError`, `AnatomyError` (a rotation that the family does not allow) and `CheckpointError`.
+    """
+    samples_BS = samples_BS[: prune.refit_samples]
+    if kept_layers is None:
+        kept_layers = select(anatomy, anatomy.sizes.at(layers=after.layers), scores, gain="none").layers
+    figures: dict[str, Any] = {}
+    source, own = model, anatomy
+    turned = turns(anatomy, after, prune)
+    if turned:
+        moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
+        basis = principal_basis(moment_DD)
+        source, own = rotate(model, anatomy, basis.columns_DD)
+        scores = replace(scores, hidden=basis.energy_D.float(), statistics=None)
+        figures["energy_kept"] = float(basis.energy_D[: after.hidden].sum())
+        figures["more_params_untied"] = anatomy.sizes.vocab * after.hidden if anatomy.tied and prune.untie else 0
+    if prune.selection == "refit":
+        chosen = score_by_refit(
+            model, anatomy, after, samples_BS, layers=kept_layers, strength=prune.ridge, micro_batch=micro_batch
+        )
+        scores = replace(scores, statistics=None, **chosen)
+    if prune.steps > 1:
+        from halve.cut.iterative import select_iteratively
+
+        assert rescore is not None, "cutting in steps needs a function that scores"
+        plan = select_iteratively(
+            source, own, after, steps=prune.steps, score=rescore, gain=prune.gain, kept_layers=kept_layers
+        )
+    else:
+        plan = select(own, after, scores, gain=prune.gain, kept_layers=kept_layers)
+    if planned is not None:
+        planned(plan)
+    gains = _gains(source, own, plan, samples_BS[:GAIN_SAMPLES], micro_batch, progress)
+    merged = source
+    if prune.head_merge:
+        from halve.cut import heads
+
+        merged = heads.merge(merged, plan, own, scores, coefficient=prune.head_merge)
+    if prune.layer_merge == "laco":
+        merged = layer_merge.merge_layers(merged, own, plan.layers)
+    student = trim(merged, plan, own, gains=gains)
+    if prune.refit != "none":
+        student = refit(
+            student,
+            source,
+            plan,
+            own,
+            samples_BS,
+            strength=prune.ridge,
+            everything=prune.refit == "all",
+            micro_batch=micro_batch,
+            progress=progress,
+        )
+    if turned and anatomy.tied and not prune.untie:
+        assert own.final_norm is not None, "rotation folds the final norm, so that there is one"
+        student = tie(student, source, own.final_norm, samples_BS, strength=prune.ridge, micro_batch=micro_batch)
+        own = anatomy
+    return Cut(student, own, plan, gains, figures)
+
+
+def score_by_refit(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    after: Arch,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    layers: Sequence[int],
+    strength: float,
+    micro_batch: int,
+) -> dict[str, Tensor]:
+    """Scores of neurons, and of heads where heads are cut: the later the refit can spare one, the higher.
+
+    One forward pass; see `halve.cut.selection`. Layers that are not listed score zero.
+    """
+    before, points = anatomy.sizes, find_points(model, anatomy)
+    wanted = {"ffn": after.ffn < before.ffn, "heads": after.heads < before.heads}
+    per_group = before.heads // before.kv_heads
+    cells = {"ffn": [0] * before.ffn, "heads": [head // per_group for head in range(before.heads)]}
+    keep = {"ffn": after.ffn, "heads": after.heads // after.kv_heads}
+    size = {"ffn": 1, "heads": before.head_dim}
+    grams: dict[tuple[str, int], Gram] = {}
+    scores: dict[str, Tensor] = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for axis in (axis for axis, cut in wanted.items() if cut):
+            scores[axis] = torch.zeros(before.layers, len(cells[axis]))
+            for layer, name in points[axis]:
+                if layer in layers:
+                    module = model.get_submodule(name)
+                    grams[axis, layer] = Gram(len(cells[axis]) * size[axis], device=model.device)
+                    hooks.enter_context(on_input(module, grams[axis, layer].add))
+        if grams:
+            for part_BS in torch.split(samples_BS, micro_batch):
+                model.base_model(input_ids=part_BS.to(model.device), use_cache=False)
+    names = {axis: dict(points[axis]) for axis in scores}
+    for (axis, layer), gram in grams.items():
+        name = names[axis][layer]
+        gram.check(name)
+        weight = model.get_parameter(f"{name}.weight").detach()
+        weight_YX = weight if input_dim(anatomy, name) == 1 else weight.T
+        order = removal_order(
+            gram.xx_XX, weight_YX, size=size[axis], keep=keep[axis], cells=cells[axis], strength=strength
+        )
+        scores[axis][layer] = len(cells[axis])
+        scores[axis][layer, list(order)] = torch.arange(len(order), dtype=torch.float32)
+    return scores
+
+
+def _gains(
+    model: PreTrainedModel, anatomy: Anatomy, plan: Plan, samples_BS: Tensor, micro_batch: int, progress: Progress
+) -> dict[str, float]:
+    if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
+        return {}
+    if plan.gain == "constant":
+        return constant_gains(anatomy, plan)
+
+    def batches() -> Iterator[Tensor]:
+        with progress.task("fit norm gains", samples_BS.numel()) as task:
+            for part_BS in torch.split(samples_BS, micro_batch):
+                yield part_BS
+                task.advance(part_BS.numel())
+
+    return fit_gains(model, anatomy, plan, batches())
