@@ -13,7 +13,7 @@ GOOD = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 def test_sound_samples_pass() -> None:
     check(GOOD, vocab=7)
-    check(torch.tensor([[1, 1, 1], [4, 5, 6]]), vocab=7)  # one dull sample among others is no reason to stop
+    check(torch.tensor([[1, 1, 1], [4, 5, 6], [0, 1, 2]]), vocab=7)  # one dull sample among others is no reason to stop
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ def test_sound_samples_pass() -> None:
         (GOOD[:0], "0 calibration samples are too few"),
         (torch.full((4, 3), 2), "calibration samples are constant"),
         (torch.tensor([[1, 1, 1], [2, 2, 2]]), "calibration samples are constant"),
+        (torch.tensor([[1, 1, 1], [2, 2, 2], [1, 2, 3]]), "calibration samples are constant"),
         (GOOD + 1, "calibration samples hold token 7"),
         (GOOD - 2, "calibration samples hold token -1"),
     ],

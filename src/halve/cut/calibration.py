@@ -15,8 +15,9 @@ MIN_SAMPLES: Final = 2
 def check(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
     """Refuse calibration samples that no score, gain or refit should be made from.
 
-    Raises `CorpusError` for fewer than two samples, for samples that each repeat one token, and for token ids outside
-    the vocabulary. Activations that are not finite are refused where they are measured (`CheckpointError`).
+    Raises `CorpusError` for fewer than two samples, for fewer than two that do more than repeat one token, and for
+    token ids outside the vocabulary. Activations that are not finite are refused where they are measured
+    (`CheckpointError`).
     """
     if len(samples_BS) < MIN_SAMPLES:
         raise CorpusError(
@@ -31,9 +32,10 @@ def check(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
             why=f"the model's vocabulary has {vocab} entries, 0 to {vocab - 1}",
             fix="use the tokenizer that belongs to this model",
         )
-    if bool((samples_BS == samples_BS[:, :1]).all()):
+    varied = int((samples_BS != samples_BS[:, :1]).any(1).sum())
+    if varied < MIN_SAMPLES:
         raise CorpusError(
             "calibration samples are constant",
-            why=f"each repeats one token, the first {int(samples_BS[0, 0])}, and drives few of the model's parts",
+            why=f"{len(samples_BS) - varied} of {len(samples_BS)} repeat one token and drive few of the model's parts",
             fix="give real text in data.train",
         )

@@ -5,7 +5,7 @@ Legend: B batch, S seq, D hidden, N predicted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,12 +49,13 @@ def measure(
     micro-batch, a float32 copy of all weights for the sums and one in the weights' own type. Weights, their `grad` and
     `requires_grad` are on return what they were.
 
-    Raises `CheckpointError` where the loss or a gradient is not finite.
+    Raises `CheckpointError` where a weight or a gradient is not finite.
     """
     assert not model.training, "differentiate a model in eval mode"
     assert samples_BS.shape[1] > 1, "a sample of one token predicts nothing"
-    body, head = split(model)
     parameters = dict(model.named_parameters())
+    _check_finite("weights", parameters)
+    body, head = split(model)
     sums = {name: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for name, p in parameters.items()}
     num_targets = len(samples_BS) * (samples_BS.shape[1] - 1)
     nll = 0.0
@@ -79,7 +80,7 @@ def measure(
                         sums[name] += head_gradient
             nll += loss
             task.advance(part_BS.numel(), loss=loss * num_targets / (part_BS.numel() - len(part_BS)))
-    _check_finite(sums, nll)
+    _check_finite("gradients", sums)
     return Gradients(sums, block_sums.cpu(), nll)
 
 
@@ -122,11 +123,11 @@ def _head_gradients(
     return loss, into_hidden_BSD, list(zip(own, into_own, strict=True))
 
 
-def _check_finite(sums: dict[str, Tensor], nll: float) -> None:
-    bad = [name for name, gradient in sums.items() if not bool(gradient.isfinite().all())]
-    if nll - nll != 0 or bad:
+def _check_finite(what: str, values: Mapping[str, Tensor]) -> None:
+    bad = next((name for name, value in values.items() if not bool(value.isfinite().all())), None)
+    if bad is not None:
         raise CheckpointError(
-            f"gradients are not finite, first at {bad[0]}" if bad else "the loss is not finite",
-            why="NaN or infinity came out of the model on the calibration samples",
+            f"{what} are not finite, first of {bad}",
+            why="NaN or infinity is in the model, or came out of it on the calibration samples",
             fix="try dtype: float32; if that does not help, fetch the checkpoint again",
         )

@@ -1,4 +1,4 @@
-"""The score stage: one pass of the teacher over calibration samples, and what it says of every axis."""
+"""The score stage: what calibration samples say of every axis of the teacher, and which layers should go."""
 
 from __future__ import annotations
 
@@ -6,44 +6,70 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from halve import checkpoint, measure
-from halve.anatomy import discover
-from halve.cut import taps
-from halve.cut.scores import samples_fingerprint
+from halve.anatomy import Anatomy, discover
+from halve.choices import load_items
+from halve.cut import calibration, width
+from halve.cut.depth import DepthChoice, choose
+from halve.cut.scores import Scores, samples_fingerprint
+from halve.cut.sizes import target
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
+from halve.rundir import write_json
 from halve.train import corpus
+
+SCORES = "scores.safetensors"
+DEPTH = "depth.json"
 
 
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.scores`).
 
+    Where the recipe removes layers without naming them, also `out/depth.json`: the layers that stay and every set
+    that was compared (`halve.cut.depth.DepthChoice`), measured on the first `score.depth_samples` places of the same
+    spread.
+
     The samples are spread evenly over the training text at places that the seed moves, packed to `data.context`
     tokens. A corpus that has fewer than `score.samples` gives all it has: `samples` beside `samples_asked` in the
     returned figures. `cache` is the run's folder of token files.
 
-    Raises `CorpusError` for text without one whole sample, before weights are read, and `CheckpointError` where
-    activations are not finite.
+    Raises `CorpusError` for samples that say nothing and `PlanError` for sizes that are not legal, before weights are
+    read, and `CheckpointError` where activations are not finite.
     """
     config = checkpoint.load_config(teacher)
     measure.require_context(config, recipe.data.context, "a sample")
     anatomy = discover(config)
+    after, named = target(anatomy, recipe.prune)
+    remove = 0 if named is not None else anatomy.sizes.layers - after.layers
     tokenizer = checkpoint.load_tokenizer(teacher)
     tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
-    samples_BS = corpus.Samples(tokens, recipe.data.context, recipe.seed).calibration(recipe.score.samples)
+    samples = corpus.Samples(tokens, recipe.data.context, recipe.seed)
+    samples_BS = samples.calibration(recipe.score.samples)
+    calibration.check(samples_BS, vocab=anatomy.sizes.vocab)
     device = checkpoint.resolve_device(recipe.device)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     start = time.perf_counter()
-    statistics = taps.measure(model, anatomy, samples_BS, micro_batch=recipe.score.micro_batch, progress=progress)
-    seconds = time.perf_counter() - start
-    scores = statistics.scores(
+    scores = width.score(
+        model,
+        anatomy,
+        samples_BS,
+        method=recipe.score.method,
+        ffn_point=recipe.score.ffn_point,
         batch_agg=recipe.score.batch_agg,
         seq_agg=recipe.score.seq_agg,
-        model=checkpoint.fingerprint(teacher),
-        samples=samples_fingerprint(samples_BS),
+        micro_batch=recipe.score.micro_batch,
+        seed=recipe.seed,
+        model_fingerprint=checkpoint.fingerprint(teacher),
+        samples_fingerprint=samples_fingerprint(samples_BS),
+        progress=progress,
     )
-    scores.save(out / "scores.safetensors")
-    return {
+    seconds = time.perf_counter() - start
+    scores.save(out / SCORES)
+    figures: dict[str, Any] = {
+        "method": recipe.score.method,
         "samples": len(samples_BS),
         "samples_asked": recipe.score.samples,
         "tokens": samples_BS.numel(),
@@ -51,3 +77,36 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         "axes": sorted(scores.by_axis()),
         "block_importance": scores.layers.tolist(),
     }
+    if remove:
+        few_BS = samples.calibration(recipe.score.depth_samples)
+        choice = _choose(model, anatomy, few_BS, remove, recipe, tokenizer, scores, progress)
+        write_json(out / DEPTH, choice.to_json())
+        figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "kept", "passes", "whole")}
+    return figures
+
+
+def _choose(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: torch.Tensor,
+    remove: int,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    scores: Scores,
+    progress: Progress,
+) -> DepthChoice:
+    task = recipe.score.depth_task
+    return choose(
+        model,
+        anatomy,
+        samples_BS,
+        criterion=recipe.score.depth,
+        pattern=recipe.score.depth_pattern,
+        remove=remove,
+        items=load_items(task) if task is not None and recipe.score.depth == "task" else (),
+        tokenizer=tokenizer,
+        micro_batch=recipe.score.micro_batch,
+        seed=recipe.seed,
+        scores=scores,
+        progress=progress,
+    )
