@@ -223,9 +223,9 @@ def report(book: Book, about: str, tokens: int) -> str:
     for name in METHODS:
         cells = []
         for ratio in RATIOS:
-            ours, plain = starts(book, name, ratio), starts(book, PLAIN, ratio)
-            share = statistics.mean(a / b for a, b in zip(ours, plain, strict=True))
-            cells.append(f"{spell(ours)} ({share:.2f})")
+            found, plain_kl = starts(book, name, ratio), starts(book, PLAIN, ratio)
+            share = statistics.mean(a / b for a, b in zip(found, plain_kl, strict=True))
+            cells.append(f"{spell(found)} ({share:.2f})")
         size = next(line["params"] for line in book.lines if _is(line, "start", name, SWEPT))
         lines.append(f"| {name} | {size:,} | " + " | ".join(cells) + " |")
     lines += ["", f"## After {tokens:,} tokens of distillation, and the best rate", ""]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def test_how_tokens_are_grouped_does_not_matter(cuts: list[int]) -> None:
     whole, parts = Gram(7, 3), Gram(7, 3)
     whole.add(x_NX, y_NY)
     edges = [0, *sorted(set(cuts)), 200]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         parts.add(x_NX[start:stop], y_NY[start:stop])
     torch.testing.assert_close(parts.xx_XX, whole.xx_XX)
     torch.testing.assert_close(parts.yx_YX, whole.yx_YX)

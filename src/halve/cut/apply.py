@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut import layer_merge
+from halve.cut import heads, layer_merge
 from halve.cut.gain import constant_gains, fit_gains
 from halve.cut.gram import Gram
+from halve.cut.iterative import select_iteratively
 from halve.cut.plan import Importance, Plan, select
 from halve.cut.refit import refit
 from halve.cut.rotate import principal_basis, rotate, stream_moment, tie, turns
@@ -89,13 +90,25 @@ def cut(
         chosen = score_by_refit(
             model, anatomy, after, samples_BS, layers=kept_layers, strength=prune.ridge, micro_batch=micro_batch
         )
-        scores = replace(scores, statistics=None, **chosen)
+        scores = replace(
+            scores,
+            statistics=None,
+            ffn=chosen.get("ffn", scores.ffn),
+            heads=chosen.get("heads", scores.heads),
+        )
     if prune.steps > 1:
-        from halve.cut.iterative import select_iteratively
-
         assert rescore is not None, "cutting in steps needs a function that scores"
         plan = select_iteratively(
-            source, own, after, steps=prune.steps, score=rescore, gain=prune.gain, kept_layers=kept_layers
+            source,
+            own,
+            after,
+            steps=prune.steps,
+            score=rescore,
+            gain=prune.gain,
+            kept_layers=kept_layers,
+            gains=lambda part, part_anatomy, plan: _gains(
+                part, part_anatomy, plan, samples_BS[:GAIN_SAMPLES], micro_batch, SILENT
+            ),
         )
     else:
         plan = select(own, after, scores, gain=prune.gain, kept_layers=kept_layers)
@@ -104,8 +117,6 @@ def cut(
     gains = _gains(source, own, plan, samples_BS[:GAIN_SAMPLES], micro_batch, progress)
     merged = source
     if prune.head_merge:
-        from halve.cut import heads
-
         merged = heads.merge(merged, plan, own, scores, coefficient=prune.head_merge)
     if prune.layer_merge == "laco":
         merged = layer_merge.merge_layers(merged, own, plan.layers)

@@ -72,7 +72,7 @@ def ridge(
     Channels that are zero on every token keep their prior.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
-    >>> ridge(4 * one, 8 * one, 0 * one, strength=1.0).item()  # sum of squares 4, ridge 4: half way to 8 / 4
+    >>> round(ridge(4 * one, 8 * one, 0 * one, strength=1.0).item(), 9)  # sum of squares 4, ridge 4: half way to 8 / 4
     1.0
     """
     prior_YX = prior_YX.double()

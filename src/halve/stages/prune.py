@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,20 @@ from transformers import PreTrainedModel
 from halve import checkpoint, measure
 from halve.anatomy import Anatomy, discover
 from halve.card import name_of
-from halve.cut.gain import constant_gains, fit_gains
-from halve.cut.plan import Plan, select
+from halve.cut import calibration, width
+from halve.cut.apply import Rescore, cut
+from halve.cut.depth import DepthChoice
+from halve.cut.plan import Plan
 from halve.cut.proof import prove
+from halve.cut.rotate import student_anatomy, turns
 from halve.cut.scores import Scores, random_scores
 from halve.cut.sizes import target
-from halve.cut.surgery import trim
 from halve.errors import CheckpointError, PlanError
 from halve.progress import SILENT, Progress
-from halve.recipe import Recipe
-from halve.rundir import write_json
+from halve.recipe import Prune, Recipe
+from halve.rundir import read_json, write_json
 from halve.train import corpus
 
-GAIN_SAMPLES = 64
 CHECK_SAMPLES = 8
 MICRO_BATCH = 4
 
@@ -46,38 +46,60 @@ def run(
     """Cut the teacher to the recipe's sizes; writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
 
     Gives sizes, perplexities and what was checked. `scores` is the score stage's file, read under the recipe's
-    aggregators; None ranks by random numbers (the control), seeded by the recipe.
+    aggregators; beside it lies `depth.json` where layers were compared as sets. None ranks by random numbers, seeded
+    by the recipe, and leaves out everything that needs to look at the teacher: the control.
 
     Raises `PlanError` for sizes that are not legal, `AnatomyError` for an axis whose proof fails, both before weights
-    are read, and `CheckpointError` if the result is not what the plan says.
+    are read, `CorpusError` for samples that cannot calibrate, and `CheckpointError` if the result is not what the plan
+    says.
     """
+    asked = recipe.prune if scores is not None else _blind(recipe.prune)
     anatomy = discover(checkpoint.load_config(teacher))
-    after, kept_layers = target(anatomy, recipe.prune)
+    after, kept_layers = target(student_anatomy(anatomy, asked), asked)
     proof = prove(anatomy)
     proof.demand(anatomy.sizes, after)
+    turns(anatomy, after, asked)  # refuses a rotation that the family does not allow before weights are read
     ranking = _ranking(anatomy, recipe, teacher, scores)
-    plan = select(anatomy, after, ranking, gain=recipe.prune.gain, kept_layers=kept_layers)
-    write_json(out / "plan.json", plan.to_json())
-    replace(ranking, statistics=None).save(out / "scores.safetensors")
+    if kept_layers is None and scores is not None:
+        kept_layers = _chosen_layers(scores.with_name("depth.json"))
     device = checkpoint.resolve_device(recipe.device)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     tokenizer = checkpoint.load_tokenizer(teacher)
     heldout = _samples(recipe, "valid", CHECK_SAMPLES, cache, tokenizer, progress)
     before_nll = measure.language_modeling(model, heldout, micro_batch=MICRO_BATCH)
-    calibration = _samples(recipe, "train", min(GAIN_SAMPLES, recipe.score.samples), cache, tokenizer, progress)
-    gains = _gains(model, anatomy, plan, calibration, progress)
-    student = trim(model, plan, anatomy, gains=gains)
+    samples = _samples(recipe, "train", max(asked.refit_samples, recipe.score.samples), cache, tokenizer, progress)
+    calibration.check(samples, vocab=anatomy.sizes.vocab)
+
+    def planned(plan: Plan) -> None:
+        write_json(out / "plan.json", plan.to_json())
+        replace(ranking, statistics=None).save(out / "scores.safetensors")
+
+    done = cut(
+        model,
+        anatomy,
+        ranking,
+        asked,
+        samples,
+        after=after,
+        kept_layers=kept_layers,
+        rescore=_rescore(recipe, samples),
+        micro_batch=recipe.score.micro_batch,
+        progress=progress,
+        planned=planned,
+    )
     del model
     record = {
         "stage": "prune",
         "base_model": name_of(recipe.model),
         "teacher": checkpoint.fingerprint(teacher),
-        "plan": plan.to_json(),
-        "gains": gains,
+        "prune": asked.model_dump(mode="json"),
+        "plan": done.plan.to_json(),
+        "gains": done.gains,
     }
+    student = done.student
     checkpoint.save_model(student, out / "model", extra_from=teacher, record=record)
     after_nll = measure.language_modeling(student, heldout, micro_batch=MICRO_BATCH)
-    counts = anatomy.ledger.count(plan.after, kept_layers=plan.layers)
+    counts = done.anatomy.ledger.count(done.plan.after, kept_layers=done.plan.layers)
     _check(student, counts.params, out / "model", heldout[:1, : min(32, heldout.shape[1])], after_nll)
     return {
         "params": counts.params,
@@ -86,7 +108,21 @@ def run(
         "perplexity": measure.perplexity(after_nll).as_dict(),
         "teacher_perplexity": measure.perplexity(before_nll).as_dict(),
         "checks": [f"{check.axis}: {check.name}" for check in proof.checks],
+        **done.figures,
     }
+
+
+def _blind(asked: Prune) -> Prune:
+    """The same sizes without anything that looks at the teacher's activations, but for the norms' gains."""
+    off = {
+        "selection": "rank",
+        "rotation": "none",
+        "refit": "none",
+        "head_merge": 0.0,
+        "layer_merge": "none",
+        "steps": 1,
+    }
+    return asked.model_copy(update=off)
 
 
 def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Path | str, scores: Path | None) -> Scores:
@@ -100,27 +136,37 @@ def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Path | str, scores: Path
     )
 
 
+def _chosen_layers(path: Path) -> tuple[int, ...] | None:
+    """What the score stage found when it compared sets of layers."""
+    return DepthChoice.from_json(read_json(path)).kept if path.exists() else None
+
+
+def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
+    """Score a partly cut model the way the recipe scored the teacher."""
+
+    def rescore(model: PreTrainedModel, anatomy: Anatomy) -> Scores:
+        asked = recipe.score
+        return width.score(
+            model,
+            anatomy,
+            samples[: asked.samples],
+            method=asked.method,
+            ffn_point=asked.ffn_point,
+            batch_agg=asked.batch_agg,
+            seq_agg=asked.seq_agg,
+            micro_batch=asked.micro_batch,
+            seed=recipe.seed,
+            model_fingerprint="",
+            samples_fingerprint="",
+        )
+
+    return rescore
+
+
 def _samples(recipe: Recipe, split: Any, count: int, cache: Path, tokenizer: Any, progress: Progress) -> Tensor:
     tokens = corpus.open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)
     samples = corpus.Samples(tokens, recipe.data.context, recipe.seed)
-    return samples.first(min(count, len(samples)))
-
-
-def _gains(
-    model: PreTrainedModel, anatomy: Anatomy, plan: Plan, samples: Tensor, progress: Progress
-) -> dict[str, float]:
-    if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
-        return {}
-    if plan.gain == "constant":
-        return constant_gains(anatomy, plan)
-
-    def batches() -> Iterator[Tensor]:
-        with progress.task("fit norm gains", samples.numel()) as task:
-            for batch in torch.split(samples, MICRO_BATCH):
-                yield batch
-                task.advance(batch.numel())
-
-    return fit_gains(model, anatomy, plan, batches())
+    return samples.first(count) if split == "valid" else samples.calibration(count)
 
 
 def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll: Tensor) -> None:

@@ -14,6 +14,7 @@ from halve.anatomy import Anatomy, discover
 from halve.choices import load_items
 from halve.cut import calibration, width
 from halve.cut.depth import DepthChoice, choose
+from halve.cut.rotate import student_anatomy
 from halve.cut.scores import Scores, samples_fingerprint
 from halve.cut.sizes import target
 from halve.progress import SILENT, Progress
@@ -42,7 +43,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     config = checkpoint.load_config(teacher)
     measure.require_context(config, recipe.data.context, "a sample")
     anatomy = discover(config)
-    after, named = target(anatomy, recipe.prune)
+    after, named = target(student_anatomy(anatomy, recipe.prune), recipe.prune)
     remove = 0 if named is not None else anatomy.sizes.layers - after.layers
     tokenizer = checkpoint.load_tokenizer(teacher)
     tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
