@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut import apply, depth, layer_merge, refit, width
+from halve.cut import apply, depth, layer_merge, refit, trial, width
 from halve.cut.plan import select
 from halve.cut.rotate import student_anatomy
 from halve.cut.scores import Scores
-from halve.cut.sizes import target
+from halve.cut.sizes import budget_of, shapes, target
 from halve.cut.surgery import trim
 from halve.recipe import DepthCriterion, DepthPattern, Method, Prune
 from halve.train.corpus import Samples
@@ -37,9 +37,9 @@ class Width:
     prune: Mapping[str, Any] = field(default_factory=lambda: {"gain": "none"})
     ours: bool = False
 
-    def cut(self, ratio: float, setting: Setting) -> PreTrainedModel:
+    def cut(self, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
         """A student of this share of the non-embedding parameters."""
-        return _by_width(self, ratio, setting)
+        return _by_width(self, ratio, setting, timed)
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,17 @@ class Depth:
     laco: bool = False
     ours: bool = False
 
-    def cut(self, ratio: float, setting: Setting) -> PreTrainedModel:
+    def cut(self, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
         """A student of nearly this share of the non-embedding parameters."""
-        return _by_depth(self, ratio, setting)
+        return _by_depth(self, ratio, setting, timed)
 
 
+DEFAULT = {"shape": "trial", "rotation": "pca", "selection": "refit", "refit": "all"}
 METHODS: dict[str, Width | Depth] = {
-    OURS: Width(
-        "rotation (head stays tied), selection by refit, refit of everything, fitted gains",
-        prune={"gain": "fitted", "rotation": "pca", "selection": "refit", "refit": "all"},
-        ours=True,
-    ),
-    "halve-untied": Width(
-        "the same with a head of its own: larger by vocab x hidden",
-        prune={"gain": "fitted", "rotation": "pca", "untie": True, "selection": "refit", "refit": "all"},
-        ours=True,
-    ),
-    "halve-unrotated": Width(
-        "the same without rotation",
-        prune={"gain": "fitted", "selection": "refit", "refit": "all"},
-        ours=True,
-    ),
+    OURS: Width("halve's default: shape by trial, rotation, selection and refit", prune=DEFAULT, ours=True),
+    "halve-width": Width("the same in width alone", prune={**DEFAULT, "shape": "width"}, ours=True),
+    "halve-untied": Width("the same with a head of its own", prune={**DEFAULT, "untie": True}, ours=True),
+    "halve-unrotated": Width("the same without rotation", prune={**DEFAULT, "rotation": "none"}, ours=True),
     PLAIN: Width("2407.14679: l2/mean, one shot, no refit, no gain"),
     RANDOM: Width("uniform random entries", method="random"),
     "magnitude": Width("weight magnitude", method="magnitude"),
@@ -94,7 +84,7 @@ METHODS: dict[str, Width | Depth] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share under one seed."""
+    """What all methods share under one seed. Scores that several methods use are taken once, and timed."""
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -103,36 +93,55 @@ class Setting:
     train: Samples
     seed: int
     refit_samples: int
+    scored: dict[Method, tuple[Scores, float]] = field(default_factory=dict)
 
 
 def make_student(method: Width | Depth, ratio: float, setting: Setting) -> tuple[PreTrainedModel, dict[str, float]]:
-    """Score and cut; the seconds that each took, and of them those spent in solves."""
-    timed: dict[str, float] = {"solves": 0.0}
+    """Score and cut; the seconds that both took, of them those spent in solves, and the seconds of the trial."""
+    timed: dict[str, float] = {"solves": 0.0, "seconds": 0.0}
     with stopwatch(timed):
         began = time.perf_counter()
-        student = method.cut(ratio, setting)
-        timed["seconds"] = time.perf_counter() - began
+        student = method.cut(ratio, setting, timed)
+        timed["seconds"] += time.perf_counter() - began
     return student, timed
 
 
-def _by_width(method: Width, ratio: float, setting: Setting) -> PreTrainedModel:
+def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
+    model, anatomy = setting.model, setting.anatomy
     prune = Prune(non_embedding_ratio=ratio, refit_samples=setting.refit_samples, **method.prune)
-    after, _ = target(student_anatomy(setting.anatomy, prune), prune)
-    scores = _scores(method.method, setting)
+    own = student_anatomy(anatomy, prune)
+    after, kept = target(own, prune)
+    scores = _scores(method.method, setting, timed)
+    turned = apply.turn(model, anatomy, prune, setting.calibration_BS, micro_batch=MICRO_BATCH)
+    if prune.shape == "trial":
+        budget = budget_of(own, prune)
+        assert budget is not None
+        tried = trial.try_shapes(
+            model,
+            anatomy,
+            scores,
+            prune,
+            shapes(own, budget[0], total=budget[1]),
+            setting.calibration_BS,
+            turned=turned,
+            micro_batch=MICRO_BATCH,
+        )
+        after, kept = trial.best(tried).arch, trial.best(tried).kept_layers
     made = apply.cut(
-        setting.model,
-        setting.anatomy,
+        model,
+        anatomy,
         scores,
         prune,
         setting.calibration_BS,
         after=after,
-        kept_layers=None,
+        kept_layers=kept,
+        turned=turned,
         micro_batch=MICRO_BATCH,
     )
     return made.student
 
 
-def _by_depth(method: Depth, ratio: float, setting: Setting) -> PreTrainedModel:
+def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
     anatomy, total = setting.anatomy, setting.anatomy.sizes.layers
     after = depth_arch(anatomy, ratio)
     source = setting.model
@@ -142,7 +151,7 @@ def _by_depth(method: Depth, ratio: float, setting: Setting) -> PreTrainedModel:
         )
         source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
     else:
-        scores = _scores("taylor", setting) if method.criterion == "taylor" else None
+        scores = _scores("taylor", setting, timed) if method.criterion == "taylor" else None
         kept = depth.choose(
             source,
             anatomy,
@@ -165,8 +174,13 @@ def depth_arch(anatomy: Anatomy, ratio: float) -> Arch:
     return min(sizes, key=lambda arch: abs(anatomy.ledger.count(arch).non_embedding - goal))
 
 
-def _scores(method: Method, setting: Setting) -> Scores:
-    return width.score(
+def _scores(method: Method, setting: Setting, timed: dict[str, float]) -> Scores:
+    """Scores of a method; their seconds count for everyone who asks."""
+    if (known := setting.scored.get(method)) is not None:
+        timed["seconds"] += known[1]
+        return known[0]
+    began = time.perf_counter()
+    scores = width.score(
         setting.model,
         setting.anatomy,
         setting.calibration_BS,
@@ -179,6 +193,8 @@ def _scores(method: Method, setting: Setting) -> Scores:
         model_fingerprint="",
         samples_fingerprint="",
     )
+    setting.scored[method] = scores, time.perf_counter() - began
+    return scores
 
 
 def _nothing(anatomy: Anatomy) -> Scores:

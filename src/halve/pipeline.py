@@ -143,7 +143,7 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
             own = (*own, "-distill.objective", "-distill.temperature", "-distill.ce_weight")
         if variant == "random_prune":
             start = at_random
-            add(start, "prune", _prune(cut, None), ("prune", "score", "-score.depth_task"), whole)
+            add(start, "prune", _prune(cut, None, like=prune), ("prune", "score", "-score.depth_task"), (*whole, prune))
         stage = named("distill", number, "" if variant == "student" else variant)
         add(stage, "distill", _distill(variant, start, teacher), own, (*taught, start))
         models[named("distilled" if variant == "student" else variant, number)] = stage
@@ -166,8 +166,8 @@ def _score(cut: str | None) -> _Act:
     return act
 
 
-def _prune(cut: str | None, scored: str | None) -> _Act:
-    """Cut by the scores of a stage; None cuts at random."""
+def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act:
+    """Cut by the scores of a stage; None cuts at random, to the sizes of the cut `like`."""
 
     def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import prune
@@ -178,6 +178,7 @@ def _prune(cut: str | None, scored: str | None) -> _Act:
             scores=None if scored is None else run.scores(scored),
             cache=run.cache,
             out=out,
+            like=None if like is None else run.folder.stage(like) / "plan.json",
             progress=run.progress,
         )
 

@@ -24,6 +24,7 @@ Gain = Literal["none", "constant", "fitted"]
 Rotation = Literal["auto", "none", "pca"]
 Refit = Literal["none", "outputs", "all"]
 Selection = Literal["rank", "refit"]
+Shape = Literal["width", "trial"]
 LayerMerge = Literal["none", "laco"]
 Objective = Literal["kl", "ce", "mix"]
 Baseline = Literal["ce", "random_init", "random_prune"]
@@ -122,6 +123,10 @@ class Prune(Section):
     kv_heads: Count | None = None
     layers: Count | None = Field(None, description="layers to keep, the least important dropped")
     drop_layers: str | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
+    shape: Shape = Field(
+        "width",
+        description="what a budget is spent on; trial: cut and refit every mix of depth and width on a few samples",
+    )
     gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")
     steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
     selection: Selection = Field("rank", description="refit: choose neurons by what a refit cannot make up for")

@@ -34,10 +34,20 @@ from halve.cut.taps import find_points, on_input
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune
 
-GAIN_SAMPLES = 64
+FEW_SAMPLES = 32
+"""For what has one unknown a norm or a channel: gains, and the final norm of a head that stays tied."""
 
 Rescore = Callable[[PreTrainedModel, Anatomy], Importance]
 """Scores a partly cut model anew, for `prune.steps` above 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """The model in the basis that its hidden is cut in; `energy_D` is None in its own."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    energy_D: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +61,28 @@ class Cut:
     figures: dict[str, Any]
 
 
+def turn(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    prune: Prune,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> Turned:
+    """Turn the residual stream to its principal axes where `prune` asks for it and the family allows it.
+
+    Raises `AnatomyError` for `rotation: pca` in a family whose norms do not allow it.
+    """
+    if not turns(anatomy, prune):
+        return Turned(model, anatomy, None)
+    samples_BS = samples_BS[: prune.refit_samples]
+    moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
+    basis = principal_basis(moment_DD)
+    turned, own = rotate(model, anatomy, basis.columns_DD)
+    return Turned(turned, own, basis.energy_D)
+
+
 def cut(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -60,6 +92,7 @@ def cut(
     *,
     after: Arch,
     kept_layers: Sequence[int] | None,
+    turned: Turned,
     rescore: Rescore | None = None,
     micro_batch: int,
     progress: Progress = SILENT,
@@ -67,37 +100,34 @@ def cut(
 ) -> Cut:
     """Cut a model to legal sizes the way `prune` says; the model is not changed.
 
-    `samples_BS` are the calibration samples of the basis, the selection, the gains and the refit: the first
-    `refit_samples` are used, of them the first 64 for gains. `planned` gets the plan before any weight is cut.
-    `rescore` is needed for `prune.steps` above 1.
+    `samples_BS` are the calibration samples of the selection, the gains and the refit: the first `refit_samples` are
+    used, of them the first 32 for gains. `turned` is what `turn` gave; a cut that leaves hidden alone does not use
+    it. `planned` gets the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1.
 
-    Raises `PlanError`, `AnatomyError` (a rotation that the family does not allow) and `CheckpointError`.
+    Raises `PlanError` and `CheckpointError`.
     """
     samples_BS = samples_BS[: prune.refit_samples]
+    few_BS = samples_BS[:FEW_SAMPLES]
     if kept_layers is None:
         kept_layers = select(anatomy, anatomy.sizes.at(layers=after.layers), scores, gain="none").layers
     figures: dict[str, Any] = {}
     source, own = model, anatomy
-    turned = turns(anatomy, after, prune)
-    if turned:
-        moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
-        basis = principal_basis(moment_DD)
-        source, own = rotate(model, anatomy, basis.columns_DD)
-        scores = replace(scores, hidden=basis.energy_D.float(), statistics=None)
-        figures["energy_kept"] = float(basis.energy_D[: after.hidden].sum())
-        figures["more_params_untied"] = anatomy.sizes.vocab * after.hidden if anatomy.tied and prune.untie else 0
+    if turned.energy_D is not None and after.hidden < anatomy.sizes.hidden:
+        source, own = turned.model, turned.anatomy
+        scores = replace(scores, hidden=turned.energy_D.float(), statistics=None)
+        figures["energy_kept"] = float(turned.energy_D[: after.hidden].sum())
     if prune.selection == "refit":
         chosen = score_by_refit(
             model, anatomy, after, samples_BS, layers=kept_layers, strength=prune.ridge, micro_batch=micro_batch
         )
-        scores = replace(
-            scores,
-            statistics=None,
-            ffn=chosen.get("ffn", scores.ffn),
-            heads=chosen.get("heads", scores.heads),
-        )
+        ffn, heads_ = chosen.get("ffn", scores.ffn), chosen.get("heads", scores.heads)
+        scores = replace(scores, statistics=None, ffn=ffn, heads=heads_)
     if prune.steps > 1:
         assert rescore is not None, "cutting in steps needs a function that scores"
+
+        def gains_of(part: PreTrainedModel, part_anatomy: Anatomy, plan: Plan) -> dict[str, float]:
+            return _gains(part, part_anatomy, plan, few_BS, micro_batch, SILENT)
+
         plan = select_iteratively(
             source,
             own,
@@ -106,15 +136,14 @@ def cut(
             score=rescore,
             gain=prune.gain,
             kept_layers=kept_layers,
-            gains=lambda part, part_anatomy, plan: _gains(
-                part, part_anatomy, plan, samples_BS[:GAIN_SAMPLES], micro_batch, SILENT
-            ),
+            gains=gains_of,
         )
     else:
         plan = select(own, after, scores, gain=prune.gain, kept_layers=kept_layers)
     if planned is not None:
         planned(plan)
-    gains = _gains(source, own, plan, samples_BS[:GAIN_SAMPLES], micro_batch, progress)
+    # what a gain could do, a refit of the readers does
+    gains = {} if prune.refit == "all" else _gains(source, own, plan, few_BS, micro_batch, progress)
     merged = source
     if prune.head_merge:
         merged = heads.merge(merged, plan, own, scores, coefficient=prune.head_merge)
@@ -133,10 +162,12 @@ def cut(
             micro_batch=micro_batch,
             progress=progress,
         )
-    if turned and anatomy.tied and not prune.untie:
-        assert own.final_norm is not None, "rotation folds the final norm, so that there is one"
-        student = tie(student, source, own.final_norm, samples_BS, strength=prune.ridge, micro_batch=micro_batch)
-        own = anatomy
+    if anatomy.tied and not own.tied:
+        figures["more_params_untied"] = anatomy.sizes.vocab * after.hidden if prune.untie else 0
+        if not prune.untie:
+            assert own.final_norm is not None, "rotation folds the final norm, so that there is one"
+            student = tie(student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch)
+            own = anatomy
     return Cut(student, own, plan, gains, figures)
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy, Arch, discover
+from halve.anatomy import Anatomy, discover
 from halve.anatomy.axes import Expr
 from halve.anatomy.configs import build
 from halve.cut.gain import norm_kind
@@ -104,14 +104,12 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
     return untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
 
 
-def turns(anatomy: Anatomy, after: Arch, prune: Prune) -> bool:
-    """Whether a cut to these sizes is made in another basis.
+def turns(anatomy: Anatomy, prune: Prune) -> bool:
+    """Whether a cut of hidden is made in another basis.
 
     Raises `AnatomyError` for `rotation: pca` in a family that does not allow it; `auto` then leaves the basis alone.
     """
-    if prune.rotation == "none" or after.hidden == anatomy.sizes.hidden:
-        return False
-    if prune.rotation == "auto" and prune.steps > 1:
+    if prune.rotation == "none" or (prune.rotation == "auto" and prune.steps > 1):
         return False
     try:
         prove_rotation(anatomy)

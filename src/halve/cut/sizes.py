@@ -29,12 +29,8 @@ def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None
 
     Raises `PlanError` for illegal sizes (naming legal ones) and for a budget that cannot be met (naming the nearest).
     """
-    if prune.params is not None:
-        budget = parse_count(prune.params)
-        return _nearest(anatomy, budget, total=True).arch, None
-    if prune.non_embedding_ratio is not None:
-        teacher = anatomy.ledger.count(anatomy.sizes).non_embedding
-        return _nearest(anatomy, round(prune.non_embedding_ratio * teacher), total=False).arch, None
+    if (asked_budget := budget_of(anatomy, prune)) is not None:
+        return _nearest(anatomy, asked_budget[0], total=asked_budget[1]).arch, None
     before = anatomy.sizes
     kept = None
     if prune.drop_layers is not None:
@@ -145,13 +141,42 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
     for arch in _widths(anatomy):
         counts = anatomy.ledger.count(arch, context=context)
         if (away := abs(size(counts) / budget - 1)) <= _TOLERANCE:
-            uneven = abs(log(arch.hidden / before.hidden) - log(arch.ffn / before.ffn))
-            ranked.append((max(0.0, away - 0.005) * 20 + uneven, Candidate(arch, counts)))
+            ranked.append((_rank(before, arch, away), Candidate(arch, counts)))
     found = [candidate for _, candidate in sorted(ranked, key=lambda pair: pair[0])]
     depths = [before.at(layers=n) for n in range(1, before.layers)] if "layers" not in anatomy.refusals else []
     depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in depths]
     near = [c for c in depth if abs(size(c.counts) / budget - 1) <= _TOLERANCE]
     return found + sorted(near, key=lambda c: abs(size(c.counts) - budget))[:1]
+
+
+def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[Arch]:
+    """The ways to share a budget between depth and width, the deepest first: at most one for each number of layers.
+
+    Widths as `candidates` ranks them; the last may be a pure depth cut. All within 5 % of the budget, and none
+    further from it than twice the nearest or one percent, so that no shape wins by being larger.
+    """
+    before, found = anatomy.sizes, []
+    widths = [before, *_widths(anatomy)]
+    for layers in range(before.layers, 0, -1) if "layers" not in anatomy.refusals else [before.layers]:
+        ranked = []
+        for arch in (width.at(layers=layers) for width in widths):
+            counts = anatomy.ledger.count(arch)
+            away = abs((counts.params if total else counts.non_embedding) / budget - 1)
+            if arch != before and away <= _TOLERANCE:
+                ranked.append((_rank(before, arch, away), away, arch))
+        if ranked:
+            found.append(min(ranked, key=lambda entry: entry[0])[1:])
+    near = max(0.01, 2 * min((away for away, _ in found), default=0.0))
+    return [arch for away, arch in found if away <= near]
+
+
+def budget_of(anatomy: Anatomy, prune: Prune) -> tuple[int, bool] | None:
+    """The parameters that a recipe allows, and whether the embeddings count; None where it gives sizes by hand."""
+    if prune.params is not None:
+        return parse_count(prune.params), True
+    if prune.non_embedding_ratio is not None:
+        return round(prune.non_embedding_ratio * anatomy.ledger.count(anatomy.sizes).non_embedding), False
+    return None
 
 
 def near(anatomy: Anatomy, prune: Prune, *, context: int = 4096) -> list[Candidate]:
@@ -160,12 +185,15 @@ def near(anatomy: Anatomy, prune: Prune, *, context: int = 4096) -> list[Candida
     Raises what `target` raises.
     """
     arch, kept = target(anatomy, prune)
-    if prune.params is not None:
-        return candidates(anatomy, parse_count(prune.params), context=context)
-    if prune.non_embedding_ratio is not None:
-        teacher = anatomy.ledger.count(anatomy.sizes).non_embedding
-        return candidates(anatomy, round(prune.non_embedding_ratio * teacher), total=False, context=context)
+    if (budget := budget_of(anatomy, prune)) is not None:
+        return candidates(anatomy, budget[0], total=budget[1], context=context)
     return [Candidate(arch, anatomy.ledger.count(arch, kept_layers=kept, context=context), kept)]
+
+
+def _rank(before: Arch, arch: Arch, away: float) -> float:
+    """Distance from the budget beyond half a percent, then how unevenly hidden and ffn shrink."""
+    uneven = abs(log(arch.hidden / before.hidden) - log(arch.ffn / before.ffn))
+    return max(0.0, away - 0.005) * 20 + uneven
 
 
 def _widths(anatomy: Anatomy) -> list[Arch]:
@@ -192,9 +220,9 @@ def _can(anatomy: Anatomy, axis: str) -> bool:
 
 
 def _step(size: int) -> int:
-    """A power of two, at most 128 and about a sixteenth of the size."""
+    """A power of two, at most 128 and at most a thirty-second of the size, but 8 at least."""
     step = 8
-    while step < 128 and step * 32 <= size:
+    while step < 128 and step * 64 <= size:
         step *= 2
     return step
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve import checkpoint, measure
-from halve.anatomy import Anatomy, discover
+from halve.anatomy import Anatomy, Arch, discover
 from halve.card import name_of
 from halve.cut import calibration, width
-from halve.cut.apply import Rescore, cut
+from halve.cut.apply import Rescore, cut, turn
 from halve.cut.depth import DepthChoice
 from halve.cut.plan import Plan
-from halve.cut.proof import prove
+from halve.cut.proof import Proof, prove
 from halve.cut.rotate import student_anatomy, turns
 from halve.cut.scores import Scores, random_scores
-from halve.cut.sizes import target
+from halve.cut.sizes import budget_of, shapes, target
+from halve.cut.trial import Tried, best, try_shapes
 from halve.errors import CheckpointError, PlanError
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune, Recipe
@@ -41,13 +42,15 @@ def run(
     scores: Path | None,
     cache: Path,
     out: Path,
+    like: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Cut the teacher to the recipe's sizes; writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
 
     Gives sizes, perplexities and what was checked. `scores` is the score stage's file, read under the recipe's
     aggregators; beside it lies `depth.json` where layers were compared as sets. None ranks by random numbers, seeded
-    by the recipe, and leaves out everything that needs to look at the teacher: the control.
+    by the recipe, and leaves out everything that needs to look at the teacher: the control, which gets the sizes of
+    the plan `like` where that is given.
 
     Raises `PlanError` for sizes that are not legal, `AnatomyError` for an axis whose proof fails, both before weights
     are read, `CorpusError` for samples that cannot calibrate, and `CheckpointError` if the result is not what the plan
@@ -56,12 +59,15 @@ def run(
     asked = recipe.prune if scores is not None else _blind(recipe.prune)
     anatomy = discover(checkpoint.load_config(teacher))
     after, kept_layers = target(student_anatomy(anatomy, asked), asked)
+    if like is not None:
+        after = Plan.load(like).after
     proof = prove(anatomy)
     proof.demand(anatomy.sizes, after)
-    turns(anatomy, after, asked)  # refuses a rotation that the family does not allow before weights are read
+    turns(anatomy, asked)  # refuses a rotation that the family does not allow before weights are read
     ranking = _ranking(anatomy, recipe, teacher, scores)
     if kept_layers is None and scores is not None:
         kept_layers = _chosen_layers(scores.with_name("depth.json"))
+    tried: tuple[Tried, ...] = ()
     device = checkpoint.resolve_device(recipe.device)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     tokenizer = checkpoint.load_tokenizer(teacher)
@@ -74,6 +80,20 @@ def run(
         write_json(out / "plan.json", plan.to_json())
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
+    turned = turn(model, anatomy, asked, samples, micro_batch=recipe.score.micro_batch, progress=progress)
+    if asked.shape == "trial" and (listed := _shapes(anatomy, asked, proof)):
+        tried = try_shapes(
+            model,
+            anatomy,
+            ranking,
+            asked,
+            listed,
+            samples,
+            turned=turned,
+            micro_batch=recipe.score.micro_batch,
+            progress=progress,
+        )
+        after, kept_layers = best(tried).arch, best(tried).kept_layers
     done = cut(
         model,
         anatomy,
@@ -82,6 +102,7 @@ def run(
         samples,
         after=after,
         kept_layers=kept_layers,
+        turned=turned,
         rescore=_rescore(recipe, samples),
         micro_batch=recipe.score.micro_batch,
         progress=progress,
@@ -108,8 +129,18 @@ def run(
         "perplexity": measure.perplexity(after_nll).as_dict(),
         "teacher_perplexity": measure.perplexity(before_nll).as_dict(),
         "checks": [f"{check.axis}: {check.name}" for check in proof.checks],
+        "shapes": [one.to_json() for one in tried],
         **done.figures,
     }
+
+
+def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof) -> list[Arch]:
+    """What a budget could be spent on: nothing to choose where sizes are given or depth cannot be cut."""
+    own = student_anatomy(anatomy, asked)
+    budget = budget_of(own, asked)
+    if budget is None or "layers" in proof.refusals:
+        return []
+    return shapes(own, budget[0], total=budget[1])
 
 
 def _blind(asked: Prune) -> Prune:

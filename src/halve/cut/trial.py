@@ -1,0 +1,120 @@
+"""Choosing between depth and width by trying: every shape that meets the budget is cut, refit and measured.
+
+The papers prefer width on grounds of long retraining of large models, and search by short distillation. A refit takes
+the place of the first steps of that distillation: seconds a shape, no gradients. docs/decisions/0011-shape.md has what
+the trial finds on small teachers and how well it foretells the loss after retraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve import measure
+from halve.anatomy import Anatomy, Arch
+from halve.cut.apply import Turned, cut
+from halve.cut.plan import select
+from halve.cut.scores import Scores
+from halve.errors import CorpusError
+from halve.progress import SILENT, Progress
+from halve.recipe import Prune
+
+FIT_SAMPLES, MEASURED_SAMPLES = 16, 16
+TOLERANCE = 0.1
+"""Shapes this close to the best count as equal; of them the deepest wins, which the papers find to learn best."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A shape, the layers that it keeps, and its KL to the teacher in nats a token."""
+
+    arch: Arch
+    kept_layers: tuple[int, ...]
+    kl: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def try_shapes(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    scores: Scores,
+    prune: Prune,
+    shapes: Sequence[Arch],
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    turned: Turned,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> tuple[Tried, ...]:
+    """Cut to every shape as `prune` says, on few samples, and measure it on samples that the refit did not see.
+
+    Layers go by `scores.layers`. A third of the samples, 16 at most, is measured on; of the others 16 at most are
+    fitted. Neurons are ranked, not selected by refit, and whatever merges heads or layers is left out.
+
+    Raises `CorpusError` for fewer than three samples, and what `cut` raises.
+    """
+    if len(samples_BS) < 3:
+        raise CorpusError(
+            f"{len(samples_BS)} calibration samples are too few to compare shapes",
+            why="some are fitted and others measured on",
+            fix="give more text, a smaller data.context, or set prune.shape: width",
+        )
+    held = min(MEASURED_SAMPLES, len(samples_BS) // 3)
+    measured_BS, fit_BS = _apart(samples_BS, held)
+    plain = Prune(hidden=1)
+    asked = prune.model_copy(
+        update={
+            "selection": "rank",
+            "steps": 1,
+            "head_merge": plain.head_merge,
+            "layer_merge": plain.layer_merge,
+            "refit_samples": min(prune.refit_samples, FIT_SAMPLES),
+        }
+    )
+    tried = []
+    with progress.task("try shapes", len(shapes) * fit_BS[: asked.refit_samples].numel()) as task:
+        for arch in shapes:
+            kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
+            student = cut(
+                model,
+                anatomy,
+                scores,
+                asked,
+                fit_BS,
+                after=arch,
+                kept_layers=kept,
+                turned=turned,
+                micro_batch=micro_batch,
+            ).student
+            found = measure.divergence(student, model, measured_BS, micro_batch=micro_batch)
+            tried.append(Tried(arch, kept, float(found.kl.mean())))
+            task.advance(fit_BS[: asked.refit_samples].numel(), kl=tried[-1].kl)
+    return tuple(tried)
+
+
+def best(tried: Sequence[Tried]) -> Tried:
+    """The deepest of those within `TOLERANCE` of the lowest KL.
+
+    >>> sizes = dict(hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
+    >>> found = {6: 2.0, 5: 1.05, 4: 1.0}
+    >>> best([Tried(Arch.of({**sizes, "layers": n}), tuple(range(n)), kl) for n, kl in found.items()]).arch.layers
+    5
+    """
+    lowest = min(one.kl for one in tried)
+    return max((one for one in tried if one.kl <= (1 + TOLERANCE) * lowest), key=lambda one: one.arch.layers)
+
+
+def _apart(samples_BS: Tensor, held: int) -> tuple[Tensor, Tensor]:
+    """`held` samples spread over all, and the others."""
+    chosen = torch.zeros(len(samples_BS), dtype=torch.bool)
+    chosen[torch.arange(held) * len(samples_BS) // held] = True
+    return samples_BS[chosen], samples_BS[~chosen]
