@@ -31,6 +31,7 @@ from halve.cut.selection import removal_order
 from halve.cut.sites import input_dim
 from halve.cut.surgery import trim
 from halve.cut.taps import find_points, on_input
+from halve.cut.walk import Call, States, first_states, layer_modules, record_calls, run_layer
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune
 
@@ -171,6 +172,7 @@ def cut(
     return Cut(student, own, plan, gains, figures)
 
 
+@torch.no_grad()
 def score_by_refit(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -183,38 +185,50 @@ def score_by_refit(
 ) -> dict[str, Tensor]:
     """Scores of neurons, and of heads where heads are cut: the later the refit can spare one, the higher.
 
-    One forward pass; see `halve.cut.selection`. Layers that are not listed score zero.
+    See `halve.cut.selection`. One forward pass, layer by layer, so that only one layer's Gram matrices are held.
+    Layers that are not listed score zero.
     """
     before, points = anatomy.sizes, find_points(model, anatomy)
-    wanted = {"ffn": after.ffn < before.ffn, "heads": after.heads < before.heads}
     per_group = before.heads // before.kv_heads
     cells = {"ffn": [0] * before.ffn, "heads": [head // per_group for head in range(before.heads)]}
     keep = {"ffn": after.ffn, "heads": after.heads // after.kv_heads}
     size = {"ffn": 1, "heads": before.head_dim}
-    grams: dict[tuple[str, int], Gram] = {}
-    scores: dict[str, Tensor] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for axis in (axis for axis, cut in wanted.items() if cut):
-            scores[axis] = torch.zeros(before.layers, len(cells[axis]))
-            for layer, name in points[axis]:
-                if layer in layers:
-                    module = model.get_submodule(name)
-                    grams[axis, layer] = Gram(len(cells[axis]) * size[axis], device=model.device)
-                    hooks.enter_context(on_input(module, grams[axis, layer].add))
-        if grams:
-            for part_BS in torch.split(samples_BS, micro_batch):
-                model.base_model(input_ids=part_BS.to(model.device), use_cache=False)
-    names = {axis: dict(points[axis]) for axis in scores}
-    for (axis, layer), gram in grams.items():
-        name = names[axis][layer]
-        gram.check(name)
-        weight = model.get_parameter(f"{name}.weight").detach()
-        weight_YX = weight if input_dim(anatomy, name) == 1 else weight.T
-        order = removal_order(
-            gram.xx_XX, weight_YX, size=size[axis], keep=keep[axis], cells=cells[axis], strength=strength
-        )
-        scores[axis][layer] = len(cells[axis])
-        scores[axis][layer, list(order)] = torch.arange(len(order), dtype=torch.float32)
+    axes = [axis for axis in cells if getattr(after, axis) < getattr(before, axis)]
+    scores = {axis: torch.zeros(before.layers, len(cells[axis])) for axis in axes}
+    if not axes:
+        return scores
+    states = States(*samples_BS.shape, before.hidden, dtype=model.dtype)
+    calls: dict[int, list[Call]] = {}
+    parts = [slice(start, start + micro_batch) for start in range(0, len(samples_BS), micro_batch)]
+    for rows in parts:
+        ids_BS = samples_BS[rows]
+        if len(ids_BS) not in calls:
+            calls[len(ids_BS)] = record_calls(model, anatomy, ids_BS)[0]
+        states[rows] = first_states(model, anatomy, ids_BS)
+    for layer, module in enumerate(layer_modules(model, anatomy)[: max(layers) + 1]):
+        names = {axis: dict(points[axis])[layer] for axis in axes}
+        grams = {axis: Gram(len(cells[axis]) * size[axis], device=model.device) for axis in axes}
+        with ExitStack() as hooks:
+            for axis in axes if layer in layers else ():
+                hooks.enter_context(on_input(model.get_submodule(names[axis]), grams[axis].add))
+            for rows in parts:
+                x_BSD = states[rows].to(model.device)
+                states[rows] = run_layer(module, calls[len(x_BSD)][layer], x_BSD)
+        for axis in axes if layer in layers else ():
+            name = names[axis]
+            grams[axis].check(name)
+            weight = model.get_parameter(f"{name}.weight")
+            weight_YX = weight if input_dim(anatomy, name) == 1 else weight.T
+            order = removal_order(
+                grams[axis].xx_XX,
+                weight_YX,
+                size=size[axis],
+                keep=keep[axis],
+                cells=cells[axis],
+                strength=strength,
+            )
+            scores[axis][layer] = len(cells[axis])
+            scores[axis][layer, list(order)] = torch.arange(len(order), dtype=torch.float32)
     return scores
 
 
