@@ -61,9 +61,6 @@ DEFAULT = {"shape": "trial", "rotation": "auto", "refit": "all"}
 METHODS: dict[str, Width | Depth] = {
     OURS: Width("halve's default: shape by trial, rotation, refit of everything", prune=DEFAULT, ours=True),
     "halve-width": Width("the same in width alone", prune={**DEFAULT, "shape": "width"}, ours=True),
-    "halve-untied": Width("the same with a head of its own", prune={**DEFAULT, "untie": True}, ours=True),
-    "halve-unrotated": Width("the same without rotation", prune={**DEFAULT, "rotation": "none"}, ours=True),
-    "halve-selection": Width("with selection by refit", prune={**DEFAULT, "selection": "refit"}, ours=True),
     PLAIN: Width("2407.14679: l2/mean, one shot, no refit, no gain"),
     RANDOM: Width("uniform random entries", method="random"),
     "magnitude": Width("weight magnitude", method="magnitude"),

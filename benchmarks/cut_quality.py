@@ -1,6 +1,6 @@
 """How close a cut starts to its teacher and how fast it recovers: halve's default beside every baseline.
 
-    python benchmarks/cut_quality.py --out FOLDER [--model DIR --train FILE --valid FILE] [--seeds 3] [--tokens 65536]
+    python benchmarks/cut_quality.py --out FOLDER [--model DIR --train FILE --valid FILE] [--seeds 3] [--tokens 49152]
 
 All methods in one process, on one teacher, on the same calibration samples, at the same sizes. Sizes are shares of the
 non-embedding parameters: width methods share one architecture a size, depth methods take the nearest whole number
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="calibration samples")
     parser.add_argument("--refit-samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens of retraining")
+    parser.add_argument("--tokens", type=int, default=49152, help="tokens of retraining")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

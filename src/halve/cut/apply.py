@@ -197,7 +197,7 @@ def score_by_refit(
     scores = {axis: torch.zeros(before.layers, len(cells[axis])) for axis in axes}
     if not axes:
         return scores
-    states = States(*samples_BS.shape, before.hidden, dtype=model.dtype)
+    states = States(len(samples_BS), samples_BS.shape[1], before.hidden, dtype=model.dtype)
     calls: dict[int, list[Call]] = {}
     parts = [slice(start, start + micro_batch) for start in range(0, len(samples_BS), micro_batch)]
     for rows in parts:
