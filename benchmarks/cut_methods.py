@@ -95,12 +95,12 @@ class Setting:
 
 
 def make_student(method: Width | Depth, ratio: float, setting: Setting) -> tuple[PreTrainedModel, dict[str, float]]:
-    """Score and cut; the seconds that both took, of them those spent in solves, and the seconds of the trial."""
+    """Score and cut; the processor seconds that both took, and of them those spent in solves."""
     timed: dict[str, float] = {"solves": 0.0, "seconds": 0.0}
     with stopwatch(timed):
-        began = time.perf_counter()
+        began = time.process_time()
         student = method.cut(ratio, setting, timed)
-        timed["seconds"] += time.perf_counter() - began
+        timed["seconds"] += time.process_time() - began
     return student, timed
 
 
@@ -177,7 +177,7 @@ def _scores(method: Method, setting: Setting, timed: dict[str, float]) -> Scores
     if (known := setting.scored.get(method)) is not None:
         timed["seconds"] += known[1]
         return known[0]
-    began = time.perf_counter()
+    began = time.process_time()
     scores = width.score(
         setting.model,
         setting.anatomy,
@@ -191,7 +191,7 @@ def _scores(method: Method, setting: Setting, timed: dict[str, float]) -> Scores
         model_fingerprint="",
         samples_fingerprint="",
     )
-    setting.scored[method] = scores, time.perf_counter() - began
+    setting.scored[method] = scores, time.process_time() - began
     return scores
 
 
@@ -208,11 +208,11 @@ def stopwatch(timed: dict[str, float]) -> Iterator[None]:
 
     def counting(act: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return act(*args, **kwargs)
             finally:
-                timed["solves"] += time.perf_counter() - began
+                timed["solves"] += time.process_time() - began
 
         return counted
 

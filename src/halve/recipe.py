@@ -131,10 +131,10 @@ class Prune(Section):
     steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
     selection: Selection = Field("rank", description="refit: choose neurons by what a refit cannot make up for")
     rotation: Rotation = Field(
-        "none", description="basis that hidden is cut in; auto: the principal one where the family's norms allow it"
+        "auto", description="basis that hidden is cut in; auto: the principal one where the family's norms allow it"
     )
     untie: bool = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
-    refit: Refit = Field("none", description="solve for the weights that read or write what was cut")
+    refit: Refit = Field("all", description="solve for the weights that read or write what was cut")
     ridge: float = Field(1e-3, gt=0, description="ridge of the refit, relative to the mean of the Gram's diagonal")
     refit_samples: Count = Field(128, description="calibration samples of rotation and refit")
     head_merge: float = Field(0.0, description="coefficient of the head residual merge; 0 is off")

@@ -1,0 +1,233 @@
+"""Cutting as a recipe asks: the whole way from scores to a student, on twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import config
+from torch import Tensor
+
+from halve.anatomy import Anatomy, discover
+from halve.cut import apply, width
+from halve.cut.apply import cut, score_by_refit, turn
+from halve.cut.plan import select
+from halve.cut.rotate import tie
+from halve.cut.scores import Scores, random_scores
+from halve.cut.surgery import trim
+from halve.cut.twins import random_twin
+from halve.errors import AnatomyError
+from halve.recipe import Prune
+
+PLAIN: dict[str, Any] = {"gain": "none", "refit": "none", "rotation": "none", "selection": "rank"}
+
+
+def _samples(anatomy: Anatomy, num: int = 40, seq: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(anatomy.sizes.vocab, (num, seq), generator=generator)
+
+
+def _twin(family: str, **changes: Any) -> tuple[Any, Anatomy]:
+    anatomy = discover(config(family, **changes)).twin()
+    return random_twin(anatomy, seed=0).requires_grad_(False), anatomy
+
+
+def _scores(model: Any, anatomy: Anatomy) -> Scores:
+    return width.score(
+        model,
+        anatomy,
+        _samples(anatomy, 8),
+        method="activation",
+        ffn_point="down_input",
+        batch_agg="l2",
+        seq_agg="mean",
+        micro_batch=4,
+        seed=0,
+        model_fingerprint="",
+        samples_fingerprint="",
+    )
+
+
+def _cut(model: Any, anatomy: Anatomy, sizes: dict[str, int], **asked: Any) -> apply.Cut:
+    prune = Prune(**sizes, **{**PLAIN, **asked})
+    return cut(
+        model,
+        anatomy,
+        _scores(model, anatomy),
+        prune,
+        _samples(anatomy),
+        after=anatomy.sizes.at(**sizes),
+        kept_layers=None,
+        turned=turn(model, anatomy, prune, _samples(anatomy), micro_batch=8),
+        rescore=_scores,
+        micro_batch=8,
+    )
+
+
+def _gap(ours: Any, theirs: Any, anatomy: Anatomy) -> float:
+    ids = _samples(anatomy)
+    with torch.no_grad():
+        return float((ours(ids).logits - theirs(ids).logits).square().mean())
+
+
+def test_with_everything_off_it_is_select_and_trim() -> None:
+    model, anatomy = _twin("llama")
+    sizes = {"hidden": anatomy.sizes.hidden - 8, "ffn": anatomy.sizes.ffn - 16}
+    done = _cut(model, anatomy, sizes)
+    plan = select(anatomy, anatomy.sizes.at(**sizes), _scores(model, anatomy), gain="none")
+    assert done.plan == plan
+    assert done.figures == {}
+    for ours, theirs in zip(done.student.parameters(), trim(model, plan, anatomy).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_default_comes_closer_than_a_plain_cut_and_is_as_large(family: str) -> None:
+    model, anatomy = _twin(family, tie_word_embeddings=True)
+    sizes = {"hidden": anatomy.sizes.hidden - 8, "ffn": anatomy.sizes.ffn - 16}
+    plain = _cut(model, anatomy, sizes)
+    ours = _cut(model, anatomy, sizes, rotation="auto", refit="all", gain="fitted")
+    assert ours.student.num_parameters() == plain.student.num_parameters()
+    assert ours.student.config.tie_word_embeddings
+    assert ours.figures["more_params_untied"] == 0
+    assert 0 < ours.figures["energy_kept"] < 1
+    assert ours.plan.hidden == tuple(range(sizes["hidden"]))
+    assert _gap(ours.student, model, anatomy) < 0.8 * _gap(plain.student, model, anatomy)
+    free = _cut(model, anatomy, sizes, rotation="auto", refit="all", untie=True)
+    assert free.figures["more_params_untied"] == anatomy.sizes.vocab * sizes["hidden"]
+    more = free.student.num_parameters() - ours.student.num_parameters()
+    assert more == free.figures["more_params_untied"]
+
+
+def test_families_that_cannot_be_rotated_are_cut_in_their_own_basis() -> None:
+    model, anatomy = _twin("gemma2")
+    sizes = {"hidden": anatomy.sizes.hidden - 8}
+    done = _cut(model, anatomy, sizes, rotation="auto")
+    assert "energy_kept" not in done.figures
+    with pytest.raises(AnatomyError, match="cannot rotate"):
+        _cut(model, anatomy, sizes, rotation="pca")
+
+
+def test_a_cut_that_leaves_hidden_alone_is_not_rotated() -> None:
+    model, anatomy = _twin("llama")
+    done = _cut(model, anatomy, {"ffn": anatomy.sizes.ffn - 16}, rotation="pca")
+    plain = _cut(model, anatomy, {"ffn": anatomy.sizes.ffn - 16})
+    assert "energy_kept" not in done.figures
+    assert all(torch.equal(a, b) for a, b in zip(done.student.parameters(), plain.student.parameters(), strict=True))
+
+
+def test_selection_by_refit_keeps_one_of_two_that_say_the_same() -> None:
+    model, anatomy = _twin("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:  # neurons 0 and 1 are one and very active
+            for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
+                weight[:2] = 3 * weight[:1]
+    after = anatomy.sizes.at(ffn=anatomy.sizes.ffn - 16)
+    scores = score_by_refit(
+        model, anatomy, after, _samples(anatomy), layers=range(anatomy.sizes.layers), strength=1e-9, micro_batch=8
+    )
+    assert set(scores) == {"ffn"}
+    for row in scores["ffn"]:
+        assert (row == anatomy.sizes.ffn).sum() == after.ffn
+        assert min(row[0], row[1]) == 0  # the first to go
+    activity = _scores(model, anatomy).ffn
+    assert activity is not None
+    assert bool((activity.argsort(dim=1, descending=True)[:, :8] < 2).any())
+
+
+def test_heads_selected_by_refit_stay_balanced_in_their_groups() -> None:
+    model, anatomy = _twin("llama")
+    sizes = {"heads": anatomy.sizes.heads // 2}
+    done = _cut(model, anatomy, sizes, selection="refit", refit="outputs")
+    per_group = anatomy.sizes.heads // anatomy.sizes.kv_heads
+    for kept in done.plan.heads:
+        counts = [sum(head // per_group == group for head in kept) for group in range(anatomy.sizes.kv_heads)]
+        assert len(set(counts)) == 1
+    assert _gap(done.student, model, anatomy) < _gap(_cut(model, anatomy, sizes).student, model, anatomy)
+
+
+def test_steps_score_what_is_left() -> None:
+    model, anatomy = _twin("llama")
+    seen: list[int] = []
+
+    def rescore(part: Any, part_anatomy: Anatomy) -> Scores:
+        seen.append(part_anatomy.sizes.ffn)
+        return _scores(part, part_anatomy)
+
+    sizes = {"ffn": anatomy.sizes.ffn - 32}
+    prune = Prune(**sizes, **PLAIN, steps=2)
+    done = cut(
+        model,
+        anatomy,
+        _scores(model, anatomy),
+        prune,
+        _samples(anatomy),
+        after=anatomy.sizes.at(**sizes),
+        kept_layers=None,
+        turned=turn(model, anatomy, prune, _samples(anatomy), micro_batch=8),
+        rescore=rescore,
+        micro_batch=8,
+    )
+    assert seen == [anatomy.sizes.ffn, anatomy.sizes.ffn - 16]
+    assert done.student.config.intermediate_size == sizes["ffn"]
+
+
+def test_merges_change_the_student_and_not_the_teacher() -> None:
+    model, anatomy = _twin("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    heads = {"heads": anatomy.sizes.heads // 2}
+    layers = {"layers": anatomy.sizes.layers - 1}
+    for sizes, asked in ((heads, {"head_merge": 0.5}), (layers, {"layer_merge": "laco"})):
+        with_merge, without = _cut(model, anatomy, sizes, **asked), _cut(model, anatomy, sizes)
+        pairs = zip(with_merge.student.parameters(), without.student.parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tying_back_what_was_never_cut_finds_the_final_norm() -> None:
+    """The folded norm is a factor a channel again: E diag(g) with the old g is exact, and the fit finds it."""
+    model, anatomy = _twin("llama", tie_word_embeddings=True)
+    student = _untied_with_the_norm_folded(model)
+    assert anatomy.final_norm is not None
+    again = tie(student, student, anatomy.final_norm, _samples(anatomy), strength=1e-9, micro_batch=8)
+    assert again.config.tie_word_embeddings
+    torch.testing.assert_close(again.model.norm.weight, model.model.norm.weight, atol=1e-4, rtol=0)
+    assert _gap(again, model, anatomy) < 1e-8
+
+
+def _untied_with_the_norm_folded(model: Any) -> Any:
+    import copy
+
+    from halve.anatomy.configs import build
+
+    settings = copy.deepcopy(model.config)
+    settings.tie_word_embeddings = False
+    result = build(settings, device="cpu", dtype=model.dtype)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["lm_head.weight"] = model.get_input_embeddings().weight * model.model.norm.weight
+    state["model.norm.weight"] = torch.ones_like(model.model.norm.weight)
+    result.load_state_dict(state)
+    return result
+
+
+def test_random_scores_do_for_scores() -> None:
+    model, anatomy = _twin("llama")
+    prune = Prune(ffn=anatomy.sizes.ffn - 16, **PLAIN)
+    turned = turn(model, anatomy, prune, _samples(anatomy), micro_batch=8)
+    after = anatomy.sizes.at(ffn=prune.ffn)
+    made = [
+        cut(
+            model,
+            anatomy,
+            random_scores(anatomy, seed),
+            prune,
+            _samples(anatomy),
+            after=after,
+            kept_layers=None,
+            turned=turned,
+            micro_batch=8,
+        ).plan.ffn
+        for seed in (0, 1)
+    ]
+    assert made[0] != made[1]
