@@ -27,6 +27,10 @@ PLAIN, RANDOM, OURS = "minitron", "random", "halve"
 
 # ---- the methods
 
+NOTHING = {"shape": "width", "gain": "none", "rotation": "none", "selection": "rank", "refit": "none"}
+DEFAULT: dict[str, Any] = {}
+"""What a recipe does that says nothing."""
+
 
 @dataclass(frozen=True)
 class Width:
@@ -34,7 +38,7 @@ class Width:
 
     source: str
     method: Method = "activation"
-    prune: Mapping[str, Any] = field(default_factory=lambda: {"gain": "none"})
+    prune: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
     ours: bool = False
 
     def cut(self, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
@@ -57,7 +61,6 @@ class Depth:
         return _by_depth(self, ratio, setting, timed)
 
 
-DEFAULT = {"shape": "trial", "rotation": "auto", "refit": "all"}
 METHODS: dict[str, Width | Depth] = {
     OURS: Width("halve's default: shape by trial, rotation, refit of everything", prune=DEFAULT, ours=True),
     "halve-width": Width("the same in width alone", prune={**DEFAULT, "shape": "width"}, ours=True),
@@ -67,10 +70,8 @@ METHODS: dict[str, Width | Depth] = {
     "wanda": Width("2306.11695, structured: activation x weight norm", method="wanda"),
     "taylor": Width("LLM-Pruner, 2305.11627: first-order Taylor", method="taylor"),
     "flap": Width("2312.11983: fluctuation", method="fluctuation"),
-    "osscar": Width(
-        "2403.12983: selection with refit", prune={"gain": "none", "selection": "refit", "refit": "outputs"}
-    ),
-    "slicegpt": Width("2401.15024: PCA rotation, one basis", prune={"gain": "none", "rotation": "pca", "untie": True}),
+    "osscar": Width("2403.12983: selection with refit", prune={**NOTHING, "selection": "refit", "refit": "outputs"}),
+    "slicegpt": Width("2401.15024: PCA rotation, one basis", prune={**NOTHING, "rotation": "pca", "untie": True}),
     "shortgpt": Depth("2403.03853: BI", "bi", "single"),
     "gromov": Depth("2403.17887: angular distance of blocks", "angular", "block"),
     "shortened-ppl": Depth("2402.02834: perplexity", "nll", "single"),

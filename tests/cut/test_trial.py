@@ -44,7 +44,7 @@ def test_sizes_by_hand_are_no_budget() -> None:
     assert budget_of(anatomy, Prune(params="100k")) == (100_000, True)
 
 
-def _tried(model: Any, anatomy: Anatomy, num: int = 12) -> Any:
+def _tried(model: Any, anatomy: Anatomy, num: int = 72) -> Any:
     prune = Prune(non_embedding_ratio=0.6)
     budget = budget_of(anatomy, prune)
     assert budget is not None
@@ -56,8 +56,8 @@ def _tried(model: Any, anatomy: Anatomy, num: int = 12) -> Any:
         prune,
         shapes(anatomy, budget[0], total=budget[1]),
         samples,
-        turned=turn(model, anatomy, prune, samples, micro_batch=4),
-        micro_batch=4,
+        turned=turn(model, anatomy, prune, samples, micro_batch=24),
+        micro_batch=24,
     )
 
 
