@@ -124,7 +124,7 @@ class Prune(Section):
     layers: Count | None = Field(None, description="layers to keep, the least important dropped")
     drop_layers: str | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
     shape: Shape = Field(
-        "width",
+        "trial",
         description="what a budget is spent on; trial: cut and refit every mix of depth and width on a few samples",
     )
     gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")

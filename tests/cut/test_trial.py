@@ -21,7 +21,7 @@ LLAMA = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6}
 
 
 def _samples(anatomy: Anatomy, num: int) -> torch.Tensor:
-    return torch.randint(anatomy.sizes.vocab, (num, 16), generator=torch.Generator().manual_seed(1))
+    return torch.randint(anatomy.sizes.vocab, (num, 32), generator=torch.Generator().manual_seed(1))
 
 
 def test_shapes_meet_the_budget_with_one_for_each_depth() -> None:
@@ -45,7 +45,7 @@ def test_sizes_by_hand_are_no_budget() -> None:
 
 
 def _tried(model: Any, anatomy: Anatomy, num: int = 72) -> Any:
-    prune = Prune(non_embedding_ratio=0.6)
+    prune = Prune(non_embedding_ratio=0.5)
     budget = budget_of(anatomy, prune)
     assert budget is not None
     samples = _samples(anatomy, num)

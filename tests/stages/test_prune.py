@@ -35,8 +35,13 @@ def pruned(
     tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, tiny_llama: Path, scores: Path
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("prune")
-    recipe = make_recipe(prune=SIZES)
+    recipe = make_recipe(prune={**SIZES, "rotation": "none", "refit": "none"})
     return out, prune.run(recipe, teacher=tiny_llama, scores=scores, cache=out / "data", out=out)
+
+
+def _by_hand(plan: Plan) -> dict[str, Any]:
+    before, after = plan.before.sizes, plan.after.sizes
+    return {axis: after[axis] for axis in ("hidden", "ffn", "layers") if after[axis] != before[axis]}
 
 
 def test_the_result_is_an_ordinary_folder(pruned: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
@@ -86,6 +91,34 @@ def test_random_numbers_cut_elsewhere(
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.after == Plan.load(pruned[0] / "plan.json").after
     assert plan.hidden != Plan.load(pruned[0] / "plan.json").hidden
+
+
+def test_the_default_chooses_a_shape_and_the_control_takes_its_sizes(
+    make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={"samples": 64, "micro_batch": 16})
+    made = prune.run(recipe, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
+    plan = Plan.load(tmp_path / "plan.json")
+    tried = {shape["arch"]["layers"]: shape["kl"] for shape in made["shapes"]}
+    assert len(tried) > 1
+    assert tried[plan.after.layers] <= 1.1 * min(tried.values())
+    plain = make_recipe(prune={**_by_hand(plan), "rotation": "none", "refit": "none"})
+    (tmp_path / "plain").mkdir()
+    worse = prune.run(plain, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path / "plain")
+    assert worse["params"] == made["params"]
+    assert made["perplexity"]["value"] < worse["perplexity"]["value"]
+    (tmp_path / "random").mkdir()
+    control = prune.run(
+        recipe,
+        teacher=tiny_llama,
+        scores=None,
+        cache=tmp_path / "data",
+        out=tmp_path / "random",
+        like=tmp_path / "plan.json",
+    )
+    assert control["params"] == made["params"]
+    assert control["shapes"] == []
+    assert json.loads((tmp_path / "random" / "model" / "halve.json").read_text())["prune"]["refit"] == "none"
 
 
 def test_scores_of_another_model_are_refused(
