@@ -152,6 +152,7 @@ def _blind(asked: Prune) -> Prune:
         "head_merge": 0.0,
         "layer_merge": "none",
         "steps": 1,
+        "shape": "width",
     }
     return asked.model_copy(update=off)
 
