@@ -35,3 +35,19 @@ def test_the_work_of_distillation(tmp_path: Path) -> None:
     assert found.flops["score"] == 1024 * 100 * once
     assert found.memory.student_bytes == 18 * found.student_counts.params
     assert found.memory.fits
+
+
+def test_a_head_of_its_own_is_counted_and_a_trial_is_said(tmp_path: Path) -> None:
+    teacher = config("llama", tie_word_embeddings=True)
+    teacher.save_pretrained(tmp_path / "teacher")
+    raw = {"name": "cost", "model": "teacher", "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 100}}
+
+    def found(**prune: object):  # type: ignore[no-untyped-def]
+        return forecast(parse({**raw, "prune": prune}, folder=tmp_path, source="test"))
+
+    tied, untied = found(hidden=48), found(hidden=48, untie=True)
+    assert untied.student_counts.params - tied.student_counts.params == 128 * 48
+    assert untied.teacher_counts == tied.teacher_counts
+    assert not tied.tried
+    assert found(non_embedding_ratio=0.5).tried
+    assert not found(non_embedding_ratio=0.5, shape="width").tried

@@ -69,6 +69,8 @@ class Forecast:
     memory: Memory
     disk_bytes: int
     schedule: dict[str, Any]
+    tried: bool
+    """Whether a trial may share the budget between depth and width in another way than is shown."""
 
     @property
     def gpu_hours(self) -> float:
@@ -106,12 +108,18 @@ def forecast(recipe: Recipe) -> Forecast:
         memory=_peak(recipe, found, before, made),
         disk_bytes=_disk(recipe, before, made, tokens),
         schedule=_schedule(recipe),
+        tried=any(_is_tried(part) for part in rounds(recipe)),
     )
+
+
+def _is_tried(recipe: Recipe) -> bool:
+    asked = recipe.prune
+    return asked.shape == "trial" and (asked.params is not None or asked.non_embedding_ratio is not None)
 
 
 def _made(shape: Shape, context: int) -> Round:
     kept, layers = shape.kept_layers, range(shape.before.sizes.layers)
-    counts = shape.before.ledger.count(shape.after, kept_layers=kept, context=context)
+    counts = shape.student.ledger.count(shape.after, kept_layers=kept, context=context)
     return Round(shape.after, counts, () if kept is None else tuple(i for i in layers if i not in kept))
 
 

@@ -20,6 +20,8 @@ class Shape:
     """What one round cuts: the model before, the sizes after and, where the recipe names them, the kept layers."""
 
     before: Anatomy
+    student: Anatomy
+    """What the student's sizes are those of: rotation may give it a head of its own."""
     after: Arch
     kept_layers: tuple[int, ...] | None
 
@@ -67,15 +69,17 @@ def shapes(recipe: Recipe) -> tuple[Shape, ...]:
     from halve import checkpoint
     from halve.anatomy import discover
     from halve.anatomy.configs import resized
+    from halve.cut.rotate import student_anatomy
     from halve.cut.sizes import config_sizes, target
 
     config = checkpoint.load_config(recipe.model)
     found = []
     for part in rounds(recipe):
         anatomy = discover(config)
-        after, kept = target(anatomy, part.prune)
-        found.append(Shape(anatomy, after, kept))
+        own = student_anatomy(anatomy, part.prune)
+        after, kept = target(own, part.prune)
+        found.append(Shape(anatomy, own, after, kept))
         if len(found) <= len(recipe.then):
             layers = range(after.layers) if kept is None else kept
-            config = resized(config, config_sizes(anatomy, after), kept_layers=tuple(layers))
+            config = resized(own.config, config_sizes(own, after), kept_layers=tuple(layers))
     return tuple(found)

@@ -157,6 +157,8 @@ def forecast(found: Forecast) -> None:
         ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
     table(f"{found.name}: plan", ("", "teacher", *names), rows)
+    if found.tried:
+        print("shown is width alone; prune.shape: trial may take some of the same budget from depth")
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
     work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]
