@@ -72,7 +72,7 @@ def test_a_tied_head_is_untied_and_counted(family: str) -> None:
     more = anatomy.sizes.vocab * anatomy.sizes.hidden
     assert sum(p.numel() for p in turned.parameters()) == sum(p.numel() for p in model.parameters()) + more
     assert own.ledger.count(own.sizes).non_embedding == anatomy.ledger.count(anatomy.sizes).non_embedding
-    assert student_anatomy(anatomy, Prune(hidden=8, rotation="pca")).tied is False
+    assert student_anatomy(anatomy, Prune(hidden=8, rotation="pca", untie=True)).tied is False
     assert student_anatomy(anatomy, Prune(hidden=8)) is anatomy
     assert untied(own) is own
 
