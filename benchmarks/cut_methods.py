@@ -20,6 +20,7 @@ from halve.cut.scores import Scores
 from halve.cut.sizes import budget_of, shapes, target
 from halve.cut.surgery import trim
 from halve.recipe import DepthCriterion, DepthPattern, Method, Prune
+from halve.train.batch import Batch
 from halve.train.corpus import Samples
 
 MICRO_BATCH = 16
@@ -88,7 +89,7 @@ class Setting:
     model: PreTrainedModel
     anatomy: Anatomy
     calibration_BS: Tensor
-    heldout_BS: Tensor
+    heldout: Batch
     train: Samples
     seed: int
     refit_samples: int

@@ -39,6 +39,7 @@ from halve.demo.run import TEACHER
 from halve.head import split
 from halve.recipe import Data, Distill, Prune, Recipe
 from halve.train import corpus, loop, objectives
+from halve.train.course import Course
 
 RATIOS = (0.7, 0.5, 0.3)
 TARGETS = {0.7: 0.5, 0.5: 0.55, 0.3: 0.7}
@@ -51,7 +52,7 @@ CONTROLS = (PLAIN, RANDOM)
 
 def kl(student: PreTrainedModel, setting: Setting) -> float:
     """Mean KL(teacher || student) on held-out text."""
-    found = measure.divergence(student, setting.model, setting.heldout_BS, micro_batch=MICRO_BATCH)
+    found = measure.divergence(student, setting.model, setting.heldout.ids, micro_batch=MICRO_BATCH)
     return float(found.kl.mean())
 
 
@@ -70,14 +71,13 @@ def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: in
     )
     vocab = setting.anatomy.sizes.vocab
     student.requires_grad_(True)
-    heldout = objectives.heldout_divergence(body, head, setting.heldout_BS, vocab=vocab, micro_batch=MICRO_BATCH)
+    heldout = objectives.heldout_divergence(body, head, setting.heldout, vocab=vocab, micro_batch=MICRO_BATCH)
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "metrics.jsonl"
         loop.train(
             student,
             objectives.distillation(body, head, vocab=vocab),
-            setting.train,
-            training,
+            Course(training, setting.train),
             seed=setting.seed,
             device="cpu",
             work=Path(scratch) / "work",
@@ -326,7 +326,7 @@ def make_setting(args: argparse.Namespace, seed: int) -> Setting:
         model=model,
         anatomy=discover(model.config),
         calibration_BS=samples.calibration(args.samples),
-        heldout_BS=corpus.Samples(heldout, args.context, 0).first(32),
+        heldout=corpus.Samples(heldout, args.context, 0).heldout(32),
         train=samples,
         seed=seed,
         refit_samples=args.refit_samples,
@@ -355,7 +355,7 @@ def describe(args: argparse.Namespace, book: Book, setting: Setting) -> str:
             f"`python benchmarks/cut_quality.py {flags} --threads {args.threads}`, {seconds / 60:.0f} minutes,"
             f" torch {torch.__version__}, {platform.machine()}. Teacher: {anatomy.family},"
             f" {anatomy.ledger.count(anatomy.sizes).params:,} parameters. KL in nats a token on"
-            f" {len(setting.heldout_BS)} held-out samples of {args.context} tokens. Sizes: {'; '.join(archs)}.",
+            f" {len(setting.heldout)} held-out samples of {args.context} tokens. Sizes: {'; '.join(archs)}.",
         ]
     )
 

@@ -31,6 +31,7 @@ from halve.recipe import Training
 from halve.rundir import read_json, write_json
 from halve.train import loop
 from halve.train.corpus import Samples, Tokens, prepare, reopen
+from halve.train.course import Course
 from halve.train.objectives import cross_entropy, heldout_loss
 
 END = "<|endoftext|>"
@@ -145,12 +146,11 @@ def train_teacher(prepared: Path, out: Path, *, training: Training, device: str)
     print(f"{model.num_parameters():,} parameters, {training.tokens / len(train):.1f} epochs")
     work = out.with_name(f".{out.name}.work")
     work.mkdir(parents=True, exist_ok=True)
-    heldout = Samples(valid, context=CONTEXT, seed=SEED).first(training.eval_samples)
+    heldout = Samples(valid, context=CONTEXT, seed=SEED).heldout(training.eval_samples)
     result = loop.train(
         model,
         cross_entropy(),
-        Samples(train, context=CONTEXT, seed=SEED),
-        training,
+        Course(training, Samples(train, context=CONTEXT, seed=SEED)),
         seed=SEED,
         device=device,
         work=work,

@@ -329,25 +329,27 @@ def test_every_epoch_draws_every_sample_once(
     num = count // context
     assert len(samples) == num
     steps = 2 * -(-num // batch)
-    drawn = torch.cat([samples.batch(step, batch) for step in range(steps)])
+    batches = [samples.batch(step, batch) for step in range(steps)]
+    drawn = torch.cat([one.ids for one in batches])
     assert drawn.dtype == torch.int64
     assert torch.equal(drawn - drawn[:, :1], torch.arange(context).expand_as(drawn))
     firsts = (drawn[:, 0] // context).tolist()
+    assert firsts == [number for one in batches for number in one.numbers]
     for epoch in range(2):
         assert sorted(firsts[epoch * num : (epoch + 1) * num]) == list(range(num))
     again = Samples(samples.tokens, context, seed)
-    assert torch.equal(again.batch(steps - 1, batch), drawn[-batch:])  # no state: any step, in any order
+    assert torch.equal(again.batch(steps - 1, batch).ids, drawn[-batch:])  # no state: any step, in any order
 
 
 def test_order_depends_on_the_seed_and_the_epoch(tmp_path: Path) -> None:
     tokens = fake_tokens(tmp_path, 640)
-    orders = [Samples(tokens, 10, seed).batch(step, 64)[:, 0].tolist() for seed in (0, 1) for step in (0, 1)]
+    orders = [Samples(tokens, 10, seed).batch(step, 64).ids[:, 0].tolist() for seed in (0, 1) for step in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_the_order_is_the_same_on_every_machine(tmp_path: Path) -> None:
     samples = Samples(fake_tokens(tmp_path, 12), 1, seed=7)
-    assert samples.batch(0, 12)[:, 0].tolist() == [4, 6, 10, 0, 1, 3, 8, 7, 2, 5, 9, 11]
+    assert samples.batch(0, 12).ids[:, 0].tolist() == [4, 6, 10, 0, 1, 3, 8, 7, 2, 5, 9, 11]
 
 
 def test_first_samples_are_spread_evenly(tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ from halve.errors import DiskError, TrainError
 from halve.head import Body, Head, split
 from halve.recipe import Training
 from halve.train import checkpoints, loop, objectives
+from halve.train.batch import Batch
+from halve.train.course import Course
+from halve.train.optimizers import make_optimizer
+from halve.train.step import Trained, optimize
 
 VOCAB, CONTEXT = 37, 12
 
@@ -38,12 +42,13 @@ class Fake:
 
     context: int = CONTEXT
 
-    def batch(self, step: int, batch: int) -> Tensor:
+    def batch(self, step: int, batch: int) -> Batch:
         random = torch.Generator().manual_seed(step)
         first_B1 = torch.randint(VOCAB, (batch, 1), generator=random)
         ids_BS = (first_B1 + 5 * torch.arange(self.context)) % VOCAB
         noise_BS = torch.rand(ids_BS.shape, generator=random) < 0.1
-        return torch.where(noise_BS, torch.randint(VOCAB, ids_BS.shape, generator=random), ids_BS)
+        ids_BS = torch.where(noise_BS, torch.randint(VOCAB, ids_BS.shape, generator=random), ids_BS)
+        return Batch(ids_BS, tuple(range(step * batch, (step + 1) * batch)))
 
 
 def training(**changes: Any) -> Training:
@@ -73,8 +78,7 @@ def run(
     return loop.train(
         model,
         objective or taught(tiny(seed=1)),
-        Fake(),
-        recipe,
+        Course(recipe, Fake()),
         seed=0,
         device="cpu",
         work=folder / "work",
@@ -135,10 +139,10 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path, kind: st
 def test_accumulation_is_over_tokens_not_over_parts(tmp_path: Path) -> None:
     """Parts with unequal numbers of counted tokens: the mean of means would be another loss."""
 
-    def masked(body: Any, head: Head, ids_BS: Tensor) -> tuple[Tensor, int]:
-        hidden_ND = objectives.predictions(body, ids_BS)
-        nats_N = torch.nn.functional.cross_entropy(head.logits(hidden_ND), ids_BS[:, 1:].flatten(), reduction="none")
-        keep_N = ids_BS[:, 1:].flatten() < 20
+    def masked(body: Any, head: Head, batch: Batch) -> tuple[Tensor, int]:
+        hidden_ND = objectives.predictions(body, batch)
+        nats_N = torch.nn.functional.cross_entropy(head.logits(hidden_ND), batch.labels(), reduction="none")
+        keep_N = batch.labels() < 20
         return nats_N[keep_N].sum(), int(keep_N.sum())
 
     for size in (8, 1):
@@ -291,20 +295,20 @@ def test_a_student_that_is_not_finite_is_refused_before_the_first_step(tmp_path:
 def test_heldout_figures_stand_at_the_start_at_every_interval_and_at_the_end(tmp_path: Path) -> None:
     teacher = tiny(seed=1)
     body, head = split(teacher)
-    ids_BS = Fake().batch(99, 5)
-    heldout = objectives.heldout_divergence(body, head, ids_BS, vocab=VOCAB, micro_batch=2)
+    samples = Fake().batch(99, 5)
+    heldout = objectives.heldout_divergence(body, head, samples, vocab=VOCAB, micro_batch=2)
     student = tiny()
     result = run(tmp_path, student, objective=taught(teacher), heldout=heldout, recipe=training(eval_every=4))
     found = {line["step"]: line["heldout"] for line in lines(tmp_path) if "heldout" in line}
     assert list(found) == [0, 4, 6]
     assert result.heldout == found[6]
     with torch.no_grad():
-        q, p = (model(ids_BS).logits[:, :-1].double().log_softmax(-1) for model in (student, teacher))
-    labels = ids_BS[:, 1:, None]
+        q, p = (model(samples.ids).logits[:, :-1].double().log_softmax(-1) for model in (student, teacher))
+    labels = samples.ids[:, 1:, None]
     assert found[6]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert found[6]["ce"] == pytest.approx(float(-q.gather(-1, labels).mean()), rel=1e-5)
     assert found[6]["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-    alone = objectives.heldout_loss(ids_BS, micro_batch=3)(*split(student))
+    alone = objectives.heldout_loss(samples, micro_batch=3)(*split(student))
     assert alone["ce"] == pytest.approx(found[6]["ce"], rel=1e-5)
 
 
@@ -350,8 +354,8 @@ def test_vocabularies_may_be_padded_but_not_smaller_than_the_tokenizer() -> None
 
 
 def test_the_rate_warms_up_and_ends_at_its_minimum() -> None:
-    recipe = training(warmup_steps=4, lr=1.0, min_lr=0.1)
-    rates = [loop.learning_rate(step, steps=10, training=recipe) for step in range(1, 11)]
+    course = Course(training(warmup_steps=4, lr=1.0, min_lr=0.1, tokens=10 * 96), Fake())
+    rates = [course.lr(step) for step in range(1, 11)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[6] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
@@ -360,7 +364,7 @@ def test_the_rate_warms_up_and_ends_at_its_minimum() -> None:
 
 def test_only_matrices_decay() -> None:
     model = tiny()
-    optimizer = loop.make_optimizer(model, training(weight_decay=0.1))
+    optimizer = make_optimizer(model.parameters(), training(weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         name: 0.0 if "norm" in name else 0.1 for name, _ in model.named_parameters()
@@ -370,14 +374,15 @@ def test_only_matrices_decay() -> None:
 @pytest.mark.parametrize(("clip", "bound"), [(1e-3, True), (1e3, False)])
 def test_gradients_are_clipped_to_the_norm(clip: float, bound: bool) -> None:
     model, objective = tiny(), taught(tiny(seed=1))
-    parts, optimizer, seen = split(model), loop.make_optimizer(model, training()), []
+    parts, optimizer, seen = split(model), make_optimizer(model.parameters(), training()), []
 
     def look(*_: Any) -> None:
         seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
 
     optimizer.register_step_pre_hook(look)
     batches = [Fake().batch(0, 4)]
-    _, norm = loop.optimize(model, lambda ids: objective(*parts, ids), batches, optimizer, lr=1e-3, clip=clip)
+    trained = Trained({"student": model}, optimizer)
+    _, norm = optimize(trained, lambda batch: objective(*parts, batch), batches, lr=1e-3, clip=clip)
     assert norm > 2e-3  # what is reported is the norm before the clip
     assert seen == [pytest.approx(clip if bound else norm, rel=1e-2)]
 

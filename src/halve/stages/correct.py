@@ -10,6 +10,7 @@ from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.train import corpus, loop, objectives
+from halve.train.course import Course
 
 
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
@@ -28,14 +29,13 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     train = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
     valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     samples = corpus.Samples(train, recipe.data.context, recipe.seed)
-    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).first(training.eval_samples)
+    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(training.eval_samples)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
     result = loop.train(
         model,
         objectives.cross_entropy(),
-        samples,
-        training,
+        Course(training, samples),
         seed=recipe.seed,
         device=device,
         work=out / ".checkpoints",

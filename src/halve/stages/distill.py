@@ -22,6 +22,7 @@ from halve.head import split
 from halve.progress import SILENT, Progress
 from halve.recipe import Dtype, Recipe
 from halve.train import corpus, loop, objectives
+from halve.train.course import Course
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
 
@@ -55,7 +56,7 @@ def run(
     train = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
     valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     samples = corpus.Samples(train, recipe.data.context, recipe.seed)
-    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).first(training.eval_samples)
+    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(training.eval_samples)
     micro_batch = training.micro_batch or training.batch
 
     precision = loop.autocast(training, device)
@@ -82,8 +83,7 @@ def run(
     result = loop.train(
         model,
         objective,
-        samples,
-        training,
+        Course(training, samples),
         seed=recipe.seed,
         device=device,
         work=out / ".checkpoints",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halve.rundir import disk_guard, read_json, sync, sync_tree
+from halve.train.step import Trained
 
 _WEIGHTS, _FACTS = "state.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,9 +31,7 @@ def folder(work: Path, step: int) -> Path:
     return work / f"step-{step:08d}"
 
 
-def save(
-    work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
-) -> Path:
+def save(work: Path, step: int, trained: Trained, identity: Mapping[str, Any]) -> Path:
     """Write the state after `step` steps, remove older ones, give its folder. `DiskError` when full."""
     final = folder(work, step)
     draft = work / f".{final.name}.tmp"
@@ -41,7 +40,7 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         try:
-            save_file(_tensors(model, optimizer), draft / _WEIGHTS)
+            save_file(_tensors(trained), draft / _WEIGHTS)
             (draft / _FACTS).write_text(json.dumps({"step": step, "identity": identity}))
             sync_tree(draft)
             shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
@@ -56,13 +55,13 @@ def save(
     return final
 
 
-def restore(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> int:
-    """Load this run's newest state into model and optimizer, and give its step; 0 where there is none."""
+def restore(work: Path, trained: Trained, identity: Mapping[str, Any]) -> int:
+    """Load this run's newest state into modules and optimizer, and give its step; 0 where there is none."""
     wanted = json.loads(json.dumps(identity))
     for kept in reversed(_complete(work)):
         facts = read_json(kept / _FACTS)
         if facts["identity"] == wanted:
-            _load(kept / _WEIGHTS, facts["step"], model, optimizer)
+            _load(kept / _WEIGHTS, facts["step"], trained)
             return int(facts["step"])
     return 0
 
@@ -71,22 +70,29 @@ def _complete(work: Path) -> list[Path]:
     return sorted(work.glob("step-*"))
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
+def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, module in trained.modules.items():
+        for name, parameter in module.named_parameters():
+            yield f"{prefix}.{name}", parameter
+
+
+def _tensors(trained: Trained) -> dict[str, Tensor]:
+    tensors, state = {}, trained.optimizer.state
+    for name, parameter in _named_parameters(trained):
         tensors[f"param.{name}"] = parameter.detach().contiguous()
         for moment in _MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+            if parameter in state:
+                tensors[f"{moment}.{name}"] = state[parameter][moment].contiguous()
     return tensors
 
 
 @torch.no_grad()
-def _load(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _load(path: Path, step: int, trained: Trained) -> None:
+    optimizer = trained.optimizer
     fused = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
     with safe_open(path, framework="pt") as file:
-        known: Iterable[str] = set(file.keys())
-        for name, parameter in model.named_parameters():
+        known = set(file.keys())
+        for name, parameter in _named_parameters(trained):
             parameter.copy_(file.get_tensor(f"param.{name}"))
             if f"{_MOMENTS[0]}.{name}" in known:
                 device = parameter.device if fused[id(parameter)] else "cpu"

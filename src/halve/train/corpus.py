@@ -26,6 +26,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.rundir import atomic_file, read_json, write_json
 from halve.train import sources as text_sources
+from halve.train.batch import Batch
 from halve.train.sources import HUB, Piece
 
 FORMAT = 1
@@ -164,16 +165,27 @@ class Samples:
     def __len__(self) -> int:
         return self.tokens.count // self.context
 
-    def batch(self, step: int, batch: int) -> Int64[Tensor, "batch context"]:
+    def batch(self, step: int, batch: int) -> Batch:
         """The `batch` samples that optimizer step `step` (from 0) sees."""
         draws = range(step * batch, (step + 1) * batch)
-        order = [int(_epoch(self.seed, draw // len(self), len(self))[draw % len(self)]) for draw in draws]
-        return self.take(order)
+        return self.numbered([self.draw(number) for number in draws])
+
+    def draw(self, number: int) -> int:
+        """The place in the corpus of the sample that is drawn as number `number` (from 0)."""
+        epoch, rest = divmod(number, len(self))
+        return int(_epoch(self.seed, epoch, len(self))[rest])
+
+    def numbered(self, numbers: Sequence[int]) -> Batch:
+        """Samples by their place in the corpus, as a batch."""
+        return Batch(self.take(numbers), tuple(numbers))
+
+    def heldout(self, num_samples: int) -> Batch:
+        """At most `num_samples` samples, spread evenly over the corpus and independent of the seed, as a batch."""
+        return self.numbered(self._spread(num_samples))
 
     def first(self, num_samples: int) -> Int64[Tensor, "samples context"]:
         """At most `num_samples` samples, spread evenly over the corpus and independent of the seed."""
-        num_samples = min(num_samples, len(self))
-        return self.take([index * len(self) // num_samples for index in range(num_samples)])
+        return self.take(self._spread(num_samples))
 
     def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
         """At most `num_samples` samples, one of each of as many equal strips of the corpus, placed by the seed.
@@ -184,6 +196,10 @@ class Samples:
         place = self.seed * _GOLDEN % 1
         edges = [index * len(self) // num_samples for index in range(num_samples + 1)]
         return self.take([a + int(place * (b - a)) for a, b in itertools.pairwise(edges)])
+
+    def _spread(self, num_samples: int) -> list[int]:
+        num_samples = min(num_samples, len(self))
+        return [index * len(self) // num_samples for index in range(num_samples)]
 
     def take(self, indices: Iterable[int]) -> Int64[Tensor, "samples context"]:
         """Samples by their place in the corpus."""

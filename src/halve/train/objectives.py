@@ -1,7 +1,7 @@
 """What a student can be trained for, and the checks that a teacher must pass before it teaches.
 
-An objective takes the student in two parts and a batch of token ids, and gives a loss summed over
-tokens and their number. Every position but a sample's last counts: there the next token is known.
+An objective takes the student in two parts and a batch, and gives a loss summed over tokens and
+their number. Every position but a sample's last counts: there the next token is known.
 
 Shapes: B batch, S seq, N tokens, D hidden.
 """
@@ -9,21 +9,22 @@ Shapes: B batch, S seq, N tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from halve.errors import TrainError
 from halve.head import Body, Head
 from halve.train import losses
+from halve.train.batch import Batch
 
 _SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
 
 
-Objective = Callable[[Body, Head, Tensor], tuple[Tensor, int]]
-"""(body, head, token ids [B, S]) -> (the losses of all counted tokens summed, how many these are)."""
+Objective = Callable[[Body, Head, Batch], tuple[Tensor, int]]
+"""(body, head, batch) -> (the losses of all counted tokens summed, how many these are)."""
 
 Heldout = Callable[[Body, Head], Mapping[str, float]]
 """A measurement of the student on text it does not train on: figures by name."""
@@ -32,8 +33,8 @@ Heldout = Callable[[Body, Head], Mapping[str, float]]
 def cross_entropy() -> Objective:
     """Predict the next token (teacher correction, 2408.11796; conventional training as a baseline)."""
 
-    def objective(body: Body, head: Head, ids_BS: Tensor) -> tuple[Tensor, int]:
-        hidden_ND, labels = predictions(body, ids_BS), ids_BS[:, 1:].reshape(-1)
+    def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
+        hidden_ND, labels = predictions(body, batch), batch.labels()
         target = losses.cross_entropy(labels)
         return _summed(hidden_ND, head, target, vocab=head.weight.shape[0]), labels.numel()
 
@@ -45,9 +46,9 @@ def distillation(
 ) -> Objective:
     """Follow the teacher: `(1 - ce_share) * KL(teacher || student) + ce_share * CE`."""
 
-    def objective(body: Body, head: Head, ids_BS: Tensor) -> tuple[Tensor, int]:
-        taught_ND = _taught(teacher_body, ids_BS)
-        hidden_ND, labels = predictions(body, ids_BS), ids_BS[:, 1:].reshape(-1)
+    def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
+        taught_ND = _taught(teacher_body, batch)
+        hidden_ND, labels = predictions(body, batch), batch.labels()
         target = losses.forward_kl(
             taught_ND, teacher_head, vocab=vocab, temperature=temperature, operand=_operand(taught_ND)
         )
@@ -58,13 +59,13 @@ def distillation(
     return objective
 
 
-def heldout_loss(ids: Int[Tensor, "samples seq"], *, micro_batch: int) -> Heldout:
+def heldout_loss(samples: Batch, *, micro_batch: int) -> Heldout:
     """Measure `ce`, the mean next-token cross-entropy in nats."""
 
     def measure(body: Body, head: Head) -> Mapping[str, float]:
         total, count = 0.0, 0
-        for part_BS in _parts(ids, head, micro_batch):
-            loss_N = _token_losses(body, head, part_BS)
+        for part in _parts(samples, head, micro_batch):
+            loss_N = _token_losses(body, head, part)
             total, count = total + float(loss_N.sum(dtype=torch.float64)), count + loss_N.numel()
         return {"ce": total / count}
 
@@ -72,20 +73,20 @@ def heldout_loss(ids: Int[Tensor, "samples seq"], *, micro_batch: int) -> Heldou
 
 
 def heldout_divergence(
-    teacher_body: Body, teacher_head: Head, ids: Int[Tensor, "samples seq"], *, vocab: int, micro_batch: int
+    teacher_body: Body, teacher_head: Head, samples: Batch, *, vocab: int, micro_batch: int
 ) -> Heldout:
     """Measure `kl` to the teacher, `ce`, and `agreement` on the likeliest token; means over tokens."""
 
     def measure(body: Body, head: Head) -> Mapping[str, float]:
         sums, count = torch.zeros(3, dtype=torch.float64), 0
-        for part_BS in _parts(ids, head, micro_batch):
+        for part in _parts(samples, head, micro_batch):
             with torch.no_grad():
-                hidden_ND = predictions(body, part_BS)
-            labels = part_BS[:, 1:].reshape(-1)
+                hidden_ND = predictions(body, part)
+            labels = part.labels()
             parts = losses.divergence(
                 hidden_ND,
                 head,
-                _taught(teacher_body, part_BS),
+                _taught(teacher_body, part),
                 teacher_head,
                 labels,
                 vocab=vocab,
@@ -100,10 +101,13 @@ def heldout_divergence(
     return measure
 
 
-def predictions(body: Body, ids_BS: Int[Tensor, "batch seq"]) -> Float[Tensor, "tokens hidden"]:
-    """Return the hidden states at every position whose next token is in the sample."""
-    hidden_BSD = body(ids_BS)
-    return hidden_BSD[:, :-1].reshape(-1, hidden_BSD.shape[-1])
+def predictions(body: Body, batch: Batch) -> Float[Tensor, "tokens hidden"]:
+    """Return the hidden states at every position whose next token is in the sample and in the same document."""
+    # from positions that begin anew, transformers makes attention that ends at a document's border
+    where = {} if batch.positions is None else {"position_ids": batch.positions}
+    hidden_BSD = body(batch.ids, **where)
+    counted, rows_BSD = batch.counted(), hidden_BSD[:, :-1]
+    return rows_BSD.reshape(-1, hidden_BSD.shape[-1]) if counted is None else rows_BSD[counted]
 
 
 def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
@@ -121,13 +125,13 @@ def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
     return shared
 
 
-def check_teacher(body: Body, head: Head, ids: Int[Tensor, "samples seq"], *, vocab: int, micro_batch: int) -> float:
+def check_teacher(body: Body, head: Head, samples: Batch, *, vocab: int, micro_batch: int) -> float:
     """Return the teacher's cross-entropy on held-out text, if it is one that can teach.
 
     It must be clearly below ln(vocab), that of guessing evenly, and the divergence of the teacher from
     itself must be zero. Raises `TrainError`.
     """
-    found = heldout_divergence(body, head, ids, vocab=vocab, micro_batch=micro_batch)(body, head)
+    found = heldout_divergence(body, head, samples, vocab=vocab, micro_batch=micro_batch)(body, head)
     even = math.log(vocab)
     if not found["ce"] < _SANE * even:
         raise TrainError(
@@ -145,16 +149,16 @@ def check_teacher(body: Body, head: Head, ids: Int[Tensor, "samples seq"], *, vo
     return found["ce"]
 
 
-def _taught(body: Body, ids_BS: Tensor) -> Tensor:
+def _taught(body: Body, batch: Batch) -> Tensor:
     with torch.inference_mode():
-        return predictions(body, ids_BS)
+        return predictions(body, batch)
 
 
 @torch.no_grad()
-def _token_losses(body: Body, head: Head, ids_BS: Tensor) -> Tensor:
-    hidden_ND, vocab = predictions(body, ids_BS), head.weight.shape[0]
+def _token_losses(body: Body, head: Head, batch: Batch) -> Tensor:
+    hidden_ND, vocab = predictions(body, batch), head.weight.shape[0]
     chunk = losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
-    labels = ids_BS[:, 1:].reshape(-1)
+    labels = batch.labels()
     return losses.token_losses(hidden_ND, head, labels, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
 
 
@@ -169,5 +173,5 @@ def _operand(hidden_ND: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _parts(ids: Tensor, head: Head, micro_batch: int) -> list[Tensor]:
-    return [part_BS.to(head.weight.device) for part_BS in torch.split(ids, micro_batch)]
+def _parts(samples: Batch, head: Head, micro_batch: int) -> Iterator[Batch]:
+    return (part.to(head.weight.device) for part in samples.split(micro_batch))

@@ -1,0 +1,52 @@
+"""A batch: samples of token ids with what a loss has to know about them.
+
+Shapes: B batch, S seq, N tokens that are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples `ids` and the `numbers` they have in their corpus, by which a teacher's answers can be kept.
+
+    `positions` are those of the tokens in their own documents, where attention ends at a document's border; None
+    where a sample is read as one text.
+    """
+
+    ids: Int[Tensor, "batch seq"]
+    numbers: tuple[int, ...]
+    positions: Int[Tensor, "batch seq"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on a device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.ids.to(device), self.numbers, positions)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of at most so many samples."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def __getitem__(self, rows: slice) -> Batch:
+        positions = None if self.positions is None else self.positions[rows]
+        return Batch(self.ids[rows], self.numbers[rows], positions)
+
+    def counted(self) -> Bool[Tensor, "batch seq-1"] | None:
+        """Which positions but the last predict a token of their own document; None if all do."""
+        return None if self.positions is None else self.positions[:, 1:] > 0
+
+    def labels(self) -> Int[Tensor, " tokens"]:
+        """The token that follows each counted position."""
+        counted = self.counted()
+        following = self.ids[:, 1:]
+        return following.reshape(-1) if counted is None else following[counted]
