@@ -109,7 +109,7 @@ def recipe_page() -> str:
         if (section := _section(field.annotation)) is not None:
             sections[name] = section
     top = _fields(Recipe, leave_out=tuple(sections))
-    parts = [head, f"## The top\n\n{top}"]
+    parts, listed = [head, f"## The top\n\n{top}"], set(sections.values())
     for name, section in sections.items():
         field = Recipe.model_fields[name]
         many = "A list of such sections. " if typing.get_origin(field.annotation) is tuple else ""
@@ -118,12 +118,33 @@ def recipe_page() -> str:
             f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')} {many}This section is {state}.\n\n"
             f"{_fields(section)}"
         )
+        for inner in _inner(section):
+            if inner not in listed:
+                parts.append(
+                    f"### {inner.__name__.lower()}\n\n{inspect.cleandoc(inner.__doc__ or '')}\n\n{_fields(inner)}"
+                )
+                listed.add(inner)
     return "\n".join(parts)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     kinds = [annotation, *typing.get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _inner(section: type[BaseModel]) -> list[type[BaseModel]]:
+    """The sections that a section's fields may hold."""
+    found: list[type[BaseModel]] = []
+
+    def look(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        for argument in typing.get_args(annotation):
+            look(argument)
+
+    for field in section.model_fields.values():
+        look(field.annotation)
+    return found
 
 
 def _fields(section: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
@@ -148,6 +169,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join(_kind(kind) for kind in arguments if kind is not type(None))
     if origin is typing.Annotated:
         return " ".join(filter(None, (_kind(arguments[0]), *(_limit(rule) for rule in arguments[1:]))))
+    if origin is dict:
+        return f"mapping of {_kind(arguments[0])} to {_kind(arguments[1])}"
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"list of {_kind(arguments[0])}"
     if origin is tuple:

@@ -140,7 +140,7 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         own: _Names = ("distill", "-distill.baselines", "-distill.checkpoint_every")
         start = prune
         if variant == "ce":  # it has an objective of its own
-            own = (*own, "-distill.objective", "-distill.temperature", "-distill.ce_weight")
+            own = (*own, "-distill.objective", "-distill.temperature")
         if variant == "random_prune":
             start = at_random
             add(start, "prune", _prune(cut, None, like=prune), ("prune", "score", "-score.depth_task"), (*whole, prune))
@@ -340,7 +340,7 @@ def _outside(recipe: Recipe, name: str, memo: Path) -> list[Any]:
     elif name == "depth_task":
         files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
     else:
-        listed = getattr(recipe.data, name)
+        listed = recipe.data.train_sources if name == "train" else recipe.data.valid
         hub = [source for source in listed if source.startswith(sources.HUB)]
         files = [path for source in listed if source not in hub for path in sources.files(source)]
         return [*hub, *_hashed(files, memo)]

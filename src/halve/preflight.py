@@ -44,7 +44,7 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     yield lambda: read_headers(locate(recipe.model))
     yield lambda: _check_tokenizer(recipe)
     yield lambda: _check_plan(recipe)
-    for source in dict.fromkeys((*recipe.data.train, *recipe.data.valid)):
+    for source in dict.fromkeys((*recipe.data.train_sources, *recipe.data.valid)):
         yield lambda source=source: _check_corpus(source, recipe.data.text_field)  # type: ignore[misc]
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
         yield lambda path=path: load_items(path)  # type: ignore[misc]
@@ -105,7 +105,7 @@ def _bytes_needed(recipe: Recipe) -> int:
             trains = True
     text = 0
     with suppress(HalveError):
-        for source in (*recipe.data.train, *recipe.data.valid):
+        for source in (*recipe.data.train_sources, *recipe.data.valid):
             if not source.startswith(sources.HUB):
                 text += sum(path.stat().st_size for path in sources.files(source))
     return models * weights + (2 * 3 * _FLOAT32_BYTES * count if trains else 0) + text

@@ -26,7 +26,10 @@ Refit = Literal["none", "outputs", "all"]
 Selection = Literal["rank", "refit"]
 Shape = Literal["width", "trial"]
 LayerMerge = Literal["none", "laco"]
-Objective = Literal["kl", "ce", "mix"]
+Term = Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "ce"]
+State = Literal["embedding", "input", "output", "attention"]
+Cache = Literal["none", "hidden", "logits"]
+Logger = Literal["tensorboard", "wandb", "trackio"]
 Baseline = Literal["ce", "random_init", "random_prune"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -39,6 +42,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Source(Section):
+    """One part of a mixture."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    weight: float = Field(gt=0, description="its share of the samples, relative to the other parts'")
+
+
 class Data(Section):
     """Where the text comes from.
 
@@ -46,10 +56,32 @@ class Data(Section):
     files, or `hub:owner/name`, `hub:owner/name:split` for a data set of the hub.
     """
 
-    train: tuple[str, ...] = Field(min_length=1)
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | dict[str, Source] = Field(
+        description="sources, or a mixture: parts by name, each with sources and a weight"
+    )
     valid: tuple[str, ...] = Field(min_length=1, description="held-out text; also measured during training")
     text_field: str = Field("text", description="the field of JSON lines, parquet and hub rows that holds the text")
     context: Count = Field(512, description="tokens in one packed sample")
+    documents: Literal["joined", "apart"] = Field(
+        "joined", description="apart: in training, attention and prediction end at a document's border"
+    )
+    workers: Count = Field(1, description="processes that tokenize; the result does not depend on them")
+
+    @property
+    def train_sources(self) -> tuple[str, ...]:
+        """The sources of the training text, those of a mixture's parts one after another."""
+        if isinstance(self.train, dict):
+            return tuple(source for part in self.train.values() for source in part.sources)
+        return self.train
+
+
+class Phase(Section):
+    """From some token on, train on another mixture, in another context or at another rate (2408.11796, Sec. 3)."""
+
+    from_tokens: Count = Field(description="tokens after which it begins, rounded up to whole steps")
+    mixture: dict[str, float] | None = Field(None, description="weights of the parts of data.train")
+    context: Count | None = None
+    lr: float | None = Field(None, gt=0, description="what the cosine is scaled to from here on")
 
 
 class Training(Section):
@@ -64,7 +96,28 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    phases: tuple[Phase, ...] = ()
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
+        "adamw",
+        description="muon: for matrices between hidden states, AdamW for the rest; adamw8bit: moments in 8 bits",
+    )
+    offload_optimizer: bool = Field(False, description="masters' moments wait in main memory (CUDA)")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none", description="what of each layer is computed again on the way back: nothing, all, all but its products"
+    )
+    compile: bool = Field(False, description="compile each layer; the first step takes a minute more")
+    replicas: Count = Field(1, description="groups of ranks that each hold a whole model; 1 shards it over all of them")
     checkpoint_every: Count = Field(200, description="steps between checkpoints; a kill loses at most these")
+    keep_checkpoints: Count = Field(1, description="how many checkpoints stay on the disk")
+    on_spike: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="what a loss that is not finite or leaps leads to: an error, the step left out,"
+        " or the last checkpoint again and those samples left out",
+    )
+    spike_factor: float = Field(
+        3.0, gt=1, description="a leap: the loss's distance above its running mean, in parts of that mean"
+    )
+    loggers: tuple[Logger, ...] = Field((), description="where metrics go beside the JSON lines")
     eval_every: Count = Field(50, description="steps between held-out measurements")
     eval_samples: Count = Field(16, description="held-out samples in such a measurement")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -77,19 +130,53 @@ class Training(Section):
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        begins = [phase.from_tokens for phase in self.phases]
+        if begins != sorted(set(begins)) or any(begin >= self.tokens for begin in begins):
+            raise ValueError("phases begin one after another, each before tokens is reached")
         return self
 
 
 class Correct(Training):
-    """Teacher correction (2408.11796, Sec. 2.1): full fine-tuning of the teacher on the corpus with cross-entropy."""
+    """Teacher correction (2408.11796, Sec. 2.1): the teacher learns the corpus with cross-entropy."""
+
+    method: Literal["full", "lora", "norms"] = Field(
+        "full", description="what is trained: all, adapters, or norms alone"
+    )
+    lora_rank: Count = 16
+    lora_alpha: float = Field(32.0, gt=0)
+    when: Literal["before", "beside"] = Field(
+        "before", description="beside: in the same loop as the distillation, from its samples (Sec. 4.2)"
+    )
+
+
+class Intermediate(Section):
+    """Losses on intermediate states beside the logits' (2407.14679, Sec. 3): `alpha * L_is`."""
+
+    states: tuple[State, ...] = Field(("embedding", "output"), min_length=1)
+    layers: dict[int, int] | None = Field(
+        None, description="teacher's layer: student's layer, negative from the end; default {-2: -2} (Table 17)"
+    )
+    alpha: float | None = Field(None, gt=0, description="weight; default: L_logits / L_is of the moment, as the paper")
 
 
 class Distill(Training):
     """Recovery of the pruned student; forward KL on logits alone is the papers' choice (2407.14679, Table 15)."""
 
-    objective: Objective = "kl"
-    temperature: float = Field(1.0, gt=0)
-    ce_weight: float = Field(0.5, ge=0, le=1, description="share of cross-entropy in objective: mix")
+    objective: Term | dict[Term, Annotated[float, Field(gt=0)]] = Field(
+        "kl", description="a term, or a sum of terms with their weights, such as {kl: 0.5, ce: 0.5}"
+    )
+    temperature: float = Field(1.0, gt=0, description="of kl, reverse_kl and jsd")
+    beta: float = Field(0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
+    top_k: Count | None = Field(None, description="kl: only the teacher's likeliest tokens")
+    top_k_tail: bool = Field(False, description="and the rest of its probability as one token more")
+    intermediate: Intermediate | None = None
+    cache: Cache = Field(
+        "none", description="the teacher's answers, from disk: hidden states (exact) or sampled logits (unbiased)"
+    )
+    cache_samples: Count = Field(16, description="draws a token for cache: logits")
+    teacher_device: str = Field("same", description="another device for the teacher, such as cuda:1 or cpu")
+    offload_teacher: bool = Field(False, description="the teacher's layers wait in main memory and visit the device")
+    shard_teacher: bool = Field(True, description="with several ranks: shard the teacher too, or hold it on each")
     baselines: tuple[Baseline, ...] = Field(
         (), description="controls on the same tokens: the same cut trained with CE, a random start, a random cut"
     )
@@ -229,7 +316,7 @@ def parse(raw: Any, *, folder: Path, source: str) -> Recipe:
 
 def _explain(error: ValidationError, source: str) -> RecipeError:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # a union's kinds have one
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.6)
@@ -261,7 +348,12 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     def anchored(sources: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(s if s.startswith("hub:") else str(folder / Path(s).expanduser()) for s in sources)
 
-    splits = {"train": anchored(recipe.data.train), "valid": anchored(recipe.data.valid)}
+    train = recipe.data.train
+    if isinstance(train, dict):
+        parts = {k: v.model_copy(update={"sources": anchored(v.sources)}) for k, v in train.items()}
+        splits: dict[str, Any] = {"train": parts, "valid": anchored(recipe.data.valid)}
+    else:
+        splits = {"train": anchored(train), "valid": anchored(recipe.data.valid)}
     data = recipe.data.model_copy(update=splits)
     evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices)})
     task = None if recipe.score.depth_task is None else anchored((recipe.score.depth_task,))[0]

@@ -44,7 +44,7 @@ def test_a_text_of_ones_own(tmp_path: Path) -> None:
     text = "".join(f"line {i} of a text with words in it\n" for i in range(5000))
     (tmp_path / "own.txt").write_text(text)
     recipe = demo.make_recipe(tmp_path / "texts", long=False, corpus=tmp_path / "own.txt")
-    train, valid = (Path(source).read_text() for (source,) in (recipe.data.train, recipe.data.valid))
+    train, valid = (Path(source).read_text() for (source,) in (recipe.data.train_sources, recipe.data.valid))
     assert train + valid == text
     assert 0.09 < len(valid) / len(text) < 0.11
     assert recipe.evaluate.choices == ()

@@ -10,6 +10,7 @@ The variants share the tokens, their order and the loop, and differ in one thing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from halve import checkpoint, measure
 from halve.card import name_of
 from halve.head import split
 from halve.progress import SILENT, Progress
-from halve.recipe import Dtype, Recipe
+from halve.recipe import Dtype, Recipe, Term
 from halve.train import corpus, loop, objectives
 from halve.train.course import Course
 
@@ -78,7 +79,7 @@ def run(
             teacher_head,
             vocab=vocab,
             temperature=training.temperature,
-            ce_share=training.ce_weight if training.objective == "mix" else 0.0,
+            ce_share=_ce_share(training.objective),
         )
     result = loop.train(
         model,
@@ -107,6 +108,11 @@ def run(
     }
     checkpoint.save_model(model.to(own_dtype), out / "model", extra_from=student, record=record)
     return metrics
+
+
+def _ce_share(objective: str | Mapping[Term, float]) -> float:
+    """The share of cross-entropy in a sum with the divergence."""
+    return 0.0 if isinstance(objective, str) else objective.get("ce", 0.0)
 
 
 def _start(student: Path | str, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:

@@ -21,7 +21,7 @@ def of_demo(texts: Path, *, changes: dict[str, Any]) -> Setting:
     """
     recipe = demo.make_recipe(texts, long=False, corpus=None)
     items = split_items(Path(recipe.evaluate.choices[0]), texts)
-    return Setting("the demo's", recipe.model, recipe.data.train, recipe.data.valid, items, changes)
+    return Setting("the demo's", recipe.model, recipe.data.train_sources, recipe.data.valid, items, changes)
 
 
 def of_ones_own(

@@ -63,7 +63,7 @@ def open_split(
 ) -> Tokens:
     """The token file of a recipe's training or held-out text, made in `cache` if it is not there."""
     data = recipe.data
-    sources = data.train if split == "train" else data.valid
+    sources = data.train_sources if split == "train" else data.valid
     return prepare(sources, tokenizer=tokenizer, text_field=data.text_field, cache=cache, progress=progress)
 
 
