@@ -49,7 +49,7 @@ def _scores(model: Any, anatomy: Anatomy) -> Scores:
     )
 
 
-def _cut(model: Any, anatomy: Anatomy, sizes: dict[str, int], **asked: Any) -> apply.Cut:
+def _cut(model: Any, anatomy: Anatomy, sizes: dict[str, int], *, rescore: Any = _scores, **asked: Any) -> apply.Cut:
     prune = Prune(**sizes, **{**PLAIN, **asked})
     return cut(
         model,
@@ -60,7 +60,7 @@ def _cut(model: Any, anatomy: Anatomy, sizes: dict[str, int], **asked: Any) -> a
         after=anatomy.sizes.at(**sizes),
         kept_layers=None,
         turned=turn(model, anatomy, prune, _samples(anatomy), micro_batch=8),
-        rescore=_scores,
+        rescore=rescore,
         micro_batch=8,
     )
 
@@ -156,19 +156,7 @@ def test_steps_score_what_is_left() -> None:
         return _scores(part, part_anatomy)
 
     sizes = {"ffn": anatomy.sizes.ffn - 32}
-    prune = Prune(**sizes, **PLAIN, steps=2)
-    done = cut(
-        model,
-        anatomy,
-        _scores(model, anatomy),
-        prune,
-        _samples(anatomy),
-        after=anatomy.sizes.at(**sizes),
-        kept_layers=None,
-        turned=turn(model, anatomy, prune, _samples(anatomy), micro_batch=8),
-        rescore=rescore,
-        micro_batch=8,
-    )
+    done = _cut(model, anatomy, sizes, steps=2, rescore=rescore)
     assert seen == [anatomy.sizes.ffn, anatomy.sizes.ffn - 16]
     assert done.student.config.intermediate_size == sizes["ffn"]
 
