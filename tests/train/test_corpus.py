@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from halve.errors import CorpusError, DiskError
-from halve.train import corpus, sources
+from halve.train import corpus, sources, tokenize
 from halve.train.corpus import Samples, Tokens, prepare
 
 EOS = 0
@@ -168,7 +168,7 @@ def test_same_content_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.Monk
     cache = tmp_path / "cache"
     tokens = prepare([str(first)], tokenizer=TOKENIZER, text_field="text", cache=cache)
     TOKENIZER(["a", "bc"], padding=False, truncation=True, max_length=1)  # leaves its settings behind
-    monkeypatch.setattr(corpus, "_encode", None)
+    monkeypatch.setattr(tokenize, "encode", None)
     assert prepare([str(other)], tokenizer=TOKENIZER, text_field="text", cache=cache) == tokens
     assert (len(tokens), tokens.dtype, tokens.text_bytes) == (6, "uint16", 5)
     other.write_text("hallo")
@@ -182,8 +182,10 @@ def test_same_content_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.Monk
             prepare(arguments.pop("sources"), **arguments, cache=cache)
 
 
-@pytest.mark.parametrize("moment", ["_encode", "write_json"])
-def test_killed_tokenization_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+@pytest.mark.parametrize(("where", "moment"), [(tokenize, "encode"), (corpus, "write_json"), (corpus.os, "replace")])
+def test_killed_tokenization_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, moment: str
+) -> None:
     (tmp_path / "a.jsonl").write_text(jsonl(*["hello"] * 3000))
     hits = []
 
@@ -192,7 +194,7 @@ def test_killed_tokenization_starts_again(tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, moment, killed)
+        patch.setattr(where, moment, killed)
         with pytest.raises(KeyboardInterrupt):
             tokens_of(tmp_path / "a.jsonl", cache=tmp_path / "cache")
     assert hits == [moment]
@@ -212,7 +214,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus, "_encode", full)
+    monkeypatch.setattr(tokenize, "encode", full)
     with pytest.raises(DiskError, match="no room left"):
         tokens_of(tmp_path / "a.txt", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

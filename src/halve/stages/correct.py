@@ -9,8 +9,8 @@ from halve import checkpoint, measure
 from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.train import corpus, loop, objectives
-from halve.train.course import Course
+from halve.train import loop, objectives
+from halve.train.course import open_course, open_heldout
 
 
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
@@ -26,16 +26,14 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     config = checkpoint.load_config(teacher)
     checkpoint.check_tokenizer(tokenizer, config, source=teacher)
     measure.require_context(config, recipe.data.context, "a sample")
-    train = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
-    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = corpus.Samples(train, recipe.data.context, recipe.seed)
-    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(training.eval_samples)
+    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
     result = loop.train(
         model,
         objectives.cross_entropy(),
-        Course(training, samples),
+        course,
         seed=recipe.seed,
         device=device,
         work=out / ".checkpoints",
@@ -49,7 +47,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         "base_model": name_of(recipe.model),
         "teacher": checkpoint.fingerprint(teacher),
         "seed": recipe.seed,
-        "corpus": train.fingerprint,
+        "corpus": course.fingerprint,
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }

@@ -22,8 +22,8 @@ from halve.card import name_of
 from halve.head import split
 from halve.progress import SILENT, Progress
 from halve.recipe import Dtype, Recipe, Term
-from halve.train import corpus, loop, objectives
-from halve.train.course import Course
+from halve.train import loop, objectives
+from halve.train.course import open_course, open_heldout
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
 
@@ -54,10 +54,8 @@ def run(
         config = checkpoint.load_config(source)
         checkpoint.check_tokenizer(tokenizer, config, source=source)
         measure.require_context(config, recipe.data.context, "a sample")
-    train = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
-    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = corpus.Samples(train, recipe.data.context, recipe.seed)
-    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(training.eval_samples)
+    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     micro_batch = training.micro_batch or training.batch
 
     precision = loop.autocast(training, device)
@@ -84,7 +82,7 @@ def run(
     result = loop.train(
         model,
         objective,
-        Course(training, samples),
+        course,
         seed=recipe.seed,
         device=device,
         work=out / ".checkpoints",
@@ -102,7 +100,7 @@ def run(
         "teacher": checkpoint.fingerprint(teacher),
         "student": checkpoint.fingerprint(student),
         "seed": recipe.seed,
-        "corpus": train.fingerprint,
+        "corpus": course.fingerprint,
         "training": training.model_dump(mode="json"),
         **metrics,
     }

@@ -30,6 +30,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Prune, Recipe
 from halve.rundir import read_json, write_json
 from halve.train import corpus
+from halve.train.mixture import open_mixture
 
 CHECK_SAMPLES = 8
 MICRO_BATCH = 4
@@ -196,9 +197,10 @@ def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
 
 
 def _samples(recipe: Recipe, split: Any, count: int, cache: Path, tokenizer: Any, progress: Progress) -> Tensor:
+    if split == "train":
+        return open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress).calibration(count)
     tokens = corpus.open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = corpus.Samples(tokens, recipe.data.context, recipe.seed)
-    return samples.first(count) if split == "valid" else samples.calibration(count)
+    return corpus.Samples(tokens, recipe.data.context, recipe.seed).first(count)
 
 
 def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll: Tensor) -> None:

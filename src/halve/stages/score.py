@@ -20,7 +20,7 @@ from halve.cut.sizes import target
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.rundir import write_json
-from halve.train import corpus
+from halve.train.mixture import open_mixture
 
 SCORES = "scores.safetensors"
 DEPTH = "depth.json"
@@ -33,9 +33,9 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     that was compared (`halve.cut.depth.DepthChoice`), measured on the first `score.depth_samples` places of the same
     spread.
 
-    The samples are spread evenly over the training text at places that the seed moves, packed to `data.context`
-    tokens. A corpus that has fewer than `score.samples` gives all it has: `samples` beside `samples_asked` in the
-    returned figures. `cache` is the run's folder of token files.
+    The samples are spread evenly over the training text at places that the seed moves, a mixture's parts in their
+    shares, packed to `data.context` tokens, documents joined. A corpus that has fewer than `score.samples` gives all it
+    has: `samples` beside `samples_asked` in the returned figures. `cache` is the run's folder of token files.
 
     Raises `CorpusError` for samples that say nothing and `PlanError` for sizes that are not legal, before weights are
     read, and `CheckpointError` where activations are not finite.
@@ -46,8 +46,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     after, named = target(student_anatomy(anatomy, recipe.prune), recipe.prune)
     remove = 0 if named is not None else anatomy.sizes.layers - after.layers
     tokenizer = checkpoint.load_tokenizer(teacher)
-    tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = corpus.Samples(tokens, recipe.data.context, recipe.seed)
+    samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples_BS = samples.calibration(recipe.score.samples)
     calibration.check(samples_BS, vocab=anatomy.sizes.vocab)
     device = checkpoint.resolve_device(recipe.device)

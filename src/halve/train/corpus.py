@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -24,14 +26,22 @@ from transformers import PreTrainedTokenizerBase
 from halve.errors import CorpusError
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.rundir import atomic_file, read_json, write_json
+from halve.rundir import disk_guard, read_json, sync, write_json
 from halve.train import sources as text_sources
+from halve.train import tokenize
 from halve.train.batch import Batch
+from halve.train.documents import positions
 from halve.train.sources import HUB, Piece
+from halve.train.tokenize import Border
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes must not tokenize the same text at once
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
-_BATCH_CHARS = 1 << 19  # tokenized together; bounds memory
+MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,20 @@ def open_split(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
 ) -> Tokens:
-    """The token file of a recipe's training or held-out text, made in `cache` if it is not there."""
+    """The token file of a recipe's held-out text, or of all its training text, made in `cache` if it is not there.
+
+    Training draws from `mixture.open_mixture` or `course.open_course`, which know a mixture's parts.
+    """
     data = recipe.data
     sources = data.train_sources if split == "train" else data.valid
-    return prepare(sources, tokenizer=tokenizer, text_field=data.text_field, cache=cache, progress=progress)
+    return prepare(
+        sources,
+        tokenizer=tokenizer,
+        text_field=data.text_field,
+        cache=cache,
+        workers=data.workers,
+        progress=progress,
+    )
 
 
 def prepare(
@@ -73,6 +93,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     text_field: str,
     cache: Path,
+    workers: int = 1,
     progress: Progress = SILENT,
 ) -> Tokens:
     """Tokenise sources into one file in `cache`, or open the file made of the same content before.
@@ -83,43 +104,132 @@ def prepare(
     (`sources.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the revision it had
     when it was first read into `cache`.
 
-    Works in bounded memory; a kill leaves nothing that counts. Raises `CorpusError` as `sources.read` does.
+    Works in bounded memory, in `workers` processes that the result does not depend on. A killed call leaves what it
+    has tokenized, and the next one goes on from there; of several at once one works and the others wait for it. Raises
+    `CorpusError` as `sources.read` does and when a tokenizing process dies, and `DiskError`.
     """
     revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
     key = _key(sources, revisions, tokenizer=tokenizer, text_field=text_field)
     path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
     if (known := reopen(note)) is not None:
         return known
-    dtype = np.dtype(np.uint16 if _vocab_size(tokenizer) <= 1 << 16 else np.uint32)
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    separator = bos if eos is None else eos
-    start = [] if eos is not None or bos is None else [bos]
-    count, text_bytes = len(start), 0
-    with atomic_file(path) as draft, draft.open("wb") as file, progress.task("tokenize", None) as task:
-        pieces = (
-            piece
-            for source in sources
-            for piece in text_sources.read(source, text_field=text_field, revision=revisions.get(source))
-        )
-        file.write(np.array(start, dtype=dtype).tobytes())
-        for batch in _batches(pieces):
-            ids = _encode(batch, tokenizer, separator=separator)
-            file.write(np.array(ids, dtype=dtype).tobytes())
-            count += len(ids)
-            text_bytes += sum(len(piece.text.encode()) for piece in batch)
-            task.advance(len(ids))
-    facts = {
-        "format": FORMAT,
-        "count": count,
-        "dtype": dtype.name,
-        "fingerprint": key,
-        "text_bytes": text_bytes,
-        "sources": list(sources),
-    }
-    write_json(note, facts)  # last: a token file counts once its note is there
-    opened = reopen(note)
-    assert opened is not None
-    return opened
+
+    def pieces() -> Iterator[Piece]:
+        for source in sources:
+            yield from text_sources.read(source, text_field=text_field, revision=revisions.get(source))
+
+    with _draft(path) as draft:
+        if (known := reopen(note)) is None:  # another process may just have made it
+            dtype = tokenize.token_dtype(tokenizer)
+            written = _fill(draft, pieces(), tokenizer=tokenizer, dtype=dtype, workers=workers, progress=progress)
+            facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources)}
+            size = {"count": written.count, "text_bytes": written.text_bytes}
+            write_json(note, {"format": FORMAT, **size, **facts})  # counts once the token file is there too
+            os.replace(draft.path, path)
+            sync(path.parent)
+            known = reopen(note)
+    assert known is not None
+    return known
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far a draft is known to be on the disk."""
+
+    batches: int = 0
+    count: int = 0
+    text_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A token file in the making, which this process alone may write."""
+
+    path: Path
+    file: IO[bytes]
+
+    @property
+    def mark(self) -> Path:
+        return _mark_of(self.path)
+
+    def resume(self, itemsize: int) -> _Mark:
+        """Where an earlier call stopped; what it wrote beyond its last mark is dropped."""
+        mark = _Mark(**read_json(self.mark)) if self.mark.exists() else _Mark()
+        if os.fstat(self.file.fileno()).st_size < mark.count * itemsize:
+            mark = _Mark()
+        self.file.truncate(mark.count * itemsize)
+        return mark
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[_Draft]:
+    """The draft of `path`; stays for the next call where a kill or a full disk ends this one after a mark."""
+    draft = path.with_name(f".{path.name}.draft")
+    with disk_guard(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(draft)
+        try:
+            yield _Draft(draft, file)
+            _mark_of(draft).unlink(missing_ok=True)
+        except CorpusError as error:
+            if not isinstance(error, tokenize.DeadWorkerError):  # the text has to change, and its draft with it
+                _mark_of(draft).unlink(missing_ok=True)
+            raise
+        finally:
+            if not _mark_of(draft).exists():
+                draft.unlink(missing_ok=True)
+            file.close()
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Open a file for appending once no other process has it open so."""
+    while True:
+        file = path.open("ab")
+        with suppress(OSError):  # a file system without locks, such as some network mounts
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # whoever held the lock has finished or dropped this file
+
+
+def _mark_of(draft: Path) -> Path:
+    return draft.with_suffix(".mark.json")
+
+
+def _fill(
+    draft: _Draft,
+    pieces: Iterable[Piece],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: np.dtype[Any],
+    workers: int,
+    progress: Progress,
+) -> _Mark:
+    """Write what is missing of a token file; gives its size."""
+    mark = draft.resume(dtype.itemsize)
+    between = tokenize.border(tokenizer)
+    if mark.count == 0 and between is not None and not between.ends:
+        draft.file.write(np.array([between.token], dtype=dtype).tobytes())
+        mark = _Mark(0, 1, 0)
+    # text that was tokenized before is read again, which takes a hundredth of the time
+    left = itertools.islice(tokenize.batches(pieces), mark.batches, None)
+    with progress.task("tokenize", None, done=mark.count) as task:
+        for one in tokenize.encoded(left, tokenizer=tokenizer, dtype=dtype, workers=workers):
+            draft.file.write(one.ids)
+            num_tokens = len(one.ids) // dtype.itemsize
+            mark = _Mark(mark.batches + 1, mark.count + num_tokens, mark.text_bytes + one.text_bytes)
+            task.advance(num_tokens)
+            if mark.batches % MARK_BATCHES == 0:
+                draft.sync()
+                write_json(draft.mark, asdict(mark))
+    draft.sync()
+    return mark
 
 
 def reopen(note: Path) -> Tokens | None:
@@ -145,7 +255,9 @@ class Samples:
 
     Every epoch is a fresh permutation of all samples, so that which samples step `n` sees is a pure function
     of (seed, n, batch): a run resumes from its step number. Predictions stay inside a sample: `context`
-    tokens make `context - 1` of them. The tokens after the last whole sample are not used.
+    tokens make `context - 1` of them. The tokens after the last whole sample are not used. With a `border` the
+    documents of a sample are apart: batches carry positions that begin anew with each. Texts of different `stream`
+    have orders of their own.
 
     Raises `CorpusError` if there are fewer tokens than one sample.
     """
@@ -153,6 +265,8 @@ class Samples:
     tokens: Tokens
     context: int
     seed: int
+    border: Border | None = None
+    stream: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens.count < self.context:
@@ -173,11 +287,22 @@ class Samples:
     def draw(self, number: int) -> int:
         """The place in the corpus of the sample that is drawn as number `number` (from 0)."""
         epoch, rest = divmod(number, len(self))
-        return int(_epoch(self.seed, epoch, len(self))[rest])
+        return int(self._epoch(epoch)[rest])
+
+    @cached_property
+    def _epoch(self) -> Callable[[int], NDArray[np.int64]]:
+        """The order of an epoch; a batch touches two at most, but for corpora smaller than a batch."""
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> NDArray[np.int64]:
+            return np.random.default_rng((self.seed, epoch, self.stream)).permutation(len(self))
+
+        return order
 
     def numbered(self, numbers: Sequence[int]) -> Batch:
         """Samples by their place in the corpus, as a batch."""
-        return Batch(self.take(numbers), tuple(numbers))
+        ids_BS = self.take(numbers)
+        return Batch(ids_BS, tuple(numbers), None if self.border is None else positions(ids_BS, self.border))
 
     def heldout(self, num_samples: int) -> Batch:
         """At most `num_samples` samples, spread evenly over the corpus and independent of the seed, as a batch."""
@@ -207,35 +332,6 @@ class Samples:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-@lru_cache(maxsize=2)  # a batch touches two epochs at most, but for corpora smaller than a batch
-def _epoch(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        chars += len(piece.text)
-        if chars >= _BATCH_CHARS or len(batch) >= 1024:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerBase, *, separator: int | None) -> list[int]:
-    texts = [piece.text for piece in batch]
-    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    ids: list[int] = []
-    for row, piece in zip(rows, batch, strict=True):
-        ids.extend(row)
-        if piece.last and separator is not None:
-            ids.append(separator)
-    return ids
-
-
 def _key(
     sources: Sequence[str],
     revisions: dict[str, str],
@@ -246,23 +342,10 @@ def _key(
     parts = {
         "format": FORMAT,
         "sources": [text_sources.fingerprint(source, revision=revisions.get(source)) for source in sources],
-        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenize.fingerprint(tokenizer),
         "text_field": text_field,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    what: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
-    for state in ("truncation", "padding"):  # left behind by whoever called the tokenizer last
-        what.pop(state, None)
-    what = {"model": what, "eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def _vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    return 1 + int(max(tokenizer.get_vocab().values()))
 
 
 def _pinned(source: str, cache: Path) -> str:

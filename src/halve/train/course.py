@@ -1,18 +1,34 @@
-"""The course of a run: what each step trains on and how fast, as a function of the step's number alone."""
+"""The course of a run: what each step trains on and how fast, as a function of the step's number alone.
+
+recipe -> spans of steps (`schedule`) -> a mixture for each (`mixture`) -> the batch of any step
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from halve.recipe import Training
+from transformers import PreTrainedTokenizerBase
+
+from halve.progress import SILENT, Progress
+from halve.recipe import Recipe, Training
+from halve.train import corpus, schedule
 from halve.train.batch import Batch
+from halve.train.documents import require_border
+from halve.train.mixture import Mixture, Texts, open_texts
+from halve.train.schedule import Span
+from halve.train.tokenize import Border, border
 
 
 @runtime_checkable
 class Samples(Protocol):
-    """Packed samples whose order is a function of the step (see `corpus.Samples`)."""
+    """Packed samples whose order is a function of the step (see `corpus.Samples` and `mixture.Mixture`)."""
 
     @property
     def context(self) -> int:
@@ -24,28 +40,119 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Course:
-    """Steps are counted from 1; `step` 0 is the state before the first."""
+    """Steps are counted from 1; `step` 0 is the state before the first.
+
+    `samples` are drawn from before the first phase, `later` from its phases on, one for each. `fingerprint` is of what
+    the samples' numbers stand for: two courses that share it find the same tokens under a number.
+    """
 
     training: Training
     samples: Samples
+    later: tuple[Samples, ...] = ()
+    fingerprint: str = ""
 
-    @property
+    def __post_init__(self) -> None:
+        assert len(self.later) == len(self.training.phases)
+        contexts = [span.context for span in self.spans]
+        assert contexts == [samples.context for samples in (self.samples, *self.later)]
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Steps that are alike: one span, and one more for each phase."""
+        return schedule.spans(self.training, self.samples.context)
+
+    @cached_property
     def steps(self) -> int:
         """How many whole optimizer steps cover the token budget."""
-        return math.ceil(self.training.tokens / (self.training.batch * self.samples.context))
+        return sum(span.steps for span in self.spans)
 
     def tokens(self, step: int) -> int:
         """Tokens that were trained on when `step` is done."""
-        return step * self.training.batch * self.samples.context
+        return self.spans[self._span(step)].tokens(step, batch=self.training.batch)
 
     def batch(self, step: int) -> Batch:
         """The samples of a step, of all ranks together."""
-        return self.samples.batch(step - 1, self.training.batch)
+        which = self._span(step)
+        samples = (self.samples, *self.later)[which]
+        return samples.batch(step - self.spans[which].first, self.training.batch)
 
     def lr(self, step: int) -> float:
-        """The rate of a step: linear warm-up, then a cosine that ends at `min_lr`."""
-        training = self.training
+        """The rate of a step: linear warm-up to the peak of its phase, then a cosine that ends at `min_lr`."""
+        training, peak = self.training, self.spans[self._span(step)].lr
         if step <= training.warmup_steps:
-            return training.lr * step / training.warmup_steps
+            return peak * step / training.warmup_steps
         done = (step - training.warmup_steps) / max(self.steps - training.warmup_steps, 1)
-        return training.min_lr + (training.lr - training.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return training.min_lr + (peak - training.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _span(self, step: int) -> int:
+        """The last span that begins at or before the step."""
+        return max((i for i, span in enumerate(self.spans) if span.first <= step and span.steps), default=0)
+
+
+def open_course(
+    recipe: Recipe,
+    training: Training,
+    *,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = SILENT,
+) -> Course:
+    """The course of one of the recipe's trainings; token files are made in `cache` where they are not there.
+
+    Samples of each context that is trained in have numbers of their own. Phases of one context go on in the same
+    epochs; another context cuts the text anew and begins with epochs of its own.
+
+    Raises `CorpusError` for text that is too little or unfit, and `TrainError` where documents cannot be told apart.
+    """
+    between = require_border(border(tokenizer)) if recipe.data.documents == "apart" else None
+    texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
+    planned = schedule.spans(training, recipe.data.context)
+    first, *later = _mixtures(texts, planned, batch=training.batch, seed=recipe.seed, between=between)
+    contexts = list(dict.fromkeys(span.context for span in planned))
+    what = {
+        "texts": [tokens.fingerprint for tokens in texts.tokens],
+        "contexts": contexts,
+        "documents": recipe.data.documents,
+    }
+    found = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return Course(training, first, tuple(later), found)
+
+
+def open_heldout(
+    recipe: Recipe,
+    training: Training,
+    *,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = SILENT,
+) -> Batch:
+    """The held-out samples that a training is measured on while it runs: in `data.context`, documents as in it."""
+    between = require_border(border(tokenizer)) if recipe.data.documents == "apart" else None
+    tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    return corpus.Samples(tokens, recipe.data.context, recipe.seed, between).heldout(training.eval_samples)
+
+
+def _mixtures(
+    texts: Texts, planned: tuple[Span, ...], *, batch: int, seed: int, between: Border | None
+) -> list[Mixture]:
+    """What each span draws from."""
+    found: list[Mixture] = []
+    last: dict[int, Mixture] = {}  # by context
+    drawn: dict[int, tuple[int, ...]] = {}
+    offset = 0
+    for span in planned:
+        weights = _weights(texts, span.weights)
+        known = last.get(span.context)
+        if known is None:
+            made = Mixture(texts.cut(span.context, seed=seed, border=between), weights, offset)
+            offset += len(made)
+        else:
+            made = Mixture(known.parts, weights, known.offset, drawn[span.context])
+        last[span.context], drawn[span.context] = made, made.after(span.steps * batch)
+        found.append(made)
+    return found
+
+
+def _weights(texts: Texts, asked: Mapping[str, float] | None) -> tuple[float, ...]:
+    """A phase's weights in the order of the parts; a part that it does not name is not drawn from."""
+    return texts.weights if asked is None else tuple(asked.get(name, 0.0) for name in texts.names)

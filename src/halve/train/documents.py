@@ -1,0 +1,81 @@
+"""Where documents end inside packed samples, and whether a model keeps them apart there.
+
+Shapes: B batch, S seq, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from halve.errors import AnatomyError, TrainError
+from halve.train.tokenize import Border
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LENGTHS = (5, 1, 7, 3)  # of the documents that the check packs
+
+
+def positions(ids: Int[Tensor, "batch seq"], border: Border) -> Int[Tensor, "batch seq"]:
+    """Each token's place in its own document, counted from 0; a sample's first document begins with the sample.
+
+    >>> positions(torch.tensor([[7, 0, 8, 9, 0, 0, 6]]), Border(0, ends=True)).tolist()
+    [[0, 1, 0, 1, 2, 0, 0]]
+    """
+    starts_BS = ids == border.token
+    if border.ends:
+        starts_BS = starts_BS.roll(1, dims=1)
+    starts_BS[:, 0] = True
+    places_S = torch.arange(ids.shape[1], device=ids.device)
+    return places_S - torch.where(starts_BS, places_S, 0).cummax(dim=1).values
+
+
+@torch.no_grad()
+def require_apart(model: PreTrainedModel) -> None:
+    """Prove that `model` reads packed documents as it reads them one by one, told by positions that begin anew.
+
+    transformers makes attention that ends at a border from such positions, in the families whose code hands them to the
+    making of its masks. Nothing is believed: hidden states of four packed documents are compared with those of each
+    alone, and two samples with different borders stand in one batch. Raises `AnatomyError` where they differ.
+    """
+    vocab = model.get_input_embeddings().weight.shape[0]
+    random = torch.Generator().manual_seed(0)
+    ids_BS = torch.randint(vocab, (2, sum(_LENGTHS)), generator=random).to(model.device)
+    lengths = (_LENGTHS, _LENGTHS[::-1])
+    where_BS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]).to(model.device)
+    packed_BSD = _hidden(model, ids_BS, where_BS)
+    alone_BSD = torch.stack(
+        [
+            torch.cat(
+                [_hidden(model, part[None], torch.arange(len(part), device=part.device)[None])[0] for part in row]
+            )
+            for row in (ids_S.split(list(sizes)) for ids_S, sizes in zip(ids_BS, lengths, strict=True))
+        ]
+    )
+    error = float((packed_BSD - alone_BSD).abs().max() / alone_BSD.abs().max())
+    if not error < (1e-3 if packed_BSD.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise AnatomyError(
+            f"{type(model).__name__} does not keep packed documents apart",
+            why=f"its hidden states differ by {error:.2g} of their size from those of each document alone",
+            fix="set data.documents to joined",
+        )
+
+
+def require_border(border: Border | None) -> Border:
+    """Raise `TrainError` for a tokenizer that marks neither a document's end nor its beginning."""
+    if border is None:
+        raise TrainError(
+            "documents cannot be kept apart",
+            why="the tokenizer has neither an end-of-sequence nor a beginning-of-sequence token to tell them by",
+            fix="set data.documents to joined, or give the tokenizer an eos_token",
+        )
+    return border
+
+
+def _hidden(model: PreTrainedModel, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    hidden_BSD: Tensor = model.base_model(input_ids=ids_BS, position_ids=positions_BS, use_cache=False)[0]
+    return hidden_BSD
