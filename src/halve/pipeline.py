@@ -95,7 +95,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     original = None  # the stage that makes the teacher, if it is corrected
     if recipe.correct:
         models["corrected"] = original = "correct"
-        reads: _Names = (*_EVERYWHERE, "correct", "-correct.checkpoint_every")
+        reads: _Names = (*_EVERYWHERE, "data.documents", "correct", "-correct.checkpoint_every")
         listed.append(Stage("correct", "correct", recipe, reads, (), _INPUTS, 1, _correct))
     last = original
     for number, part in enumerate(rounds(recipe), 1):
@@ -137,7 +137,7 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         return listed, models
 
     for variant in ("student", *recipe.distill.baselines):
-        own: _Names = ("distill", "-distill.baselines", "-distill.checkpoint_every")
+        own: _Names = ("data.documents", "distill", "-distill.baselines", "-distill.checkpoint_every")
         start = prune
         if variant == "ce":  # it has an objective of its own
             own = (*own, "-distill.objective", "-distill.temperature")
@@ -339,12 +339,18 @@ def _outside(recipe: Recipe, name: str, memo: Path) -> list[Any]:
         files = [Path(path) for path in recipe.evaluate.choices]
     elif name == "depth_task":
         files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
+    elif name == "train" and isinstance(recipe.data.train, dict):
+        parts = recipe.data.train.items()
+        return [[part, mixed.weight, _texts(mixed.sources, memo)] for part, mixed in parts]
     else:
-        listed = recipe.data.train_sources if name == "train" else recipe.data.valid
-        hub = [source for source in listed if source.startswith(sources.HUB)]
-        files = [path for source in listed if source not in hub for path in sources.files(source)]
-        return [*hub, *_hashed(files, memo)]
+        return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
     return _hashed(files, memo)
+
+
+def _texts(listed: Sequence[str], memo: Path) -> list[Any]:
+    hub = [source for source in listed if source.startswith(sources.HUB)]
+    files = [path for source in listed if source not in hub for path in sources.files(source)]
+    return [*hub, *_hashed(files, memo)]
 
 
 def _hashed(files: Sequence[Path], memo: Path) -> list[Any]:

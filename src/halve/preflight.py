@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DiskError, HalveError, RecipeError
-from halve.recipe import Recipe
+from halve.recipe import Phase, Recipe, Training
 from halve.rounds import learns_from_previous, rounds, shapes
 from halve.rundir import check_folder
 from halve.soundness import locate, read_headers
@@ -44,6 +45,11 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     yield lambda: read_headers(locate(recipe.model))
     yield lambda: _check_tokenizer(recipe)
     yield lambda: _check_plan(recipe)
+    for name, training in _trainings(recipe):
+        for phase in training.phases:
+            yield lambda name=name, phase=phase: _check_phase(recipe, name, phase)  # type: ignore[misc]
+    if recipe.data.documents == "apart":
+        yield lambda: _check_apart(recipe)
     for source in dict.fromkeys((*recipe.data.train_sources, *recipe.data.valid)):
         yield lambda source=source: _check_corpus(source, recipe.data.text_field)  # type: ignore[misc]
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
@@ -69,6 +75,49 @@ def _check_plan(recipe: Recipe) -> None:
                 why=f"round {number - 1} has no section distill, so its student is what the cut left",
                 fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
             )
+
+
+def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:
+    """Every section of the recipe that trains, with its name."""
+    if recipe.correct is not None:
+        yield "correct", recipe.correct
+    for number, part in enumerate(rounds(recipe), 1):
+        if part.distill is not None:
+            yield "distill" if number == 1 else f"distill of round {number}", part.distill
+
+
+def _check_phase(recipe: Recipe, section: str, phase: Phase) -> None:
+    from halve import checkpoint, measure
+
+    known = list(recipe.data.train) if isinstance(recipe.data.train, dict) else []
+    unknown = [name for name in phase.mixture or {} if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise RecipeError(
+            f"a phase of {section} mixes {unknown[0]}, which data.train does not have",
+            why=f"its parts are {', '.join(known)}" if known else "data.train is a list of sources without parts",
+            fix=f"did you mean {near[0]}?"
+            if near
+            else f"add a part {unknown[0]} with sources and weight to data.train",
+        )
+    limit = measure.context_length(checkpoint.load_config(recipe.model))
+    if limit is not None and phase.context is not None and phase.context > limit:
+        raise RecipeError(
+            f"a phase of {section} has context {phase.context}, the model's has {limit}",
+            why="positions past the model's context were never trained",
+            fix=f"set that phase's context to {limit} or less",
+        )
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart."""
+    from halve import checkpoint
+    from halve.anatomy import discover
+    from halve.cut.twins import random_twin
+    from halve.train import documents, tokenize
+
+    documents.require_border(tokenize.border(checkpoint.load_tokenizer(recipe.model)))
+    documents.require_apart(random_twin(discover(checkpoint.load_config(recipe.model)).twin(), seed=0))
 
 
 def _check_corpus(source: str, text_field: str) -> None:

@@ -56,7 +56,7 @@ class Data(Section):
     files, or `hub:owner/name`, `hub:owner/name:split` for a data set of the hub.
     """
 
-    train: Annotated[tuple[str, ...], Field(min_length=1)] | dict[str, Source] = Field(
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | Annotated[dict[str, Source], Field(min_length=1)] = Field(
         description="sources, or a mixture: parts by name, each with sources and a weight"
     )
     valid: tuple[str, ...] = Field(min_length=1, description="held-out text; also measured during training")
@@ -76,11 +76,13 @@ class Data(Section):
 
 
 class Phase(Section):
-    """From some token on, train on another mixture, in another context or at another rate (2408.11796, Sec. 3)."""
+    """From some token on, train on another mixture, in another context or at another rate (2407.14679, Table 20)."""
 
     from_tokens: Count = Field(description="tokens after which it begins, rounded up to whole steps")
-    mixture: dict[str, float] | None = Field(None, description="weights of the parts of data.train")
-    context: Count | None = None
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
+        None, description="weights of the parts of data.train; a part that is not named is not drawn from"
+    )
+    context: Count | None = Field(None, description="tokens in one packed sample; a step keeps its number of samples")
     lr: float | None = Field(None, gt=0, description="what the cosine is scaled to from here on")
 
 
@@ -131,6 +133,8 @@ class Training(Section):
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
         begins = [phase.from_tokens for phase in self.phases]
+        if any(phase.lr is not None and phase.lr < self.min_lr for phase in self.phases):
+            raise ValueError(f"a phase's lr is below min_lr {self.min_lr}")
         if begins != sorted(set(begins)) or any(begin >= self.tokens for begin in begins):
             raise ValueError("phases begin one after another, each before tokens is reached")
         return self

@@ -1,7 +1,7 @@
 """When each phase of a training begins, and what it trains with: plain numbers, known before anything is read.
 
-2408.11796 (Sec. 3) trains with one mixture, context and rate; Nemotron-4 (2402.16819, Sec. 2) changes mixture and rate
-for the last tokens. A recipe says the latter as `phases`.
+A teacher may have been trained in phases, the last on better text; 2407.14679 (Table 20) asks which of its texts the
+student should see.
 """
 
 from __future__ import annotations
