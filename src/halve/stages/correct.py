@@ -11,6 +11,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.train import loop, objectives
 from halve.train.course import open_course, open_heldout
+from halve.train.documents import require_apart
 
 
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
+    if recipe.data.documents == "apart":
+        require_apart(model)
     result = loop.train(
         model,
         objectives.cross_entropy(),

@@ -24,6 +24,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Dtype, Recipe, Term
 from halve.train import loop, objectives
 from halve.train.course import open_course, open_heldout
+from halve.train.documents import require_apart
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
 
@@ -65,6 +66,9 @@ def run(
     teacher_body, teacher_head = split(master)
     model = _start(student, variant, seed=recipe.seed, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
+    if recipe.data.documents == "apart":
+        for one in (master, model):
+            require_apart(one)
     num_tokens = 1 + max(tokenizer.get_vocab().values())
     vocab = objectives.shared_vocab(split(model)[1], teacher_head, num_tokens=num_tokens)
     with precision:

@@ -41,7 +41,7 @@ class Batch:
         positions = None if self.positions is None else self.positions[rows]
         return Batch(self.ids[rows], self.numbers[rows], positions)
 
-    def counted(self) -> Bool[Tensor, "batch seq-1"] | None:
+    def counted(self) -> Bool[Tensor, "batch predictions"] | None:
         """Which positions but the last predict a token of their own document; None if all do."""
         return None if self.positions is None else self.positions[:, 1:] > 0
 

@@ -47,7 +47,7 @@ def shares(weights: Sequence[float], draws: int) -> list[int]:
 def turns(weights: Sequence[float], first: int, count: int) -> Iterator[tuple[int, int]]:
     """The draws `first`, `first + 1`, ...: which part each is from, and how many that part had before.
 
-    >>> [part for part, _ in turns([2, 1], 0, 6)]
+    >>> [part for part, _ in turns([2.0, 1.0], 0, 6)]
     [0, 1, 0, 0, 1, 0]
     """
     whole, counts = _whole(weights), shares(weights, first)
