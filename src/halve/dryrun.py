@@ -9,7 +9,7 @@ from halve.anatomy import Anatomy, Arch, Counts
 from halve.anatomy.runtimes import runtimes
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
-from halve.train.losses import chunk_tokens
+from halve.train.chunked import chunk_tokens
 
 GPU_BYTES = 80e9
 # Matrix rate that MFU is counted against: one H100 SXM in bf16, dense, from its data sheet.

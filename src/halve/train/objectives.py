@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from halve.errors import TrainError
 from halve.head import Body, Head
-from halve.train import losses
+from halve.train import chunked, divergences
 from halve.train.batch import Batch
 
 _SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
@@ -35,7 +36,7 @@ def cross_entropy() -> Objective:
 
     def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
         hidden_ND, labels = predictions(body, batch), batch.labels()
-        target = losses.cross_entropy(labels)
+        target = chunked.cross_entropy(labels)
         return _summed(hidden_ND, head, target, vocab=head.weight.shape[0]), labels.numel()
 
     return objective
@@ -49,11 +50,10 @@ def distillation(
     def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
         taught_ND = _taught(teacher_body, batch)
         hidden_ND, labels = predictions(body, batch), batch.labels()
-        target = losses.forward_kl(
-            taught_ND, teacher_head, vocab=vocab, temperature=temperature, operand=_operand(taught_ND)
-        )
+        kl = partial(divergences.kl_rows, temperature=temperature)
+        target = chunked.follow(taught_ND, teacher_head, kl, vocab=vocab, operand=_operand(taught_ND))
         if ce_share > 0:
-            target = losses.mix(target, losses.cross_entropy(labels), share=ce_share)
+            target = chunked.sum_of([(1 - ce_share, target), (ce_share, chunked.cross_entropy(labels))])
         return _summed(hidden_ND, head, target, vocab=vocab), labels.numel()
 
     return objective
@@ -83,14 +83,14 @@ def heldout_divergence(
             with torch.no_grad():
                 hidden_ND = predictions(body, part)
             labels = part.labels()
-            parts = losses.divergence(
+            parts = chunked.divergence(
                 hidden_ND,
                 head,
                 _taught(teacher_body, part),
                 teacher_head,
                 labels,
                 vocab=vocab,
-                chunk=losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda),
+                chunk=chunked.chunk_tokens(vocab, cuda=hidden_ND.is_cuda),
                 operand=_operand(hidden_ND),
             )
             sums += torch.stack(list(parts)).cpu()
@@ -157,14 +157,14 @@ def _taught(body: Body, batch: Batch) -> Tensor:
 @torch.no_grad()
 def _token_losses(body: Body, head: Head, batch: Batch) -> Tensor:
     hidden_ND, vocab = predictions(body, batch), head.weight.shape[0]
-    chunk = losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
+    chunk = chunked.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
     labels = batch.labels()
-    return losses.token_losses(hidden_ND, head, labels, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
+    return chunked.token_losses(hidden_ND, head, labels, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
 
 
-def _summed(hidden_ND: Tensor, head: Head, target: losses.Target, *, vocab: int) -> Tensor:
-    chunk = losses.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
-    return losses.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
+def _summed(hidden_ND: Tensor, head: Head, target: chunked.Target, *, vocab: int) -> Tensor:
+    chunk = chunked.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
+    return chunked.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
 
 
 def _operand(hidden_ND: Tensor) -> torch.dtype | None:

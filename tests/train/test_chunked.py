@@ -6,6 +6,7 @@ Shapes: N tokens, D hidden, V vocab.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from halve.head import Head
-from halve.train import losses
+from halve.train import chunked, divergences
 
 F64 = torch.float64
 N, D, TEACHER_D, V = 23, 8, 11, 29
@@ -77,12 +78,13 @@ def plain_ce(one: Case, *, vocab: int = V) -> Tensor:
 
 
 def chunked_kl(one: Case, *, chunk: int, vocab: int = V, temperature: float = 1.0) -> Tensor:
-    target = losses.forward_kl(one.teacher_ND, one.teacher_head, vocab=vocab, temperature=temperature)
-    return losses.chunked(one.hidden_ND, one.head, target, vocab=vocab, chunk=chunk)
+    rows = partial(divergences.kl_rows, temperature=temperature)
+    target = chunked.follow(one.teacher_ND, one.teacher_head, rows, vocab=vocab)
+    return chunked.chunked(one.hidden_ND, one.head, target, vocab=vocab, chunk=chunk)
 
 
 def chunked_ce(one: Case, *, chunk: int, vocab: int = V) -> Tensor:
-    return losses.chunked(one.hidden_ND, one.head, losses.cross_entropy(one.labels), vocab=vocab, chunk=chunk)
+    return chunked.chunked(one.hidden_ND, one.head, chunked.cross_entropy(one.labels), vocab=vocab, chunk=chunk)
 
 
 def gradients(loss: Tensor, one: Case) -> list[Tensor]:
@@ -128,9 +130,10 @@ def test_kl_at_a_temperature(temperature: float) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_mix_is_the_weighted_sum(share: float) -> None:
     one = case(scale=0.5)
-    kl = losses.forward_kl(one.teacher_ND, one.teacher_head, vocab=V, temperature=2.0)
-    target = losses.mix(kl, losses.cross_entropy(one.labels), share=share)
-    have = losses.chunked(one.hidden_ND, one.head, target, vocab=V, chunk=10)
+    rows = partial(divergences.kl_rows, temperature=2.0)
+    kl = chunked.follow(one.teacher_ND, one.teacher_head, rows, vocab=V)
+    target = chunked.sum_of([(1 - share, kl), (share, chunked.cross_entropy(one.labels))])
+    have = chunked.chunked(one.hidden_ND, one.head, target, vocab=V, chunk=10)
     assert_same(have, (1 - share) * plain_kl(one, temperature=2.0) + share * plain_ce(one), one)
 
 
@@ -164,7 +167,7 @@ def test_padding_never_counts(seed: int, keep: list[bool], chunk: int) -> None:
     one, mask = case(seed=seed), torch.tensor(keep)
     with torch.no_grad():
         one.hidden_ND[~mask] = math.nan
-    clean = [losses.keep_tokens(part, mask) for part in (one.hidden_ND, one.teacher_ND, one.labels)]
+    clean = [chunked.keep_tokens(part, mask) for part in (one.hidden_ND, one.teacher_ND, one.labels)]
     kept = one._replace(hidden_ND=clean[0], teacher_ND=clean[1], labels=clean[2])
     hidden_ND, weight_VD = gradients(chunked_kl(kept, chunk=chunk) + chunked_ce(kept, chunk=chunk), one)
     assert not hidden_ND[~mask].any()
@@ -178,7 +181,7 @@ def test_padding_never_counts(seed: int, keep: list[bool], chunk: int) -> None:
 @given(st.integers(0, 10**6), st.floats(0.3, 4.0))
 def test_a_divergence_is_never_negative(seed: int, temperature: float) -> None:
     one = case(seed=seed)
-    kl_N, _ = losses.kl_rows(
+    kl_N, _ = divergences.kl_rows(
         plain_logits(one.hidden_ND, one.head, V).detach().float(),
         plain_logits(one.teacher_ND, one.teacher_head, V).float(),
         temperature=temperature,
@@ -201,8 +204,8 @@ def test_a_small_divergence_survives_large_logits() -> None:
     one = case(dtype=F64)
     teacher_NV = 40 + 5 * plain_logits(one.teacher_ND, one.teacher_head, V)
     student_NV = teacher_NV + 1e-2 * torch.randn(N, V, dtype=F64, generator=torch.Generator().manual_seed(0))
-    want_N, want_NV = losses.kl_rows(student_NV, teacher_NV)
-    have_N, have_NV = losses.kl_rows(student_NV.float(), teacher_NV.float())
+    want_N, want_NV = divergences.kl_rows(student_NV, teacher_NV)
+    have_N, have_NV = divergences.kl_rows(student_NV.float(), teacher_NV.float())
     assert (have_N.sum() / want_N.sum() - 1).abs() < 0.002
     assert (have_NV - want_NV).norm() < 0.002 * want_NV.norm()
 
@@ -267,7 +270,7 @@ def test_no_tensor_holds_more_logits_than_a_chunk(kind: str) -> None:
 
 def test_measures_are_the_plain_formulas() -> None:
     one = case(softcap=3.0)
-    found = losses.divergence(one.hidden_ND, one.head, one.teacher_ND, one.teacher_head, one.labels, vocab=V, chunk=6)
+    found = chunked.divergence(one.hidden_ND, one.head, one.teacher_ND, one.teacher_head, one.labels, vocab=V, chunk=6)
     torch.testing.assert_close(found.kl, plain_kl(one).detach())
     torch.testing.assert_close(found.ce, plain_ce(one).detach())
     best = [
@@ -275,11 +278,11 @@ def test_measures_are_the_plain_formulas() -> None:
         for hidden, head in ((one.hidden_ND, one.head), (one.teacher_ND, one.teacher_head))
     ]
     assert found.agreement == (best[0] == best[1]).sum()
-    loss_N = losses.token_losses(one.hidden_ND, one.head, one.labels, vocab=V, chunk=6)
+    loss_N = chunked.token_losses(one.hidden_ND, one.head, one.labels, vocab=V, chunk=6)
     torch.testing.assert_close(loss_N.sum(), plain_ce(one).detach())
 
 
 def test_chunks_fit_the_vocabulary() -> None:
-    assert losses.chunk_tokens(2048, cuda=False) * 2048 <= 2**21
-    assert losses.chunk_tokens(128_256, cuda=True) * 128_256 <= 2**28
-    assert losses.chunk_tokens(2**30, cuda=False) == 256
+    assert chunked.chunk_tokens(2048, cuda=False) * 2048 <= 2**21
+    assert chunked.chunk_tokens(128_256, cuda=True) * 128_256 <= 2**28
+    assert chunked.chunk_tokens(2**30, cuda=False) == 256

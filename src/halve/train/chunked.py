@@ -6,7 +6,8 @@ back at once: into the hidden states' gradient and into the head's. Nothing is k
 nothing is computed twice. The logits are float32 (float64 where the hidden states are) and are
 never rounded; so are softmax, sums and the gradient of the head.
 
-    loss = chunked(hidden, head, forward_kl(teacher_hidden, teacher_head), vocab=v, chunk=c)
+    target = follow(teacher_hidden, teacher_head, divergences.kl_rows, vocab=v)
+    loss = chunked(hidden, head, target, vocab=v, chunk=c)
 
 All losses are sums over tokens. Who calls them divides by the number of tokens of the whole step.
 
@@ -16,7 +17,7 @@ Shapes: N tokens, C tokens of a chunk, R tokens of a block, D hidden, V vocab.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from halve.head import Head, product
+from halve.train.divergences import Rows, TeacherRows, ce_rows, kl_rows, weighted
 
-RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+RowLoss = Rows[slice]
 """(student logits [R, V], the block's place in the chunk) -> (losses of tokens [R], gradient [R, V])."""
 
 Target = Callable[[slice], RowLoss]
@@ -64,79 +66,36 @@ def chunked(
     return loss
 
 
-def forward_kl(
+def follow(
     hidden: Float[Tensor, "tokens hidden"],
     head: Head,
+    rows: TeacherRows,
     *,
     vocab: int,
-    temperature: float = 1.0,
     operand: torch.dtype | None = None,
 ) -> Target:
-    """Compare with the teacher that has these hidden states and this head; no gradient reaches either.
+    """Compare, by a divergence of rows, with the teacher that has these hidden states and this head.
 
-    2407.14679, Sec. 3; the square of the temperature keeps the gradient's size (Hinton et al., 1503.02531):
-
-        KL(p || q) * tau^2,  p = softmax(z_teacher / tau),  q = softmax(z_student / tau)
+    No gradient reaches either. Several divergences of one teacher are one `weighted` sum of them: its logits are
+    then made once.
     """
     factors = _Factors.of(hidden, head, vocab, operand)
 
-    def of_chunk(rows: slice) -> RowLoss:
-        teacher_CV = _cap(_raw_logits(factors, rows), head.softcap)
-        return lambda z_RV, block: kl_rows(z_RV, teacher_CV[block], temperature=temperature)
+    def of_chunk(chunk: slice) -> RowLoss:
+        teacher_CV = _cap(_raw_logits(factors, chunk), head.softcap)
+        return lambda z_RV, block: rows(z_RV, teacher_CV[block])
 
     return of_chunk
 
 
 def cross_entropy(labels: Int[Tensor, " tokens"]) -> Target:
     """Compare with the tokens that came next."""
-    return lambda rows: lambda z_RV, block: ce_rows(z_RV, labels[rows][block])
+    return lambda chunk: lambda z_RV, block: ce_rows(z_RV, labels[chunk][block])
 
 
-def mix(first: Target, second: Target, *, share: float) -> Target:
-    """Return `(1 - share) * first + share * second`, for two comparisons of the same logits."""
-
-    def of_chunk(rows: slice) -> RowLoss:
-        one, other = first(rows), second(rows)
-
-        def of_rows(z_RV: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-            (one_R, one_RV), (other_R, other_RV) = one(z_RV, block), other(z_RV, block)
-            return one_R.lerp(other_R, share), one_RV.lerp(other_RV, share)
-
-        return of_rows
-
-    return of_chunk
-
-
-def kl_rows(
-    student: Float[Tensor, "tokens vocab"],
-    teacher: Float[Tensor, "tokens vocab"],
-    *,
-    temperature: float = 1.0,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
-    """Return KL(teacher || student) * temperature^2 of each token, and its gradient by the student's logits.
-
-    The sum is taken over `p (log p - log q) + q - p`, whose first-order rounding errors cancel: equal
-    distributions give exactly zero, and a small divergence is not lost in the rounding of large logits.
-    """
-    log_q_RV = torch.log_softmax(student / temperature if temperature != 1.0 else student, -1)
-    log_p_RV = torch.log_softmax(teacher / temperature if temperature != 1.0 else teacher, -1)
-    p_RV = log_p_RV.exp()
-    log_p_RV.sub_(log_q_RV).mul_(p_RV)
-    grad_RV = log_q_RV.exp_().sub_(p_RV)
-    kl_R = log_p_RV.add_(grad_RV).sum(-1)
-    if temperature != 1.0:
-        return kl_R * temperature**2, grad_RV.mul_(temperature)
-    return kl_R, grad_RV
-
-
-def ce_rows(
-    student: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"]
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]:
-    """Return -log softmax(student)[label] of each token, and its gradient by the student's logits."""
-    log_q_RV = torch.log_softmax(student, -1)
-    ce_R = log_q_RV.gather(-1, labels[:, None]).squeeze(-1).neg()
-    grad_RV = log_q_RV.exp_()
-    return ce_R, grad_RV.scatter_add_(-1, labels[:, None], -torch.ones_like(ce_R)[:, None])
+def sum_of(terms: Sequence[tuple[float, Target]]) -> Target:
+    """Return the sum of comparisons of the same logits, each times its weight."""
+    return lambda chunk: weighted([(weight, target(chunk)) for weight, target in terms])
 
 
 class Divergence(NamedTuple):
