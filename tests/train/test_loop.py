@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from halve.train import checkpoints, loop, objectives
 from halve.train.batch import Batch
 from halve.train.course import Course
 from halve.train.optimizers import make_optimizer
-from halve.train.step import Trained, optimize
+from halve.train.step import Trained, apply, gradients
 
 VOCAB, CONTEXT = 37, 12
 
@@ -244,9 +245,44 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: Any, 
     assert same(weights(model), weights(whole))
 
 
-def test_one_checkpoint_is_kept(tmp_path: Path) -> None:
-    run(tmp_path, tiny())
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["step-00000004"]
+@pytest.mark.parametrize(("keep", "kept"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int, kept: list[int]) -> None:
+    recipe = training(checkpoint_every=1, keep_checkpoints=keep, tokens=5 * 8 * CONTEXT)
+    run(tmp_path, tiny(), recipe=recipe)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [f"step-{step:08d}" for step in kept]
+
+
+@dataclass(frozen=True)
+class Second:
+    """Another model that learns from the same samples."""
+
+    model: PreTrainedModel
+    trained: Trained
+
+    def step(self, parts: Sequence[Batch], *, lr: float) -> Mapping[str, float]:
+        objective, halves = objectives.cross_entropy(), split(self.model)
+        found = gradients(self.trained, lambda batch: objective(*halves, batch), parts)
+        apply(self.trained, found, lr=lr, clip=1.0)
+        return {"second_loss": found.loss}
+
+
+def second(seed: int = 5) -> Second:
+    model = tiny(seed=seed).eval()
+    return Second(model, Trained({"second": model}, make_optimizer(model.parameters(), training())))
+
+
+def test_what_learns_beside_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    objective, recipe = taught(tiny(seed=1)), training(micro_batch=4)
+    whole, other = tiny(), second()
+    run(tmp_path / "whole", whole, objective=objective, recipe=recipe, beside=other)
+    assert [line["second_loss"] > 0 for line in lines(tmp_path / "whole")] == [True] * 6
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", tiny(), objective=killing(objective, 9), recipe=recipe, beside=second())
+    model, again = tiny(), second(seed=6)
+    result = run(tmp_path / "killed", model, objective=objective, recipe=recipe, beside=again)
+    assert result.resumed_from == 4
+    assert same(weights(model), weights(whole))
+    assert same(weights(again.model), weights(other.model))
 
 
 def test_a_checkpoint_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
@@ -382,9 +418,10 @@ def test_gradients_are_clipped_to_the_norm(clip: float, bound: bool) -> None:
     optimizer.register_step_pre_hook(look)
     batches = [Fake().batch(0, 4)]
     trained = Trained({"student": model}, optimizer)
-    _, norm = optimize(trained, lambda batch: objective(*parts, batch), batches, lr=1e-3, clip=clip)
-    assert norm > 2e-3  # what is reported is the norm before the clip
-    assert seen == [pytest.approx(clip if bound else norm, rel=1e-2)]
+    found = gradients(trained, lambda batch: objective(*parts, batch), batches)
+    apply(trained, found, lr=1e-3, clip=clip)
+    assert found.norm > 2e-3  # what is reported is the norm before the clip
+    assert seen == [pytest.approx(clip if bound else found.norm, rel=1e-2)]
 
 
 def _parts(model: PreTrainedModel) -> tuple[Any, Head]:

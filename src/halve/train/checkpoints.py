@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000200` of two files: `state.safetensors` (parameters and optimizer
 moments) and `state.json` (the step, and whose state it is). It is written beside, put on the disk,
-and then renamed: a name without a dot is complete. The one before it is removed only after that.
+and then renamed: a name without a dot is complete. Older ones are removed only after that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,27 @@ def folder(work: Path, step: int) -> Path:
     return work / f"step-{step:08d}"
 
 
-def save(work: Path, step: int, trained: Trained, identity: Mapping[str, Any]) -> Path:
-    """Write the state after `step` steps, remove older ones, give its folder. `DiskError` when full."""
+@dataclass(frozen=True)
+class Restored:
+    """The step that a run goes on from, and the notes that were saved with it."""
+
+    step: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(
+    work: Path,
+    step: int,
+    groups: Sequence[Trained],
+    identity: Mapping[str, Any],
+    *,
+    keep: int = 1,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the state after `step` steps, leave the newest `keep`, give its folder. `DiskError` when full.
+
+    `groups` are what several optimizers move; `notes`, plain data, come back from `restore`.
+    """
     final = folder(work, step)
     draft = work / f".{final.name}.tmp"
     with disk_guard(final):
@@ -40,8 +60,8 @@ def save(work: Path, step: int, trained: Trained, identity: Mapping[str, Any]) -
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         try:
-            save_file(_tensors(trained), draft / _WEIGHTS)
-            (draft / _FACTS).write_text(json.dumps({"step": step, "identity": identity}))
+            save_file(_tensors(groups), draft / _WEIGHTS)
+            (draft / _FACTS).write_text(json.dumps({"step": step, "identity": identity, "notes": dict(notes or {})}))
             sync_tree(draft)
             shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
             os.replace(draft, final)
@@ -49,21 +69,21 @@ def save(work: Path, step: int, trained: Trained, identity: Mapping[str, Any]) -
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    for old in _complete(work):
-        if old != final:
-            shutil.rmtree(old)
+    for old in [path for path in _complete(work) if path != final][: 1 - keep or None]:
+        shutil.rmtree(old)
     return final
 
 
-def restore(work: Path, trained: Trained, identity: Mapping[str, Any]) -> int:
-    """Load this run's newest state into modules and optimizer, and give its step; 0 where there is none."""
+def restore(work: Path, groups: Sequence[Trained], identity: Mapping[str, Any]) -> Restored:
+    """Load this run's newest state into modules and optimizers; its step is 0 where there is none."""
     wanted = json.loads(json.dumps(identity))
     for kept in reversed(_complete(work)):
         facts = read_json(kept / _FACTS)
         if facts["identity"] == wanted:
-            _load(kept / _WEIGHTS, facts["step"], trained)
-            return int(facts["step"])
-    return 0
+            for trained in groups:
+                _load(kept / _WEIGHTS, facts["step"], trained)
+            return Restored(int(facts["step"]), facts["notes"])
+    return Restored()
 
 
 def _complete(work: Path) -> list[Path]:
@@ -76,13 +96,16 @@ def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{prefix}.{name}", parameter
 
 
-def _tensors(trained: Trained) -> dict[str, Tensor]:
-    tensors, state = {}, trained.optimizer.state
-    for name, parameter in _named_parameters(trained):
-        tensors[f"param.{name}"] = parameter.detach().contiguous()
-        for moment in _MOMENTS:
-            if parameter in state:
-                tensors[f"{moment}.{name}"] = state[parameter][moment].contiguous()
+def _tensors(groups: Sequence[Trained]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for trained in groups:
+        state = trained.optimizer.state
+        for name, parameter in _named_parameters(trained):
+            assert f"param.{name}" not in tensors, f"two groups train {name}"
+            tensors[f"param.{name}"] = parameter.detach().contiguous()
+            for moment in _MOMENTS:
+                if parameter in state:
+                    tensors[f"{moment}.{name}"] = state[parameter][moment].contiguous()
     return tensors
 
 

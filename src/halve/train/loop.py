@@ -27,7 +27,7 @@ from halve.train.course import Course
 from halve.train.journal import open_journal
 from halve.train.objectives import Heldout, Objective
 from halve.train.optimizers import make_optimizer
-from halve.train.step import Trained, optimize
+from halve.train.step import Beside, Trained, apply, gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,16 +62,18 @@ def train(
     progress: Progress = SILENT,
     heldout: Heldout | None = None,
     extra: nn.Module | None = None,
+    beside: Beside | None = None,
     name: str = "train",
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`; the caller exports it.
 
     The loss of a step is the sum over all its tokens divided by their number, however many micro-batches
     it is made in. `extra` holds parameters of the objective that are trained beside the student's and are no part
-    of it. `work` keeps the last complete checkpoint; a second call with the same arguments goes on
-    from there. `metrics` gets one JSON line a step (`step tokens loss grad_norm lr tokens_per_second`, and
-    `heldout` with its figures at step 0, every `eval_every` steps and at the end). `name` says what the
-    progress bar shows and, with `seed` and the course's `training`, whose checkpoints these are.
+    of it. `beside` learns from the same samples, after the student's step. `work` keeps the last `keep_checkpoints`
+    complete checkpoints; a second call with the same arguments goes on from the newest. `metrics` gets one JSON
+    line a step (`step tokens loss grad_norm lr tokens_per_second`, and `heldout` with its figures at step 0, every
+    `eval_every` steps and at the end). `name` says what the progress bar shows and, with `seed` and the course's
+    `training`, whose checkpoints these are.
 
     Raises `TrainError` when a loss is not finite and `DiskError` when a checkpoint finds no room.
     """
@@ -84,7 +86,8 @@ def train(
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     trained = Trained(modules, make_optimizer(parameters, training))
     identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json")}
-    start = step = checkpoints.restore(work, trained, identity)
+    groups = [trained] if beside is None else [trained, beside.trained]
+    start = step = checkpoints.restore(work, groups, identity).step
     saved = checkpoints.folder(work, start) if start else None
     loss: float | None = None
     figures: Mapping[str, float] = {}
@@ -109,11 +112,15 @@ def train(
             for step in range(start + 1, course.steps + 1):
                 began = time.perf_counter()
                 lr, tokens = course.lr(step), course.tokens(step) - course.tokens(step - 1)
-                parts = course.batch(step).split(training.micro_batch or training.batch)
-                loss, norm = optimize(trained, summed, parts, lr=lr, clip=training.clip)
-                _require_finite({"loss": loss, "grad_norm": norm}, step, saved, training)
+                parts = list(course.batch(step).split(training.micro_batch or training.batch))
+                found = gradients(trained, summed, parts)
+                loss = found.loss
+                _require_finite({"loss": loss, "grad_norm": found.norm}, step, saved, training)
+                apply(trained, found, lr=lr, clip=training.clip)
+                line = {"step": step, "tokens": course.tokens(step), "loss": loss, "grad_norm": found.norm, "lr": lr}
+                if beside is not None:
+                    line |= beside.step(parts, lr=lr)
                 rate = tokens / (time.perf_counter() - began)
-                line = {"step": step, "tokens": course.tokens(step), "loss": loss, "grad_norm": norm, "lr": lr}
                 line["tokens_per_second"] = round(rate, 1)
                 if step % training.eval_every == 0 or step == course.steps:
                     line |= measured()
@@ -121,7 +128,7 @@ def train(
                 task.advance(tokens, loss=loss)
                 if step % training.checkpoint_every == 0 and step < course.steps:
                     journal.sync()
-                    saved = checkpoints.save(work, step, trained, identity)
+                    saved = checkpoints.save(work, step, groups, identity, keep=training.keep_checkpoints)
     return TrainResult(course.steps, course.tokens(course.steps), start, loss, figures)
 
 
