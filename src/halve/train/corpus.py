@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -219,8 +219,9 @@ def _fill(
         mark = _Mark(0, 1, 0)
     # text that was tokenized before is read again, which takes a hundredth of the time
     left = itertools.islice(tokenize.batches(pieces), mark.batches, None)
-    with progress.task("tokenize", None, done=mark.count) as task:
-        for one in tokenize.encoded(left, tokenizer=tokenizer, dtype=dtype, workers=workers):
+    made = tokenize.encoded(left, tokenizer=tokenizer, dtype=dtype, workers=workers)
+    with closing(made), progress.task("tokenize", None, done=mark.count) as task:
+        for one in made:
             draft.file.write(one.ids)
             num_tokens = len(one.ids) // dtype.itemsize
             mark = _Mark(mark.batches + 1, mark.count + num_tokens, mark.text_bytes + one.text_bytes)

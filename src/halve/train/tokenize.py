@@ -9,9 +9,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -76,7 +77,7 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def encoded(
     work: Iterable[list[Piece]], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], workers: int
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """The batches of `work` as token ids, in their order.
 
     With `workers` above one that many processes are started; at most two batches for each of them are read ahead.
@@ -146,6 +147,7 @@ def _pool(tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], workers: int
 
 def _begin(tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of several already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     _own.update(tokenizer=tokenizer, dtype=dtype)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
