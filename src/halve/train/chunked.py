@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from halve.head import Head, product
-from halve.train.divergences import Rows, TeacherRows, ce_rows, kl_rows, weighted
+from halve.train.divergences import Rows, Sampled, TeacherRows, ce_rows, kl_rows, sampled_kl_rows, weighted
 
 RowLoss = Rows[slice]
 """(student logits [R, V], the block's place in the chunk) -> (losses of tokens [R], gradient [R, V])."""
@@ -86,6 +86,15 @@ def follow(
         return lambda z_RV, block: rows(z_RV, teacher_CV[block])
 
     return of_chunk
+
+
+def follow_draws(draws: Sampled, *, temperature: float = 1.0) -> Target:
+    """Compare with what was drawn of a teacher's distribution at this temperature."""
+    return lambda chunk: (
+        lambda z_RV, block: sampled_kl_rows(
+            z_RV, Sampled(*(part[chunk][block] for part in draws)), temperature=temperature
+        )
+    )
 
 
 def cross_entropy(labels: Int[Tensor, " tokens"]) -> Target:
