@@ -284,8 +284,10 @@ def test_a_json_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.
 # Memory
 
 
-@pytest.mark.parametrize("line_end", ["\n", ""], ids=["lines", "one line"])
-def test_a_large_file_needs_bounded_memory(tmp_path: Path, line_end: str) -> None:
+@pytest.mark.parametrize(
+    ("line_end", "workers"), [("\n", 1), ("", 1), ("\n", 2)], ids=["lines", "one line", "two processes"]
+)
+def test_a_large_file_needs_bounded_memory(tmp_path: Path, line_end: str, workers: int) -> None:
     big, small = tmp_path / "big.txt", tmp_path / "small.txt"
     block = ("".join(f"word{i} " for i in range(1000)) + line_end) * 140
     small.write_text(block)
@@ -305,19 +307,23 @@ def test_a_large_file_needs_bounded_memory(tmp_path: Path, line_end: str) -> Non
         folder = Path(sys.argv[1])
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         for name in ("small", "big"):
-            prepare([str(folder / f"{name}.txt")], tokenizer=tokenizer, text_field="text", cache=folder / "cache")
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            source, workers = str(folder / f"{name}.txt"), int(sys.argv[2])
+            prepare([source], tokenizer=tokenizer, text_field="text", cache=folder / "cache", workers=workers)
+            print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(workers)],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
     )
     unit = 1 if sys.platform == "darwin" else 1024
-    before, after = (int(line) * unit for line in done.stdout.split())
-    assert after - before < 30_000_000, f"{(after - before) / 1e6:.0f} MB more for a file 56 times the size"
+    before, after = ([int(word) * unit for word in line.split()] for line in done.stdout.splitlines())
+    for small_file, large_file in zip(before, after, strict=True):  # this process, and the largest that it started
+        more = large_file - small_file
+        assert more < 30_000_000, f"{more / 1e6:.0f} MB more for a file 56 times the size"
+    assert (after[1] > 0) == (workers > 1)
 
 
 # Samples

@@ -22,6 +22,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.train.batch import Batch
 from halve.train.corpus import Samples, Tokens, prepare
+from halve.train.documents import positions
 from halve.train.tokenize import Border
 
 
@@ -112,12 +113,10 @@ class Mixture:
         return list(itertools.accumulate((len(part) for part in self.parts[:-1]), initial=self.offset))
 
     def _at(self, places: Sequence[tuple[int, int]]) -> Batch:
-        starts = self._starts()
-        single = [self.parts[part].numbered([place]) for part, place in places]
+        starts, border = self._starts(), self.parts[0].border
+        ids_BS = torch.cat([self.parts[part].take([place]) for part, place in places])
         numbers = tuple(starts[part] + place for part, place in places)
-        apart = single[0].positions is not None
-        positions_BS = torch.cat([one.positions for one in single if one.positions is not None]) if apart else None
-        return Batch(torch.cat([one.ids for one in single]), numbers, positions_BS)
+        return Batch(ids_BS, numbers, None if border is None else positions(ids_BS, border))
 
 
 @dataclass(frozen=True)
