@@ -106,8 +106,13 @@ def predictions(body: Body, batch: Batch) -> Float[Tensor, "tokens hidden"]:
     # from positions that begin anew, transformers makes attention that ends at a document's border
     where = {} if batch.positions is None else {"position_ids": batch.positions}
     hidden_BSD = body(batch.ids, **where)
-    counted, rows_BSD = batch.counted(), hidden_BSD[:, :-1]
-    return rows_BSD.reshape(-1, hidden_BSD.shape[-1]) if counted is None else rows_BSD[counted]
+    return at_predictions(hidden_BSD, batch)
+
+
+def at_predictions(values: Float[Tensor, "batch seq width"], batch: Batch) -> Float[Tensor, "tokens width"]:
+    """Take the positions whose next token is in the sample and in the same document."""
+    counted, rows_BSD = batch.counted(), values[:, :-1]
+    return rows_BSD.reshape(-1, values.shape[-1]) if counted is None else rows_BSD[counted]
 
 
 def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:

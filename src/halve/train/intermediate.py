@@ -1,0 +1,312 @@
+"""Losses on what teacher and student hold between embedding and logits (2407.14679, Sec. 3).
+
+    L = L_logits + alpha L_is
+
+States are taken after the norms: a state of the residual stream is what the next layer reads of it, that is the input
+of whatever module of that layer is called first with it. In families that normalize a sub-layer's output instead of
+its input that is the stream itself. So there is one way for all families whose anatomy is known:
+
+    embedding   what layer 0 reads
+    input       what the layer reads
+    output      what the layer after it reads; of the last layer, what the head reads
+    attention   the layer's queries, keys and values as its projections make them, by their relations
+
+The first three are compared by their mean squared difference, the student's first brought to the teacher's width by
+one linear map that all of them share and that is learned beside the student; it is no part of the student.
+
+Shapes: B batch, S seq, N tokens, D hidden, H heads, E head_dim, A relation heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, Expr, discover
+from halve.errors import RecipeError, TrainError
+from halve.head import Body, Head
+from halve.recipe import State
+from halve.train.batch import Batch
+from halve.train.objectives import Objective, at_predictions
+
+_DEFAULT_LAYERS = {-2: -2}  # 2407.14679, Table 17
+_HEADS = {"heads", "kv_heads"}
+
+
+@dataclass(frozen=True, eq=False)
+class Ear:
+    """Where a state is heard: at the input of the first of these modules that is called, or at the output of one."""
+
+    modules: tuple[nn.Module, ...]
+    at_output: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One state of both models, and the loss of tokens [batch, seq] between (student's, teacher's, allowed)."""
+
+    student: Ear
+    teacher: Ear
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """The states that a student shall match, and the map that it learns for it (None where no state needs one)."""
+
+    pairs: tuple[Pair, ...]
+    map: nn.Linear | None
+
+    def loss(self, learned: Sequence[Tensor], taught: Sequence[Tensor], batch: Batch) -> Float[Tensor, ""]:
+        """Return L_is, summed over pairs and over the tokens that count."""
+        allowed_BSS = visible(batch)
+        total = torch.zeros((), device=batch.ids.device)
+        for pair, student, teacher in zip(self.pairs, learned, taught, strict=True):
+            # a copy: what inference mode made may not enter a graph
+            known = teacher.detach().to(student.device, copy=True)
+            loss_BS = pair.loss(student, known, allowed_BSS)
+            total = total + at_predictions(loss_BS[..., None], batch).sum()
+        return total
+
+
+def layer_pairs(layers: Mapping[int, int] | None, *, teacher: int, student: int) -> tuple[tuple[int, int], ...]:
+    """Return (teacher's layer, student's layer) of models with so many layers, counted from the beginning.
+
+    `layers` may count from the end; None is the last but one of both. Raises `RecipeError` for a layer that is not
+    there.
+
+    >>> layer_pairs({-2: -2, 3: 1}, teacher=12, student=6)
+    ((10, 4), (3, 1))
+    """
+    pairs = []
+    for of_teacher, of_student in (layers if layers is not None else _DEFAULT_LAYERS).items():
+        for who, index, num in (("teacher", of_teacher, teacher), ("student", of_student, student)):
+            if not -num <= index < num:
+                raise RecipeError(
+                    f"distill.intermediate.layers names the {who}'s layer {index}",
+                    why=f"the {who} has {num} layers, 0 to {num - 1} or {-num} to -1",
+                    fix="change the layers of distill.intermediate; they read teacher's: student's",
+                )
+        pairs.append((of_teacher % teacher, of_student % student))
+    return tuple(pairs)
+
+
+def match(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    *,
+    states: Sequence[State],
+    layers: Mapping[int, int] | None,
+    seed: int,
+) -> Matching:
+    """Prepare the comparison of these states; the map starts as an isometry drawn from the seed, between equal
+    widths as the identity.
+
+    Raises `AnatomyError` for a family that is not known, `RecipeError` for a layer that is not there, `TrainError`
+    where the two attend differently.
+    """
+    mine, its = discover(student.config), discover(teacher.config)
+    chosen = layer_pairs(layers, teacher=its.sizes.layers, student=mine.sizes.layers)
+    mapping = _mapping(mine.sizes.hidden, its.sizes.hidden, like=student, seed=seed)
+
+    def squared(student_BSD: Tensor, teacher_BSD: Tensor, _: Tensor) -> Tensor:
+        return state_difference(mapping(student_BSD), teacher_BSD)
+
+    pairs: list[Pair] = []
+    for state in states:
+        for its_layer, my_layer in chosen if state != "embedding" else ((0, 0),):
+            if state == "attention":
+                pairs += _attention(student, mine, my_layer, teacher, its, its_layer)
+            else:
+                after = state == "output"
+                ears = _reading(student, mine, my_layer + after), _reading(teacher, its, its_layer + after)
+                pairs.append(Pair(*ears, squared))
+    return Matching(tuple(pairs), mapping if any(state != "attention" for state in states) else None)
+
+
+def with_states(objective: Objective, matching: Matching, *, alpha: float | None) -> Objective:
+    """Return `L + alpha L_is`, where L is an objective whose teacher answers live.
+
+    `alpha` None is the paper's dynamic weight, `L / L_is` of the moment without gradient: both then weigh the same, and
+    the value of the whole is twice L. The moment is a micro-batch: that of a step would take its passes twice. So
+    with it, unlike with a fixed `alpha`, a step's gradient depends a little on `micro_batch`.
+    """
+
+    def both(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
+        ears = zip(*((pair.student, pair.teacher) for pair in matching.pairs), strict=True)
+        with heard(next(ears)) as learned, heard(next(ears)) as taught:
+            loss, count = objective(body, head, batch)
+        states = matching.loss(learned, taught, batch)
+        weight = alpha if alpha is not None else _ratio(loss.detach(), states.detach())
+        return loss + weight * states, count
+
+    return both
+
+
+@contextmanager
+def heard(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
+    """While open, listen to one forward pass; the list that this gives then holds every ear's state.
+
+    What the pass computes again on its way back, under activation checkpointing, is not heard.
+    """
+    states: dict[int, Tensor] = {}
+    result: list[Tensor] = []
+
+    def listen(index: int, module: nn.Module, at_output: bool) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.setdefault(index, args[0] if args else next(iter(kwargs.values())))
+
+        def after(_: nn.Module, _args: Any, output: Any) -> None:
+            states.setdefault(index, output if isinstance(output, Tensor) else output[0])
+
+        return (
+            module.register_forward_hook(after)
+            if at_output
+            else module.register_forward_pre_hook(before, with_kwargs=True)
+        )
+
+    hooks = [listen(index, module, ear.at_output) for index, ear in enumerate(ears) for module in ear.modules]
+    try:
+        yield result
+        assert len(states) == len(ears), "a state was not heard: its teacher does not run here"
+        result += [states[index] for index in range(len(ears))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def visible(batch: Batch) -> Bool[Tensor, "batch seq seq"]:
+    """Which earlier positions (and itself) each position may attend to; those of its own document."""
+    batch_size, seq = batch.ids.shape
+    causal_SS = torch.ones(seq, seq, dtype=torch.bool, device=batch.ids.device).tril()
+    if batch.positions is None:
+        return causal_SS.expand(batch_size, seq, seq)
+    document_BS = (batch.positions == 0).cumsum(1)
+    return causal_SS & (document_BS[:, :, None] == document_BS[:, None, :])
+
+
+def state_difference(
+    student: Float[Tensor, "batch seq hidden"], teacher: Float[Tensor, "batch seq hidden"]
+) -> Float[Tensor, "batch seq"]:
+    """Return the mean squared difference over channels, in float32 (float64 where a state is)."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
+
+
+def relation_divergence(
+    student: Float[Tensor, "batch seq heads head_dim"],
+    teacher: Float[Tensor, "batch seq teacher_heads teacher_head_dim"],
+    allowed: Bool[Tensor, "batch seq seq"],
+) -> Float[Tensor, "batch seq"]:
+    """Return KL between how teacher's and student's vectors of one kind relate to one another across positions.
+
+    MiniLMv2, 2012.15828, Sec. 3.1: queries with queries, keys with keys, values with values, over relation heads of
+    which both models have the same number, here the greatest that divides both numbers of heads:
+
+        R = softmax(x x^T / sqrt(channels)),  mean over relation heads of sum_keys R_t (log R_t - log R_s)
+
+    Unlike there, a position relates only to those that it may attend to. Holds a few arrays
+    [batch, relation heads, seq, seq] in float32.
+    """
+    num = math.gcd(student.shape[2], teacher.shape[2])
+    log_q_BASS, log_p_BASS = (_relations(x, num, allowed) for x in (student, teacher))
+    # forbidden positions are -inf on both sides: they carry no probability
+    ratio_BASS = (log_p_BASS - log_q_BASS).masked_fill(~allowed[:, None], 0.0)
+    return (log_p_BASS.exp() * ratio_BASS).sum(-1).mean(1)
+
+
+def _relations(x_BSHE: Tensor, num: int, allowed_BSS: Tensor) -> Tensor:
+    x_BASC = torch.unflatten(x_BSHE, 2, (num, -1)).flatten(3).transpose(1, 2)
+    x_BASC = x_BASC.to(torch.promote_types(x_BASC.dtype, torch.float32))
+    with torch.autocast(x_BASC.device.type, enabled=False):
+        scores_BASS = x_BASC @ x_BASC.transpose(-1, -2) / math.sqrt(x_BASC.shape[-1])
+    return scores_BASS.masked_fill(~allowed_BSS[:, None], -math.inf).log_softmax(-1)
+
+
+def _reading(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Ear:
+    """Where a layer's reading of the residual stream is heard; the layer after the last one is the head."""
+    if layer == anatomy.sizes.layers:
+        return Ear((model.base_model,), at_output=True)
+    return Ear(tuple(model.get_submodule(name) for name in anatomy.readers("hidden")[layer]))
+
+
+def _attention(
+    student: PreTrainedModel, mine: Anatomy, my_layer: int, teacher: PreTrainedModel, its: Anatomy, its_layer: int
+) -> Iterator[Pair]:
+    """A pair for every projection into heads, with the relations of all that it makes."""
+    made, taught = _projections(mine, my_layer), _projections(its, its_layer)
+    if not made or [_kinds(expr) for expr in made.values()] != [_kinds(expr) for expr in taught.values()]:
+        raise TrainError(
+            "the attention of student and teacher cannot be compared",
+            why=f"the student's layer {my_layer} makes heads by {', '.join(made) or 'nothing'},"
+            f" the teacher's layer {its_layer} by {', '.join(taught) or 'nothing'}",
+            fix="leave attention out of distill.intermediate.states, or pair layers of one kind",
+        )
+    for (name, expr), (its_name, its_expr) in zip(made.items(), taught.items(), strict=True):
+        yield Pair(
+            Ear((student.get_submodule(name),), at_output=True),
+            Ear((teacher.get_submodule(its_name),), at_output=True),
+            partial(_related, mine=(expr, mine.sizes.sizes), its=(its_expr, its.sizes.sizes)),
+        )
+
+
+def _related(
+    student_BSC: Tensor,
+    teacher_BSC: Tensor,
+    allowed_BSS: Tensor,
+    *,
+    mine: tuple[Expr, Mapping[str, int]],
+    its: tuple[Expr, Mapping[str, int]],
+) -> Tensor:
+    parts = zip(_vectors(student_BSC, *mine), _vectors(teacher_BSC, *its), strict=True)
+    return torch.stack([relation_divergence(*pair, allowed_BSS) for pair in parts]).sum(0)
+
+
+def _projections(anatomy: Anatomy, layer: int) -> dict[str, Expr]:
+    """The modules of a layer that read hidden and make heads, and what they make."""
+    return {
+        name: expr
+        for name in anatomy.readers("hidden")[layer]
+        for expr in anatomy.params[f"{name}.weight"]
+        if expr.axes & _HEADS
+    }
+
+
+def _kinds(expr: Expr) -> int:
+    """How many of queries, keys and values a projection makes."""
+    return sum(prod(factor for factor in term if isinstance(factor, int)) for term in expr.terms)
+
+
+def _vectors(made_BSC: Tensor, expr: Expr, sizes: Mapping[str, int]) -> list[Tensor]:
+    """Take a projection's output apart into [batch, seq, heads, head_dim] of each kind, however it lays them out."""
+    found: list[Tensor] = []
+    lengths = [[factor if isinstance(factor, int) else sizes[factor] for factor in term] for term in expr.terms]
+    blocks = torch.split(made_BSC, [prod(dims) for dims in lengths], dim=-1)
+    for term, dims, block in zip(expr.terms, lengths, blocks, strict=True):
+        kinds = [2 + place for place, factor in enumerate(term) if isinstance(factor, int)]
+        apart = torch.unflatten(block, -1, dims).movedim(kinds, list(range(len(kinds))))
+        found += apart.reshape(-1, *apart.shape[len(kinds) :]).unbind(0)
+    return found
+
+
+def _mapping(student: int, teacher: int, *, like: PreTrainedModel, seed: int) -> nn.Linear:
+    linear = nn.Linear(student, teacher, bias=False, dtype=torch.promote_types(like.dtype, torch.float32))
+    if student == teacher:
+        nn.init.eye_(linear.weight)
+    else:
+        nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(seed))
+    return linear.to(like.device)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below, 0.0)
