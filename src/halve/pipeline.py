@@ -25,7 +25,7 @@ from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
 from halve.recipe import Recipe
 from halve.rounds import learns_from_previous, named, rounds
-from halve.rundir import RunDir, content_hashes
+from halve.rundir import HASHES, RunDir, content_hashes
 from halve.soundness import CONFIG, TOKENIZER_FILES, locate
 from halve.train import sources
 
@@ -257,7 +257,7 @@ def run(
         )
     say = console.print if console is not None else _nothing
     with RunDir.open(out, recipe) as folder:
-        keys = _keys(recipe, listed, memo=cache / "hashes.json")
+        keys = _keys(recipe, listed, memo=cache / HASHES)
         wanted = [stage for stage in listed if only in (None, stage.section)]
         if only is not None:
             wanted = _possible(folder, wanted, keys)

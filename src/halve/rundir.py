@@ -22,7 +22,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +39,7 @@ except ImportError:  # not on Windows, where two runs in one folder go unnoticed
 
 FORMAT = 1
 MARKER, RECIPE, MANIFEST, KEY, LOCK = "run.json", "recipe.json", "manifest.json", ".key.json", ".lock"
+HASHES = "hashes.json"  # beside the token files
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # safetensors reports the operating system's error inside its own message
 _FULL_MESSAGE = re.compile(rf"(code: |os error )({errno.ENOSPC}|{errno.EDQUOT})\b")
@@ -142,10 +143,8 @@ def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
     found: dict[str, Any] = {}
     for path in files:
         try:
-            status = path.stat()
-            stamp = [status.st_size, status.st_mtime_ns]
-            entry = known.get(str(path), {})
-            sha256 = entry["sha256"] if entry.get("stamp") == stamp else file_sha256(path)
+            stamp = _stamp(path)
+            sha256 = _noted(known, path) or file_sha256(path)
         except OSError as error:
             why = error.strerror or str(error)
             raise RunError(f"cannot read {path}", why=why, fix="correct that path in the recipe") from error
@@ -153,6 +152,22 @@ def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
     if any(known.get(path) != entry for path, entry in found.items()):
         write_json(memo, known | found)
     return [entry["sha256"] for entry in found.values()]
+
+
+def remembering(memo: Path) -> Callable[[Path], str]:
+    """`file_sha256`, or what `content_hashes` has noted of a file in `memo`; writes nothing."""
+    known: dict[str, Any] = read_json(memo) if memo.exists() else {}
+    return lambda path: _noted(known, path) or file_sha256(path)
+
+
+def _noted(known: Mapping[str, Any], path: Path) -> str | None:
+    entry = known.get(str(path), {})
+    return str(entry["sha256"]) if entry.get("stamp") == _stamp(path) else None
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 class RunDir:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from halve.errors import CorpusError
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.rundir import disk_guard, read_json, sync, write_json
+from halve.rundir import HASHES, disk_guard, read_json, remembering, sync, write_json
 from halve.train import sources as text_sources
 from halve.train import tokenize
 from halve.train.batch import Batch
@@ -109,7 +109,7 @@ def prepare(
     `CorpusError` as `sources.read` does and when a tokenizing process dies, and `DiskError`.
     """
     revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
-    key = _key(sources, revisions, tokenizer=tokenizer, text_field=text_field)
+    key = _key(sources, revisions, tokenizer=tokenizer, text_field=text_field, memo=cache / HASHES)
     path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
     if (known := reopen(note)) is not None:
         return known
@@ -339,10 +339,14 @@ def _key(
     *,
     tokenizer: PreTrainedTokenizerBase,
     text_field: str,
+    memo: Path,
 ) -> str:
+    sha256 = remembering(memo)
     parts = {
         "format": FORMAT,
-        "sources": [text_sources.fingerprint(source, revision=revisions.get(source)) for source in sources],
+        "sources": [
+            text_sources.fingerprint(source, revision=revisions.get(source), sha256=sha256) for source in sources
+        ],
         "tokenizer": tokenize.fingerprint(tokenizer),
         "text_field": text_field,
     }

@@ -19,13 +19,14 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from halve.errors import CorpusError
+from halve.rundir import file_sha256
 
 PIECE_CHARS = 1 << 16
 LONGEST_LINE_BYTES = 1 << 28  # of JSON lines, which have to be read whole
@@ -86,15 +87,15 @@ def files(source: str) -> list[Path]:
     return found
 
 
-def fingerprint(source: str, *, revision: str | None = None) -> str:
-    """A SHA-256 that changes with the content of a source, and with nothing else."""
+def fingerprint(source: str, *, revision: str | None = None, sha256: Callable[[Path], str] = file_sha256) -> str:
+    """A SHA-256 that changes with the content of a source, and with nothing else; `sha256` gives that of a file."""
     digest = hashlib.sha256()
     if source.startswith(HUB):
         digest.update(f"{source}@{revision}".encode())
         return digest.hexdigest()
     for path in files(source):
-        with _readable(path), path.open("rb") as file:
-            digest.update(f"{_kind(path)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        with _readable(path):
+            digest.update(f"{_kind(path)} {sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
