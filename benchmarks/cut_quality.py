@@ -40,6 +40,7 @@ from halve.head import split
 from halve.recipe import Data, Distill, Prune, Recipe
 from halve.train import corpus, loop, objectives
 from halve.train.course import Course
+from halve.train.teachers import Live
 
 RATIOS = (0.7, 0.5, 0.3)
 TARGETS = {0.7: 0.5, 0.5: 0.55, 0.3: 0.7}
@@ -58,7 +59,7 @@ def kl(student: PreTrainedModel, setting: Setting) -> float:
 
 def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: int) -> list[tuple[int, float]]:
     """KL on held-out text by tokens of distillation."""
-    body, head = split(setting.model)
+    teacher = Live(*split(setting.model))
     training = Distill(
         tokens=tokens,
         batch=16,
@@ -71,12 +72,12 @@ def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: in
     )
     vocab = setting.anatomy.sizes.vocab
     student.requires_grad_(True)
-    heldout = objectives.heldout_divergence(body, head, setting.heldout, vocab=vocab, micro_batch=MICRO_BATCH)
+    heldout = objectives.heldout_divergence(teacher, setting.heldout, vocab=vocab, micro_batch=MICRO_BATCH)
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "metrics.jsonl"
         loop.train(
             student,
-            objectives.distillation(body, head, vocab=vocab),
+            objectives.distillation(teacher, vocab=vocab),
             Course(training, setting.train),
             seed=setting.seed,
             device="cpu",

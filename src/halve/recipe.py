@@ -185,6 +185,26 @@ class Distill(Training):
         (), description="controls on the same tokens: the same cut trained with CE, a random start, a random cut"
     )
 
+    @property
+    def terms(self) -> dict[Term, float]:
+        """The objective's terms with their weights."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else self.objective
+
+    @model_validator(mode="after")
+    def _fits(self) -> Distill:
+        taught = set(self.terms) - {"ce"}
+        if not taught and self.terms["ce"] != 1.0:
+            raise ValueError("a sum of ce alone is objective: ce")
+        if self.top_k is not None and "kl" not in taught:
+            raise ValueError("top_k truncates the term kl, which objective does not have")
+        if self.top_k_tail and self.top_k is None:
+            raise ValueError("top_k_tail says what becomes of the tokens beyond top_k: give top_k")
+        if self.cache == "logits" and (taught - {"kl"} or self.top_k is not None):
+            raise ValueError("cache: logits holds draws of the teacher, from which only kl over all tokens can be told")
+        if self.intermediate is not None and (not taught or self.cache != "none" or self.compile):
+            raise ValueError("intermediate listens to the running teacher: not with ce alone, a cache, or compile")
+        return self
+
 
 class Score(Section):
     """Importance of every axis from one forward pass (2407.14679, Sec. 2.2; its default of 1024 samples)."""

@@ -19,6 +19,7 @@ from halve.errors import RecipeError, TrainError
 from halve.head import split
 from halve.train import intermediate, objectives
 from halve.train.batch import Batch
+from halve.train.teachers import Live
 
 VOCAB, B, S = 37, 3, 10
 F64 = torch.float64
@@ -198,8 +199,8 @@ def test_every_family_has_its_states(family: str) -> None:
 
 
 def objective(master: PreTrainedModel, matching: intermediate.Matching, alpha: float | None) -> objectives.Objective:
-    body, head = split(master)
-    return intermediate.with_states(objectives.distillation(body, head, vocab=VOCAB), matching, alpha=alpha)
+    plain = objectives.distillation(Live(*split(master)), vocab=VOCAB)
+    return intermediate.with_states(plain, matching, alpha=alpha)
 
 
 STATES = ("embedding", "input", "output", "attention")
@@ -209,7 +210,7 @@ def test_a_fixed_weight_adds_and_a_dynamic_one_balances() -> None:
     student, master, one = llama(), teacher(), batch()
     matching = intermediate.match(student, master, states=STATES, layers=None, seed=0)
     body, head = split(student)
-    logits, count = objectives.distillation(*split(master), vocab=VOCAB)(body, head, one)
+    logits, count = objectives.distillation(Live(*split(master)), vocab=VOCAB)(body, head, one)
     states = matching.loss(
         heard(matching, student, "student", one.ids), heard(matching, master, "teacher", one.ids), one
     )

@@ -10,21 +10,22 @@ The variants share the tokens, their order and the loop, and differ in one thing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halve import checkpoint, measure
 from halve.card import name_of
 from halve.head import split
 from halve.progress import SILENT, Progress
-from halve.recipe import Dtype, Recipe, Term
-from halve.train import loop, objectives
+from halve.recipe import Distill, Dtype, Recipe
+from halve.train import intermediate, loop, objectives
 from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
+from halve.train.teachers import Live
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
 
@@ -73,16 +74,8 @@ def run(
     vocab = objectives.shared_vocab(split(model)[1], teacher_head, num_tokens=num_tokens)
     with precision:
         teacher_ce = objectives.check_teacher(teacher_body, teacher_head, heldout, vocab=vocab, micro_batch=micro_batch)
-    if variant == "ce" or training.objective == "ce":
-        objective = objectives.cross_entropy()
-    else:
-        objective = objectives.distillation(
-            teacher_body,
-            teacher_head,
-            vocab=vocab,
-            temperature=training.temperature,
-            ce_share=_ce_share(training.objective),
-        )
+    live = Live(teacher_body, teacher_head)
+    objective, extra = _objective(training, live, model, master, variant=variant, vocab=vocab, seed=recipe.seed)
     result = loop.train(
         model,
         objective,
@@ -92,9 +85,8 @@ def run(
         work=out / ".checkpoints",
         metrics=out / "metrics.jsonl",
         progress=progress,
-        heldout=objectives.heldout_divergence(
-            teacher_body, teacher_head, heldout, vocab=vocab, micro_batch=micro_batch
-        ),
+        heldout=objectives.heldout_divergence(live, heldout, vocab=vocab, micro_batch=micro_batch),
+        extra=extra,
         name="distill" if variant == "student" else f"distill-{variant}",
     )
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -112,9 +104,26 @@ def run(
     return metrics
 
 
-def _ce_share(objective: str | Mapping[Term, float]) -> float:
-    """The share of cross-entropy in a sum with the divergence."""
-    return 0.0 if isinstance(objective, str) else objective.get("ce", 0.0)
+def _objective(
+    training: Distill,
+    teacher: Live,
+    student: PreTrainedModel,
+    master: PreTrainedModel,
+    *,
+    variant: str,
+    vocab: int,
+    seed: int,
+) -> tuple[objectives.Objective, nn.Module | None]:
+    """What this variant minimizes, and what it learns beside the student's weights."""
+    terms = objectives.teacher_terms(training)
+    if variant == "ce" or not terms:
+        return objectives.cross_entropy(), None
+    logits = objectives.distillation(teacher, vocab=vocab, terms=terms, ce=training.terms.get("ce", 0.0))
+    states = training.intermediate
+    if states is None:
+        return logits, None
+    matching = intermediate.match(student, master, states=states.states, layers=states.layers, seed=seed)
+    return intermediate.with_states(logits, matching, alpha=states.alpha), matching.map
 
 
 def _start(student: Path | str, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:

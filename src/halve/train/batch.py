@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from halve.head import Body
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,16 @@ class Batch:
         counted = self.counted()
         following = self.ids[:, 1:]
         return following.reshape(-1) if counted is None else following[counted]
+
+
+def predictions(body: Body, batch: Batch) -> Float[Tensor, "tokens hidden"]:
+    """Return the hidden states at every position whose next token is in the sample and in the same document."""
+    # from positions that begin anew, transformers makes attention that ends at a document's border
+    where = {} if batch.positions is None else {"position_ids": batch.positions}
+    return at_predictions(body(batch.ids, **where), batch)
+
+
+def at_predictions(values: Float[Tensor, "batch seq width"], batch: Batch) -> Float[Tensor, "tokens width"]:
+    """Take the positions whose next token is in the sample and in the same document."""
+    counted, rows_BSW = batch.counted(), values[:, :-1]
+    return rows_BSW.reshape(-1, values.shape[-1]) if counted is None else rows_BSW[counted]

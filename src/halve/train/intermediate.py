@@ -36,8 +36,8 @@ from halve.anatomy import Anatomy, Expr, discover
 from halve.errors import RecipeError, TrainError
 from halve.head import Body, Head
 from halve.recipe import State
-from halve.train.batch import Batch
-from halve.train.objectives import Objective, at_predictions
+from halve.train.batch import Batch, at_predictions
+from halve.train.objectives import Objective
 
 _DEFAULT_LAYERS = {-2: -2}  # 2407.14679, Table 17
 _HEADS = {"heads", "kv_heads"}

@@ -9,23 +9,29 @@ Shapes: B batch, S seq, N tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from halve.errors import TrainError
 from halve.head import Body, Head
+from halve.recipe import Distill, Term
 from halve.train import chunked, divergences
-from halve.train.batch import Batch
+from halve.train.batch import Batch, predictions
+from halve.train.chunked import Target
+from halve.train.divergences import Sampled, TeacherRows
+from halve.train.teachers import Hidden, Live, Teacher
 
 _SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
 
 
 Objective = Callable[[Body, Head, Batch], tuple[Tensor, int]]
 """(body, head, batch) -> (the losses of all counted tokens summed, how many these are)."""
+
+KL: tuple[tuple[float, TeacherRows], ...] = ((1.0, divergences.kl_rows),)
+"""The default: forward KL at temperature 1 over the whole vocabulary (2407.14679, Table 15)."""
 
 Heldout = Callable[[Body, Head], Mapping[str, float]]
 """A measurement of the student on text it does not train on: figures by name."""
@@ -43,18 +49,55 @@ def cross_entropy() -> Objective:
 
 
 def distillation(
-    teacher_body: Body, teacher_head: Head, *, vocab: int, temperature: float = 1.0, ce_share: float = 0.0
+    teacher: Teacher[Hidden], *, vocab: int, terms: Sequence[tuple[float, TeacherRows]] = KL, ce: float = 0.0
 ) -> Objective:
-    """Follow the teacher: `(1 - ce_share) * KL(teacher || student) + ce_share * CE`."""
+    """Follow the teacher: a weighted sum of divergences from it, and `ce` times the cross-entropy."""
+    rows = divergences.weighted(terms)
 
+    def follow(batch: Batch) -> Target:
+        states_ND, head = teacher.answer(batch)
+        return chunked.follow(states_ND, head, rows, vocab=vocab, operand=_operand(states_ND))
+
+    return _following(follow, vocab=vocab, ce=ce)
+
+
+def distillation_from_draws(
+    teacher: Teacher[Sampled], *, vocab: int, kl: float = 1.0, temperature: float = 1.0, ce: float = 0.0
+) -> Objective:
+    """Follow a teacher of whom only draws are known: `kl` times the KL that they estimate, `ce` times the CE.
+
+    The draws are those at this temperature.
+    """
+
+    def follow(batch: Batch) -> Target:
+        return chunked.sum_of([(kl, chunked.follow_draws(teacher.answer(batch), temperature=temperature))])
+
+    return _following(follow, vocab=vocab, ce=ce)
+
+
+def teacher_terms(training: Distill) -> list[tuple[float, TeacherRows]]:
+    """Read from the recipe's section which divergences from the teacher are summed; none for cross-entropy alone."""
+    tau, k = training.temperature, training.top_k
+    kl = partial(divergences.kl_rows, temperature=tau)
+    if k is not None:
+        top_k = divergences.top_k_tail_kl_rows if training.top_k_tail else divergences.top_k_kl_rows
+        kl = partial(top_k, k=k, temperature=tau)
+    rows: dict[Term, TeacherRows] = {
+        "kl": kl,
+        "reverse_kl": partial(divergences.reverse_kl_rows, temperature=tau),
+        "jsd": partial(divergences.jsd_rows, beta=training.beta, temperature=tau),
+        "mse": divergences.mse_rows,
+        "cosine": divergences.cosine_rows,
+    }
+    return [(weight, rows[term]) for term, weight in training.terms.items() if term != "ce"]
+
+
+def _following(follow: Callable[[Batch], Target], *, vocab: int, ce: float) -> Objective:
     def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
-        taught_ND = _taught(teacher_body, batch)
-        hidden_ND, labels = predictions(body, batch), batch.labels()
-        kl = partial(divergences.kl_rows, temperature=temperature)
-        target = chunked.follow(taught_ND, teacher_head, kl, vocab=vocab, operand=_operand(taught_ND))
-        if ce_share > 0:
-            target = chunked.sum_of([(1 - ce_share, target), (ce_share, chunked.cross_entropy(labels))])
-        return _summed(hidden_ND, head, target, vocab=vocab), labels.numel()
+        target, labels = follow(batch), batch.labels()
+        if ce > 0:
+            target = chunked.sum_of([(1.0, target), (ce, chunked.cross_entropy(labels))])
+        return _summed(predictions(body, batch), head, target, vocab=vocab), labels.numel()
 
     return objective
 
@@ -72,9 +115,7 @@ def heldout_loss(samples: Batch, *, micro_batch: int) -> Heldout:
     return measure
 
 
-def heldout_divergence(
-    teacher_body: Body, teacher_head: Head, samples: Batch, *, vocab: int, micro_batch: int
-) -> Heldout:
+def heldout_divergence(teacher: Teacher[Hidden], samples: Batch, *, vocab: int, micro_batch: int) -> Heldout:
     """Measure `kl` to the teacher, `ce`, and `agreement` on the likeliest token; means over tokens."""
 
     def measure(body: Body, head: Head) -> Mapping[str, float]:
@@ -86,8 +127,7 @@ def heldout_divergence(
             parts = chunked.divergence(
                 hidden_ND,
                 head,
-                _taught(teacher_body, part),
-                teacher_head,
+                *teacher.answer(part),
                 labels,
                 vocab=vocab,
                 chunk=chunked.chunk_tokens(vocab, cuda=hidden_ND.is_cuda),
@@ -99,20 +139,6 @@ def heldout_divergence(
         return {"kl": kl, "ce": ce, "agreement": agreement}
 
     return measure
-
-
-def predictions(body: Body, batch: Batch) -> Float[Tensor, "tokens hidden"]:
-    """Return the hidden states at every position whose next token is in the sample and in the same document."""
-    # from positions that begin anew, transformers makes attention that ends at a document's border
-    where = {} if batch.positions is None else {"position_ids": batch.positions}
-    hidden_BSD = body(batch.ids, **where)
-    return at_predictions(hidden_BSD, batch)
-
-
-def at_predictions(values: Float[Tensor, "batch seq width"], batch: Batch) -> Float[Tensor, "tokens width"]:
-    """Take the positions whose next token is in the sample and in the same document."""
-    counted, rows_BSD = batch.counted(), values[:, :-1]
-    return rows_BSD.reshape(-1, values.shape[-1]) if counted is None else rows_BSD[counted]
 
 
 def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
@@ -136,7 +162,7 @@ def check_teacher(body: Body, head: Head, samples: Batch, *, vocab: int, micro_b
     It must be clearly below ln(vocab), that of guessing evenly, and the divergence of the teacher from
     itself must be zero. Raises `TrainError`.
     """
-    found = heldout_divergence(body, head, samples, vocab=vocab, micro_batch=micro_batch)(body, head)
+    found = heldout_divergence(Live(body, head), samples, vocab=vocab, micro_batch=micro_batch)(body, head)
     even = math.log(vocab)
     if not found["ce"] < _SANE * even:
         raise TrainError(
@@ -154,11 +180,6 @@ def check_teacher(body: Body, head: Head, samples: Batch, *, vocab: int, micro_b
     return found["ce"]
 
 
-def _taught(body: Body, batch: Batch) -> Tensor:
-    with torch.inference_mode():
-        return predictions(body, batch)
-
-
 @torch.no_grad()
 def _token_losses(body: Body, head: Head, batch: Batch) -> Tensor:
     hidden_ND, vocab = predictions(body, batch), head.weight.shape[0]
@@ -167,7 +188,7 @@ def _token_losses(body: Body, head: Head, batch: Batch) -> Tensor:
     return chunked.token_losses(hidden_ND, head, labels, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
 
 
-def _summed(hidden_ND: Tensor, head: Head, target: chunked.Target, *, vocab: int) -> Tensor:
+def _summed(hidden_ND: Tensor, head: Head, target: Target, *, vocab: int) -> Tensor:
     chunk = chunked.chunk_tokens(vocab, cuda=hidden_ND.is_cuda)
     return chunked.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=_operand(hidden_ND))
 
