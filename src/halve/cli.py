@@ -5,6 +5,7 @@ Imports of torch and transformers wait until a verb needs them, so that --help a
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from halve.errors import HalveError, PlanError
+from halve.errors import HalveError, PlanError, Stopped
 from halve.recipe import Prune, Recipe, load
 
 app = typer.Typer(
@@ -33,10 +34,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 or 143 when interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         app(args=words or ["--help"], prog_name="halve")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except HalveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@
     ├── CorpusError      text that is missing, empty, binary, badly encoded or too long
     ├── RunError         a folder that is not this recipe's run, a stage without its input
     ├── TrainError       a teacher that teaches nothing, a loss that is not finite
+    ├── Stopped          no mistake: a training that was asked to end, with a checkpoint
     └── DiskError        no room left
 
 Programmers' mistakes are `assert`s and are not caught.
@@ -64,6 +65,10 @@ class RunError(HalveError):
 
 class TrainError(HalveError):
     """A teacher that teaches nothing or a loss that is not finite."""
+
+
+class Stopped(HalveError):
+    """A training that was asked to end, by SIGTERM; the same command goes on with it."""
 
 
 class DiskError(HalveError):

@@ -18,11 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from halve.errors import DiskError, TrainError
 from halve.head import Body, Head, split
 from halve.recipe import Training
-from halve.train import checkpoints, loop, objectives
-from halve.train.batch import Batch
+from halve.train import checkpoints, divergences, loop, objectives
+from halve.train.batch import Batch, predictions
 from halve.train.course import Course
 from halve.train.optimizers import make_optimizer
 from halve.train.step import Trained, apply, gradients
+from halve.train.teachers import Live
 
 VOCAB, CONTEXT = 37, 12
 
@@ -67,8 +68,7 @@ def training(**changes: Any) -> Training:
 
 
 def taught(teacher: PreTrainedModel) -> objectives.Objective:
-    body, head = split(teacher.eval())
-    return objectives.distillation(body, head, vocab=VOCAB)
+    return objectives.distillation(Live(*split(teacher.eval())), vocab=VOCAB)
 
 
 def run(
@@ -117,11 +117,11 @@ def killing(objective: objectives.Objective, after: int) -> objectives.Objective
 
 @pytest.mark.parametrize("kind", ["kl", "ce", "mix"])
 def test_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path, kind: str) -> None:
-    teacher_body, teacher_head = split(tiny(seed=1, dtype=torch.float64))
+    master = Live(*split(tiny(seed=1, dtype=torch.float64)))
     found = {}
     for parts in (1, 2, 4, 8):
         share = {"kl": 0.0, "mix": 0.3, "ce": 0.0}[kind]
-        objective = objectives.distillation(teacher_body, teacher_head, vocab=VOCAB, ce_share=share)
+        objective = objectives.distillation(master, vocab=VOCAB, terms=[(1 - share, divergences.kl_rows)], ce=share)
         model = tiny(dtype=torch.float64)
         run(
             tmp_path / str(parts),
@@ -141,7 +141,7 @@ def test_accumulation_is_over_tokens_not_over_parts(tmp_path: Path) -> None:
     """Parts with unequal numbers of counted tokens: the mean of means would be another loss."""
 
     def masked(body: Any, head: Head, batch: Batch) -> tuple[Tensor, int]:
-        hidden_ND = objectives.predictions(body, batch)
+        hidden_ND = predictions(body, batch)
         nats_N = torch.nn.functional.cross_entropy(head.logits(hidden_ND), batch.labels(), reduction="none")
         keep_N = batch.labels() < 20
         return nats_N[keep_N].sum(), int(keep_N.sum())
@@ -220,7 +220,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("where", ["save_file", "sync_tree", "os.replace", "sync"])
+@pytest.mark.parametrize("where", ["write", "sync_tree", "os.replace", "sync"])
 def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: Any, where: str) -> None:
     whole, model = tiny(), tiny()
     run(tmp_path / "whole", whole)
@@ -296,7 +296,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "write", full)
     with pytest.raises(DiskError, match="no room left while writing"):
         run(tmp_path, tiny())
     assert not list((tmp_path / "work").iterdir())
@@ -330,9 +330,8 @@ def test_a_student_that_is_not_finite_is_refused_before_the_first_step(tmp_path:
 
 def test_heldout_figures_stand_at_the_start_at_every_interval_and_at_the_end(tmp_path: Path) -> None:
     teacher = tiny(seed=1)
-    body, head = split(teacher)
     samples = Fake().batch(99, 5)
-    heldout = objectives.heldout_divergence(body, head, samples, vocab=VOCAB, micro_batch=2)
+    heldout = objectives.heldout_divergence(Live(*split(teacher)), samples, vocab=VOCAB, micro_batch=2)
     student = tiny()
     result = run(tmp_path, student, objective=taught(teacher), heldout=heldout, recipe=training(eval_every=4))
     found = {line["step"]: line["heldout"] for line in lines(tmp_path) if "heldout" in line}

@@ -1,8 +1,10 @@
 """What the training loop leaves behind so that a killed run goes on with the same bits.
 
-A checkpoint is a folder `step-00000200` of two files: `state.safetensors` (parameters and optimizer
-moments) and `state.json` (the step, and whose state it is). It is written beside, put on the disk,
-and then renamed: a name without a dot is complete. Older ones are removed only after that.
+A checkpoint is a folder `step-00000200` of safetensors, one file a rank with what that rank holds of parameters and
+of the optimizers' state, and `state.json` (the step, and whose state it is). PyTorch's distributed checkpoint writes
+and reads it, with its safetensors storage: nothing is pickled, and another number of ranks can take it up. It is copied
+first and then written beside the training, put on the disk, and renamed: a name without a dot is complete. Older ones
+are removed only after that.
 """
 
 from __future__ import annotations
@@ -10,26 +12,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from halve.rundir import disk_guard, read_json, sync, sync_tree
+from halve.train.ranks import ALONE, Ranks
 from halve.train.step import Trained
 
-_WEIGHTS, _FACTS = "state.safetensors", "state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def folder(work: Path, step: int) -> Path:
-    """Give the place of the state after `step` steps."""
-    return work / f"step-{step:08d}"
+FACTS = "state.json"
 
 
 @dataclass(frozen=True)
@@ -40,54 +46,123 @@ class Restored:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save(
-    work: Path,
-    step: int,
-    groups: Sequence[Trained],
-    identity: Mapping[str, Any],
-    *,
-    keep: int = 1,
-    notes: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the state after `step` steps, leave the newest `keep`, give its folder. `DiskError` when full.
+class Keeper:
+    """The checkpoints of one run of the loop in the folder `work`; use it in a `with` block, which ends all writing.
 
-    `groups` are what several optimizers move; `notes`, plain data, come back from `restore`.
+    `groups` are what several optimizers move, `identity` says whose state it is, the newest `keep` stay.
     """
-    final = folder(work, step)
+
+    def __init__(
+        self,
+        work: Path,
+        groups: Sequence[Trained],
+        identity: Mapping[str, Any],
+        *,
+        keep: int = 1,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.work, self.groups, self.keep, self.ranks = work, groups, keep, ranks
+        self.identity = json.loads(json.dumps(identity))
+        self.last: Path | None = None
+        """The newest complete one of this run."""
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._writer.shutdown(wait=kind is None or self.ranks.alone)
+
+    def save(self, step: int, *, notes: Mapping[str, Any] | None = None) -> None:
+        """Copy the state after `step` steps and begin to write it; the one before is completed first.
+
+        `notes`, plain data, come back from `restore`. Raises `DiskError` where that one found no room.
+        """
+        self.wait()
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        copied = stager.stage(_tensors(self.groups))
+        stager.close()
+        assert isinstance(copied, dict)  # not a future: it was not asked for one
+        facts = {"step": step, "identity": self.identity, "notes": dict(notes or {})}
+        self._writing = self._writer.submit(_save, self.work, copied, facts, self.keep, self.ranks)
+
+    def wait(self) -> Path | None:
+        """Wait until nothing is being written, and give the newest complete checkpoint. `DiskError` when full."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.last = writing.result()
+        return self.last
+
+    def restore(self) -> Restored:
+        """Load this run's newest state into modules and optimizers; its step is 0 where there is none."""
+        self.wait()
+        found = self.ranks.lead(self._newest)
+        if found is None:
+            return Restored()
+        self.last = self.work / found["folder"]
+        with _quiet():
+            reader = HuggingFaceStorageReader(str(self.last))
+            _make_state(self.groups, known=set(reader.read_metadata().state_dict_metadata))
+            load(_tensors(self.groups), storage_reader=reader, process_group=self.ranks.group, no_dist=self.ranks.alone)
+        return Restored(found["step"], found["notes"])
+
+    def _newest(self) -> dict[str, Any] | None:
+        for kept in reversed(complete(self.work)):
+            facts: dict[str, Any] = read_json(kept / FACTS)
+            if facts["identity"] == self.identity:
+                return {**facts, "folder": kept.name}
+        return None
+
+
+def folder(work: Path, step: int) -> Path:
+    """Give the place of the state after `step` steps."""
+    return work / f"step-{step:08d}"
+
+
+def complete(work: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(work.glob("step-*"))
+
+
+def write(tensors: dict[str, Any], draft: Path, ranks: Ranks) -> None:
+    """Write this rank's part of a state into a folder; when it returns, that of every rank is written."""
+    writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+    with _quiet():
+        save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
+
+
+def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: int, ranks: Ranks) -> Path:
+    final = folder(work, facts["step"])
     draft = work / f".{final.name}.tmp"
     with disk_guard(final):
-        work.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
+        if ranks.leads:
+            work.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(exist_ok=True)  # another rank may have been quicker
         try:
-            save_file(_tensors(groups), draft / _WEIGHTS)
-            (draft / _FACTS).write_text(json.dumps({"step": step, "identity": identity, "notes": dict(notes or {})}))
-            sync_tree(draft)
-            shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
-            os.replace(draft, final)
-            sync(work)
+            try:
+                write(tensors, draft, ranks)
+            except CheckpointException as error:  # what really happened, on the first rank that it happened to
+                raise next(iter(error.failures.values()))[0] from None
+            if ranks.leads:
+                (draft / FACTS).write_text(json.dumps(facts))
+                sync_tree(draft)
+                shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
+                os.replace(draft, final)
+                sync(work)
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    for old in [path for path in _complete(work) if path != final][: 1 - keep or None]:
+    for old in [path for path in complete(work) if path != final][: 1 - keep or None] if ranks.leads else ():
         shutil.rmtree(old)
     return final
-
-
-def restore(work: Path, groups: Sequence[Trained], identity: Mapping[str, Any]) -> Restored:
-    """Load this run's newest state into modules and optimizers; its step is 0 where there is none."""
-    wanted = json.loads(json.dumps(identity))
-    for kept in reversed(_complete(work)):
-        facts = read_json(kept / _FACTS)
-        if facts["identity"] == wanted:
-            for trained in groups:
-                _load(kept / _WEIGHTS, facts["step"], trained)
-            return Restored(int(facts["step"]), facts["notes"])
-    return Restored()
-
-
-def _complete(work: Path) -> list[Path]:
-    return sorted(work.glob("step-*"))
 
 
 def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
@@ -96,30 +171,54 @@ def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{prefix}.{name}", parameter
 
 
-def _tensors(groups: Sequence[Trained]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _tensors(groups: Sequence[Trained]) -> dict[str, Any]:
+    """Everything that a step depends on, by name; the tensors themselves, not copies."""
+    tensors: dict[str, Any] = {}
     for trained in groups:
         state = trained.optimizer.state
         for name, parameter in _named_parameters(trained):
             assert f"param.{name}" not in tensors, f"two groups train {name}"
-            tensors[f"param.{name}"] = parameter.detach().contiguous()
-            for moment in _MOMENTS:
-                if parameter in state:
-                    tensors[f"{moment}.{name}"] = state[parameter][moment].contiguous()
+            tensors[f"param.{name}"] = parameter.detach()
+            for key, value in state.get(parameter, {}).items():
+                tensors |= _plain(f"{key}.{name}", value)
     return tensors
 
 
-@torch.no_grad()
-def _load(path: Path, step: int, trained: Trained) -> None:
-    optimizer = trained.optimizer
-    fused = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
-    with safe_open(path, framework="pt") as file:
-        known = set(file.keys())
+def _plain(name: str, value: Any) -> dict[str, Tensor]:
+    """A tensor by its name; a library's own kind of tensor as those that it is made of."""
+    if not isinstance(value, Tensor):
+        return {}
+    if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+        return {name: value}
+    inner, _ = value.__tensor_flatten__()
+    return {f"{name}/{part}": getattr(value, part) for part in inner}
+
+
+def _make_state(groups: Sequence[Trained], *, known: set[str]) -> None:
+    """Let optimizers make the state that a checkpoint fills: by a step of no length along no gradient."""
+    for trained in groups:
+        optimizer, rates = trained.optimizer, [group["lr"] for group in trained.optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         for name, parameter in _named_parameters(trained):
-            parameter.copy_(file.get_tensor(f"param.{name}"))
-            if f"{_MOMENTS[0]}.{name}" in known:
-                device = parameter.device if fused[id(parameter)] else "cpu"
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=device),
-                    **{m: file.get_tensor(f"{m}.{name}").to(parameter.device) for m in _MOMENTS},
-                }
+            kept = [key for key in optimizer.state.get(parameter, {}) if _is_known(f"{key}.{name}", known)]
+            if not kept:
+                optimizer.state.pop(parameter, None)  # it had no gradient yet
+
+
+def _is_known(name: str, known: set[str]) -> bool:
+    return name in known or any(each.startswith(name + "/") for each in known)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that there is no process group, where none is needed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -30,6 +30,16 @@ class Journal:
         os.fsync(self.file.fileno())
 
 
+class Mute:
+    """The journal of a rank that does not write."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
 @contextmanager
 def open_journal(path: Path, *, step: int) -> Iterator[Journal]:
     """Open the journal of a run that goes on from `step`: what a killed run wrote after it is left out.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from halve.errors import TrainError
-from halve.head import split
+from halve.errors import Stopped, TrainError
 from halve.progress import SILENT, Progress
 from halve.recipe import Training
-from halve.train import checkpoints
+from halve.train import shards
 from halve.train.batch import Batch
+from halve.train.checkpoints import Keeper
 from halve.train.course import Course
-from halve.train.journal import open_journal
+from halve.train.journal import Mute, open_journal
 from halve.train.objectives import Heldout, Objective
 from halve.train.optimizers import make_optimizer
-from halve.train.step import Beside, Trained, apply, gradients
+from halve.train.ranks import gone_guard, here, require_shares, sigterm
+from halve.train.step import Beside, Found, Trained, apply, gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,20 @@ def train(
     `eval_every` steps and at the end). `name` says what the progress bar shows and, with `seed` and the course's
     `training`, whose checkpoints these are.
 
-    Raises `TrainError` when a loss is not finite and `DiskError` when a checkpoint finds no room.
+    Where several ranks train (see `ranks`), each takes its share of a step's samples, the model ends in shards
+    (`shards.save` writes it), and rank 0 writes `metrics`.
+
+    Raises `TrainError` when a loss is not finite or another rank is gone, `DiskError` when a checkpoint finds no room,
+    and, after a SIGTERM, `Stopped` with a checkpoint of the last step.
     """
-    training = course.training
-    student.eval().to(device)  # not train(): dropout would make a step depend on more than its number
-    if student.dtype in _HALF:
-        student.float()
-    body, head = split(student)
+    training, ranks = course.training, here()
+    require_shares(training, ranks.size)
+    learner = shards.learner(student, training, device=device, half=is_half(training, device))
     modules: dict[str, nn.Module] = {"student": student} | ({} if extra is None else {"extra": extra.to(device)})
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     trained = Trained(modules, make_optimizer(parameters, training))
-    identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json")}
     groups = [trained] if beside is None else [trained, beside.trained]
-    start = step = checkpoints.restore(work, groups, identity).step
-    saved = checkpoints.folder(work, start) if start else None
+    identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json")}
     loss: float | None = None
     figures: Mapping[str, float] = {}
 
@@ -96,40 +96,69 @@ def train(
         nonlocal figures
         if heldout is None:
             return {}
-        with autocast(training, device):
-            figures = dict(heldout(body, head))
-        _require_finite(figures, step, saved, training)
+        with torch.no_grad(), autocast(training, device):
+            figures = dict(heldout(learner.body, learner.head()))
+        learner.rest()
+        _require_finite(figures, step, keeper, training)
         return {"heldout": figures}
 
-    def summed(batch: Batch) -> tuple[Tensor, int]:
-        with autocast(training, device):
-            return objective(body, head, batch.to(device))
-
-    with open_journal(metrics, step=start) as journal:
-        if start == 0 and (first := measured()):
-            journal.write({"step": 0, "tokens": 0, **first})
-        with progress.task(name, course.tokens(course.steps), done=course.tokens(start)) as task:
-            for step in range(start + 1, course.steps + 1):
-                began = time.perf_counter()
-                lr, tokens = course.lr(step), course.tokens(step) - course.tokens(step - 1)
-                parts = list(course.batch(step).split(training.micro_batch or training.batch))
-                found = gradients(trained, summed, parts)
-                loss = found.loss
-                _require_finite({"loss": loss, "grad_norm": found.norm}, step, saved, training)
-                apply(trained, found, lr=lr, clip=training.clip)
-                line = {"step": step, "tokens": course.tokens(step), "loss": loss, "grad_norm": found.norm, "lr": lr}
-                if beside is not None:
-                    line |= beside.step(parts, lr=lr)
-                rate = tokens / (time.perf_counter() - began)
-                line["tokens_per_second"] = round(rate, 1)
-                if step % training.eval_every == 0 or step == course.steps:
-                    line |= measured()
-                journal.write(line)
-                task.advance(tokens, loss=loss)
-                if step % training.checkpoint_every == 0 and step < course.steps:
-                    journal.sync()
-                    saved = checkpoints.save(work, step, groups, identity, keep=training.keep_checkpoints)
+    with (
+        gone_guard(),
+        sigterm() as asked_to_stop,
+        Keeper(work, groups, identity, keep=training.keep_checkpoints, ranks=ranks) as keeper,
+    ):
+        start = step = keeper.restore().step
+        with open_journal(metrics, step=start) if ranks.leads else nullcontext(Mute()) as journal:
+            if start == 0 and (first := measured()):
+                journal.write({"step": 0, "tokens": 0, **first})
+            with progress.task(name, course.tokens(course.steps), done=course.tokens(start)) as task:
+                for step in range(start + 1, course.steps + 1):
+                    began = time.perf_counter()
+                    lr, tokens = course.lr(step), course.tokens(step) - course.tokens(step - 1)
+                    parts = list(ranks.share(course.batch(step)).split(training.micro_batch or training.batch))
+                    found = _gradients(trained, learner, objective, parts, autocast(training, device), device)
+                    loss = found.loss
+                    _require_finite({"loss": loss, "grad_norm": found.norm}, step, keeper, training)
+                    apply(trained, found, lr=lr, clip=training.clip)
+                    line = {
+                        "step": step,
+                        "tokens": course.tokens(step),
+                        "loss": loss,
+                        "grad_norm": found.norm,
+                        "lr": lr,
+                    }
+                    if beside is not None:
+                        line |= beside.step(parts, lr=lr)
+                    rate = tokens / (time.perf_counter() - began)
+                    line["tokens_per_second"] = round(rate, 1)
+                    if step % training.eval_every == 0 or step == course.steps:
+                        line |= measured()
+                    journal.write(line)
+                    task.advance(tokens, loss=loss)
+                    stopping = ranks.any(asked_to_stop())
+                    if (step % training.checkpoint_every == 0 or stopping) and step < course.steps:
+                        journal.sync()
+                        keeper.save(step)
+                    if stopping and step < course.steps:
+                        raise _stopped(step, keeper.wait())
     return TrainResult(course.steps, course.tokens(course.steps), start, loss, figures)
+
+
+def _gradients(
+    trained: Trained,
+    learner: shards.Learner,
+    objective: Objective,
+    parts: Sequence[Batch],
+    precision: torch.autocast,
+    device: str,
+) -> Found:
+    head = learner.head()
+
+    def summed(part: Batch) -> tuple[Tensor, int]:
+        with precision:
+            return objective(learner.body, head, part.to(device))
+
+    return gradients(trained, summed, parts, settle=lambda: learner.settle(head))
 
 
 def autocast(training: Training, device: str) -> torch.autocast:
@@ -144,7 +173,15 @@ def is_half(training: Training, device: str) -> bool:
     return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _require_finite(figures: Mapping[str, float], step: int, saved: Path | None, training: Training) -> None:
+def _stopped(step: int, saved: Path | None) -> Stopped:
+    return Stopped(
+        f"stopped by SIGTERM after step {step}",
+        why=f"the process was asked to end; its state is in {saved}",
+        fix="the same command goes on from there",
+    )
+
+
+def _require_finite(figures: Mapping[str, float], step: int, keeper: Keeper, training: Training) -> None:
     bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
     if not bad:
         return
@@ -154,6 +191,7 @@ def _require_finite(figures: Mapping[str, float], step: int, saved: Path | None,
             why=", ".join(f"{name} is {value}" for name, value in bad.items()),
             fix="check the weights of the model that is to be trained, or try precision: float32",
         )
+    saved = keeper.wait()
     kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
     raise TrainError(
         f"the loss is not finite at step {step}",

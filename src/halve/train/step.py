@@ -1,4 +1,4 @@
-"""One optimizer step, however many micro-batches it is made in: gradients first, then, if they are taken, the move."""
+"""One optimizer step, however many micro-batches and ranks it is made in: gradients first, then, if taken, the move."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from halve.train.batch import Batch
+from halve.train.ranks import here
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Trained:
         return [parameter for module in self.modules.values() for parameter in module.parameters()]
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that are there."""
-        return [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        """What this rank holds of the gradients that are there."""
+        return [_local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
 
 
 @runtime_checkable
@@ -49,16 +52,29 @@ class Found:
     count: int
 
 
-def gradients(trained: Trained, summed: Callable[[Batch], tuple[Tensor, int]], parts: Iterable[Batch]) -> Found:
-    """Leave the gradient of the losses' sum over all tokens in the parameters; give the mean loss and its norm."""
+def gradients(
+    trained: Trained,
+    summed: Callable[[Batch], tuple[Tensor, int]],
+    parts: Iterable[Batch],
+    *,
+    settle: Callable[[], None] | None = None,
+) -> Found:
+    """Leave the gradient of the losses' sum over all tokens of all ranks in the parameters; give mean loss and norm.
+
+    `parts` are this rank's. `settle` is called after the last of them (see `shards.Learner.settle`).
+    """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
         loss, num_tokens = summed(part)
         torch.autograd.backward(loss)
         total, count = total.to(loss.device) + loss.detach(), count + num_tokens
-    norm = torch.nn.utils.get_total_norm(trained.gradients(), foreach=True) / count
-    mean, size = torch.stack([total / count, norm.double()]).tolist()
-    return Found(mean, size, count)
+    if settle is not None:
+        settle()
+    both = here().sum(torch.stack([total, total.new_tensor(float(count))]))
+    total, tokens = both.unbind()
+    norm = _norm(trained) / tokens.to(torch.float32)
+    mean, size, number = torch.stack([total / tokens, norm.double(), tokens]).tolist()
+    return Found(mean, size, int(number))
 
 
 def apply(trained: Trained, found: Found, *, lr: float, clip: float) -> None:
@@ -74,3 +90,24 @@ def apply(trained: Trained, found: Found, *, lr: float, clip: float) -> None:
 def drop(trained: Trained) -> None:
     """Leave the gradients unused."""
     trained.optimizer.zero_grad(set_to_none=True)
+
+
+def _norm(trained: Trained) -> Tensor:
+    """The norm of all gradients; those of parameters that every rank holds whole are summed over ranks first."""
+    grads = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
+    shards = [grad for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    if not here().alone:
+        for grad in whole:
+            dist.all_reduce(grad)
+    norm = torch.nn.utils.get_total_norm(whole, foreach=True)
+    if not shards:
+        return norm
+    square = torch.nn.utils.get_total_norm([_local(grad) for grad in shards], foreach=True).double().square()
+    dist.all_reduce(square, group=shards[0].device_mesh.get_group("shard"))
+    return (square + norm.to(square).square()).sqrt().float()
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
