@@ -6,6 +6,7 @@ Shapes: N tokens, D hidden, V vocab.
 from __future__ import annotations
 
 import math
+import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -245,18 +246,28 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Remembers the storage of every result, and the largest sum that was alive at once."""
+    """Watches the storage of every result: the largest one's entries, and the most bytes that were alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.largest = self.peak_bytes = 0
+        self._alive: dict[int, tuple[int, int]] = {}  # by address: how many tensors have it, its bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
+            if isinstance(leaf, Tensor) and (address := leaf.untyped_storage().data_ptr()):
+                num_bytes = leaf.untyped_storage().nbytes()
+                self.largest = max(self.largest, num_bytes // leaf.element_size())
+                self._alive[address] = (self._alive.get(address, (0, 0))[0] + 1, num_bytes)
+                weakref.finalize(leaf, self._drop, address)
+        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._alive.values()))
         return result
+
+    def _drop(self, address: int) -> None:
+        holders, num_bytes = self._alive.pop(address)
+        if holders > 1:
+            self._alive[address] = (holders - 1, num_bytes)
 
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
@@ -267,6 +278,24 @@ def test_no_tensor_holds_more_logits_than_a_chunk(name: str, kind: str) -> None:
     with Allocations() as seen:
         (chunked_ce(one, chunk=chunk) if name == "ce" else chunked_term(name, one, chunk=chunk)).backward()
     assert seen.largest == chunk * V
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("name", [*TERMS, "sum"])
+def test_two_chunks_of_logits_and_a_few_blocks_are_alive_at_once(name: str, softcap: float | None) -> None:
+    tokens, width, vocab, chunk = 128, 4, 4000, 64
+    random = torch.Generator().manual_seed(0)
+    hidden_ND, taught_ND = (torch.randn(tokens, width, generator=random) for _ in range(2))
+    weight_VD, its_VD = (torch.randn(vocab, width, generator=random) for _ in range(2))
+    rows = divergences.weighted(
+        [(1.0, TERMS[term][0]) for term in (("kl", "mse", "cosine") if name == "sum" else [name])]
+    )
+    head = Head(nn.Parameter(weight_VD), softcap=softcap)
+    with Allocations() as seen:
+        target = chunked.follow(taught_ND, Head(its_VD, softcap=softcap), rows, vocab=vocab)
+        chunked.chunked(hidden_ND.requires_grad_(), head, target, vocab=vocab, chunk=chunk)
+    gradients_bytes = 4 * (vocab + tokens) * width
+    assert seen.peak_bytes < gradients_bytes + 2.75 * 4 * chunk * vocab
 
 
 def test_measures_are_the_plain_formulas() -> None:

@@ -138,8 +138,9 @@ def with_states(objective: Objective, matching: Matching, *, alpha: float | None
     """Return `L + alpha L_is`, where L is an objective whose teacher answers live.
 
     `alpha` None is the paper's dynamic weight, `L / L_is` of the moment without gradient: both then weigh the same, and
-    the value of the whole is twice L. The moment is a micro-batch: that of a step would take its passes twice. So
-    with it, unlike with a fixed `alpha`, a step's gradient depends a little on `micro_batch`.
+    the value of the whole is twice L. The moment is a rank's micro-batch: that of a step would be known only after its
+    passes, and take them twice. So with it, unlike with a fixed `alpha`, a step's gradient depends a little on
+    `micro_batch` and the number of ranks.
     """
 
     def both(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
