@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.recipe import Phase, Recipe, Training
-from halve.rounds import learns_from_previous, rounds, shapes
+from halve.rounds import Shape, learns_from_previous, rounds, shapes
 from halve.rundir import check_folder
 from halve.soundness import locate, read_headers
 from halve.train import sources
@@ -67,7 +67,7 @@ def _check_tokenizer(recipe: Recipe) -> None:
 
 
 def _check_plan(recipe: Recipe) -> None:
-    shapes(recipe)
+    _check_states(recipe, shapes(recipe))
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
             raise RecipeError(
@@ -75,6 +75,17 @@ def _check_plan(recipe: Recipe) -> None:
                 why=f"round {number - 1} has no section distill, so its student is what the cut left",
                 fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
             )
+
+
+def _check_states(recipe: Recipe, found: Sequence[Shape]) -> None:
+    """Teacher and student have the layers whose states are compared."""
+    from halve.train.intermediate import layer_pairs
+
+    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        states = None if part.distill is None else part.distill.intermediate
+        if states is not None:
+            teacher = shape if learns_from_previous(recipe, number) else found[0]
+            layer_pairs(states.layers, teacher=teacher.before.sizes.layers, student=shape.after.layers)
 
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:

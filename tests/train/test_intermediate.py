@@ -6,6 +6,7 @@ Shapes: B batch, S seq, D hidden, H heads, E head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import families
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from halve import preflight
 from halve.errors import RecipeError, TrainError
 from halve.head import split
+from halve.recipe import Recipe
 from halve.train import intermediate, objectives
 from halve.train.batch import Batch
 from halve.train.teachers import Live
@@ -295,3 +298,23 @@ def test_layers_of_two_kinds_are_refused() -> None:
     fused = AutoModelForCausalLM.from_config(families.config("phi3")).eval()
     with pytest.raises(TrainError, match="cannot be compared"):
         intermediate.match(llama(), fused, states=["attention"], layers=None, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "who"),
+    [(None, None), ({3: 2}, None), ({4: 0}, "the teacher's layer 4"), ({0: 3}, "the student's layer 3")],
+)
+def test_layers_are_checked_before_weights_load(
+    layers: Any, who: str | None, make_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = make_recipe(distill={"tokens": 1000, "intermediate": {"layers": layers}})
+    found = preflight.check(recipe)
+    assert (who is None and not found) or (who is not None and len(found) == 1 and who in str(found[0]))
+
+
+def test_a_further_round_may_learn_from_the_last_student(make_recipe: Callable[..., Recipe]) -> None:
+    section = {"tokens": 1000, "intermediate": {"layers": {3: 1}}}
+    then = {"prune": {"layers": 2}, "distill": section}
+    assert preflight.check(make_recipe(distill=section, then=[then])) == ()
+    (error,) = preflight.check(make_recipe(distill=section, then=[then | {"teacher": "previous"}]))
+    assert "the teacher has 3 layers" in str(error)
