@@ -13,14 +13,13 @@ import families
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from halve import preflight
 from halve.errors import RecipeError, TrainError
 from halve.head import split
 from halve.recipe import Recipe
-from halve.train import intermediate, objectives
+from halve.train import blocks, intermediate, objectives
 from halve.train.batch import Batch
 from halve.train.teachers import Live
 
@@ -253,14 +252,13 @@ def test_accumulation_changes_nothing() -> None:
         torch.testing.assert_close(parts, whole)
 
 
-def test_layers_computed_again_are_heard_once() -> None:
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_layers_computed_again_are_heard_once(kind: str) -> None:
     found = []
-    for again in (False, True):
+    for again in ("none", kind):
         student, master, one = llama(), teacher(), batch()
         matching = intermediate.match(student, master, states=STATES, layers=None, seed=0)
-        if again:
-            for index, layer in enumerate(student.model.layers):
-                student.model.layers[index] = checkpoint_wrapper(layer)
+        blocks.recompute(student, again)
         loss, _ = objective(master, matching, 0.7)(*split(student), one)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in student.parameters())])
