@@ -371,6 +371,15 @@ def test_every_epoch_draws_every_sample_once(
     assert torch.equal(again.batch(steps - 1, batch).ids, drawn[-batch:])  # no state: any step, in any order
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_rows_are_read_as_the_memory_map_has_them(tmp_path: Path, dtype: str) -> None:
+    path, top = tmp_path / "a.tokens", np.iinfo(dtype).max
+    (top - np.arange(103)).astype(dtype).tofile(path)
+    tokens = Tokens(path=path, count=103, dtype=dtype, fingerprint="", text_bytes=0)
+    assert tokens.rows([9, 0, 4, 4], 10).tolist() == [tokens.ids[10 * i : 10 * i + 10].tolist() for i in (9, 0, 4, 4)]
+    assert Samples(tokens, 10, 0).take([9])[0, -1] == top - 99
+
+
 def test_order_depends_on_the_seed_and_the_epoch(tmp_path: Path) -> None:
     tokens = fake_tokens(tmp_path, 640)
     orders = [Samples(tokens, 10, seed).batch(step, 64).ids[:, 0].tolist() for seed in (0, 1) for step in (0, 1)]

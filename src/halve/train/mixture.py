@@ -114,7 +114,10 @@ class Mixture:
 
     def _at(self, places: Sequence[tuple[int, int]]) -> Batch:
         starts, border = self._starts(), self.parts[0].border
-        ids_BS = torch.cat([self.parts[part].take([place]) for part, place in places])
+        ids_BS = torch.empty((len(places), self.context), dtype=torch.int64)
+        for part in sorted({part for part, _ in places}):
+            rows = [row for row, (one, _) in enumerate(places) if one == part]
+            ids_BS[rows] = self.parts[part].take([places[row][1] for row in rows])
         numbers = tuple(starts[part] + place for part, place in places)
         return Batch(ids_BS, numbers, None if border is None else positions(ids_BS, border))
 
