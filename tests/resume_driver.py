@@ -138,7 +138,7 @@ def arm(point: str | None, at: int | None, notes: Path) -> None:
         setattr(owner, name, call)
 
     torn(Path, "write_text", lambda path, text: path)
-    torn(halve.train.checkpoints, "save_file", lambda tensors, path: Path(path))
+    torn(halve.train.checkpoints, "write", lambda tensors, draft, ranks: next(draft.glob("*.safetensors")))
     torn(transformers.modeling_utils, "safe_save_file", lambda tensors, path: Path(path))
     around(os, "replace", "rename", "renamed")
     around(rundir.RunDir, "commit", "commit", "committed")

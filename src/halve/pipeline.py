@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,14 @@ from halve.train import sources
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from halve.train.ranks import Ranks
+
 __all__ = ["Stage", "check", "run", "stages"]
 
 SECTIONS = ("correct", "score", "prune", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context")
+_TOGETHER = ("correct", "distill")
+"""Sections whose stages several ranks carry out together; the others' are carried out by one while the rest wait."""
 _INPUTS = ("teacher", "train", "valid")
 _NUM_LAYERS = ("prune.layers", "prune.drop_layers", "prune.params", "prune.non_embedding_ratio")
 
@@ -239,6 +244,9 @@ def run(
 ) -> Path:
     """Carry out a recipe in the folder `out`, whatever is done of it already, and return the folder.
 
+    Where torchrun or the like has started several processes with the same command, they carry it out together
+    (see `train.ranks`), in one folder that all of them see.
+
     `only` names one of `SECTIONS` and carries out its stages alone, those of later rounds as far as their inputs are
     there. `cache` holds token files and hashes of inputs, by default `out/data`; runs may share one. `console` shows
     progress; without one nothing is said. A killed run goes on where it was; a finished run changes nothing.
@@ -255,32 +263,62 @@ def run(
             why=f"recipe {recipe.name} has no section {only}",
             fix=f"add {only}: to the recipe, or run one of {', '.join(SECTIONS)}",
         )
-    say = console.print if console is not None else _nothing
-    with RunDir.open(out, recipe) as folder:
-        keys = _keys(recipe, listed, memo=cache / HASHES)
-        wanted = [stage for stage in listed if only in (None, stage.section)]
-        if only is not None:
-            wanted = _possible(folder, wanted, keys)
-        todo = [stage for stage in wanted if not folder.is_done(stage.name, keys[stage.name])]
-        if todo:
-            for error in check(recipe, out):
-                raise error
+    from halve.train import ranks
+
+    with ranks.joined(_kind(recipe)) as here, ExitStack() as stack:
+        if not here.leads:
+            console = None
+        opened: list[RunDir] = []
+        here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
+        folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
+        wanted, done, keys = here.lead(lambda: _what_to_do(recipe, folder, listed, only, cache))
         this = _Run(folder, cache, SILENT if console is None else RichProgress(console))
-        for stage in wanted:
-            if stage not in todo:
-                say(f"{stage.name}: done before")
+        for stage in (stage for stage in listed if stage.name in wanted):
+            if stage.name in done:
+                _say(console, f"{stage.name}: done before")
                 continue
             began = time.monotonic()
-            work = folder.work(stage.name, keys[stage.name])
-            metrics = stage.act(this, stage.recipe, work)
-            inputs = {name: keys[name] for name in stage.after}
-            folder.commit(stage.name, keys[stage.name], metrics, seed=recipe.seed, inputs=inputs)
-            say(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
+            _carry_out(stage, this, keys, here)
+            _say(console, f"{stage.name}: done in {time.monotonic() - began:.1f} s")
     return out
 
 
-def _nothing(line: str) -> None:
-    return None
+def _what_to_do(
+    recipe: Recipe, folder: RunDir, listed: Sequence[Stage], only: str | None, cache: Path
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """The names of the stages that are asked for, of those of them that are done, and the keys of all."""
+    keys = _keys(recipe, listed, memo=cache / HASHES)
+    wanted = [stage for stage in listed if only in (None, stage.section)]
+    if only is not None:
+        wanted = _possible(folder, wanted, keys)
+    done = [stage.name for stage in wanted if folder.is_done(stage.name, keys[stage.name])]
+    if len(done) < len(wanted):
+        for error in check(recipe, folder.path):
+            raise error
+    return [stage.name for stage in wanted], done, keys
+
+
+def _carry_out(stage: Stage, run: _Run, keys: Mapping[str, str], here: Ranks) -> None:
+    """One stage: where ranks train together all of them act, elsewhere the first alone; it begins and commits."""
+    folder, key = run.folder, keys[stage.name]
+    work = Path(here.lead(lambda: str(folder.work(stage.name, key))))
+    if stage.section in _TOGETHER:
+        metrics = stage.act(run, stage.recipe, work)
+    else:
+        metrics = here.lead(lambda: stage.act(run, stage.recipe, work))
+    inputs = {name: keys[name] for name in stage.after}
+    here.lead(lambda: str(folder.commit(stage.name, key, metrics, seed=stage.recipe.seed, inputs=inputs)))
+
+
+def _kind(recipe: Recipe) -> str:
+    from halve import checkpoint
+
+    return checkpoint.resolve_device(recipe.device)
+
+
+def _say(console: Console | None, line: str) -> None:
+    if console is not None:
+        console.print(line)
 
 
 def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> list[Stage]:

@@ -206,6 +206,11 @@ class RunDir:
             raise
         return run
 
+    @classmethod
+    def follow(cls, folder: Path) -> RunDir:
+        """A folder that another process of the same run has open, to work in it together."""
+        return cls(folder, open(os.devnull, "w"))
+
     def close(self) -> None:
         """Let others open the folder."""
         self._lock.close()

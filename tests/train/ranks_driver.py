@@ -34,7 +34,8 @@ from torch.distributed.tensor import DTensor
 
 from halve.errors import HalveError
 from halve.head import Body, Head, split
-from halve.train import loop, objectives, ranks, shards
+from halve.recipe import Distill
+from halve.train import intermediate, loop, objectives, ranks, shards
 from halve.train.batch import Batch
 from halve.train.course import Course
 from halve.train.teachers import Live
@@ -83,8 +84,8 @@ def act(job: dict[str, Any], said: Path) -> None:
     dtype = torch.bfloat16 if model.pop("half", False) else torch.float32
     student, teacher = tiny(dtype=dtype, **model), tiny(seed=1, hidden_size=24).eval().requires_grad_(False)
     body, head = split(teacher)
-    if job.get("shard_teacher"):
-        shards.shard_frozen(teacher, body, replicas=recipe.replicas, half=half)
+    how = Distill(tokens=1, shard_teacher=bool(job.get("shard_teacher")), replicas=recipe.replicas)
+    shards.frozen(teacher, body, how, half=half)
     objective = objectives.cross_entropy()
     if job.get("objective", "kl") == "kl":
         objective = objectives.distillation(Live(body, head), vocab=VOCAB)
@@ -93,6 +94,9 @@ def act(job: dict[str, Any], said: Path) -> None:
     if extra is not None:
         torch.nn.init.constant_(extra.weight, 0.5)
         objective = with_extra(objective, extra)
+    if "states" in job:
+        matching = intermediate.match(student, teacher, states=job["states"], layers={-1: -1}, seed=0)
+        objective, extra = intermediate.with_states(objective, matching, alpha=0.5), matching.map
     if "full" in job and job["full"][0] == ranks.here().rank:
         fill(job["full"][1])
     result = loop.train(

@@ -9,7 +9,7 @@ from halve import checkpoint, measure
 from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.train import loop, objectives
+from halve.train import loop, objectives, shards
 from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
 
@@ -54,5 +54,5 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }
-    checkpoint.save_model(model.to(own_dtype), out / "model", extra_from=teacher, record=record)
+    shards.save(model, out / "model", dtype=own_dtype, extra_from=teacher, record=record)
     return result.as_dict()

@@ -22,7 +22,7 @@ from halve.card import name_of
 from halve.head import split
 from halve.progress import SILENT, Progress
 from halve.recipe import Distill, Dtype, Recipe
-from halve.train import intermediate, loop, objectives
+from halve.train import intermediate, loop, objectives, shards
 from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
 from halve.train.teachers import Live
@@ -76,6 +76,7 @@ def run(
         teacher_ce = objectives.check_teacher(teacher_body, teacher_head, heldout, vocab=vocab, micro_batch=micro_batch)
     live = Live(teacher_body, teacher_head)
     objective, extra = _objective(training, live, model, master, variant=variant, vocab=vocab, seed=recipe.seed)
+    shards.frozen(master, teacher_body, training, half=loop.is_half(training, device))
     result = loop.train(
         model,
         objective,
@@ -100,7 +101,7 @@ def run(
         "training": training.model_dump(mode="json"),
         **metrics,
     }
-    checkpoint.save_model(model.to(own_dtype), out / "model", extra_from=student, record=record)
+    shards.save(model, out / "model", dtype=own_dtype, extra_from=student, record=record)
     return metrics
 
 

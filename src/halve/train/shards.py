@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from halve import checkpoint
 from halve.head import Body, Head, split
-from halve.recipe import Training
+from halve.recipe import Distill, Training
 from halve.train import blocks
 from halve.train.ranks import Ranks, here
 
@@ -81,11 +81,16 @@ def learner(model: PreTrainedModel, training: Training, *, device: str, half: bo
     return Learner(body, head)
 
 
-def shard_frozen(model: PreTrainedModel, body: Body, *, replicas: int, half: bool) -> None:
-    """Split a model that only runs forward over the ranks; its head, taken apart before, stays whole on each."""
+def frozen(model: PreTrainedModel, body: Body, training: Distill, *, half: bool) -> None:
+    """Make a model that only runs forward ready: compiled and in shards where the recipe says so.
+
+    Its head, taken apart before, stays whole on every rank.
+    """
     ranks = here()
-    if not ranks.alone:
-        blocks.shard(model, body.module, ranks.mesh(replicas), half=half, trains=False)
+    if training.compile:
+        blocks.compiled(model)
+    if training.shard_teacher and not ranks.alone:
+        blocks.shard(model, body.module, ranks.mesh(training.replicas), half=half, trains=False)
 
 
 def save(
