@@ -229,6 +229,21 @@ def test_half_precision_weights_give_logits_that_are_not_rounded() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-4)
 
 
+def test_a_half_operand_rounds_the_hidden_states_gradient_alone_on_a_cpu() -> None:
+    one, half = case(dtype=torch.float32), torch.bfloat16
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+    target = chunked.follow(one.teacher_ND, one.teacher_head, divergences.kl_rows, vocab=V, operand=half)
+    have = chunked.chunked(one.hidden_ND, one.head, target, vocab=V, chunk=8, operand=half)
+    want = chunked_kl(one, chunk=8)
+    fine = 2**-7 if torch.cpu._is_amx_tile_supported() else 1e-5  # such units round the factors of the logits
+    torch.testing.assert_close(have, want, rtol=fine, atol=fine)
+    (hidden_ND, weight_VD), (exact_ND, exact_VD) = gradients(have, one), gradients(want, one)
+    torch.testing.assert_close(weight_VD, exact_VD, rtol=fine, atol=fine)
+    error = (hidden_ND - exact_ND).norm() / exact_ND.norm()
+    assert 1e-5 < error < 2**-7
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
+
+
 def test_autocast_does_not_reach_the_logits() -> None:
     one = case(dtype=torch.float32)
     want = chunked_kl(one, chunk=8)

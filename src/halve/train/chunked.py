@@ -4,7 +4,7 @@ The gradient of these losses by the logits is known in closed form (for the forw
 `softmax_student - softmax_teacher`), so the forward pass makes it chunk by chunk and multiplies it
 back at once: into the hidden states' gradient and into the head's. Nothing is kept but these two,
 nothing is computed twice. The logits are float32 (float64 where the hidden states are) and are
-never rounded; so are softmax, sums and the gradient of the head.
+never rounded; nor are softmax, sums and the gradient of the head.
 
     target = follow(teacher_hidden, teacher_head, divergences.kl_rows, vocab=v)
     loss = chunked(hidden, head, target, vocab=v, chunk=c)
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from halve.head import Head, product
+from halve.head import Head, add_product, product, reduced_operands, rounded_product
 from halve.train.divergences import Rows, Sampled, TeacherRows, ce_rows, kl_rows, sampled_kl_rows, weighted
 
 RowLoss = Rows[slice]
@@ -38,7 +38,7 @@ _BLOCKS = 16  # elementwise work goes through a chunk in this many blocks: its s
 
 def chunk_tokens(vocab: int, *, cuda: bool) -> int:
     """Return how many tokens make a chunk: enough to keep the matrix units busy, little enough to fit."""
-    rows = (2**28 if cuda else 2**21) // vocab
+    rows = (2**26 if cuda else 2**21) // vocab
     return min(max(rows, 256), 8192)
 
 
@@ -55,8 +55,10 @@ def chunked(
 
     `vocab` is the number of columns that take part: rows of the head beyond it are padding, get no gradient
     and no probability. `operand` is the precision of the factors of the matrix products (default: as they
-    come); a half precision is only used on CUDA, with float32 results. Working memory is two chunks of logits
-    (student and teacher) and a few sixteenths of one, beside the gradient of the head itself.
+    come). On CUDA a half precision is that of all products, with float32 results. A CPU has no such product: there
+    it is that of the gradient by `hidden` alone, which is rounded as autocast rounds those of other layers. Working
+    memory is two chunks of logits (student and teacher), half a one and a few sixteenths of one, beside the
+    gradient of the head itself.
     """
     assert 0 < vocab <= head.weight.shape[0]
     assert chunk > 0
@@ -80,9 +82,12 @@ def follow(
     then made once.
     """
     factors = _Factors.of(hidden, head, vocab, operand)
+    room_CV: Tensor | None = None
 
     def of_chunk(chunk: slice) -> RowLoss:
-        teacher_CV = _cap(_raw_logits(factors, chunk), head.softcap)
+        nonlocal room_CV
+        room_CV = factors.room(chunk) if room_CV is None else room_CV
+        teacher_CV = _cap(_raw_logits(factors, chunk, room_CV), head.softcap)
         return lambda z_RV, block: rows(z_RV, teacher_CV[block])
 
     return of_chunk
@@ -171,21 +176,28 @@ def keep_tokens(
 
 
 class _Factors(NamedTuple):
-    """What logits are made of: hidden states, the transposed output matrix, its bias, a scale."""
+    """What logits are made of, and the precision that other products may use."""
 
     hidden_ND: Tensor
     weight_DV: Tensor
     bias_V: Tensor | None
     scale: float
+    operand: torch.dtype
 
     @classmethod
     def of(cls, hidden_ND: Tensor, head: Head, vocab: int, operand: torch.dtype | None) -> _Factors:
         weight_VD = head.weight.detach()[:vocab]
         bias_V = None if head.bias is None else head.bias.detach()[:vocab]
-        dtype = operand if operand is not None else torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-        if not hidden_ND.is_cuda:
-            dtype = torch.promote_types(dtype, torch.float32)
-        return cls(hidden_ND.detach().to(dtype), weight_VD.to(dtype).t(), bias_V, head.scale)
+        own = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
+        whole = own if hidden_ND.is_cuda else torch.promote_types(own, torch.float32)
+        operand = whole if operand is None else operand
+        dtype = operand if hidden_ND.is_cuda else whole
+        return cls(hidden_ND.detach().to(dtype), weight_VD.to(dtype).t(), bias_V, head.scale, operand)
+
+    def room(self, chunk: slice) -> Tensor:
+        """Memory for the logits of all chunks in turn: fresh pages cost a CPU a sixth of the product."""
+        dtype = torch.promote_types(self.hidden_ND.dtype, torch.float32)
+        return self.hidden_ND.new_empty(chunk.stop - chunk.start, self.weight_DV.shape[1], dtype=dtype)
 
 
 class _Chunked(torch.autograd.Function):
@@ -210,19 +222,22 @@ class _Chunked(torch.autograd.Function):
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if want_weight else None
         bias_grad_V = torch.zeros_like(bias_V, dtype=exact) if want_bias and bias_V is not None else None
         total = hidden_ND.new_zeros((), dtype=exact)
-        for rows in _slices(hidden_ND.shape[0], chunk):
-            z_CV = _raw_logits(factors, rows)
-            row_loss = target(rows)
-            for block in _slices(z_CV.shape[0], _block(chunk)):
-                total += _into_gradient(z_CV[block], head, row_loss, block)
-            del row_loss  # with it goes the teacher's chunk: the casts below may use its room
-            if bias_grad_V is not None:
-                bias_grad_V[:vocab] += z_CV.sum(0)
-            z_CV = z_CV.to(factors.hidden_ND.dtype)
-            if hidden_grad_ND is not None:
-                hidden_grad_ND[rows] = product(z_CV, factors.weight_DV.t()).to(hidden_grad_ND.dtype)
-            if weight_grad_VD is not None:
-                _add_product(weight_grad_VD[:vocab], z_CV.t(), factors.hidden_ND[rows])
+        back_VD = factors.weight_DV.t().to(factors.operand)
+        room_CV = factors.room(slice(0, min(chunk, hidden_ND.shape[0])))
+        with reduced_operands(factors.operand):
+            for rows in _slices(hidden_ND.shape[0], chunk):
+                z_CV = _raw_logits(factors, rows, room_CV)
+                row_loss = target(rows)
+                for block in _slices(z_CV.shape[0], _block(chunk)):
+                    total += _into_gradient(z_CV[block], head, row_loss, block)
+                if bias_grad_V is not None:
+                    bias_grad_V[:vocab] += z_CV.sum(0)
+                half_CV = z_CV.to(factors.operand)
+                if hidden_grad_ND is not None:
+                    hidden_grad_ND[rows] = rounded_product(half_CV, back_VD).to(hidden_grad_ND.dtype)
+                if weight_grad_VD is not None:
+                    grad_CV = half_CV if hidden_ND.is_cuda else z_CV
+                    add_product(weight_grad_VD[:vocab], grad_CV.t(), factors.hidden_ND[rows])
         ctx.gradients = (hidden_grad_ND, weight_grad_VD, bias_grad_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total
@@ -251,9 +266,10 @@ def _into_gradient(z_RV: Tensor, head: Head, row_loss: RowLoss, block: slice) ->
     return loss_R.sum()
 
 
-def _raw_logits(factors: _Factors, rows: slice) -> Tensor:
+def _raw_logits(factors: _Factors, rows: slice, room_CV: Tensor | None = None) -> Tensor:
     """Return scaled logits of a chunk, before a soft-cap."""
-    z_CV = product(factors.hidden_ND[rows], factors.weight_DV)
+    out = None if room_CV is None else room_CV[: rows.stop - rows.start]
+    z_CV = product(factors.hidden_ND[rows], factors.weight_DV, out=out)
     if factors.bias_V is not None:
         z_CV += factors.bias_V
     return z_CV if factors.scale == 1.0 else z_CV.mul_(factors.scale)
@@ -261,14 +277,6 @@ def _raw_logits(factors: _Factors, rows: slice) -> Tensor:
 
 def _cap(z_CV: Tensor, softcap: float | None) -> Tensor:
     return z_CV if softcap is None else z_CV.div_(softcap).tanh_().mul_(softcap)
-
-
-def _add_product(sum_VD: Tensor, z_VC: Tensor, hidden_CD: Tensor) -> None:
-    """Add a product to a float32 accumulator in place; half-precision factors are not rounded on the way."""
-    if z_VC.dtype == sum_VD.dtype:
-        sum_VD.addmm_(z_VC, hidden_CD)
-    else:
-        sum_VD += product(z_VC, hidden_CD)
 
 
 def _block(chunk: int) -> int:
