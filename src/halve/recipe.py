@@ -7,11 +7,12 @@ A recipe is one YAML file whose sections carry the names of the stages. `load` r
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from halve.errors import RecipeError
 
@@ -56,9 +57,11 @@ class Data(Section):
     files, or `hub:owner/name`, `hub:owner/name:split` for a data set of the hub.
     """
 
-    train: Annotated[tuple[str, ...], Field(min_length=1)] | Annotated[dict[str, Source], Field(min_length=1)] = Field(
-        description="sources, or a mixture: parts by name, each with sources and a weight"
-    )
+    train: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1), Tag("[sources]")]
+        | Annotated[dict[str, Source], Field(min_length=1), Tag("[parts]")],
+        Discriminator(lambda given: "[parts]" if isinstance(given, dict) else "[sources]"),
+    ] = Field(description="sources, or a mixture: parts by name, each with sources and a weight")
     valid: tuple[str, ...] = Field(min_length=1, description="held-out text; also measured during training")
     text_field: str = Field("text", description="the field of JSON lines, parquet and hub rows that holds the text")
     context: Count = Field(512, description="tokens in one packed sample")
@@ -357,9 +360,16 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in path:
         field = section.model_fields.get(str(part))
-        kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), section)
+        section = section if field is None else next(_sections(field.annotation), section)
     return list(section.model_fields)
+
+
+def _sections(kind: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a type is or holds."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for inner in getattr(kind, "__args__", ()):
+        yield from _sections(inner)
 
 
 def _anchor(recipe: Recipe, folder: Path) -> Recipe:

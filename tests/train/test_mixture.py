@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halve.errors import CorpusError
+from halve import recipe as recipes
+from halve.errors import CorpusError, RecipeError
+from halve.recipe import Recipe, Source
 from halve.train.corpus import Samples, Tokens
 from halve.train.mixture import Mixture, Texts, shares, turns
 
@@ -146,3 +149,42 @@ def test_a_part_with_too_little_text_is_named(tmp_path: Path) -> None:
     assert len(texts.cut(9, seed=0, border=None)) == 2
     with pytest.raises(CorpusError, match=r"part code of data\.train has fewer tokens than one sample: 9 of 10"):
         texts.cut(10, seed=0, border=None)
+
+
+# In a recipe
+
+
+def parsed(train: object) -> Recipe:
+    raw = {"name": "a", "model": "m", "prune": {"ffn": 8}, "data": {"train": train, "valid": ["v.txt"]}}
+    return recipes.parse(raw, folder=Path("/x"), source="r.yaml")
+
+
+def test_paths_of_parts_become_absolute() -> None:
+    recipe = parsed({"web": {"sources": ["b.txt", "hub:o/n"], "weight": 2}, "code": {"sources": ["/c"], "weight": 1}})
+    assert isinstance(recipe.data.train, dict)
+    assert recipe.data.train["web"] == Source(sources=("/x/b.txt", "hub:o/n"), weight=2)
+    assert recipe.data.train_sources == ("/x/b.txt", "hub:o/n", "/c")
+    assert parsed(["a.txt"]).data.train_sources == ("/x/a.txt",)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("train", "what", "hint"),
+    [
+        ({}, "bad value for data.train in", "at least 1 item"),
+        ({"web": {"sources": ["a"]}}, "r.yaml lacks data.train.web.weight", "add data.train.web.weight"),
+        (
+            {"web": {"sources": ["a"], "weight": 0}},
+            "bad value for data.train.web.weight",
+            r"greater than 0 \(given: 0\)",
+        ),
+        ({"web": {"sources": [], "weight": 1}}, "bad value for data.train.web.sources", "at least 1 item"),
+        ({"web": {"sources": ["a"], "weight": 1, "wieght": 2}}, "unknown key data.train.web.wieght", "mean weight"),
+        ({"web": ["a"]}, "bad value for data.train.web", "Source"),
+        (5, "bad value for data.train in", "given: 5"),
+    ],
+)
+def test_a_mixture_that_is_not_one_is_refused_at_its_key(train: object, what: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=what) as caught:
+        parsed(train)
+    assert re.search(hint, str(caught.value))
