@@ -92,6 +92,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ce": {"objective": "ce"},
     "accumulation": {"training": {"micro_batch": 1}},
     "sharded teacher": {"shard_teacher": True, "training": {"activation_checkpointing": "full"}},
+    "intermediate states": {
+        "states": ["embedding", "input", "output", "attention"],
+        "shard_teacher": True,
+        "training": {"activation_checkpointing": "full"},
+    },
     "extra parameters": {"extra": True, "training": {"activation_checkpointing": "selective"}},
 }
 
