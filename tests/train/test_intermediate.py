@@ -5,7 +5,6 @@ Shapes: B batch, S seq, D hidden, H heads, E head_dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from halve.head import split
 from halve.recipe import Recipe
 from halve.train import blocks, intermediate, objectives
 from halve.train.batch import Batch
+from halve.train.relations import relation_divergence
 from halve.train.teachers import Live
 
 VOCAB, B, S = 37, 3, 10
@@ -117,33 +117,6 @@ def test_the_loss_of_states_is_the_plain_formula(apart: bool) -> None:
         torch.testing.assert_close(ours, theirs, **NORMS)
 
 
-def plain_relations(x_BSHE: Tensor, num: int, row: int, head: int, place: int, first: int) -> Tensor:
-    """softmax of one position's products with those from `first` to itself, in one relation head."""
-    of_head = x_BSHE[row].flatten(1).chunk(num, dim=-1)[head]
-    return torch.softmax(of_head[first : place + 1] @ of_head[place] / math.sqrt(of_head.shape[-1]), 0)
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_attention_relations_are_the_plain_formula(apart: bool) -> None:
-    random = torch.Generator().manual_seed(0)
-    student = torch.randn(B, S, 4, 6, generator=random, dtype=F64).requires_grad_()
-    master = torch.randn(B, S, 6, 5, generator=random, dtype=F64)
-    have_BS = intermediate.relation_divergence(student, master, intermediate.visible(batch(apart=apart)))
-    num = 2
-    want_BS = torch.zeros(B, S, dtype=F64)
-    for row in range(B):
-        for place in range(S):
-            first = 4 if apart and place >= 4 else 0
-            for head in range(num):
-                q, p = (plain_relations(x, num, row, head, place, first) for x in (student, master))
-                want_BS[row, place] += (p * (p.log() - q.log())).sum() / num
-    torch.testing.assert_close(have_BS, want_BS)
-    ours, theirs = (torch.autograd.grad(x.sum(), student)[0] for x in (have_BS, want_BS))
-    torch.testing.assert_close(ours, theirs)
-    same_BS = intermediate.relation_divergence(master, master.clone(), intermediate.visible(batch(apart=apart)))
-    assert not same_BS.any()
-
-
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2"])
 def test_queries_keys_and_values_are_found_in_every_layout(family: str) -> None:
     """The relations of the three, whatever module makes them, against those taken from the attention's own call."""
@@ -157,10 +130,10 @@ def test_queries_keys_and_values_are_found_in_every_layout(family: str) -> None:
     one = Batch(torch.randint(128, (2, S), generator=torch.Generator().manual_seed(1)), (0, 1))
     learned, taught = heard(matching, student, "student", one.ids), heard(matching, master, "teacher", one.ids)
     have = matching.loss(learned, taught, one)
-    visible = intermediate.visible(one)
+    seen = {"documents": torch.zeros(2, S, dtype=torch.int64), "counted": torch.arange(S).expand(2, S) < S - 1}
     want = torch.zeros((), dtype=F64)
     for mine, its in zip(vectors(family, student, 2, one.ids), vectors(family, master, 3, one.ids), strict=True):
-        want = want + intermediate.relation_divergence(mine, its, visible)[:, :-1].sum()
+        want = want + relation_divergence(mine, its, **seen)
     torch.testing.assert_close(have, want)
     assert have > 0
 

@@ -14,12 +14,11 @@ its input that is the stream itself. So there is one way for all families whose 
 The first three are compared by their mean squared difference, the student's first brought to the teacher's width by
 one linear map that all of them share and that is learned beside the student; it is no part of the student.
 
-Shapes: B batch, S seq, N tokens, D hidden, H heads, E head_dim, A relation heads.
+Shapes: B batch, S seq, N tokens, D hidden, C channels of a projection.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,6 +37,7 @@ from halve.head import Body, Head
 from halve.recipe import State
 from halve.train.batch import Batch, at_predictions
 from halve.train.objectives import Objective
+from halve.train.relations import relation_divergence
 
 _DEFAULT_LAYERS = {-2: -2}  # 2407.14679, Table 17
 _HEADS = {"heads", "kv_heads"}
@@ -53,11 +53,11 @@ class Ear:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One state of both models, and the loss of tokens [batch, seq] between (student's, teacher's, allowed)."""
+    """One state of both models, and how (the student's, the teacher's) differ, summed over a batch's tokens."""
 
     student: Ear
     teacher: Ear
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +69,11 @@ class Matching:
 
     def loss(self, learned: Sequence[Tensor], taught: Sequence[Tensor], batch: Batch) -> Float[Tensor, ""]:
         """Return L_is, summed over pairs and over the tokens that count."""
-        allowed_BSS = visible(batch)
         total = torch.zeros((), device=batch.ids.device)
         for pair, student, teacher in zip(self.pairs, learned, taught, strict=True):
             # a copy: what inference mode made may not enter a graph
             known = teacher.detach().to(student.device, copy=True)
-            loss_BS = pair.loss(student, known, allowed_BSS)
-            total = total + at_predictions(loss_BS[..., None], batch).sum()
+            total = total + pair.loss(student, known, batch)
         return total
 
 
@@ -119,8 +117,8 @@ def match(
     chosen = layer_pairs(layers, teacher=its.sizes.layers, student=mine.sizes.layers)
     mapping = _mapping(mine.sizes.hidden, its.sizes.hidden, like=student, seed=seed)
 
-    def squared(student_BSD: Tensor, teacher_BSD: Tensor, _: Tensor) -> Tensor:
-        return state_difference(mapping(student_BSD), teacher_BSD)
+    def mapped(student_BSD: Tensor, teacher_BSD: Tensor, batch: Batch) -> Tensor:
+        return state_difference(mapping(student_BSD), teacher_BSD, batch)
 
     pairs: list[Pair] = []
     for state in states:
@@ -130,7 +128,7 @@ def match(
             else:
                 after = state == "output"
                 ears = _reading(student, mine, my_layer + after), _reading(teacher, its, its_layer + after)
-                pairs.append(Pair(*ears, squared))
+                pairs.append(Pair(*ears, mapped))
     return Matching(tuple(pairs), mapping if any(state != "attention" for state in states) else None)
 
 
@@ -186,52 +184,16 @@ def heard(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def visible(batch: Batch) -> Bool[Tensor, "batch seq seq"]:
-    """Which earlier positions (and itself) each position may attend to; those of its own document."""
-    batch_size, seq = batch.ids.shape
-    causal_SS = torch.ones(seq, seq, dtype=torch.bool, device=batch.ids.device).tril()
-    if batch.positions is None:
-        return causal_SS.expand(batch_size, seq, seq)
-    document_BS = (batch.positions == 0).cumsum(1)
-    return causal_SS & (document_BS[:, :, None] == document_BS[:, None, :])
-
-
 def state_difference(
-    student: Float[Tensor, "batch seq hidden"], teacher: Float[Tensor, "batch seq hidden"]
-) -> Float[Tensor, "batch seq"]:
-    """Return the mean squared difference over channels, in float32 (float64 where a state is)."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
+    student: Float[Tensor, "batch seq hidden"], teacher: Float[Tensor, "batch seq hidden"], batch: Batch
+) -> Float[Tensor, ""]:
+    """Return the mean squared difference over channels, summed over the tokens that count.
 
-
-def relation_divergence(
-    student: Float[Tensor, "batch seq heads head_dim"],
-    teacher: Float[Tensor, "batch seq teacher_heads teacher_head_dim"],
-    allowed: Bool[Tensor, "batch seq seq"],
-) -> Float[Tensor, "batch seq"]:
-    """Return KL between how teacher's and student's vectors of one kind relate to one another across positions.
-
-    MiniLMv2, 2012.15828, Sec. 3.1: queries with queries, keys with keys, values with values, over relation heads of
-    which both models have the same number, here the greatest that divides both numbers of heads:
-
-        R = softmax(x x^T / sqrt(channels)),  mean over relation heads of sum_keys R_t (log R_t - log R_s)
-
-    Unlike there, a position relates only to those that it may attend to. Holds a few arrays
-    [batch, relation heads, seq, seq] in float32.
+    In float32 (float64 where a state is).
     """
-    num = math.gcd(student.shape[2], teacher.shape[2])
-    log_q_BASS, log_p_BASS = (_relations(x, num, allowed) for x in (student, teacher))
-    # forbidden positions are -inf on both sides: they carry no probability
-    ratio_BASS = (log_p_BASS - log_q_BASS).masked_fill(~allowed[:, None], 0.0)
-    return (log_p_BASS.exp() * ratio_BASS).sum(-1).mean(1)
-
-
-def _relations(x_BSHE: Tensor, num: int, allowed_BSS: Tensor) -> Tensor:
-    x_BASC = torch.unflatten(x_BSHE, 2, (num, -1)).flatten(3).transpose(1, 2)
-    x_BASC = x_BASC.to(torch.promote_types(x_BASC.dtype, torch.float32))
-    with torch.autocast(x_BASC.device.type, enabled=False):
-        scores_BASS = x_BASC @ x_BASC.transpose(-1, -2) / math.sqrt(x_BASC.shape[-1])
-    return scores_BASS.masked_fill(~allowed_BSS[:, None], -math.inf).log_softmax(-1)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    mine_ND, its_ND = (at_predictions(state, batch).to(dtype) for state in (student, teacher))
+    return (mine_ND - its_ND).square().mean(-1).sum()
 
 
 def _reading(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Ear:
@@ -264,13 +226,18 @@ def _attention(
 def _related(
     student_BSC: Tensor,
     teacher_BSC: Tensor,
-    allowed_BSS: Tensor,
+    batch: Batch,
     *,
     mine: tuple[Expr, Mapping[str, int]],
     its: tuple[Expr, Mapping[str, int]],
 ) -> Tensor:
+    documents_BS = torch.zeros_like(batch.ids) if batch.positions is None else (batch.positions == 0).cumsum(1)
+    counted_BS = torch.ones_like(batch.ids, dtype=torch.bool)
+    counted_BS[:, :-1] = True if (inside := batch.counted()) is None else inside
+    counted_BS[:, -1] = False
     parts = zip(_vectors(student_BSC, *mine), _vectors(teacher_BSC, *its), strict=True)
-    return torch.stack([relation_divergence(*pair, allowed_BSS) for pair in parts]).sum(0)
+    divergences = [relation_divergence(*pair, documents=documents_BS, counted=counted_BS) for pair in parts]
+    return torch.stack(divergences).sum()
 
 
 def _projections(anatomy: Anatomy, layer: int) -> dict[str, Expr]:
