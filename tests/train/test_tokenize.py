@@ -112,6 +112,14 @@ def test_only_so_many_batches_are_read_ahead() -> None:
     assert max(ahead) <= 2 * 2
 
 
+def test_a_short_text_starts_no_process(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "_pool", None)
+    found = made(text, tmp_path / "cache", workers=1000)
+    assert found.path.read_bytes() == made(text, tmp_path / "alone").path.read_bytes()
+    with pytest.raises(TypeError, match="not callable"):
+        made(text, tmp_path / "several", workers=2)
+
+
 def test_an_error_in_the_text_comes_through_and_ends_the_processes(text: Path, tmp_path: Path) -> None:
     with text.open("a") as file:
         file.write("{broken\n")

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,10 +81,13 @@ def encoded(
 ) -> Generator[Encoded, None, None]:
     """The batches of `work` as token ids, in their order.
 
-    With `workers` above one that many processes are started; at most two batches for each of them are read ahead.
-    Raises `DeadWorkerError` when one of them dies.
+    With `workers` above one that many processes are started, unless there is less than a batch for each; at most two
+    batches for each of them are read ahead. Raises `DeadWorkerError` when one of them dies.
     """
-    if workers == 1:
+    work = iter(work)
+    first = list(islice(work, workers))
+    work = chain(first, work)
+    if workers == 1 or len(first) < workers:
         for batch in work:
             yield encode(batch, tokenizer=tokenizer, dtype=dtype)
         return
