@@ -259,10 +259,10 @@ class Second:
     model: PreTrainedModel
     trained: Trained
 
-    def step(self, parts: Sequence[Batch], *, lr: float) -> Mapping[str, float]:
+    def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
         objective, halves = objectives.cross_entropy(), split(self.model)
         found = gradients(self.trained, lambda batch: objective(*halves, batch), parts)
-        apply(self.trained, found, lr=lr, clip=1.0)
+        apply(self.trained, found, lr=1e-2 / step, clip=1.0)
         return {"second_loss": found.loss}
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,10 +78,7 @@ class Course:
     def lr(self, step: int) -> float:
         """The rate of a step: linear warm-up to the peak of its phase, then a cosine that ends at `min_lr`."""
         training, peak = self.training, self.spans[self._span(step)].lr
-        if step <= training.warmup_steps:
-            return peak * step / training.warmup_steps
-        done = (step - training.warmup_steps) / max(self.steps - training.warmup_steps, 1)
-        return training.min_lr + (peak - training.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return schedule.rate(step, steps=self.steps, peak=peak, end=training.min_lr, warmup_steps=training.warmup_steps)
 
     def _span(self, step: int) -> int:
         """The last span that begins at or before the step."""

@@ -128,7 +128,7 @@ def train(
                         "lr": lr,
                     }
                     if beside is not None:
-                        line |= beside.step(parts, lr=lr)
+                        line |= beside.step(parts, step=step)
                     rate = tokens / (time.perf_counter() - began)
                     line["tokens_per_second"] = round(rate, 1)
                     if step % training.eval_every == 0 or step == course.steps:

@@ -56,6 +56,18 @@ def spans(training: Training, context: int) -> tuple[Span, ...]:
     return tuple(found)
 
 
+def rate(step: int, *, steps: int, peak: float, end: float, warmup_steps: int) -> float:
+    """The learning rate of a step (counted from 1): linear warm-up to `peak`, then a cosine that is `end` at `steps`.
+
+    >>> [rate(step, steps=5, peak=1.0, end=0.0, warmup_steps=2) for step in (1, 2, 5)]
+    [0.5, 1.0, 0.0]
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    done = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def _ends(training: Training) -> list[int]:
     """Tokens at which each span ends."""
     return [*(phase.from_tokens for phase in training.phases), training.tokens]

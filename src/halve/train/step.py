@@ -39,8 +39,8 @@ class Beside(Protocol):
     def trained(self) -> Trained:
         """What a checkpoint keeps of it."""
 
-    def step(self, parts: Sequence[Batch], *, lr: float) -> Mapping[str, float]:
-        """Learn from a step's micro-batches at the student's rate; give figures for the journal."""
+    def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
+        """Learn from the micro-batches of a step, counted from 1; give figures for the journal."""
 
 
 @dataclass(frozen=True)
