@@ -166,9 +166,11 @@ def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: i
 
 
 def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
+    """What trains; the rest of a model is as it was loaded."""
     for prefix, module in trained.modules.items():
         for name, parameter in module.named_parameters():
-            yield f"{prefix}.{name}", parameter
+            if parameter.requires_grad:
+                yield f"{prefix}.{name}", parameter
 
 
 def _tensors(groups: Sequence[Trained]) -> dict[str, Any]:
