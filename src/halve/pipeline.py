@@ -1,6 +1,6 @@
 """Read this first: the stages of a run, in order, and when each has to run again.
 
-    teacher + corpus -> correct -> score -> prune -> distill (and its baselines) -> evaluate -> report
+    teacher + corpus -> correct -> score -> prune -> cache -> distill (and its baselines) -> evaluate -> report
 
 Where a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow on the last student, and so on.
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from halve.errors import RunError
 from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
-from halve.recipe import Recipe
+from halve.recipe import Distill, Recipe
 from halve.rounds import learns_from_previous, named, rounds
 from halve.rundir import HASHES, RunDir, content_hashes
 from halve.soundness import CONFIG, TOKENIZER_FILES, locate
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "check", "run", "stages"]
 
-SECTIONS = ("correct", "score", "prune", "distill", "evaluate", "report")
+SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context")
 _TOGETHER = ("correct", "distill")
 """Sections whose stages several ranks carry out together; the others' are carried out by one while the rest wait."""
@@ -51,7 +51,7 @@ class Stage:
 
     name: str
     section: str
-    """The recipe's section, and the command that runs this stage alone."""
+    """The command that runs this stage alone; but for cache, the recipe's section."""
     recipe: Recipe
     """The run's recipe; from the second round on that round's."""
     reads: tuple[str, ...]
@@ -98,7 +98,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     listed: list[Stage] = []
     models: dict[str, str] = {}
     original = None  # the stage that makes the teacher, if it is corrected
-    if recipe.correct:
+    if recipe.corrects_before:
         models["corrected"] = original = "correct"
         reads: _Names = (*_EVERYWHERE, "data.documents", "correct", "-correct.checkpoint_every")
         listed.append(Stage("correct", "correct", recipe, reads, (), _INPUTS, 1, _correct))
@@ -141,16 +141,23 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
     if recipe.distill is None:
         return listed, models
 
+    answers = None
+    if recipe.distill.cache != "none":
+        answers = named("cache", number)
+        add(answers, "cache", _cache(teacher), _cached_by(recipe.distill), taught)
+        taught = (*taught, answers)
     for variant in ("student", *recipe.distill.baselines):
         own: _Names = ("data.documents", "distill", "-distill.baselines", "-distill.checkpoint_every")
         start = prune
         if variant == "ce":  # it has an objective of its own
             own = (*own, "-distill.objective", "-distill.temperature")
+        elif recipe.corrects_beside:  # the teacher moves as well
+            own = (*own, "correct", "-correct.checkpoint_every")
         if variant == "random_prune":
             start = at_random
             add(start, "prune", _prune(cut, None, like=prune), ("prune", "score", "-score.depth_task"), (*whole, prune))
         stage = named("distill", number, "" if variant == "student" else variant)
-        add(stage, "distill", _distill(variant, start, teacher), own, (*taught, start))
+        add(stage, "distill", _distill(variant, start, teacher, answers), own, (*taught, start))
         models[named("distilled" if variant == "student" else variant, number)] = stage
     return listed, models
 
@@ -190,7 +197,24 @@ def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act
     return act
 
 
-def _distill(variant: str, start: str, teacher: str | None) -> _Act:
+def _cached_by(training: Distill) -> _Names:
+    """What a cache depends on: which samples are drawn, and what is kept of them; nothing of the student."""
+    keys = ["tokens", "batch", "phases", "eval_samples", "precision", "cache"]
+    if training.cache == "logits":
+        keys += ["cache_samples", "temperature"]
+    return ("data.documents", *(f"distill.{key}" for key in keys))
+
+
+def _cache(teacher: str | None) -> _Act:
+    def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import cache
+
+        return cache.run(recipe, teacher=run.source(teacher, recipe), cache=run.cache, out=out, progress=run.progress)
+
+    return act
+
+
+def _distill(variant: str, start: str, teacher: str | None, answers: str | None) -> _Act:
     def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import distill
 
@@ -201,6 +225,7 @@ def _distill(variant: str, start: str, teacher: str | None) -> _Act:
             variant=variant,
             cache=run.cache,
             out=out,
+            answers_in=None if answers is None else run.folder.stage(answers),
             progress=run.progress,
         )
 
@@ -214,7 +239,7 @@ def _evaluate(models: Mapping[str, str], *, subject: str | None) -> _Act:
         return evaluate.run(
             recipe,
             models={"teacher": recipe.model, **{name: run.model(stage) for name, stage in models.items()}},
-            reference="corrected" if recipe.correct else "teacher",
+            reference="corrected" if recipe.corrects_before else "teacher",
             subject=subject,
             cache=run.cache,
             out=out,
@@ -258,10 +283,11 @@ def run(
     cache = out / "data" if cache is None else cache
     listed = stages(recipe)
     if only is not None and not any(stage.section == only for stage in listed):
+        asked = "distill.cache" if only == "cache" else f"section {only}"
         raise RunError(
             f"there is nothing to {only}",
-            why=f"recipe {recipe.name} has no section {only}",
-            fix=f"add {only}: to the recipe, or run one of {', '.join(SECTIONS)}",
+            why=f"recipe {recipe.name} has no {asked}",
+            fix=f"add {asked.split()[-1]} to the recipe, or run one of {', '.join(SECTIONS)}",
         )
     from halve.train import ranks
 

@@ -37,6 +37,23 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Count = Annotated[int, Field(gt=0)]
 
 
+_OF_DISTILLATION = (
+    "batch",
+    "micro_batch",
+    "phases",
+    "replicas",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "on_spike",
+    "spike_factor",
+    "loggers",
+    "eval_every",
+    "eval_samples",
+    "precision",
+)
+"""What a correction beside a distillation shares with it."""
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable, and closed to unknown keys."""
 
@@ -147,12 +164,14 @@ class Correct(Training):
     """Teacher correction (2408.11796, Sec. 2.1): the teacher learns the corpus with cross-entropy."""
 
     method: Literal["full", "lora", "norms"] = Field(
-        "full", description="what is trained: all, adapters, or norms alone"
+        "full", description="what is trained: all, adapters that are merged at the end, or the norms alone"
     )
     lora_rank: Count = 16
-    lora_alpha: float = Field(32.0, gt=0)
+    lora_alpha: float = Field(32.0, gt=0, description="an adapter counts alpha / rank times")
     when: Literal["before", "beside"] = Field(
-        "before", description="beside: in the same loop as the distillation, from its samples (Sec. 4.2)"
+        "before",
+        description="beside: in the same loop as the distillation, on its samples and for as many of its tokens as"
+        " `tokens` says (Sec. 4.2); batch, precision, ranks, checkpoints and measurements are then its own",
     )
 
 
@@ -206,6 +225,10 @@ class Distill(Training):
             raise ValueError("cache: logits holds draws of the teacher, from which only kl over all tokens can be told")
         if self.intermediate is not None and (not taught or self.cache != "none" or self.compile):
             raise ValueError("intermediate listens to the running teacher: not with ce alone, a cache, or compile")
+        if self.cache != "none" and not taught:
+            raise ValueError("cache keeps what the teacher answers, and ce alone does not ask it")
+        if self.teacher_device != "same" and (self.offload_teacher or self.intermediate is not None):
+            raise ValueError("teacher_device is another device: not with offload_teacher or intermediate")
         return self
 
 
@@ -305,6 +328,41 @@ class Recipe(Section):
     distill: Distill | None = None
     then: tuple[Step, ...] = Field((), description="further rounds of prune and distill, each from the last student")
     evaluate: Evaluate = Evaluate()
+
+    @property
+    def corrects_before(self) -> bool:
+        """Whether there is a corrected teacher before anything is scored and cut."""
+        return self.correct is not None and self.correct.when == "before"
+
+    @property
+    def corrects_beside(self) -> bool:
+        """Whether every distillation corrects the teacher that it learns from."""
+        return self.correct is not None and self.correct.when == "beside"
+
+    @model_validator(mode="after")
+    def _beside(self) -> Recipe:
+        distillations = [part for part in (self.distill, *(step.distill for step in self.then)) if part is not None]
+        if self.correct is None or self.correct.when == "before":
+            return self
+        if not distillations:
+            raise ValueError("correct.when: beside is beside a distillation: add distill, or say when: before")
+        for key in _OF_DISTILLATION:
+            value, allowed = getattr(self.correct, key), [Correct.model_fields[key].default]
+            if value not in [*allowed, *(getattr(part, key) for part in distillations)]:
+                raise ValueError(f"correct.{key} has no say when the teacher is corrected beside: it is distill's")
+        for part in distillations:
+            if part.cache != "none":
+                raise ValueError(
+                    "a teacher that is corrected beside changes, and what distill.cache keeps would be stale"
+                )
+            if set(part.terms) == {"ce"}:
+                raise ValueError("correct.when: beside corrects the teacher that distill asks; objective: ce asks none")
+            if part.teacher_device != "same" or part.offload_teacher or not part.shard_teacher:
+                raise ValueError(
+                    "a teacher that is corrected beside trains where and as the student does: leave out"
+                    " teacher_device, offload_teacher and shard_teacher"
+                )
+        return self
 
 
 def load(path: str | Path) -> Recipe:

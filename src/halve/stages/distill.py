@@ -10,24 +10,37 @@ The variants share the tokens, their order and the loop, and differ in one thing
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import checkpoint, measure
 from halve.card import name_of
-from halve.head import split
+from halve.head import Head, split
 from halve.progress import SILENT, Progress
 from halve.recipe import Distill, Dtype, Recipe
-from halve.train import intermediate, loop, objectives, shards
-from halve.train.course import open_course, open_heldout
+from halve.train import answers, intermediate, loop, objectives, shards, teachers
+from halve.train.batch import Batch
+from halve.train.cache import HELDOUT, CachedDraws, CachedHidden, Store
+from halve.train.course import Course, open_course, open_heldout
 from halve.train.documents import require_apart
-from halve.train.teachers import Live
+from halve.train.teachers import Hidden, Live, Teacher
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """Who answers: a model that is there, or a cache of what it said. Its head is there in any case."""
+
+    by: Live | Store
+    head: Head
+    heldout: Teacher[Hidden]
+    model: PreTrainedModel | None = None
 
 
 def run(
@@ -38,6 +51,7 @@ def run(
     variant: str,
     cache: Path,
     out: Path,
+    answers_in: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write the recovered student to `out/model` and the course of its training to `out/metrics.jsonl`.
@@ -45,7 +59,8 @@ def run(
     Before the first step: the teacher's cross-entropy is sane, its divergence from itself is zero, the
     vocabularies align, the student's figures are finite. The teacher only ever runs forward. The model keeps
     the precision of the student's checkpoint. `cache` is the run's folder of token files; what a killed run
-    left in `out` is gone on with. Raises `TrainError` where one of these fails, and `CorpusError`.
+    left in `out` is gone on with. Where the recipe wants a cache, `answers_in` is what the cache stage has written, and
+    the teacher is not loaded. Raises `TrainError` where one of these fails, and `CorpusError`.
     """
     assert recipe.distill is not None
     assert variant in VARIANTS
@@ -60,23 +75,30 @@ def run(
     heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     micro_batch = training.micro_batch or training.batch
 
-    precision = loop.autocast(training, device)
-    master = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device).requires_grad_(False)
-    if not loop.is_half(training, device):
-        master.float()  # products of half-precision weights would not be exact, and on a CPU not fast
-    teacher_body, teacher_head = split(master)
+    digest = checkpoint.fingerprint(teacher)
+    if answers_in is None:
+        taught = _by_model(recipe, training, teacher, device=device)
+    else:
+        taught = _by_cache(recipe, training, answers_in, digest, tokenizer, course, heldout, device=device)
     model = _start(student, variant, seed=recipe.seed, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
-        for one in (master, model):
-            require_apart(one)
+        for one in (taught.model, model):
+            if one is not None:
+                require_apart(one)
     num_tokens = 1 + max(tokenizer.get_vocab().values())
-    vocab = objectives.shared_vocab(split(model)[1], teacher_head, num_tokens=num_tokens)
-    with precision:
-        teacher_ce = objectives.check_teacher(teacher_body, teacher_head, heldout, vocab=vocab, micro_batch=micro_batch)
-    live = Live(teacher_body, teacher_head)
-    objective, extra = _objective(training, live, model, master, variant=variant, vocab=vocab, seed=recipe.seed)
-    shards.frozen(master, teacher_body, training, half=loop.is_half(training, device))
+    vocab = objectives.shared_vocab(split(model)[1], taught.head, num_tokens=num_tokens)
+    if isinstance(taught.by, Store):
+        teacher_ce = taught.by.facts.ce
+        taught.by.require_vocab(vocab)
+    else:
+        with loop.autocast(training, device):
+            teacher_ce = objectives.check_teacher(
+                taught.by.body, taught.head, heldout, vocab=vocab, micro_batch=micro_batch
+            )
+    objective, extra = _objective(training, taught, model, variant=variant, vocab=vocab, seed=recipe.seed)
+    if isinstance(taught.by, Live) and taught.model is not None and teachers.stays(training):
+        shards.frozen(taught.model, taught.by.body, training, half=loop.is_half(training, device))
     result = loop.train(
         model,
         objective,
@@ -86,7 +108,7 @@ def run(
         work=out / ".checkpoints",
         metrics=out / "metrics.jsonl",
         progress=progress,
-        heldout=objectives.heldout_divergence(live, heldout, vocab=vocab, micro_batch=micro_batch),
+        heldout=objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch),
         extra=extra,
         name="distill" if variant == "student" else f"distill-{variant}",
     )
@@ -94,7 +116,7 @@ def run(
     record = {
         "stage": "distill",
         "base_model": name_of(recipe.model),
-        "teacher": checkpoint.fingerprint(teacher),
+        "teacher": digest,
         "student": checkpoint.fingerprint(student),
         "seed": recipe.seed,
         "corpus": course.fingerprint,
@@ -105,25 +127,56 @@ def run(
     return metrics
 
 
-def _objective(
+def _by_model(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
+    half = loop.is_half(training, device)
+    model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half)
+    return _Taught(live, live.head, live, model)
+
+
+def _by_cache(
+    recipe: Recipe,
     training: Distill,
-    teacher: Live,
-    student: PreTrainedModel,
-    master: PreTrainedModel,
+    folder: Path,
+    teacher: str,
+    tokenizer: PreTrainedTokenizerBase,
+    course: Course,
+    heldout: Batch,
     *,
-    variant: str,
-    vocab: int,
-    seed: int,
+    device: str,
+) -> _Taught:
+    """Open a cache that belongs to this teacher and this text, and has all of the course's samples."""
+    store = Store.open(folder)
+    vocab = store.bound.vocab  # of the teacher's head, which its fingerprint stands for
+    store.require(
+        answers.bound_to(
+            recipe, training, teacher=teacher, tokenizer=tokenizer, course=course, heldout=heldout, vocab=vocab
+        )
+    )
+    if store.facts.drawn != answers.drawn(recipe, training):
+        store.require_samples(answers.Needed.by(course).steps)
+    head = store.head(device)
+    return _Taught(store, head, CachedHidden(store, head, HELDOUT))
+
+
+def _objective(
+    training: Distill, taught: _Taught, student: PreTrainedModel, *, variant: str, vocab: int, seed: int
 ) -> tuple[objectives.Objective, nn.Module | None]:
     """What this variant minimizes, and what it learns beside the student's weights."""
-    terms = objectives.teacher_terms(training)
+    terms, ce = objectives.teacher_terms(training), training.terms.get("ce", 0.0)
     if variant == "ce" or not terms:
         return objectives.cross_entropy(), None
-    logits = objectives.distillation(teacher, vocab=vocab, terms=terms, ce=training.terms.get("ce", 0.0))
+    if isinstance(taught.by, Store):
+        if training.cache == "logits":
+            draws, kl = CachedDraws(taught.by), training.terms["kl"]
+            temperature = training.temperature
+            return objectives.distillation_from_draws(draws, vocab=vocab, kl=kl, temperature=temperature, ce=ce), None
+        return objectives.distillation(CachedHidden(taught.by, taught.head), vocab=vocab, terms=terms, ce=ce), None
+    logits = objectives.distillation(taught.by, vocab=vocab, terms=terms, ce=ce)
     states = training.intermediate
     if states is None:
         return logits, None
-    matching = intermediate.match(student, master, states=states.states, layers=states.layers, seed=seed)
+    assert taught.model is not None
+    matching = intermediate.match(student, taught.model, states=states.states, layers=states.layers, seed=seed)
     return intermediate.with_states(logits, matching, alpha=states.alpha), matching.map
 
 

@@ -1,0 +1,102 @@
+"""The cache stage: the teacher answers once for every sample that the distillation will draw.
+
+Students that train on these samples, whatever they were cut to, read the answers instead of running the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from halve import checkpoint, measure
+from halve.progress import SILENT, Progress
+from halve.recipe import Recipe
+from halve.train import answers, loop, objectives, teachers
+from halve.train import cache as caches
+from halve.train.cache import HELDOUT, TRAIN, Answer
+from halve.train.course import open_course, open_heldout
+from halve.train.documents import require_apart
+
+
+def run(
+    recipe: Recipe,
+    *,
+    teacher: Path | str,
+    cache: Path,
+    out: Path,
+    progress: Progress = SILENT,
+    shard_bytes: int = caches.SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write the cache of `distill.cache` to `out` (see `train.cache`); shards that a killed run left are kept.
+
+    Each sample that the course draws is answered once, however often it comes. Before the first, the teacher is shown
+    to be one that can teach. `cache` is the run's folder of token files. Raises `TrainError`, `CorpusError` and
+    `DiskError`.
+    """
+    assert recipe.distill is not None
+    training = recipe.distill
+    device = checkpoint.resolve_device(recipe.device)
+    tokenizer = checkpoint.load_tokenizer(teacher)
+    config = checkpoint.load_config(teacher)
+    checkpoint.check_tokenizer(tokenizer, config, source=teacher)
+    measure.require_context(config, recipe.data.context, "a sample")
+    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    needed = answers.Needed.by(course)
+    micro_batch, half = training.micro_batch or training.batch, loop.is_half(training, device)
+
+    model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half)
+    if recipe.data.documents == "apart":
+        require_apart(model)
+    vocab, hidden = live.head.weight.shape
+    precision = loop.autocast(training, device)
+    with precision:
+        ce = objectives.check_teacher(live.body, live.head, heldout, vocab=vocab, micro_batch=micro_batch)
+    bound = answers.bound_to(
+        recipe,
+        training,
+        teacher=checkpoint.fingerprint(teacher),
+        tokenizer=tokenizer,
+        course=course,
+        heldout=heldout,
+        vocab=vocab,
+    )
+    most = answers.token_bytes(training.cache, hidden=hidden, vocab=vocab, samples=training.cache_samples, half=half)
+    each = max(1, shard_bytes // (most * max(span.context for span in course.spans)))
+    states = partial(answers.hidden_states, live, half=half)
+    kept = states if bound.kind == "hidden" else partial(answers.drawn_logits, live, bound=bound, seed=recipe.seed)
+
+    with progress.task(f"cache, at most {_in_words(most * needed.tokens)}", needed.tokens) as task:
+
+        def trained(numbers: Sequence[int]) -> Iterator[Answer]:
+            for batch in needed.batches(course, numbers, micro_batch=micro_batch):
+                with precision:
+                    yield from list(kept(batch.to(device)))
+                task.advance(batch.ids.numel())
+
+        caches.write_shards(out, TRAIN, list(needed.steps), trained, bound=bound, each=each)
+
+    def held(numbers: Sequence[int]) -> Iterator[Answer]:
+        first = heldout.numbers.index(numbers[0])
+        for batch in heldout[first : first + len(numbers)].split(micro_batch):
+            with precision:
+                yield from list(states(batch.to(device)))
+
+    caches.write_shards(out, HELDOUT, heldout.numbers, held, bound=bound, each=each)
+    numbers = {TRAIN: list(needed.steps), HELDOUT: list(heldout.numbers)}
+    caches.write_index(out, bound, live.head, ce=ce, drawn=answers.drawn(recipe, training), each=each, numbers=numbers)
+    num_bytes = caches.size(out)
+    return {
+        "kind": bound.kind,
+        "samples": len(needed.steps),
+        "tokens": needed.tokens,
+        "bytes": num_bytes,
+        "bytes_per_token": num_bytes / needed.tokens,
+        "teacher_ce": ce,
+    }
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
