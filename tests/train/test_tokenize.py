@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from halve.errors import CorpusError
+from halve.errors import CorpusError, DiskError
 from halve.train import corpus, tokenize
 from halve.train.corpus import Tokens, prepare
 from halve.train.sources import Piece
@@ -59,14 +60,16 @@ def processes() -> list[psutil.Process]:
     return [one for one in psutil.Process().children() if "resource_tracker" not in " ".join(one.cmdline())]
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, *, stop_at: int | None = None) -> list[int]:
-    """Batches that are tokenized in this process from now on; the one numbered `stop_at` is a kill."""
+def counted(
+    monkeypatch: pytest.MonkeyPatch, *, stop_at: int | None = None, by: BaseException | None = None
+) -> list[int]:
+    """Batches that are tokenized in this process from now on; at the one numbered `stop_at` this is raised."""
     seen: list[int] = []
     original = tokenize.encode
 
     def encode(batch: list[Piece], **options: Any) -> Encoded:
         if len(seen) == stop_at:
-            raise KeyboardInterrupt
+            raise by or KeyboardInterrupt
         seen.append(len(batch))
         return original(batch, **options)
 
@@ -176,6 +179,17 @@ def test_a_killed_call_is_gone_on_with(
     assert (found.count, found.text_bytes) == (whole.count, whole.text_bytes)
     assert len(seen) == num_batches - killed_at // 3 * 3, "whole groups of three are not done again"
     assert len(list((tmp_path / "killed").iterdir())) == 2
+
+
+def test_a_full_disk_loses_nothing_that_was_done(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        counted(patch, stop_at=10, by=OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(DiskError, match="no room left while writing"):
+            made(text, tmp_path / "full")
+    seen = counted(monkeypatch)
+    found, again = made(text, tmp_path / "full"), len(seen)
+    assert found.path.read_bytes() == made(text, tmp_path / "whole").path.read_bytes()
+    assert again == len(seen) - again - 9
 
 
 def test_a_draft_that_lost_its_end_is_begun_again(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
