@@ -13,8 +13,9 @@ import typer
 
 from halve import cli, pipeline
 from halve.cli import app, main
-from halve.errors import TrainError
+from halve.errors import Stopped, TrainError
 from halve.recipe import Recipe
+from halve.train.ranks import Elsewhere
 
 # Changing a line here changes what users type: say so in CHANGELOG.md.
 RUN = ["recipe", "--out", "--quiet", "--json"]
@@ -27,11 +28,13 @@ FLAGS = {
     ],
     "run": ["recipe", "--out", "--dry-run", "--quiet", "--json"],
     "check": ["recipe", "--out", "--json"],
+    "export": ["source", "--out", "--json"],
     "study": [
         *("name", "--list", "--out", "--model", "--train", "--valid", "--choices"),
         *("--seeds", "--tokens", "--context", "--quiet", "--json"),
     ],
     "correct": RUN,
+    "cache": RUN,
     "score": RUN,
     "prune": RUN,
     "distill": RUN,
@@ -174,6 +177,33 @@ def test_an_interrupt_exits_with_130(
     monkeypatch.setattr(pipeline, "run", interrupted)
     assert main(["run", str(recipe)]) == 130
     assert "goes on where it stopped" in capsys.readouterr().err
+
+
+def test_a_sigterm_exits_with_143(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise Stopped("stopped by SIGTERM after step 3", why="its state is in run/step-3", fix="the same command")
+
+    monkeypatch.setattr(pipeline, "run", stopped)
+    assert main(["run", str(recipe)]) == 143
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM after step 3")
+
+
+def test_of_several_ranks_the_first_speaks(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["study", "--list"]) == 0
+        assert bool(capsys.readouterr().out) == (rank == "0")
+
+    def failed(*args: Any, **kwargs: Any) -> None:
+        raise Elsewhere("rank 0 fails", why="of this", fix="do that")
+
+    monkeypatch.setattr(pipeline, "run", failed)
+    assert main(["run", str(recipe)]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_of_a_stage_has_three_lines(

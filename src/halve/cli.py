@@ -5,9 +5,12 @@ Imports of torch and transformers wait until a verb needs them, so that --help a
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,13 +39,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 or 143 when interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
     try:
-        app(args=words or ["--help"], prog_name="halve")
+        with nullcontext() if first else redirect_stdout(io.StringIO()):
+            app(args=words or ["--help"], prog_name="halve")
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if first:
+            print(stopped, file=sys.stderr)
         return 128 + signal.SIGTERM
     except HalveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as finished:  # the parser prints its own errors and always ends so
         code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
@@ -176,6 +183,24 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run folder, or a checkpoint in it.")],
+    out: Annotated[Path, typer.Option(help="The new model folder.")],
+    json_: AsJson = False,
+) -> None:
+    """The student of a run, also while it is being trained, as an ordinary model folder."""
+    from halve import show
+    from halve.export import export as write
+
+    folder = write(source, out)
+    if json_:
+        show.as_json({"model": str(folder)})
+    else:
+        print(folder)
+        _next(f"halve inspect {folder}")
+
+
+@app.command()
 def study(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. See --list.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the studies.")] = False,
@@ -274,6 +299,7 @@ def _stage_command(section: str, summary: str, following: str) -> None:
 _stage_command("correct", "Adapt the teacher to the corpus (2408.11796, Sec. 2.1).", "score")
 _stage_command("score", "Score every axis with one forward pass.", "prune")
 _stage_command("prune", "Prove, plan, cut and check.", "distill")
+_stage_command("cache", "Keep the teacher's answers to the samples of the distillation (distill.cache).", "distill")
 _stage_command("distill", "Let the student learn from the teacher.", "evaluate")
 _stage_command("evaluate", "Measure every model of the run.", "report")
 _stage_command("report", "Write the HTML page and the model card.", "")

@@ -27,6 +27,9 @@ class HalveError(Exception):
       fix: --heads 8 or 16
     """
 
+    told = False
+    """Whether another process of the same run says it."""
+
     def __init__(self, what: str, *, why: str, fix: str) -> None:
         super().__init__(what)
         self.what, self.why, self.fix = (" ".join(line.split()) for line in (what, why, fix))

@@ -45,7 +45,9 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     yield lambda: read_headers(locate(recipe.model))
     yield lambda: _check_tokenizer(recipe)
     yield lambda: _check_plan(recipe)
+    yield lambda: _check_correction(recipe)
     for name, training in _trainings(recipe):
+        yield lambda training=training: _check_shares(training)  # type: ignore[misc]
         for phase in training.phases:
             yield lambda name=name, phase=phase: _check_phase(recipe, name, phase)  # type: ignore[misc]
     if recipe.data.documents == "apart":
@@ -77,6 +79,15 @@ def _check_plan(recipe: Recipe) -> None:
             )
 
 
+def _check_correction(recipe: Recipe) -> None:
+    """What the correction trains is in the model, and the package for it is there."""
+    if recipe.correct is not None:
+        from halve import checkpoint
+        from halve.train import adapters
+
+        adapters.require(checkpoint.load_config(recipe.model), recipe.correct)
+
+
 def _check_states(recipe: Recipe, found: Sequence[Shape]) -> None:
     """Teacher and student have the layers whose states are compared."""
     from halve.train.intermediate import layer_pairs
@@ -90,11 +101,19 @@ def _check_states(recipe: Recipe, found: Sequence[Shape]) -> None:
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:
     """Every section of the recipe that trains, with its name."""
-    if recipe.correct is not None:
+    if recipe.correct is not None and recipe.corrects_before:
         yield "correct", recipe.correct
     for number, part in enumerate(rounds(recipe), 1):
         if part.distill is not None:
             yield "distill" if number == 1 else f"distill of round {number}", part.distill
+
+
+def _check_shares(training: Training) -> None:
+    """Where several ranks run it: a step's samples fall into equal shares."""
+    from halve.train.ranks import here, require_shares
+
+    if not here().alone:
+        require_shares(training, here().size)
 
 
 def _check_phase(recipe: Recipe, section: str, phase: Phase) -> None:
@@ -156,19 +175,20 @@ def _bytes_needed(recipe: Recipe) -> int:
     headers = read_headers(locate(recipe.model)).values()
     weights = sum(header.num_bytes for header in headers)
     count = sum(_volume(header.shape) for header in headers)
-    models = 1 + (recipe.correct is not None)
-    trains = recipe.correct is not None
+    models, trained = 1 + recipe.corrects_before, int(recipe.corrects_before)
     for part in rounds(recipe):
         models += 1
         if part.distill is not None:
             models += 1 + len(part.distill.baselines) + ("random_prune" in part.distill.baselines)
-            trains = True
+            if recipe.corrects_beside:
+                models += 1 + len(set(part.distill.baselines) - {"ce"})
+            trained = 1 + recipe.corrects_beside
     text = 0
     with suppress(HalveError):
         for source in (*recipe.data.train_sources, *recipe.data.valid):
             if not source.startswith(sources.HUB):
                 text += sum(path.stat().st_size for path in sources.files(source))
-    return models * weights + (2 * 3 * _FLOAT32_BYTES * count if trains else 0) + text
+    return models * weights + trained * 2 * 3 * _FLOAT32_BYTES * count + text
 
 
 def _in_words(num_bytes: int) -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -129,6 +130,21 @@ def folder(work: Path, step: int) -> Path:
 def complete(work: Path) -> list[Path]:
     """The checkpoints in a folder, the newest last."""
     return sorted(work.glob("step-*"))
+
+
+def parameters(folder: Path, module: str) -> dict[str, Tensor]:
+    """The parameters of one of the modules in a checkpoint, whole and on the CPU, by their names in it."""
+    prefix = f"param.{module}."
+    with _quiet():
+        reader = HuggingFaceStorageReader(str(folder))
+        found = reader.read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in found.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def write(tensors: dict[str, Any], draft: Path, ranks: Ranks) -> None:

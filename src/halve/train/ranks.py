@@ -120,6 +120,8 @@ class Ranks:
 class Elsewhere(HalveError):
     """An error that rank 0 tells of itself."""
 
+    told = True
+
 
 ALONE = Ranks()
 _here = [ALONE]

@@ -1,0 +1,105 @@
+"""An ordinary model folder of what a run has trained so far: of its last student, or of any checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from halve import checkpoint
+from halve.card import name_of
+from halve.errors import RunError
+from halve.pipeline import Stage, stages
+from halve.recipe import Recipe
+from halve.rundir import MARKER, RECIPE, disk_guard, read_json, sync_tree
+from halve.train import checkpoints
+
+_SCRATCH = ".checkpoints"
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Write the model of a run folder or of a checkpoint to the folder `out`, as safetensors, and return it.
+
+    Of a run: its last distilled student, where it is still being trained the newest checkpoint of that. A checkpoint
+    lies in the stage at work, such as `run/.distill.work/.checkpoints/step-00000200`, and holds float32 masters; what
+    is written has the precision of the model that the training began with. The run may be going on meanwhile.
+
+    Raises `RunError` where there is nothing to export, `CheckpointError` where `out` is in the way.
+    """
+    source, out = Path(source).absolute(), Path(out)
+    if (source / checkpoints.FACTS).is_file():
+        return _of_checkpoint(source, out)
+    if not (source / MARKER).is_file():
+        raise RunError(
+            f"{source} is neither a run folder nor a checkpoint",
+            why=f"it has no {MARKER} and no {checkpoints.FACTS}",
+            fix="give the folder of a run, or one such as run/.distill.work/.checkpoints/step-00000200 in it",
+        )
+    for stage in reversed([s for s in stages(_recipe(source)) if _is_student(s)]):
+        if (source / stage.name / "model").is_dir():
+            return _copied(source / stage.name / "model", out)
+        kept = checkpoints.complete(source / f".{stage.name}.work" / _SCRATCH)
+        if kept:
+            return _of_checkpoint(kept[-1], out)
+    raise RunError(
+        f"{source} has no student that has learned anything",
+        why="no distillation of it has finished or left a checkpoint",
+        fix="let halve run go on until the first checkpoint (distill.checkpoint_every)",
+    )
+
+
+def _is_student(stage: Stage) -> bool:
+    return stage.section == "distill" and (stage.name == stage.section or stage.name.rpartition("-")[2].isdigit())
+
+
+def _recipe(run: Path) -> Recipe:
+    return Recipe.model_validate(read_json(run / RECIPE))
+
+
+def _of_checkpoint(folder: Path, out: Path) -> Path:
+    run, work = folder.parents[2], folder.parents[1].name
+    name = work.removeprefix(".").removesuffix(".work")
+    stage = next((s for s in stages(_recipe(run)) if s.name == name), None) if (run / RECIPE).is_file() else None
+    if stage is None:
+        raise RunError(
+            f"{folder} does not lie in its run",
+            why="the model's config and tokenizer are taken from the run that the checkpoint belongs to",
+            fix="give it where the run left it: run/.distill.work/.checkpoints/...",
+        )
+    recipe = stage.recipe
+    cut = [name for name in stage.after if name.partition("-")[0] == "prune"]
+    begun: Path | str = run / cut[-1] / "model" if cut else recipe.model
+    model = checkpoint.load_model(begun, dtype=recipe.dtype)
+    masters = checkpoints.parameters(folder, "student")
+    own = dict(model.named_parameters())
+    if masters.keys() != own.keys():
+        raise RunError(
+            f"{folder} does not hold a whole model",
+            why="such a training keeps only what it trains, such as adapters",
+            fix="let the stage finish: its model folder has them merged",
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(masters[key])
+    facts = json.loads((folder / checkpoints.FACTS).read_text())
+    record = {
+        "stage": stage.section,
+        "base_model": name_of(recipe.model),
+        "checkpoint": name,
+        "step": facts["step"],
+        "seed": recipe.seed,
+        "training": facts["identity"]["training"],
+    }
+    checkpoint.save_model(model, out, extra_from=begun, record=record)
+    return out
+
+
+def _copied(model: Path, out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
+    with disk_guard(out):
+        shutil.copytree(model, out, dirs_exist_ok=True)
+        sync_tree(out)
+    return out

@@ -1,0 +1,149 @@
+"""The commands of docs/guides/cluster.md: torchrun through the whole pipeline, and models out of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halve import pipeline
+from halve.cli import main
+from halve.errors import RunError
+from halve.export import export
+from halve.recipe import Recipe
+from halve.rundir import file_sha256, read_json
+from halve.train import checkpoints
+
+TRAINING = {"tokens": 1280, "batch": 4, "warmup_steps": 2, "eval_every": 3, "eval_samples": 4, "checkpoint_every": 4}
+
+
+@pytest.fixture(scope="module")
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    return make_recipe(correct=TRAINING, distill={**TRAINING, "intermediate": {"alpha": 0.5}})
+
+
+@pytest.fixture(scope="module")
+def recipe_file(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
+def torchrun(recipe_file: Path, out: Path, *words: str) -> list[str]:
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*ranks, "-m", "halve", "run", str(recipe_file), "--out", str(out), *words]
+
+
+@pytest.fixture(scope="module")
+def done(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that two ranks have made, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    answer = subprocess.run(torchrun(recipe_file, out, "--json"), capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return out, answer.stdout
+
+
+def before_distill(done: Path, folder: Path) -> Path:
+    shutil.copytree(done, folder)
+    for stage in ("distill", "evaluate", "report"):
+        shutil.rmtree(folder / stage)
+    return folder
+
+
+def course(run: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line["step"], line.get("loss", 0.0), line.get("grad_norm", 0.0)] for line in lines]
+
+
+def test_two_ranks_make_the_run_of_one(done: tuple[Path, str], recipe: Recipe, tmp_path: Path) -> None:
+    one = before_distill(done[0], tmp_path / "one")
+    pipeline.run(recipe, one, only="distill")
+    want, have = course(one / "distill"), course(done[0] / "distill")
+    assert len(have) == 11
+    for mine, its in zip(have, want, strict=True):
+        assert mine == pytest.approx(its, rel=1e-5)
+    models = [AutoModelForCausalLM.from_pretrained(run / "distill" / "model") for run in (done[0], one)]
+    torch.testing.assert_close(dict(models[0].named_parameters()), dict(models[1].named_parameters()))
+
+
+def test_one_rank_speaks_and_all_leave_one_run_behind(done: tuple[Path, str]) -> None:
+    results = json.loads(done[1])  # of two ranks that spoke, this were no JSON
+    assert results == read_json(done[0] / "evaluate" / "results.json")
+    assert (done[0] / "report" / "report.html").is_file()
+    assert [path.name for path in done[0].glob(".*") if path.name != ".lock"] == []
+
+
+def test_an_error_of_the_first_rank_is_said_once(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    uneven = recipe.model_copy(update={"distill": recipe.distill and recipe.distill.model_copy(update={"batch": 3})})
+    path.write_text(yaml.safe_dump(uneven.model_dump(mode="json", exclude_none=True)))
+    answer = subprocess.run(torchrun(path, tmp_path / "run"), capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert answer.stderr.count("error: a batch of 3 samples does not fall into 2 equal shares") == 1
+
+
+def test_a_run_that_gets_sigterm_goes_on(done: tuple[Path, str], recipe_file: Path, tmp_path: Path) -> None:
+    run = before_distill(done[0], tmp_path / "run")
+    journal = run / ".distill.work" / "metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        torchrun(recipe_file, run), stderr=subprocess.PIPE, text=True, env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        while not (journal.exists() and len(journal.read_text().splitlines()) > 1):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said.count("stopped by SIGTERM after step") == 1
+    (kept,) = checkpoints.complete(run / ".distill.work" / ".checkpoints")
+    assert f"stopped by SIGTERM after step {int(kept.name.removeprefix('step-'))}" in said
+
+    exported = export(run, tmp_path / "exported")
+    masters = checkpoints.parameters(kept, "student")
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert dict(model.named_parameters()).keys() == masters.keys()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach(), masters[name])
+    assert AutoTokenizer.from_pretrained(exported).get_vocab()
+    assert read_json(exported / "halve.json")["step"] == int(kept.name.removeprefix("step-"))
+    assert export(kept, tmp_path / "again") == tmp_path / "again"
+
+    again = subprocess.run(torchrun(recipe_file, run), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert course(run / "distill") == course(done[0] / "distill")
+    weights = "distill/model/model.safetensors"
+    assert file_sha256(run / weights) == file_sha256(done[0] / weights)
+
+
+def test_a_finished_run_is_exported(done: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(done[0]), "--out", str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model")
+    have, want = ((folder / "model.safetensors") for folder in (tmp_path / "model", done[0] / "distill" / "model"))
+    assert file_sha256(have) == file_sha256(want)
+    with pytest.raises(RunError, match="is in the way"):
+        export(done[0], tmp_path / "model")
+
+
+def test_what_holds_no_student_is_refused(done: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is neither a run folder nor a checkpoint"):
+        export(tmp_path, tmp_path / "model")
+    with pytest.raises(RunError, match="has no student that has learned anything"):
+        export(before_distill(done[0], tmp_path / "run"), tmp_path / "model")
+    lost: Any = tmp_path / "step-00000001"
+    lost.mkdir()
+    (lost / checkpoints.FACTS).write_text("{}")
+    with pytest.raises(RunError, match="does not lie in its run"):
+        export(lost, tmp_path / "model")
