@@ -107,11 +107,11 @@ def match(
     layers: Mapping[int, int] | None,
     seed: int,
 ) -> Matching:
-    """Prepare the comparison of these states; the map starts as an isometry drawn from the seed, between equal
-    widths as the identity.
+    """Prepare the comparison of these states.
 
-    Raises `AnatomyError` for a family that is not known, `RecipeError` for a layer that is not there, `TrainError`
-    where the two attend differently.
+    The map starts as an isometry drawn from the seed, between equal widths as the identity. Raises
+    `AnatomyError` for a family that is not known, `RecipeError` for a layer that is not there, `TrainError` where the
+    two attend differently.
     """
     mine, its = discover(student.config), discover(teacher.config)
     chosen = layer_pairs(layers, teacher=its.sizes.layers, student=mine.sizes.layers)
@@ -232,9 +232,9 @@ def _related(
     its: tuple[Expr, Mapping[str, int]],
 ) -> Tensor:
     documents_BS = torch.zeros_like(batch.ids) if batch.positions is None else (batch.positions == 0).cumsum(1)
-    counted_BS = torch.ones_like(batch.ids, dtype=torch.bool)
-    counted_BS[:, :-1] = True if (inside := batch.counted()) is None else inside
-    counted_BS[:, -1] = False
+    inside = batch.counted()
+    predicts = torch.ones_like(batch.ids[:, 1:], dtype=torch.bool) if inside is None else inside
+    counted_BS = nn.functional.pad(predicts, (0, 1))
     parts = zip(_vectors(student_BSC, *mine), _vectors(teacher_BSC, *its), strict=True)
     divergences = [relation_divergence(*pair, documents=documents_BS, counted=counted_BS) for pair in parts]
     return torch.stack(divergences).sum()
