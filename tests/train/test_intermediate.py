@@ -18,7 +18,7 @@ from halve import preflight
 from halve.errors import RecipeError, TrainError
 from halve.head import split
 from halve.recipe import Recipe
-from halve.train import blocks, intermediate, objectives
+from halve.train import blocks, intermediate, objectives, teachers
 from halve.train.batch import Batch
 from halve.train.relations import relation_divergence
 from halve.train.teachers import Live
@@ -289,3 +289,19 @@ def test_a_further_round_may_learn_from_the_last_student(make_recipe: Callable[.
     assert preflight.check(make_recipe(distill=section, then=[then])) == ()
     (error,) = preflight.check(make_recipe(distill=section, then=[then | {"teacher": "previous"}]))
     assert "the teacher has 3 layers" in str(error)
+
+
+@pytest.mark.parametrize("where", ["offloaded", "away"])
+def test_a_teacher_that_runs_elsewhere_is_heard(where: str) -> None:
+    losses = []
+    for place in ("here", where):
+        student, master = llama(), teacher()
+        matching = intermediate.match(student, master, states=STATES, layers=None, seed=0)
+        if place == "offloaded":
+            teachers.visiting(master, "cpu", fetch=torch.clone)
+        body, head = split(master)
+        answers = Live(teachers.away(body, place="cpu", half=False) if place == "away" else body, head)
+        plain = objectives.distillation(answers, vocab=VOCAB)
+        loss, _ = intermediate.with_states(plain, matching, alpha=0.7)(*split(student), batch())
+        losses.append(loss)
+    assert losses[0] == losses[1]
