@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -97,6 +98,20 @@ def test_the_file_does_not_depend_on_the_number_of_processes(text: Path, tmp_pat
             assert together.path.read_bytes() == alone.path.read_bytes()
             assert together.path.with_suffix(".json").read_bytes() == alone.path.with_suffix(".json").read_bytes()
     assert not processes(), "the processes end with the call"
+
+
+def test_a_tokenizing_process_does_without_torch(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.pickle"
+    file.write_bytes(pickle.dumps(TOKENIZER))
+    code = """
+        import pickle, sys
+        import halve.train.tokenize
+        tokenizer = pickle.loads(open(sys.argv[1], "rb").read())
+        assert tokenizer(["ab"], add_special_tokens=False)["input_ids"]
+        print("torch" in sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(file)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["False"]
 
 
 def test_only_so_many_batches_are_read_ahead() -> None:
