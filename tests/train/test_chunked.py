@@ -191,7 +191,7 @@ def test_padding_never_counts(seed: int, keep: list[bool], chunk: int) -> None:
     one, mask = case(seed=seed), torch.tensor(keep)
     with torch.no_grad():
         one.hidden_ND[~mask] = math.nan
-    clean = [chunked.keep_tokens(part, mask) for part in (one.hidden_ND, one.teacher_ND, one.labels)]
+    clean = [part[mask] for part in (one.hidden_ND, one.teacher_ND, one.labels)]
     kept = one._replace(hidden_ND=clean[0], teacher_ND=clean[1], labels=clean[2])
     hidden_ND, weight_VD = gradients(chunked_kl(kept, chunk=chunk) + chunked_ce(kept, chunk=chunk), one)
     assert not hidden_ND[~mask].any()

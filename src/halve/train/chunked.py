@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from halve.head import Head, add_product, product, reduced_operands, rounded_product
@@ -166,13 +166,6 @@ def token_losses(
         z_CV = _cap(_raw_logits(factors, rows), head.softcap)
         losses += [ce_rows(z_CV[block], labels[rows][block])[0] for block in _slices(z_CV.shape[0], _block(chunk))]
     return torch.cat(losses)
-
-
-def keep_tokens(
-    values: Float[Tensor, "tokens hidden"] | Int[Tensor, " tokens"], mask: Bool[Tensor, " tokens"]
-) -> Float[Tensor, "kept hidden"] | Int[Tensor, " kept"]:
-    """Leave padding out (`mask` is true where a token counts): what is gone cannot change a loss."""
-    return values[mask]
 
 
 class _Factors(NamedTuple):
