@@ -1,4 +1,8 @@
-"""The correct stage: fine-tune the whole teacher on the corpus before it teaches (2408.11796, Sec. 2.1)."""
+"""The correct stage: fine-tune the teacher on the corpus before it teaches (2408.11796, Sec. 2.1).
+
+All of it, its norms alone, or adapters that are merged when it is written (`train.adapters`). A correction beside the
+distillation is the distill stage's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from halve import checkpoint, measure
 from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.train import loop, objectives, shards
+from halve.train import adapters, loop, objectives, shards
 from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
 
@@ -18,7 +22,8 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     """Write the corrected teacher to `out/model` and the course of its training to `out/metrics.jsonl`.
 
     The model keeps the precision that its weights had. `cache` is the run's folder of token files; what a
-    killed run left in `out` is gone on with. Raises `TrainError` when a loss is not finite, and `CorpusError`.
+    killed run left in `out` is gone on with. Raises `TrainError` when a loss is not finite, `CorpusError`, and
+    `RecipeError` where the method finds nothing to train or lacks its package.
     """
     assert recipe.correct is not None
     training = recipe.correct
@@ -33,6 +38,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
         require_apart(model)
+    adapters.choose(model, training, seed=recipe.seed)
     result = loop.train(
         model,
         objectives.cross_entropy(),
@@ -54,5 +60,6 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }
+    adapters.merge(model)
     shards.save(model, out / "model", dtype=own_dtype, extra_from=teacher, record=record)
     return result.as_dict()

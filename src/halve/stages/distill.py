@@ -6,11 +6,14 @@ The variants share the tokens, their order and the loop, and differ in one thing
     ce             the pruned model, trained with cross-entropy alone
     random_init    the pruned model's sizes, weights drawn at random
     random_prune   a model whose kept parts were drawn at random (made by the prune stage)
+
+With `correct.when: beside` the teacher learns too, by cross-entropy on the same samples; `ce` has no use for one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ from halve.card import name_of
 from halve.head import Head, split
 from halve.progress import SILENT, Progress
 from halve.recipe import Distill, Dtype, Recipe
-from halve.train import answers, intermediate, loop, objectives, shards, teachers
+from halve.train import adapters, answers, intermediate, loop, objectives, shards, teachers
 from halve.train.batch import Batch
+from halve.train.beside import Correction, correction
 from halve.train.cache import HELDOUT, CachedDraws, CachedHidden, Store
 from halve.train.course import Course, open_course, open_heldout
 from halve.train.documents import require_apart
@@ -37,10 +41,12 @@ VARIANTS = ("student", "ce", "random_init", "random_prune")
 class _Taught:
     """Who answers: a model that is there, or a cache of what it said. Its head is there in any case."""
 
-    by: Live | Store
+    by: Live | Store | Correction
     head: Head
     heldout: Teacher[Hidden]
     model: PreTrainedModel | None = None
+    dtype: torch.dtype | None = None
+    """Of a teacher that learns: the precision that its weights had."""
 
 
 def run(
@@ -56,11 +62,12 @@ def run(
 ) -> dict[str, Any]:
     """Write the recovered student to `out/model` and the course of its training to `out/metrics.jsonl`.
 
-    Before the first step: the teacher's cross-entropy is sane, its divergence from itself is zero, the
-    vocabularies align, the student's figures are finite. The teacher only ever runs forward. The model keeps
-    the precision of the student's checkpoint. `cache` is the run's folder of token files; what a killed run
-    left in `out` is gone on with. Where the recipe wants a cache, `answers_in` is what the cache stage has written, and
-    the teacher is not loaded. Raises `TrainError` where one of these fails, and `CorpusError`.
+    Before the first step: the teacher's cross-entropy is sane, its divergence from itself is zero, the vocabularies
+    align, the student's figures are finite. The teacher only ever runs forward, unless it is corrected beside: then
+    `out/teacher` is what it has become. Models keep the precision of their checkpoints. `cache` is the run's folder of
+    token files; what a killed run left in `out` is gone on with. Where the recipe wants a cache, `answers_in` is what
+    the cache stage has written, and the teacher is not loaded. Raises `TrainError` where one of these fails, and
+    `CorpusError`.
     """
     assert recipe.distill is not None
     assert variant in VARIANTS
@@ -76,7 +83,10 @@ def run(
     micro_batch = training.micro_batch or training.batch
 
     digest = checkpoint.fingerprint(teacher)
-    if answers_in is None:
+    corrects = recipe.corrects_beside and variant != "ce"
+    if corrects:
+        taught = _by_learner(recipe, training, teacher, device=device)
+    elif answers_in is None:
         taught = _by_model(recipe, training, teacher, device=device)
     else:
         taught = _by_cache(recipe, training, answers_in, digest, tokenizer, course, heldout, device=device)
@@ -92,13 +102,19 @@ def run(
         teacher_ce = taught.by.facts.ce
         taught.by.require_vocab(vocab)
     else:
+        assert isinstance(taught.by, Live)
         with loop.autocast(training, device):
             teacher_ce = objectives.check_teacher(
                 taught.by.body, taught.head, heldout, vocab=vocab, micro_batch=micro_batch
             )
+    if corrects:
+        taught = _corrected(recipe, training, taught, course, device=device)
     objective, extra = _objective(training, taught, model, variant=variant, vocab=vocab, seed=recipe.seed)
     if isinstance(taught.by, Live) and taught.model is not None and teachers.stays(training):
         shards.frozen(taught.model, taught.by.body, training, half=loop.is_half(training, device))
+    figures = objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch)
+    if isinstance(taught.by, Correction):
+        figures = taught.by.measuring(figures, objectives.heldout_loss(heldout, micro_batch=micro_batch))
     result = loop.train(
         model,
         objective,
@@ -108,8 +124,9 @@ def run(
         work=out / ".checkpoints",
         metrics=out / "metrics.jsonl",
         progress=progress,
-        heldout=objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch),
+        heldout=figures,
         extra=extra,
+        beside=taught.by if isinstance(taught.by, Correction) else None,
         name="distill" if variant == "student" else f"distill-{variant}",
     )
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -123,6 +140,8 @@ def run(
         "training": training.model_dump(mode="json"),
         **metrics,
     }
+    if corrects:
+        _save_teacher(recipe, taught, out / "teacher", source=teacher, record=record)
     shards.save(model, out / "model", dtype=own_dtype, extra_from=student, record=record)
     return metrics
 
@@ -131,6 +150,37 @@ def _by_model(recipe: Recipe, training: Distill, teacher: Path | str, *, device:
     half = loop.is_half(training, device)
     model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half)
     return _Taught(live, live.head, live, model)
+
+
+def _by_learner(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
+    """The teacher as it is before it learns."""
+    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
+    own_dtype = model.dtype
+    if not loop.is_half(training, device):
+        model.float()
+    live = Live(*split(model))
+    return _Taught(live, live.head, live, model, own_dtype)
+
+
+def _corrected(recipe: Recipe, training: Distill, taught: _Taught, course: Course, *, device: str) -> _Taught:
+    """The same, but that it learns what the section `correct` lets it."""
+    assert recipe.correct is not None
+    assert taught.model is not None
+    adapters.choose(taught.model, recipe.correct, seed=recipe.seed)
+    by = correction(taught.model, recipe.correct, training, course, device=device)
+    return replace(taught, by=by, heldout=by)
+
+
+def _save_teacher(
+    recipe: Recipe, taught: _Taught, folder: Path, *, source: Path | str, record: Mapping[str, Any]
+) -> None:
+    assert recipe.correct is not None
+    assert taught.model is not None
+    assert taught.dtype is not None
+    kept = {key: record[key] for key in ("base_model", "teacher", "seed", "corpus")}
+    own = {"stage": "correct", **kept, "training": recipe.correct.model_dump(mode="json")}
+    adapters.merge(taught.model)
+    shards.save(taught.model, folder, dtype=taught.dtype, extra_from=source, record=own)
 
 
 def _by_cache(
