@@ -54,6 +54,8 @@ def distilled(
         {"top_k": 20},
         {"top_k": 20, "top_k_tail": True},
         {"intermediate": STATES},
+        {"intermediate": STATES, "precision": "bfloat16", "activation_checkpointing": "full"},
+        {"intermediate": STATES, "offload_teacher": True, "micro_batch": 4},
         {"intermediate": STATES | {"alpha": 0.5}, "objective": {"kl": 1.0, "ce": 0.5}},
     ],
 )
