@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from families import config
 
-from halve.dryrun import forecast
+from halve.dryrun import Forecast, forecast
 from halve.recipe import parse
 
 
@@ -35,6 +36,30 @@ def test_the_work_of_distillation(tmp_path: Path) -> None:
     assert found.flops["score"] == 1024 * 100 * once
     assert found.memory.student_bytes == 18 * found.student_counts.params
     assert found.memory.fits
+
+
+def test_every_phase_costs_what_its_context_does(tmp_path: Path) -> None:
+    config("llama").save_pretrained(tmp_path / "teacher")
+
+    def found(context: int, *phases: dict[str, int]) -> Forecast:
+        raw = {
+            "name": "cost",
+            "model": "teacher",
+            "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": context},
+            "prune": {"ffn": 64},
+            "correct": {"tokens": 12_800, "batch": 32, "phases": phases},
+            "distill": {"tokens": 12_800, "batch": 32, "micro_batch": 2, "baselines": ["ce"], "phases": phases},
+        }
+        return forecast(parse(raw, folder=tmp_path, source="test"))
+
+    short, long = found(100), found(200)
+    mixed = found(100, {"from_tokens": 3000, "context": 200})  # one step of 3200 tokens, then the longer samples
+    for name in ("correct", "distill", "distill (ce)"):
+        assert mixed.tokens[name] == 12_800
+        assert short.flops[name] < long.flops[name]
+        assert mixed.flops[name] == pytest.approx(0.25 * short.flops[name] + 0.75 * long.flops[name], rel=1e-12)
+    assert mixed.flops["score"] == short.flops["score"]
+    assert mixed.memory == long.memory != short.memory
 
 
 def test_a_head_of_its_own_is_counted_and_a_trial_is_said(tmp_path: Path) -> None:

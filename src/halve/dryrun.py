@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from halve.anatomy import Anatomy, Arch, Counts
@@ -10,6 +12,7 @@ from halve.anatomy.runtimes import runtimes
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
 from halve.train.chunked import chunk_tokens
+from halve.train.schedule import spans
 
 GPU_BYTES = 80e9
 # Matrix rate that MFU is counted against: one H100 SXM in bf16, dense, from its data sheet.
@@ -93,7 +96,7 @@ def forecast(recipe: Recipe) -> Forecast:
     teacher, last = found[0].before, found[-1]
     before = teacher.ledger.count(teacher.sizes, context=context)
     made = tuple(_made(shape, context) for shape in found)
-    flops, tokens = _work(recipe, before, made)
+    flops, tokens = _work(recipe, found)
     return Forecast(
         name=recipe.name,
         teacher=teacher.sizes,
@@ -135,7 +138,10 @@ def _peak(recipe: Recipe, found: tuple[Shape, ...], before: Counts, made: tuple[
 def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe: Recipe) -> Memory:
     """The memory of distillation on one device."""
     section = recipe.distill
-    rows = (section.micro_batch or section.batch) * recipe.data.context if section else recipe.data.context
+    context = recipe.data.context
+    rows = context
+    if section:
+        rows = (section.micro_batch or section.batch) * max(span.context for span in spans(section, context))
     return Memory(
         student_bytes=18 * counts.params,
         teacher_bytes=before.weight_bytes,
@@ -144,29 +150,47 @@ def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe
     )
 
 
-def _work(recipe: Recipe, before: Counts, made: tuple[Round, ...]) -> tuple[dict[str, float], dict[str, int]]:
+def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], dict[str, int]]:
     """Forward is one unit, backward two: 3 for what is trained, 1 for the teacher (DESIGN: work per token)."""
     tokens: dict[str, int] = {}
     flops: dict[str, float] = {}
+
+    def add(name: str, training: Training, per_token: Callable[[int], float]) -> None:
+        tokens[name], flops[name] = training.tokens, _over_phases(training, recipe.data.context, per_token)
+
     if recipe.correct:
-        tokens["correct"] = recipe.correct.tokens
-        flops["correct"] = 3.0 * recipe.correct.tokens * before.flops_per_token
-    cut = before
-    for number, (part, after) in enumerate(zip(rounds(recipe), (one.counts for one in made), strict=True), 1):
+        add("correct", recipe.correct, lambda context: 3 * _whole(found[0], context))
+    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         score, distill = named("score", number), named("distill", number)
         tokens[score] = part.score.samples * part.data.context
-        flops[score] = float(tokens[score] * cut.flops_per_token)
+        flops[score] = float(tokens[score] * _whole(shape, part.data.context))
         if part.distill:
-            teacher = cut if learns_from_previous(recipe, number) else before
-            tokens[distill] = part.distill.tokens
-            step = teacher.flops_per_token + 3 * after.flops_per_token
-            flops[distill] = float(part.distill.tokens * step)
+            teacher = shape if learns_from_previous(recipe, number) else found[0]
+            alone = partial(_learning, shape)
+            taught = partial(_learning, shape, teacher=teacher)
+            add(distill, part.distill, taught)
             for baseline in part.distill.baselines:
-                alone = 3 * after.flops_per_token
-                tokens[f"{distill} ({baseline})"] = part.distill.tokens
-                flops[f"{distill} ({baseline})"] = float(part.distill.tokens * (alone if baseline == "ce" else step))
-        cut = after
+                add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
     return flops, tokens
+
+
+def _whole(shape: Shape, context: int) -> int:
+    """FLOPs a token of the model that a round cuts."""
+    return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
+
+
+def _learning(shape: Shape, context: int, *, teacher: Shape | None = None) -> int:
+    """FLOPs a token of a round's student in training, with the teacher that it follows."""
+    own = 3 * _made(shape, context).counts.flops_per_token
+    return own if teacher is None else own + _whole(teacher, context)
+
+
+def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:
+    """The work of a training whose phases may differ in context."""
+    found = spans(training, context)
+    ends = [*(span.tokens_before for span in found[1:]), training.tokens]
+    parts = zip(found, ends, strict=True)
+    return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))
 
 
 def _disk(recipe: Recipe, before: Counts, made: tuple[Round, ...], tokens: dict[str, int]) -> int:
