@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -208,6 +209,21 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, after: int, resume
         for name in ("whole", "killed")
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_checkpoint_holds_what_is_trained_and_its_state(tmp_path: Path) -> None:
+    model = tiny()
+    model.model.layers[0].requires_grad_(False)
+    frozen = [name for name, _ in model.model.layers[0].named_parameters()]
+    run(tmp_path, model)
+    (kept,) = checkpoints.complete(tmp_path / "work")
+    trained = {name for name, _ in model.named_parameters()} - {f"model.layers.0.{name}" for name in frozen}
+    assert checkpoints.parameters(kept, "student").keys() == trained
+    with safe_open(next(kept.glob("*.safetensors")), framework="pt") as file:
+        names = {name.partition(".student.")[::2] for name in list(file.keys())}
+    moments = {("exp_avg", name) for name in trained} | {("exp_avg_sq", name) for name in trained}
+    assert names == moments | {("param", name) for name in trained} | {("step", name) for name in trained}
+    assert {path.suffix for path in kept.iterdir()} == {".safetensors", ".json"}  # no pickle
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
