@@ -54,7 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         made.append(("report", {"run": run}))
         (out / "report.html").touch()
 
-    for name in ("correct", "score", "prune", "distill", "evaluate"):
+    for name in ("correct", "score", "prune", "cache", "distill", "evaluate"):
         monkeypatch.setattr(halve.stages, name, SimpleNamespace(run=stage), raising=False)
     monkeypatch.setattr(halve, "report", SimpleNamespace(write=report), raising=False)
     return made
@@ -446,19 +446,21 @@ def test_one_stage_alone(calls: list[tuple[str, dict[str, Any]]], full: Callable
     with pytest.raises(RunError, match="score needs the artifact of correct\n  why: correct has not finished"):
         pipeline.run(full(), tmp_path / "run", only="score")
     assert calls == []
+    recipe = full(distill={"cache": "hidden"})
     for section in pipeline.SECTIONS:
-        pipeline.run(full(), tmp_path / "run", only=section)
+        pipeline.run(recipe, tmp_path / "run", only=section)
     assert [name for name, _ in calls] == [
         "correct",
         "score",
         "prune",
         "prune-random",
+        "cache",
         *(name for name in ALL if name.startswith("distill")),
         "evaluate",
         "report",
     ]
     calls.clear()
-    pipeline.run(full(), tmp_path / "run")
+    pipeline.run(recipe, tmp_path / "run")
     assert calls == []
     with pytest.raises(RunError, match=r"needs the artifact of prune\n.*\n  fix: halve prune with the same recipe"):
         pipeline.run(full(prune={"ffn": 48}), tmp_path / "run", only="evaluate")
@@ -513,3 +515,61 @@ def test_check_looks_at_the_room_on_the_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     (error,) = pipeline.check(full(), tmp_path / "run")
     assert " MB\n  why: 0.1 MB are free there" in str(error)
+
+
+def test_a_cache_is_made_once_for_all_students(
+    calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    pipeline.run(full(distill={"cache": "hidden"}), out)
+    names = [name for name, _ in calls]
+    assert [name for name in names if name != "cache"] == ALL
+    assert names.index("prune") < names.index("cache") < names.index("distill")
+    assert dict(calls)["cache"]["teacher"] == out / "correct" / "model"
+    students = {name: got for name, got in calls if name.startswith("distill")}
+    assert {got["answers_in"] for got in students.values()} == {out / "cache"}
+    calls.clear()
+    pipeline.run(full(distill={"cache": "hidden"}, prune={"ffn": 44, "layers": 3}), out)  # another student
+    assert "prune" in dict(calls)
+    assert "distill" in dict(calls)
+    assert "cache" not in dict(calls)
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"objective": {"kl": 1.0, "ce": 1.0}}, False),
+        ({"lr": 2e-4, "micro_batch": 2}, False),
+        ({"cache": "hidden"}, True),
+        ({"cache_samples": 8}, True),
+        ({"temperature": 2.0}, True),
+        ({"tokens": 1280}, True),
+        ({"batch": 2}, True),
+        ({"eval_samples": 3}, True),
+        ({"precision": "bfloat16"}, True),
+    ],
+)
+def test_a_cache_is_made_again_for_what_it_depends_on(
+    change: dict[str, Any],
+    again: bool,
+    calls: list[tuple[str, dict[str, Any]]],
+    full: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    keys = {"cache": "logits", "baselines": []}
+    pipeline.run(full(distill=keys), tmp_path / "run")
+    calls.clear()
+    pipeline.run(full(distill={**keys, **change}), tmp_path / "run")
+    assert ("cache" in dict(calls)) is again
+    assert "distill" in dict(calls)
+
+
+def test_a_cache_is_made_alone(
+    calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=r"there is nothing to cache\n  why: recipe tiny has no distill\.cache"):
+        pipeline.run(full(), tmp_path / "run", only="cache")
+    recipe = full(distill={"cache": "logits"}, correct=None)
+    pipeline.run(recipe, tmp_path / "other", only="cache")
+    assert [name for name, _ in calls] == ["cache"]
+    assert calls[0][1]["teacher"] == recipe.model
