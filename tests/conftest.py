@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halve import recipe as recipes
+from halve import reading
 from halve.recipe import Recipe
 
 torch.set_num_threads(1)
@@ -124,6 +124,6 @@ def make_recipe(tiny_llama: Path, corpus: Path) -> Callable[..., Recipe]:
             "prune": {"ffn": 40, "layers": 3},
             "evaluate": {"samples": 4, "speed": False},
         }
-        return recipes.parse({**raw, **changes}, folder=corpus, source="the test")
+        return reading.parse({**raw, **changes}, folder=corpus, source="the test")
 
     return make

@@ -37,8 +37,7 @@ import halve.stages.evaluate
 import halve.stages.prune
 import halve.stages.score
 import halve.train.checkpoints
-from halve import recipe as recipes
-from halve import rundir
+from halve import reading, rundir
 from halve.pipeline import run
 
 passed: Counter[str] = Counter()
@@ -70,7 +69,7 @@ def act(recipe_file: str, job: dict[str, Any], notes: Path) -> int:
     random.seed(os.urandom(8))
     torch.manual_seed(int.from_bytes(os.urandom(6), "big"))  # what a stage draws must not come from here
     arm(job.get("point"), job.get("at"), notes)
-    run(recipes.load(recipe_file), job["out"])
+    run(reading.load(recipe_file), job["out"])
     notes.write_text(json.dumps(passed))
     return 0
 
@@ -93,7 +92,7 @@ def spare_what_starts_processes() -> None:
     prune: Any = halve.stages.prune
     assert callable(prune._check_reopens)
     prune._check_reopens = lambda *args: None
-    proof = prune.prove(prune.discover(prune.checkpoint.load_config(recipes.load(sys.argv[1]).model)))
+    proof = prune.prove(prune.discover(prune.checkpoint.load_config(reading.load(sys.argv[1]).model)))
     prune.prove = lambda anatomy: proof
 
 

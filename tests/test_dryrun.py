@@ -6,7 +6,7 @@ import pytest
 from families import config
 
 from halve.dryrun import Forecast, forecast
-from halve.recipe import parse
+from halve.reading import parse
 
 
 def test_the_work_of_distillation(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from halve import recipe as recipes
+from halve import reading
 from halve.errors import RecipeError
+from halve.recipe import Recipe
 
 MINIMAL: dict[str, Any] = {
     "name": "tiny",
@@ -20,8 +21,8 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def parse(folder: Path, **changes: Any) -> recipes.Recipe:
-    return recipes.parse({**MINIMAL, **changes}, folder=folder, source="r.yaml")
+def parse(folder: Path, **changes: Any) -> Recipe:
+    return reading.parse({**MINIMAL, **changes}, folder=folder, source="r.yaml")
 
 
 def test_a_file_gives_the_recipe_that_its_text_says(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ distill: {tokens: 2000, batch: 8, micro_batch: 2, baselines: [ce, random_init]}
 """,
         encoding="utf-8",
     )
-    recipe = recipes.load(path)
+    recipe = reading.load(path)
     assert recipe.name == "half-llama"
     assert recipe.data.train == (str(tmp_path / "text.txt"), "hub:owner/name:train")
     assert recipe.data.valid == ("/elsewhere/valid.jsonl",)
@@ -61,7 +62,7 @@ def test_correction_and_distillation_are_off_unless_asked_for(tmp_path: Path) ->
 
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
     recipe = parse(tmp_path, distill={"tokens": 5})
-    assert recipes.Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 def test_a_model_is_a_folder_beside_the_recipe_or_a_hub_name(tmp_path: Path) -> None:
@@ -120,13 +121,13 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str | None, message: st
     if text is not None:
         (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
-        recipes.load(tmp_path / "r.yaml")
+        reading.load(tmp_path / "r.yaml")
 
 
 def test_a_recipe_cannot_make_objects(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]")
     with pytest.raises(RecipeError, match="is not YAML"):
-        recipes.load(tmp_path / "r.yaml")
+        reading.load(tmp_path / "r.yaml")
     assert not (tmp_path / "made").exists()
 
 
@@ -137,5 +138,5 @@ def test_recipes_are_values(tmp_path: Path) -> None:
 
 
 def test_reading_recipes_does_not_import_torch() -> None:
-    code = "import sys, halve.recipe, halve.pipeline; sys.exit('torch' in sys.modules)"
+    code = "import sys, halve.reading, halve.pipeline; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from halve.cli import main
-from halve.recipe import load
+from halve.reading import load
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from halve.errors import HalveError
     from halve.pipeline import run
     from halve.preflight import check
+    from halve.reading import load as load_recipe
     from halve.recipe import Recipe
-    from halve.recipe import load as load_recipe
 
 __version__ = "0.1.0"
 
@@ -65,7 +65,7 @@ _HOMES = {
     "discover": ("halve.anatomy", "discover"),
     "forecast": ("halve.dryrun", "forecast"),
     "load_config": ("halve.checkpoint", "load_config"),
-    "load_recipe": ("halve.recipe", "load"),
+    "load_recipe": ("halve.reading", "load"),
     "prove": ("halve.cut.proof", "prove"),
     "run": ("halve.pipeline", "run"),
     "select": ("halve.cut.plan", "select"),

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halve import recipe as recipes
+from halve import reading
 from halve.errors import CorpusError, RecipeError
 from halve.recipe import Recipe, Source
 from halve.train.corpus import Samples, Tokens
@@ -156,7 +156,7 @@ def test_a_part_with_too_little_text_is_named(tmp_path: Path) -> None:
 
 def parsed(train: object) -> Recipe:
     raw = {"name": "a", "model": "m", "prune": {"ffn": 8}, "data": {"train": train, "valid": ["v.txt"]}}
-    return recipes.parse(raw, folder=Path("/x"), source="r.yaml")
+    return reading.parse(raw, folder=Path("/x"), source="r.yaml")
 
 
 def test_paths_of_parts_become_absolute() -> None:

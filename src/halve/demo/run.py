@@ -16,7 +16,8 @@ from halve import pipeline
 from halve.demo.corpus import read_modules, standard_library, write_prose
 from halve.demo.task import build_items, write_items
 from halve.errors import CorpusError
-from halve.recipe import Recipe, parse
+from halve.reading import parse
+from halve.recipe import Recipe
 from halve.rundir import atomic_file
 
 HERE = Path(__file__).parent

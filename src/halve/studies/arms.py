@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from halve.errors import RecipeError
-from halve.recipe import Recipe, parse
+from halve.reading import parse
+from halve.recipe import Recipe
 from halve.studies.declare import BASE, Arm, Study
 
 if TYPE_CHECKING:
