@@ -34,9 +34,10 @@ from torch.distributed.tensor import DTensor
 
 from halve.errors import HalveError
 from halve.head import Body, Head, split
-from halve.recipe import Distill
-from halve.train import intermediate, loop, objectives, ranks, shards
+from halve.recipe import Correct, Distill
+from halve.train import adapters, intermediate, loop, objectives, ranks, shards
 from halve.train.batch import Batch
+from halve.train.beside import Correction, correction
 from halve.train.course import Course
 from halve.train.teachers import Live
 
@@ -85,11 +86,20 @@ def act(job: dict[str, Any], said: Path) -> None:
     student, teacher = tiny(dtype=dtype, **model), tiny(seed=1, hidden_size=24).eval().requires_grad_(False)
     body, head = split(teacher)
     how = Distill(tokens=1, shard_teacher=bool(job.get("shard_teacher")), replicas=recipe.replicas)
-    shards.frozen(teacher, body, how, half=half)
+    by: Live | Correction = Live(body, head)
+    if "correct" in job:
+        section = Correct(**(recipe.model_dump(include={"tokens", "lr", "min_lr", "warmup_steps"}) | job["correct"]))
+        adapters.choose(teacher, section, seed=0)
+        by = correction(teacher, section, how, Course(recipe, Fake()), device="cpu")
+    else:
+        shards.frozen(teacher, body, how, half=half)
     objective = objectives.cross_entropy()
     if job.get("objective", "kl") == "kl":
-        objective = objectives.distillation(Live(body, head), vocab=VOCAB)
-    heldout = objectives.heldout_divergence(Live(body, head), Fake().batch(99, 4), vocab=VOCAB, micro_batch=2)
+        objective = objectives.distillation(by, vocab=VOCAB)
+    held_out = Fake().batch(99, 4)
+    heldout = objectives.heldout_divergence(by, held_out, vocab=VOCAB, micro_batch=2)
+    if isinstance(by, Correction):
+        heldout = by.measuring(heldout, objectives.heldout_loss(held_out, micro_batch=2))
     extra = torch.nn.Linear(3, 2, bias=False) if job.get("extra") else None
     if extra is not None:
         torch.nn.init.constant_(extra.weight, 0.5)
@@ -109,7 +119,11 @@ def act(job: dict[str, Any], said: Path) -> None:
         metrics=folder / "metrics.jsonl",
         heldout=heldout,
         extra=extra,
+        beside=by if isinstance(by, Correction) else None,
     )
+    if isinstance(by, Correction):
+        adapters.merge(teacher)
+        shards.save(teacher, folder / "teacher", dtype=torch.float32, extra_from=None, record=None)
     shards.save(student, folder / "model", dtype=torch.float32, extra_from=None, record=None)
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in student.parameters())
     if ranks.here().leads:

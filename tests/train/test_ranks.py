@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from halve.errors import RunError, TrainError
 from halve.recipe import Training
@@ -48,7 +49,8 @@ class Answer:
         """Loss, norm and held-out figures of every step."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [
-            {key: line[key] for key in ("step", "loss", "grad_norm") if key in line} | line.get("heldout", {})
+            {key: line[key] for key in ("step", "loss", "grad_norm", "teacher_loss") if key in line}
+            | line.get("heldout", {})
             for line in lines
         ]
 
@@ -113,6 +115,19 @@ def test_ranks_compute_what_one_rank_computes(driver: Driver, tmp_path: Path, ca
         # uneven rows are rounded up
         assert several.facts["held"] < 1.1 * one.facts["held"] / size
         assert_same_course(several, one)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "norms"])
+def test_a_teacher_that_is_corrected_beside_is_corrected_alike(driver: Driver, tmp_path: Path, method: str) -> None:
+    # an adapter's first gradients are next to nothing, and Adam takes whole steps along them: small ones
+    job = {"correct": {"method": method, "lora_rank": 3, "lr": 2e-3}, "training": {"micro_batch": 1}}
+    one, two = (driver.run(tmp_path / str(size), size, **job) for size in (1, 2))
+    assert one.facts["held"] > two.facts["held"]
+    assert "teacher_loss" in one.course[1]
+    assert_same_course(two, one)
+    for model in ("teacher", "model"):
+        mine, its = (load_file(answer.folder / model / "model.safetensors") for answer in (two, one))
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["tied", "untied"])
