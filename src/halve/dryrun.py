@@ -11,6 +11,7 @@ from halve.anatomy import Anatomy, Arch, Counts
 from halve.anatomy.runtimes import runtimes
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
+from halve.train.answers import token_bytes
 from halve.train.chunked import chunk_tokens
 from halve.train.schedule import spans
 
@@ -71,6 +72,8 @@ class Forecast:
     flops: dict[str, float]
     memory: Memory
     disk_bytes: int
+    cache_bytes: int
+    """The part of the disk that caches of teachers' answers take at most."""
     schedule: dict[str, Any]
     tried: bool
     """Whether a trial may share the budget between depth and width in another way than is shown."""
@@ -109,7 +112,8 @@ def forecast(recipe: Recipe) -> Forecast:
         tokens=tokens,
         flops=flops,
         memory=_peak(recipe, found, before, made),
-        disk_bytes=_disk(recipe, before, made, tokens),
+        disk_bytes=_disk(recipe, before, made, tokens) + cache_bytes(recipe, found),
+        cache_bytes=cache_bytes(recipe, found),
         schedule=_schedule(recipe),
         tried=any(_is_tried(part) for part in rounds(recipe)),
     )
@@ -168,6 +172,9 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
             teacher = shape if learns_from_previous(recipe, number) else found[0]
             alone = partial(_learning, shape)
             taught = partial(_learning, shape, teacher=teacher)
+            if part.distill.cache != "none":  # the teacher runs once for all students; of its states logits are made
+                add(named("cache", number), part.distill, partial(_whole, teacher))
+                taught = partial(_reading, shape, teacher) if part.distill.cache == "hidden" else alone
             add(distill, part.distill, taught)
             for baseline in part.distill.baselines:
                 add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
@@ -185,6 +192,11 @@ def _learning(shape: Shape, context: int, *, teacher: Shape | None = None) -> in
     return own if teacher is None else own + _whole(teacher, context)
 
 
+def _reading(shape: Shape, teacher: Shape, context: int) -> int:
+    """The same where the teacher's hidden states are read."""
+    return _learning(shape, context) + 2 * teacher.before.sizes.vocab * teacher.before.sizes.hidden
+
+
 def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:
     """The work of a training whose phases may differ in context."""
     found = spans(training, context)
@@ -200,6 +212,22 @@ def _disk(recipe: Recipe, before: Counts, made: tuple[Round, ...], tokens: dict[
         students = 1 + (1 + len(part.distill.baselines) if part.distill else 0)
         total += students * after.weight_bytes
     return total + 24 * max(one.counts.params for one in made) + 4 * max(tokens.values())
+
+
+def cache_bytes(recipe: Recipe, found: tuple[Shape, ...]) -> int:
+    """What caches take at most: samples that are drawn more than once are kept once, in 16 bits but for float32."""
+    total = 0
+    for number, part in enumerate(rounds(recipe), 1):
+        if part.distill is not None:
+            teacher = found[number - 1 if learns_from_previous(recipe, number) else 0].before.sizes
+            total += part.distill.tokens * token_bytes(
+                part.distill.cache,
+                hidden=teacher.hidden,
+                vocab=teacher.vocab,
+                samples=part.distill.cache_samples,
+                half=part.distill.precision != "float32",
+            )
+    return total
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DiskError, HalveError, RecipeError
-from halve.recipe import Phase, Recipe, Training
+from halve.recipe import Distill, Phase, Recipe, Training
 from halve.rounds import Shape, learns_from_previous, rounds, shapes
 from halve.rundir import check_folder
 from halve.soundness import locate, read_headers
@@ -48,6 +48,7 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     yield lambda: _check_correction(recipe)
     for name, training in _trainings(recipe):
         yield lambda training=training: _check_shares(training)  # type: ignore[misc]
+        yield lambda training=training: _check_place(training)  # type: ignore[misc]
         for phase in training.phases:
             yield lambda name=name, phase=phase: _check_phase(recipe, name, phase)  # type: ignore[misc]
     if recipe.data.documents == "apart":
@@ -116,6 +117,13 @@ def _check_shares(training: Training) -> None:
         require_shares(training, here().size)
 
 
+def _check_place(training: Training) -> None:
+    from halve.train.teachers import require_place
+
+    if isinstance(training, Distill):
+        require_place(training)
+
+
 def _check_phase(recipe: Recipe, section: str, phase: Phase) -> None:
     from halve import checkpoint, measure
 
@@ -171,7 +179,7 @@ def _check_room(recipe: Recipe, out: Path) -> None:
 
 
 def _bytes_needed(recipe: Recipe) -> int:
-    """An upper bound: every model as large as the teacher, two training states, tokens as large as the text."""
+    """An upper bound: every model as large as the teacher, two training states, tokens as large as the text, caches."""
     headers = read_headers(locate(recipe.model)).values()
     weights = sum(header.num_bytes for header in headers)
     count = sum(_volume(header.shape) for header in headers)
@@ -188,7 +196,25 @@ def _bytes_needed(recipe: Recipe) -> int:
         for source in (*recipe.data.train_sources, *recipe.data.valid):
             if not source.startswith(sources.HUB):
                 text += sum(path.stat().st_size for path in sources.files(source))
-    return models * weights + trained * 2 * 3 * _FLOAT32_BYTES * count + text
+    return models * weights + trained * 2 * 3 * _FLOAT32_BYTES * count + text + _cache_bytes(recipe)
+
+
+def _cache_bytes(recipe: Recipe) -> int:
+    """The same of caches: no teacher is wider than the first, and no sample is kept twice."""
+    from halve import checkpoint
+    from halve.train.answers import token_bytes
+    from halve.train.loop import is_half
+
+    caching = [part.distill for part in rounds(recipe) if part.distill is not None and part.distill.cache != "none"]
+    if not caching:
+        return 0
+    sizes, device = shapes(recipe)[0].before.sizes, checkpoint.resolve_device(recipe.device)
+
+    def each(one: Distill) -> int:
+        half = is_half(one, device)
+        return token_bytes(one.cache, hidden=sizes.hidden, vocab=sizes.vocab, samples=one.cache_samples, half=half)
+
+    return sum(one.tokens * each(one) for one in caching)
 
 
 def _in_words(num_bytes: int) -> str:

@@ -170,7 +170,8 @@ def forecast(found: Forecast) -> None:
         f" {bytes_(m.teacher_bytes)}, activations {bytes_(m.activation_bytes)}, loss {bytes_(m.loss_bytes)}:"
         f" {bytes_(m.total_bytes)}, {fits} one 80 GB GPU"
     )
-    print(f"about {found.gpu_hours:,.3g} hours on one H100 at 40 % MFU; disk {bytes_(found.disk_bytes)}")
+    caches = f", of which caches at most {bytes_(found.cache_bytes)}" if found.cache_bytes else ""
+    print(f"about {found.gpu_hours:,.3g} hours on one H100 at 40 % MFU; disk {bytes_(found.disk_bytes)}{caches}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
 
