@@ -49,7 +49,8 @@ def test_an_arm_is_a_recipe_that_can_be_planned(study: str, arm: str) -> None:
     share = kept[-1] / ANATOMY.ledger.count(ANATOMY.sizes).non_embedding
     assert made.distill is not None
     tokens = made.distill.tokens + sum(step.distill.tokens for step in made.then)
-    assert made.correct is None
+    assert made.corrects_beside == ((study, arm) == ("correction", "beside"))
+    assert not made.corrects_before
     assert not made.evaluate.speed
     if study in HALF:
         assert share == pytest.approx(0.5, abs=0.005)

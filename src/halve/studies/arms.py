@@ -45,7 +45,9 @@ def cell(study: Study, arm: Arm, setting: Setting, *, seed: int, sizes: Arch, te
     Raises `RecipeError` for keys that no recipe has and for items that are missing.
     """
     raw = layered(layered(_base(setting), study.base), arm.recipe)
-    raw.pop("correct", None)
+    raw.pop("correct", None)  # the base's makes the corrected teacher, once for all studies
+    if "correct" in arm.recipe:
+        raw["correct"] = arm.recipe["correct"]
     if study.items:
         raw = layered(raw, {"evaluate": {"choices": [TEST]}})
     return _named(_resolved(raw, setting, sizes), setting, seed=seed, model=teacher, source=f"study {study.name}")
@@ -93,6 +95,8 @@ def _resolved(raw: dict[str, Any], setting: Setting, sizes: Arch) -> dict[str, A
     base_tokens = yaml.safe_load(BASE.read_text(encoding="utf-8"))["distill"]["tokens"]
     base_tokens = setting.changes.get("distill", {}).get("tokens", base_tokens)
     raw = {**raw, "prune": _cut(raw["prune"], sizes), "distill": {**raw["distill"], "tokens": _of(tokens, base_tokens)}}
+    if "correct" in raw:
+        raw["correct"] = {**raw["correct"], "tokens": _of(raw["correct"]["tokens"], raw["distill"]["tokens"])}
     steps = []
     for step in raw.get("then", ()):
         distill = layered(raw["distill"], step.get("distill", {}))
