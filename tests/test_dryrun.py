@@ -76,3 +76,30 @@ def test_a_head_of_its_own_is_counted_and_a_trial_is_said(tmp_path: Path) -> Non
     assert not tied.tried
     assert found(non_embedding_ratio=0.5).tried
     assert not found(non_embedding_ratio=0.5, shape="width").tried
+
+
+def test_a_cache_costs_disk_and_saves_the_teachers_work(tmp_path: Path) -> None:
+    config("llama").save_pretrained(tmp_path / "teacher")
+    raw = {
+        "name": "cost",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 100},
+        "prune": {"ffn": 64},
+    }
+
+    def found(**keys: object) -> Forecast:
+        distill = {"tokens": 1000, "baselines": ["random_init", "ce"], **keys}
+        return forecast(parse({**raw, "distill": distill}, folder=tmp_path, source="test"))
+
+    none, hidden, logits = found(), found(cache="hidden"), found(cache="logits", cache_samples=16)
+    assert none.cache_bytes == 0
+    assert hidden.cache_bytes == 1000 * 96 * 2
+    assert found(cache="hidden", precision="float32").cache_bytes == 1000 * 96 * 4
+    assert logits.cache_bytes == 1000 * (16 * 2 + 1 + 4)  # 128 tokens with up to 16 counts: two bytes
+    assert hidden.disk_bytes - none.disk_bytes == hidden.cache_bytes
+    assert "cache" not in none.flops
+    once, own = hidden.flops["cache"], none.flops["distill (ce)"]
+    assert none.flops["distill"] == once + own
+    assert logits.flops["distill"] == logits.flops["distill (random_init)"] == own
+    assert hidden.flops["distill"] == own + 1000 * 2 * 128 * 96  # the teacher's logits are made of its states
+    assert hidden.flops["distill (ce)"] == own

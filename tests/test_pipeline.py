@@ -517,6 +517,23 @@ def test_check_looks_at_the_room_on_the_disk(
     assert " MB\n  why: 0.1 MB are free there" in str(error)
 
 
+@pytest.mark.parametrize(("kind", "each"), [("hidden", 32 * 4), ("logits", 16 * 2 + 1 + 4)])
+def test_check_counts_a_cache_before_it_is_written(
+    kind: str, each: int, full: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"tokens": 1_000_000, "cache": kind}
+    for spare, found in ((0.9, 1), (2.0, 0)):
+        free = int(each * keys["tokens"] * spare)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert len(pipeline.check(full(distill=keys), tmp_path / "run")) == found
+
+
+def test_check_looks_for_the_teachers_device(full: Callable[..., Recipe]) -> None:
+    assert pipeline.check(full(distill={"teacher_device": "cpu"})) == ()
+    (error,) = pipeline.check(full(distill={"teacher_device": "cuda:99"}))
+    assert str(error).startswith("distill.teacher_device cuda:99 is not there")
+
+
 def test_a_cache_is_made_once_for_all_students(
     calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -97,6 +97,18 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
         ({"distill": {"tokens": 9, "lr": 1e-6}}, "min_lr 1e-05 is above lr 1e-06"),
         ({"distill": {"tokens": 9, "batch": 6, "micro_batch": 4}}, "batch 6 is not a multiple of micro_batch 4"),
         ({"distill": {"tokens": 9, "lr": float("nan")}}, r"bad value for distill\.lr"),
+        (
+            {"distill": {"tokens": 9, "cache": "logits", "objective": "reverse_kl"}},
+            "cache: logits holds draws of the teacher, from which only kl over all tokens can be told",
+        ),
+        ({"distill": {"tokens": 9, "cache": "logits", "top_k": 4}}, "cache: logits holds draws"),
+        ({"distill": {"tokens": 9, "cache": "hidden", "objective": "ce"}}, "ce alone does not ask it"),
+        ({"distill": {"tokens": 9, "cache": "hidden", "intermediate": {}}}, "intermediate listens to the running"),
+        (
+            {"distill": {"tokens": 9, "teacher_device": "cpu", "offload_teacher": True}},
+            "teacher_device is another device: not with offload_teacher or intermediate",
+        ),
+        ({"distill": {"tokens": 9, "teacher_device": "cpu", "intermediate": {}}}, "teacher_device is another device"),
         ({"name": "../up"}, "bad value for name"),
         ({"device": "tpu"}, r"bad value for device in r\.yaml\n.*'tpu'"),
         ({"seed": -1}, "bad value for seed"),
