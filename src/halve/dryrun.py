@@ -148,10 +148,17 @@ def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe
         rows = (section.micro_batch or section.batch) * max(span.context for span in spans(section, context))
     return Memory(
         student_bytes=18 * counts.params,
-        teacher_bytes=before.weight_bytes,
+        teacher_bytes=_teacher_bytes(recipe, before),
         activation_bytes=2 * rows * after.layers * (34 * after.hidden + 3 * after.ffn),
         loss_bytes=2 * 4 * min(rows, chunk_tokens(anatomy.sizes.vocab, cuda=True)) * anatomy.sizes.vocab,
     )
+
+
+def _teacher_bytes(recipe: Recipe, before: Counts) -> int:
+    """Its weights; where it learns beside, masters, and what training adds to those that move."""
+    if recipe.correct is None or not recipe.corrects_beside:
+        return before.weight_bytes
+    return (18 if recipe.correct.method == "full" else 4) * before.params
 
 
 def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], dict[str, int]]:
@@ -162,7 +169,7 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
     def add(name: str, training: Training, per_token: Callable[[int], float]) -> None:
         tokens[name], flops[name] = training.tokens, _over_phases(training, recipe.data.context, per_token)
 
-    if recipe.correct:
+    if recipe.correct and recipe.corrects_before:
         add("correct", recipe.correct, lambda context: 3 * _whole(found[0], context))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         score, distill = named("score", number), named("distill", number)
@@ -178,6 +185,10 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
             add(distill, part.distill, taught)
             for baseline in part.distill.baselines:
                 add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
+            if recipe.correct and recipe.corrects_beside:
+                for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
+                    learned = min(recipe.correct.tokens, part.distill.tokens)
+                    flops[name] += 3.0 * learned * _whole(teacher, recipe.data.context)
     return flops, tokens
 
 
@@ -207,10 +218,13 @@ def _over_phases(training: Training, context: int, per_token: Callable[[int], fl
 
 def _disk(recipe: Recipe, before: Counts, made: tuple[Round, ...], tokens: dict[str, int]) -> int:
     """Models, one training checkpoint of 12 bytes a parameter with its successor beside it, and the token files."""
-    total = before.weight_bytes + 24 * before.params if recipe.correct else 0
+    total = before.weight_bytes + 24 * before.params if recipe.corrects_before else 0
     for part, after in zip(rounds(recipe), (one.counts for one in made), strict=True):
         students = 1 + (1 + len(part.distill.baselines) if part.distill else 0)
         total += students * after.weight_bytes
+        if part.distill and recipe.corrects_beside:
+            corrected = {"student", *part.distill.baselines} - {"ce"}
+            total += len(corrected) * before.weight_bytes + 24 * before.params
     return total + 24 * max(one.counts.params for one in made) + 4 * max(tokens.values())
 
 

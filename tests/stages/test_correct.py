@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve import pipeline, preflight
+from halve.dryrun import forecast
 from halve.errors import RecipeError
 from halve.recipe import Recipe
 from halve.stages import correct
@@ -121,6 +122,21 @@ def test_what_does_not_go_with_a_correction_beside_is_refused(
 def test_a_recipe_that_was_read_back_is_still_one(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(correct=SOME | {"when": "beside", "batch": 8}, distill=STEPS)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_the_plan_counts_what_the_teacher_learns(make_recipe: MakeRecipe) -> None:
+    distill = STEPS | {"baselines": ["ce", "random_init"]}
+    alone = forecast(make_recipe(distill=distill))
+    beside = forecast(make_recipe(correct=SOME | {"when": "beside"}, distill=distill))
+    before = forecast(make_recipe(correct=SOME, distill=distill))
+    assert "correct" not in beside.flops
+    for name in ("distill", "distill (random_init)"):
+        assert beside.flops[name] == alone.flops[name] + before.flops["correct"]
+    assert beside.flops["distill (ce)"] == alone.flops["distill (ce)"]
+    assert beside.memory.teacher_bytes == 18 * beside.teacher_counts.params
+    light = forecast(make_recipe(correct=SOME | {"when": "beside", "method": "norms"}, distill=distill))
+    assert alone.memory.teacher_bytes < light.memory.teacher_bytes + 1 < beside.memory.teacher_bytes
+    assert beside.disk_bytes > before.disk_bytes > alone.disk_bytes
 
 
 def test_the_missing_package_is_told_before_anything_runs(
