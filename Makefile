@@ -7,7 +7,7 @@ VENV ?= .venv
 DEMO ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs families
+.PHONY: demo test docs families gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/halve demo $(DEMO)
@@ -25,6 +25,10 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/make_docs.py
 families: $(VENV)/.installed-dev
 	$(BIN)/python scripts/make_docs.py families
+
+# What needs a GPU: exact losses, their memory, resume, speed, the memory plan. Without one it says so.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu_check.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .

@@ -36,6 +36,7 @@ Logits = Float[Tensor, "tokens vocab"]
 Found = tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]
 
 _EXP_LIMIT = 80.0  # exp of it is still finite in float32
+_LOG2_E = math.log2(math.e)  # exp2 of x * log2(e): on a CPU torch takes exp in a library that needs three times as long
 
 
 def weighted(terms: Sequence[tuple[float, Rows[Other]]]) -> Rows[Other]:
@@ -62,9 +63,9 @@ def kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.0) -> Fo
     cancel: equal distributions give exactly zero, and a small divergence is not lost in the rounding of large logits.
     """
     log_q_RV, log_p_RV = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-    p_RV = log_p_RV.exp()
+    p_RV = (log_p_RV * _LOG2_E).exp2_()
     log_p_RV.sub_(log_q_RV).mul_(p_RV)
-    grad_RV = log_q_RV.exp_().sub_(p_RV)
+    grad_RV = log_q_RV.mul_(_LOG2_E).exp2_().sub_(p_RV)
     return _at(temperature, log_p_RV.add_(grad_RV).sum(-1), grad_RV)
 
 
