@@ -284,10 +284,12 @@ def run(
     listed = stages(recipe)
     if only is not None and not any(stage.section == only for stage in listed):
         asked = "distill.cache" if only == "cache" else f"section {only}"
+        if only == "correct" and recipe.corrects_beside:
+            asked = "correct.when: before"  # the distillation does it
         raise RunError(
             f"there is nothing to {only}",
             why=f"recipe {recipe.name} has no {asked}",
-            fix=f"add {asked.split()[-1]} to the recipe, or run one of {', '.join(SECTIONS)}",
+            fix=f"add {asked.removeprefix('section ')} to the recipe, or run one of {', '.join(SECTIONS)}",
         )
     from halve.train import ranks
 

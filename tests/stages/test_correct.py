@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve import pipeline, preflight
 from halve.dryrun import forecast
-from halve.errors import RecipeError
+from halve.errors import RecipeError, RunError
 from halve.recipe import Recipe
 from halve.stages import correct
 from halve.train import adapters
@@ -82,6 +82,13 @@ def test_a_run_that_corrects_beside(make_recipe: MakeRecipe, tiny_llama: Path, t
     results = json.loads((out / "evaluate" / "results.json").read_text())
     assert results["reference"] == "teacher"  # the one that was cut
     assert "corrected" not in results["models"]
+
+
+def test_a_correction_beside_is_no_stage_of_its_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(correct=SOME | {"when": "beside"}, distill=STEPS)
+    with pytest.raises(RunError, match="there is nothing to correct") as caught:
+        pipeline.run(recipe, tmp_path / "run", only="correct")
+    assert caught.value.why == "recipe tiny has no correct.when: before"
 
 
 def test_what_a_correction_beside_changes_runs_again(make_recipe: MakeRecipe) -> None:
