@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from halve.errors import RunError
 from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
-from halve.recipe import Distill, Recipe
+from halve.recipe import HOW, Distill, Recipe
 from halve.rounds import learns_from_previous, named, rounds
 from halve.rundir import HASHES, RunDir, content_hashes
 from halve.soundness import CONFIG, TOKENIZER_FILES, locate
@@ -100,7 +100,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     original = None  # the stage that makes the teacher, if it is corrected
     if recipe.corrects_before:
         models["corrected"] = original = "correct"
-        reads: _Names = (*_EVERYWHERE, "data.documents", "correct", "-correct.checkpoint_every")
+        reads: _Names = (*_EVERYWHERE, "data.documents", "correct", *_but_how("correct"))
         listed.append(Stage("correct", "correct", recipe, reads, (), _INPUTS, 1, _correct))
     last = original
     for number, part in enumerate(rounds(recipe), 1):
@@ -147,12 +147,12 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         add(answers, "cache", _cache(teacher), _cached_by(recipe.distill), taught)
         taught = (*taught, answers)
     for variant in ("student", *recipe.distill.baselines):
-        own: _Names = ("data.documents", "distill", "-distill.baselines", "-distill.checkpoint_every")
+        own: _Names = ("data.documents", "distill", "-distill.baselines", *_but_how("distill"))
         start = prune
         if variant == "ce":  # it has an objective of its own
             own = (*own, "-distill.objective", "-distill.temperature")
         elif recipe.corrects_beside:  # the teacher moves as well
-            own = (*own, "correct", "-correct.checkpoint_every")
+            own = (*own, "correct", *_but_how("correct"))
         if variant == "random_prune":
             start = at_random
             add(start, "prune", _prune(cut, None, like=prune), ("prune", "score", "-score.depth_task"), (*whole, prune))
@@ -160,6 +160,10 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         add(stage, "distill", _distill(variant, start, teacher, answers), own, (*taught, start))
         models[named("distilled" if variant == "student" else variant, number)] = stage
     return listed, models
+
+
+def _but_how(section: str) -> _Names:
+    return tuple(f"-{section}.{key}" for key in HOW)
 
 
 def _correct(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:

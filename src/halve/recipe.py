@@ -46,6 +46,22 @@ _OF_DISTILLATION = (
 )
 """What a correction beside a distillation shares with it."""
 
+HOW = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "activation_checkpointing",
+    "compile",
+    "replicas",
+    "shard_teacher",
+    "teacher_device",
+    "offload_teacher",
+    "offload_optimizer",
+    "on_spike",
+    "spike_factor",
+    "loggers",
+)
+"""What says of a training how it is carried out, not what comes of it: a run goes on with other values of these."""
+
 
 class Section(BaseModel):
     """A part of the recipe: immutable, and closed to unknown keys."""

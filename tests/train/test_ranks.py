@@ -155,16 +155,30 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(driver: Driver, tm
     assert died.said[0].startswith("TrainError: rank 0 has lost another rank")
     assert "the same command goes on from the last checkpoint" in died.said[0]
     assert died.checkpoints
-    for size in (1, 4):
-        shutil.copytree(died.folder, tmp_path / str(size))
+    others: dict[str, tuple[int, dict[str, Any]]] = {
+        "one": (1, {}),
+        "four": (4, {}),
+        "replicas": (4, {"replicas": 2, "activation_checkpointing": "full"}),
+    }
+    for name in others:
+        shutil.copytree(died.folder, tmp_path / name)
     again = driver.run(died.folder, 2)
     assert again.facts["resumed"] in (2, 4)
     assert again.facts["weights"] == whole.facts["weights"]
     assert again.course == whole.course
-    for size in (1, 4):
-        other = driver.run(tmp_path / str(size), size)
+    for name, (size, changes) in others.items():
+        other = driver.run(tmp_path / name, size, training=changes)
         assert other.facts["resumed"] == again.facts["resumed"]
         assert_same_course(other, whole)
+
+
+def test_replicas_leave_a_checkpoint_that_one_rank_goes_on_from(driver: Driver, tmp_path: Path) -> None:
+    whole = driver.run(tmp_path / "whole", 1)
+    stopped = driver.run(tmp_path / "stopped", 4, training={"replicas": 2}, term=[2, 3])
+    assert stopped.checkpoints == ["step-00000003"]
+    again = driver.run(stopped.folder, 1)
+    assert again.facts["resumed"] == 3
+    assert_same_course(again, whole)
 
 
 def test_sigterm_to_one_rank_saves_and_stops_all(driver: Driver, tmp_path: Path) -> None:

@@ -72,12 +72,10 @@ def shard(model: PreTrainedModel, body: nn.Module, mesh: DeviceMesh, *, half: bo
     would make of their matrices anyway; the residual stream keeps its precision.
     """
     tied = _shared_with(model, body)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, cast_forward_inputs=False)
-    if half:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else plain
     for layer in layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(body, mesh=mesh, mp_policy=plain, reshard_after_forward=not trains)
     if not trains:
         return

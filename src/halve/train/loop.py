@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,23 @@ from torch import Tensor, nn
 
 from halve.errors import Stopped, TrainError
 from halve.progress import SILENT, Progress
-from halve.recipe import Training
-from halve.train import shards
+from halve.recipe import HOW, Training
+from halve.train import blocks, shards, watch
 from halve.train.batch import Batch
 from halve.train.checkpoints import Keeper
 from halve.train.course import Course
 from halve.train.journal import Mute, open_journal
 from halve.train.objectives import Heldout, Objective
 from halve.train.optimizers import make_optimizer
-from halve.train.ranks import gone_guard, here, require_shares, sigterm
-from halve.train.step import Beside, Found, Trained, apply, gradients
+from halve.train.ranks import Ranks, gone_guard, here, require_shares, sigterm
+from halve.train.step import Beside, Found, Trained, apply, drop, gradients
+from halve.train.watch import Running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_SHOWN = 64  # samples that an error names
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def train(
     heldout: Heldout | None = None,
     extra: nn.Module | None = None,
     beside: Beside | None = None,
+    flops: watch.Work | None = None,
     name: str = "train",
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`; the caller exports it.
@@ -71,14 +76,18 @@ def train(
     it is made in. `extra` holds parameters of the objective that are trained beside the student's and are no part
     of it. `beside` learns from the same samples, after the student's step. `work` keeps the last `keep_checkpoints`
     complete checkpoints; a second call with the same arguments goes on from the newest. `metrics` gets one JSON
-    line a step (`step tokens loss grad_norm lr tokens_per_second`, and `heldout` with its figures at step 0, every
-    `eval_every` steps and at the end). `name` says what the progress bar shows and, with `seed` and the course's
+    line a step (`step tokens loss grad_norm lr tokens_per_second data_wait peak_memory_bytes`, `mfu` where `flops` says
+    what a token takes, and `heldout` with its figures at step 0, every `eval_every` steps and at the end). `name` says what the progress bar shows and, with `seed` and the course's
     `training`, whose checkpoints these are.
 
     Where several ranks train (see `ranks`), each takes its share of a step's samples, the model ends in shards
     (`shards.save` writes it), and rank 0 writes `metrics`.
 
-    Raises `TrainError` when a loss is not finite or another rank is gone, `DiskError` when a checkpoint finds no room,
+    A loss that is not finite or leaps (`watch.Running`) is what `on_spike` says: `stop` raises; `skip` leaves the
+    step's update out; `rewind` takes up the last checkpoint, leaves out the steps since then and goes on after
+    them. A line with `spike`, `why` and `samples` tells of it, on all ranks alike.
+
+    Raises `TrainError` when a loss is not finite or leaps, too often where spikes are left out, or another rank is gone, `DiskError` when a checkpoint finds no room,
     and, after a SIGTERM, `Stopped` with a checkpoint of the last step.
     """
     training, ranks = course.training, here()
@@ -86,9 +95,10 @@ def train(
     learner = shards.learner(student, training, device=device, half=is_half(training, device))
     modules: dict[str, nn.Module] = {"student": student} | ({} if extra is None else {"extra": extra.to(device)})
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    trained = Trained(modules, make_optimizer(parameters, training))
+    between = [parameter for layer in blocks.layers(student) for parameter in layer.parameters()]
+    trained = Trained(modules, make_optimizer(parameters, training, between=between))
     groups = [trained] if beside is None else [trained, beside.trained]
-    identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json")}
+    identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json", exclude=set(HOW))}
     loss: float | None = None
     figures: Mapping[str, float] = {}
 
@@ -107,38 +117,51 @@ def train(
         sigterm() as asked_to_stop,
         Keeper(work, groups, identity, keep=training.keep_checkpoints, ranks=ranks) as keeper,
     ):
-        start = step = keeper.restore().step
+        restored = keeper.restore()
+        start = step = restored.step
+        running = Running.of(restored.notes)
         with open_journal(metrics, step=start) if ranks.leads else nullcontext(Mute()) as journal:
             if start == 0 and (first := measured()):
                 journal.write({"step": 0, "tokens": 0, **first})
+            if start == 0 and training.on_spike == "rewind":
+                keeper.save(0)  # there has to be something to go back to
             with progress.task(name, course.tokens(course.steps), done=course.tokens(start)) as task:
                 for step in range(start + 1, course.steps + 1):
                     began = time.perf_counter()
                     lr, tokens = course.lr(step), course.tokens(step) - course.tokens(step - 1)
-                    parts = list(ranks.share(course.batch(step)).split(training.micro_batch or training.batch))
+                    batch = course.batch(step)
+                    waited = time.perf_counter() - began
+                    parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
                     found = _gradients(trained, learner, objective, parts, autocast(training, device), device)
-                    loss = found.loss
-                    _require_finite({"loss": loss, "grad_norm": found.norm}, step, keeper, training)
-                    apply(trained, found, lr=lr, clip=training.clip)
-                    line = {
-                        "step": step,
-                        "tokens": course.tokens(step),
-                        "loss": loss,
-                        "grad_norm": found.norm,
-                        "lr": lr,
-                    }
-                    if beside is not None:
-                        line |= beside.step(parts, step=step)
-                    rate = tokens / (time.perf_counter() - began)
-                    line["tokens_per_second"] = round(rate, 1)
+                    line = {"step": step, "tokens": course.tokens(step)}
+                    why = running.objection(found.loss, found.norm, factor=training.spike_factor)
+                    if why is None:
+                        loss, running = found.loss, running.accept(found.loss)
+                        apply(trained, found, lr=lr, clip=training.clip)
+                        line |= {"loss": loss, "grad_norm": found.norm, "lr": lr}
+                        if beside is not None:
+                            line |= beside.step(parts, step=step)
+                        seconds = time.perf_counter() - began
+                        line |= _speed(flops, batch, tokens, seconds, waited, device, training, ranks)
+                    else:
+                        drop(trained)
+                        spikes = running.leave_out(step)
+                        if training.on_spike == "stop" or spikes.exhausted:
+                            raise _spike(step, why, batch, keeper, training)
+                        line |= {"spike": training.on_spike, "why": why, "samples": list(batch.numbers)}
+                        running = spikes
+                        if training.on_spike == "rewind":
+                            back = keeper.restore()
+                            line["back_to"] = back.step
+                            running = replace(Running.of(back.notes), spikes=spikes.spikes)
                     if step % training.eval_every == 0 or step == course.steps:
                         line |= measured()
                     journal.write(line)
-                    task.advance(tokens, loss=loss)
+                    task.advance(tokens, **({} if loss is None else {"loss": loss}))
                     stopping = ranks.any(asked_to_stop())
                     if (step % training.checkpoint_every == 0 or stopping) and step < course.steps:
                         journal.sync()
-                        keeper.save(step)
+                        keeper.save(step, notes=running.notes())
                     if stopping and step < course.steps:
                         raise _stopped(step, keeper.wait())
     return TrainResult(course.steps, course.tokens(course.steps), start, loss, figures)
@@ -178,6 +201,43 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
         f"stopped by SIGTERM after step {step}",
         why=f"the process was asked to end; its state is in {saved}",
         fix="the same command goes on from there",
+    )
+
+
+def _speed(
+    flops: watch.Work | None,
+    batch: Batch,
+    tokens: int,
+    seconds: float,
+    waited: float,
+    device: str,
+    training: Training,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """How fast a step was, and what held it up."""
+    line = {
+        "tokens_per_second": round(tokens / seconds, 1),
+        "data_wait": round(waited / seconds, 4),
+        "peak_memory_bytes": watch.peak_memory_bytes(device),
+    }
+    if flops is None:
+        return line
+    done = tokens * flops(batch.ids.shape[1])
+    share = watch.mfu(done, seconds, device=device, half=is_half(training, device), ranks=ranks.size)
+    return line if share is None else line | {"mfu": round(share, 4)}
+
+
+def _spike(step: int, why: str, batch: Batch, keeper: Keeper, training: Training) -> TrainError:
+    saved = keeper.wait()
+    kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+    kind = "leaps" if why.startswith("loss ") and "mean" in why else "is not finite"
+    often = "" if training.on_spike == "stop" else f", after {watch.MOST} others within {watch.WITHIN} steps"
+    numbers = ", ".join(map(str, batch.numbers[:_SHOWN])) + (", ..." if len(batch) > _SHOWN else "")
+    going = "; or go on with --on-spike skip or rewind" if training.on_spike == "stop" else ""
+    return TrainError(
+        f"the loss {kind} at step {step}",
+        why=f"{why}{often}; its samples are {numbers}; {kept}",
+        fix=f"lower lr (now {training.lr:g}) or clip (now {training.clip:g}), or try precision: float32{going}",
     )
 
 
