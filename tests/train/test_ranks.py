@@ -172,6 +172,19 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(driver: Driver, tm
         assert_same_course(other, whole)
 
 
+def test_a_teacher_that_is_corrected_beside_goes_on_with_the_same_bits(driver: Driver, tmp_path: Path) -> None:
+    job = {"correct": {"method": "lora", "lora_rank": 3, "lr": 2e-3}}
+    whole = driver.run(tmp_path / "whole", 2, **job)
+    stopped = driver.run(tmp_path / "stopped", 2, **job, term=[1, 3])
+    assert stopped.checkpoints == ["step-00000003"]
+    again = driver.run(stopped.folder, 2, **job)
+    assert again.facts["resumed"] == 3
+    assert again.facts["weights"] == whole.facts["weights"]
+    assert again.course == whole.course
+    mine, its = (load_file(answer.folder / "teacher" / "model.safetensors") for answer in (again, whole))
+    assert all(torch.equal(mine[name], its[name]) for name in its)
+
+
 def test_replicas_leave_a_checkpoint_that_one_rank_goes_on_from(driver: Driver, tmp_path: Path) -> None:
     whole = driver.run(tmp_path / "whole", 1)
     stopped = driver.run(tmp_path / "stopped", 4, training={"replicas": 2}, term=[2, 3])
