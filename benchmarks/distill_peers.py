@@ -46,18 +46,28 @@ class Pair:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.half)
 
 
-def halve(pair: Pair) -> Loss:
-    """This repository's objective."""
+def summed(pair: Pair) -> Callable[[Batch], tuple[Tensor, int]]:
+    """This repository's objective, as its loop asks for it: the losses' sum and the number of tokens."""
     student_body, student_head = split(pair.student)
     body, head = split(pair.teacher)
     objective = objectives.distillation(Live(body, head), vocab=head.weight.shape[0])
 
-    def loss(ids_BS: Tensor) -> Tensor:
+    def of_batch(batch: Batch) -> tuple[Tensor, int]:
         with pair.autocast():
-            total, _ = objective(student_body, student_head, Batch(ids_BS, tuple(range(len(ids_BS)))))
-        return total / pair.num_tokens
+            return objective(student_body, student_head, batch)
 
-    return loss
+    return of_batch
+
+
+def halve(pair: Pair) -> Loss:
+    """The same as a mean, as the others give it."""
+    of_batch = summed(pair)
+    return lambda ids_BS: of_batch(batch_of(ids_BS))[0] / pair.num_tokens
+
+
+def batch_of(ids_BS: Tensor) -> Batch:
+    """Samples with some numbers."""
+    return Batch(ids_BS, tuple(range(len(ids_BS))))
 
 
 def plain(pair: Pair) -> Loss:

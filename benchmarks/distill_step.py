@@ -32,13 +32,16 @@ from typing import Any
 
 import torch
 from distill_floor import products, seconds
-from distill_peers import PEERS, Loss, Pair, halve, versions
+from distill_peers import PEERS, Loss, Pair, batch_of, halve, summed, versions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from halve.train.batch import Batch
+from halve.train.step import Trained, apply, gradients
+
 OURS = "halve"
 SYSTEMS: dict[str, Callable[[Pair], Loss]] = {OURS: halve, **PEERS}
-SAMPLES, SEQ = 4, 1024
+SAMPLES, SEQ, LR = 4, 1024, 1e-5
 TOLERANCE = 1e-4
 FLOOR = {False: 0.80, True: 0.70}
 FASTER = {32000: 1.15, 128000: 1.4}
@@ -114,12 +117,14 @@ def llama(vocab: int, seq: int, hidden: int, ffn: int, heads: int, layers: int =
 def measure(vocab: int, args: argparse.Namespace, cases: Cases, floors: Floors) -> None:
     """Time all systems in both precisions on one pair, and the floor beside them."""
     teacher, student = models(vocab, args.seq)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, fused=True)
     ids_BS = torch.randint(vocab, (SAMPLES, args.seq), generator=torch.Generator().manual_seed(1))
     work = products(teacher.config, student.config, samples=SAMPLES, seq=args.seq)
     for half in (False, True):
         pair = Pair(teacher, student, half, SAMPLES * (args.seq - 1))
         losses = {name: make(pair) for name, make in SYSTEMS.items()}
+        steps = {name: partial(step, loss, student, optimizer) for name, loss in losses.items()}
+        steps[OURS] = partial(own_step, summed(pair), Trained({"student": student}, optimizer))
         for name, loss in losses.items():
             case = cases[vocab, half, name] = Case(_best(loss, student, ids_BS, args.micro_batches))
             if not half:
@@ -130,7 +135,7 @@ def measure(vocab: int, args: argparse.Namespace, cases: Cases, floors: Floors) 
             floors[vocab, half].append(seconds(work, half=half))
             for name in running[turn % len(running) :] + running[: turn % len(running)]:
                 case = cases[vocab, half, name]
-                case.times.append(_clock(partial(step, losses[name], student, optimizer, ids_BS, case.micro_batch)))
+                case.times.append(_clock(partial(steps[name], ids_BS, case.micro_batch)))
                 print(f"{vocab} {_word(half)} {name}: {case.times[-1]:.2f} s", flush=True)
             fastest = min(cases[vocab, half, name].median for name in PEERS)
             running = [name for name in running if cases[vocab, half, name].median <= 2 * fastest]
@@ -144,6 +149,14 @@ def step(
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def own_step(
+    of_batch: Callable[[Batch], tuple[Tensor, int]], trained: Trained, ids_BS: Tensor, micro_batch: int
+) -> None:
+    """The same in halve's loop: sums, and one pass that takes the mean and clips."""
+    found = gradients(trained, of_batch, batch_of(ids_BS).split(micro_batch))
+    apply(trained, found, lr=LR, clip=1.0)
 
 
 def backward(loss: Loss, ids_BS: Tensor, micro_batch: int) -> None:
