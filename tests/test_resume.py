@@ -21,7 +21,16 @@ import yaml
 from halve.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
-TRAINING = {"tokens": 1280, "batch": 4, "warmup_steps": 2, "eval_every": 3, "eval_samples": 4, "checkpoint_every": 4}
+TRAINING: dict[str, Any] = {
+    "tokens": 960,
+    "batch": 4,
+    "warmup_steps": 2,
+    "eval_every": 3,
+    "eval_samples": 4,
+    "checkpoint_every": 4,
+    # five steps of 128 tokens, then five of 64: the checkpoints lie before and after
+    "phases": [{"from_tokens": 640, "context": 16, "lr": 5e-5}],
+}
 KILLED = -9
 
 
@@ -40,8 +49,11 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+def driver(make_recipe: MakeRecipe, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    few = tmp_path_factory.mktemp("few") / "train.txt"  # less than a training reads: it is killed in later epochs too
+    few.write_text((corpus / "train.txt").read_text()[:1300])
     recipe = make_recipe(
+        data={"train": [str(few)], "valid": [str(corpus / "valid.txt")], "context": 32},
         correct=TRAINING,
         prune={"hidden": 24, "ffn": 40, "layers": 3},
         distill={**TRAINING, "baselines": ["random_init"]},
