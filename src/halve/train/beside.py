@@ -21,7 +21,7 @@ from torch import Tensor
 from halve.errors import TrainError
 from halve.head import Body, Head
 from halve.recipe import Correct, Distill
-from halve.train import loop, objectives, schedule, shards
+from halve.train import blocks, loop, objectives, schedule, shards
 from halve.train.batch import Batch, predictions
 from halve.train.course import Course
 from halve.train.optimizers import make_optimizer
@@ -102,6 +102,7 @@ def correction(
     """
     shared = section.model_copy(update={"precision": distill.precision, "replicas": distill.replicas})
     learner = shards.learner(model, shared, device=device, half=loop.is_half(shared, device))
-    trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared))
+    between = [parameter for layer in blocks.layers(model) for parameter in layer.parameters()]
+    trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared, between=between))
     steps = min(1 + bisect_left(range(1, course.steps + 1), section.tokens, key=course.tokens), course.steps)
     return Correction(trained, learner, section, steps, lambda: loop.autocast(shared, device), device)

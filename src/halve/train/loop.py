@@ -77,8 +77,8 @@ def train(
     of it. `beside` learns from the same samples, after the student's step. `work` keeps the last `keep_checkpoints`
     complete checkpoints; a second call with the same arguments goes on from the newest. `metrics` gets one JSON
     line a step (`step tokens loss grad_norm lr tokens_per_second data_wait peak_memory_bytes`, `mfu` where `flops` says
-    what a token takes, and `heldout` with its figures at step 0, every `eval_every` steps and at the end). `name` says what the progress bar shows and, with `seed` and the course's
-    `training`, whose checkpoints these are.
+    what a token takes, and `heldout` with its figures at step 0, every `eval_every` steps and at the end). `name` says
+    what the progress bar shows and, with `seed` and the course's `training`, whose checkpoints these are.
 
     Where several ranks train (see `ranks`), each takes its share of a step's samples, the model ends in shards
     (`shards.save` writes it), and rank 0 writes `metrics`.
@@ -87,8 +87,9 @@ def train(
     step's update out; `rewind` takes up the last checkpoint, leaves out the steps since then and goes on after
     them. A line with `spike`, `why` and `samples` tells of it, on all ranks alike.
 
-    Raises `TrainError` when a loss is not finite or leaps, too often where spikes are left out, or another rank is gone, `DiskError` when a checkpoint finds no room,
-    and, after a SIGTERM, `Stopped` with a checkpoint of the last step.
+    Raises `TrainError` when a loss is not finite or leaps, too often where spikes are left out, or another rank is
+    gone, `DiskError` when a checkpoint finds no room, and, after a SIGTERM, `Stopped` with a checkpoint of the last
+    step.
     """
     training, ranks = course.training, here()
     require_shares(training, ranks.size)

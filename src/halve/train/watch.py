@@ -1,0 +1,141 @@
+"""What a training run is watched by: losses that leap, and how well the device is used."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from halve.anatomy import discover
+from halve.recipe import Distill
+
+HORIZON = 64
+"""Steps over which the running mean forgets."""
+FLOOR = 0.05
+"""Nats that a leap has at least: a loss near zero trembles by more than its own size."""
+MOST, WITHIN = 4, 100
+"""So many steps may be left out within so many; beyond that the cause is not a few samples."""
+
+GPU_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bf16 rates by data sheet, by a part of the device's name; the first that fits counts."""
+_PROBE = 768
+
+
+@dataclass(frozen=True)
+class Running:
+    """What past steps say of the next loss: the mean over accepted ones, and which steps were left out."""
+
+    mean: float = 0.0
+    count: int = 0
+    spikes: tuple[int, ...] = ()
+
+    def accept(self, loss: float) -> Running:
+        """With one loss more: the plain mean of the first `HORIZON`, then one that forgets at that pace."""
+        count = self.count + 1
+        return Running(self.mean + (loss - self.mean) / min(count, HORIZON), count, self.spikes)
+
+    def leave_out(self, step: int) -> Running:
+        """With one spike more."""
+        return Running(self.mean, self.count, (*(one for one in self.spikes if one > step - WITHIN), step))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many spikes were left out lately that going on is no use."""
+        return len(self.spikes) > MOST
+
+    def objection(self, loss: float, norm: float, *, factor: float) -> str | None:
+        """Why a step's loss is a spike; None if it is none.
+
+        It is one where loss or gradient norm is not finite, or `loss > mean * (1 + factor) + FLOOR`.
+        """
+        for name, value in (("loss", loss), ("grad_norm", norm)):
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        limit = self.mean * (1 + factor) + FLOOR
+        return f"loss {loss:.4g}, its running mean {self.mean:.4g}" if self.count and loss > limit else None
+
+    def notes(self) -> dict[str, Any]:
+        """As plain data for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, notes: Mapping[str, Any]) -> Running:
+        """From `notes`; from nothing, the start."""
+        return cls(notes["mean"], notes["count"], tuple(notes["spikes"])) if notes else cls()
+
+
+Work = Callable[[int], float]
+"""FLOPs of a token of training by the context's length."""
+
+
+def learning(student: PretrainedConfig) -> Work:
+    """FLOPs a token of a model in training: three times its forward pass, `3 (2N + a) + 6 V H`."""
+    return lambda context: 3.0 * _forward(student, context)
+
+
+def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: Distill, *, learns: bool) -> Work:
+    """FLOPs a token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
+
+    Of a teacher whose hidden states are cached the head alone counts, of one whose logits are, nothing; of one that
+    `learns` beside, its forward pass as a teacher and three times that as a learner.
+    """
+    own = learning(student)
+
+    def work(context: int) -> float:
+        if training.cache == "logits":
+            return own(context)
+        if training.cache == "hidden":
+            sizes = discover(teacher).sizes
+            return own(context) + 2.0 * sizes.vocab * sizes.hidden
+        return own(context) + (4.0 if learns else 1.0) * _forward(teacher, context)
+
+    return work
+
+
+def mfu(flops: float, seconds: float, *, device: str, half: bool, ranks: int) -> float | None:
+    """Model FLOPs utilization: `flops` of all ranks over what their devices do; None for a device of unknown rate."""
+    rate = matrix_rate(device, half)
+    return None if rate is None else flops / seconds / (rate * ranks)
+
+
+@cache
+def matrix_rate(device: str, half: bool) -> float | None:
+    """FLOPs a second of matrix products: a GPU's bf16 data sheet, a CPU's by a short measurement in its precision."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        name = torch.cuda.get_device_name(where)
+        return next((rate for part, rate in GPU_FLOPS.items() if part in name), None)
+    return _measured(torch.bfloat16 if half else torch.float32) if where.type == "cpu" else None
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory so far: in the allocator's tensors on CUDA, in the process on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _forward(config: PretrainedConfig, context: int) -> float:
+    anatomy = discover(config)
+    return float(anatomy.ledger.count(anatomy.sizes, context=context).flops_per_token)
+
+
+@torch.no_grad()
+def _measured(dtype: torch.dtype) -> float:
+    """The best of a few square products: a busy machine only ever slows them."""
+    left, right = torch.ones(2, _PROBE, _PROBE, dtype=dtype).unbind()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * _PROBE**3 / min(seconds)
