@@ -159,6 +159,8 @@ class Training(Section):
     def _rates(self) -> Training:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.offload_optimizer and self.optimizer != "adamw":
+            raise ValueError("offload_optimizer is of optimizer: adamw")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
         begins = [phase.from_tokens for phase in self.phases]
