@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from halve.errors import HalveError, PlanError, Stopped
 from halve.reading import load
-from halve.recipe import Prune, Recipe
+from halve.recipe import Prune, Recipe, on_spikes
 
 app = typer.Typer(
     name="halve",
@@ -145,11 +145,17 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, tokens, cost, memory, disk; do nothing.")
     ] = False,
+    on_spike: Annotated[
+        Literal["stop", "skip", "rewind"] | None,
+        typer.Option(help="What a loss that is not finite or leaps leads to, in place of the recipe's on_spike."),
+    ] = None,
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
     """All stages of a recipe; started again, it goes on where it stopped."""
     loaded = load(recipe)
+    if on_spike is not None:
+        loaded = on_spikes(loaded, on_spike)
     if dry_run:
         from halve import show
         from halve.dryrun import forecast

@@ -374,3 +374,13 @@ class Recipe(Section):
                     " teacher_device, offload_teacher and shard_teacher"
                 )
         return self
+
+
+def on_spikes(recipe: Recipe, policy: Literal["stop", "skip", "rewind"]) -> Recipe:
+    """Return the recipe with one policy for the spikes of all its trainings."""
+    raw = recipe.model_dump(mode="python", exclude_unset=True)
+    for part in (raw, *raw.get("then", ())):
+        for name in ("correct", "distill"):
+            if part.get(name) is not None:
+                part[name]["on_spike"] = policy
+    return Recipe.model_validate(raw)

@@ -13,7 +13,7 @@ from halve import checkpoint, measure
 from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.train import adapters, loop, objectives, shards
+from halve.train import adapters, loop, objectives, shards, watch
 from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
 
@@ -49,6 +49,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         metrics=out / "metrics.jsonl",
         progress=progress,
         heldout=objectives.heldout_loss(heldout, micro_batch=training.micro_batch or training.batch),
+        flops=watch.learning(model.config),
         name="correct",
     )
     record = {

@@ -26,7 +26,7 @@ from halve.card import name_of
 from halve.head import Head, split
 from halve.progress import SILENT, Progress
 from halve.recipe import Distill, Dtype, Recipe
-from halve.train import adapters, answers, intermediate, loop, objectives, shards, teachers
+from halve.train import adapters, answers, intermediate, loop, objectives, shards, teachers, watch
 from halve.train.batch import Batch
 from halve.train.beside import Correction, correction
 from halve.train.cache import HELDOUT, CachedDraws, CachedHidden, Store
@@ -127,6 +127,7 @@ def run(
         heldout=figures,
         extra=extra,
         beside=taught.by if isinstance(taught.by, Correction) else None,
+        flops=_flops(training, teacher, model, variant=variant, corrects=corrects),
         name="distill" if variant == "student" else f"distill-{variant}",
     )
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -144,6 +145,14 @@ def run(
         _save_teacher(recipe, taught, out / "teacher", source=teacher, record=record)
     shards.save(model, out / "model", dtype=own_dtype, extra_from=student, record=record)
     return metrics
+
+
+def _flops(
+    training: Distill, teacher: Path | str, student: PreTrainedModel, *, variant: str, corrects: bool
+) -> watch.Work:
+    if variant == "ce" or not objectives.teacher_terms(training):
+        return watch.learning(student.config)
+    return watch.distilling(student.config, checkpoint.load_config(teacher), training, learns=corrects)
 
 
 def _by_model(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:

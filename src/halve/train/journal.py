@@ -1,29 +1,37 @@
-"""The course of a training run on disk: one JSON line a step, and nothing twice after a kill."""
+"""The course of a training run: one JSON line a step on disk, nothing twice after a kill, and loggers beside it."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from halve.errors import TrainError
 from halve.rundir import atomic_file, disk_guard
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""Takes a step and its figures."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """An open file of JSON lines, each with its `step`."""
+    """An open file of JSON lines, each with its `step`, and the loggers that get their numbers."""
 
     file: IO[str]
+    loggers: tuple[Log, ...] = ()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; it is in the file when this returns, on the disk after `sync`."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        for log in self.loggers:
+            log(line["step"], flat(line))
 
     def sync(self) -> None:
         """Put what was written on the disk."""
@@ -41,14 +49,77 @@ class Mute:
 
 
 @contextmanager
-def open_journal(path: Path, *, step: int) -> Iterator[Journal]:
+def open_journal(path: Path, *, step: int, loggers: Sequence[str] = (), name: str = "train") -> Iterator[Journal]:
     """Open the journal of a run that goes on from `step`: what a killed run wrote after it is left out.
 
-    Raises `DiskError` when a line finds no room.
+    `loggers` are names of `LOGGERS`; they show the run as `name` and write beside `path`. Raises `DiskError` when a
+    line finds no room, and as `require`.
     """
+    require(loggers)
     _truncate(path, step)
-    with disk_guard(path), path.open("a", encoding="utf-8") as file:
-        yield Journal(file)
+    with ExitStack() as open_ones, disk_guard(path), path.open("a", encoding="utf-8") as file:
+        logs = tuple(open_ones.enter_context(LOGGERS[one](path.parent, name)) for one in loggers)
+        yield Journal(file, logs)
+
+
+def flat(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line, those within another by `outer/inner`; `step` is where they stand, not one of them."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{inner}": number for inner, number in flat(value).items()}
+        elif isinstance(value, int | float) and key != "step":
+            found[key] = float(value)
+    return found
+
+
+def require(loggers: Sequence[str]) -> None:
+    """Raise `TrainError` where a logger's package is not installed; each is an extra of its own name."""
+    for name in loggers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(
+                f"loggers: {name} needs the package {name}",
+                why="it is not installed; it is an extra of halve",
+                fix=f"pip install 'halve[{name}]', or leave {name} out of loggers",
+            )
+
+
+@contextmanager
+def _tensorboard(folder: Path, name: str) -> Iterator[Log]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard" / name))
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        for key, value in figures.items():
+            writer.add_scalar(key, value, step)
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _wandb(folder: Path, name: str) -> Iterator[Log]:
+    import wandb
+
+    with wandb.init(project="halve", name=name, dir=str(folder)) as run:
+        yield lambda step, figures: run.log(dict(figures), step=step)
+
+
+@contextmanager
+def _trackio(folder: Path, name: str) -> Iterator[Log]:
+    import trackio
+
+    trackio.init(project="halve", name=name, resume="allow")
+    try:
+        yield lambda step, figures: trackio.log(dict(figures), step=step)
+    finally:
+        trackio.finish()
+
+
+LOGGERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def _truncate(path: Path, step: int) -> None:

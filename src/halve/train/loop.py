@@ -121,7 +121,12 @@ def train(
         restored = keeper.restore()
         start = step = restored.step
         running = Running.of(restored.notes)
-        with open_journal(metrics, step=start) if ranks.leads else nullcontext(Mute()) as journal:
+        opened = (
+            open_journal(metrics, step=start, loggers=training.loggers, name=name)
+            if ranks.leads
+            else nullcontext(Mute())
+        )
+        with opened as journal:
             if start == 0 and (first := measured()):
                 journal.write({"step": 0, "tokens": 0, **first})
             if start == 0 and training.on_spike == "rewind":
@@ -134,7 +139,7 @@ def train(
                     waited = time.perf_counter() - began
                     parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
                     found = _gradients(trained, learner, objective, parts, autocast(training, device), device)
-                    line = {"step": step, "tokens": course.tokens(step)}
+                    line: dict[str, Any] = {"step": step, "tokens": course.tokens(step)}
                     why = running.objection(found.loss, found.norm, factor=training.spike_factor)
                     if why is None:
                         loss, running = found.loss, running.accept(found.loss)
