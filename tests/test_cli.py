@@ -26,7 +26,7 @@ FLAGS = {
         *("model", "--params", "--non-embedding-ratio", "--hidden", "--ffn", "--heads", "--kv-heads"),
         *("--layers", "--drop-layers", "--context", "--most", "--json"),
     ],
-    "run": ["recipe", "--out", "--dry-run", "--quiet", "--json"],
+    "run": ["recipe", "--out", "--dry-run", "--on-spike", "--quiet", "--json"],
     "check": ["recipe", "--out", "--json"],
     "export": ["source", "--out", "--json"],
     "study": [
