@@ -103,3 +103,19 @@ def test_a_cache_costs_disk_and_saves_the_teachers_work(tmp_path: Path) -> None:
     assert logits.flops["distill"] == logits.flops["distill (random_init)"] == own
     assert hidden.flops["distill"] == own + 1000 * 2 * 128 * 96  # the teacher's logits are made of its states
     assert hidden.flops["distill (ce)"] == own
+
+
+@pytest.mark.parametrize(
+    ("keys", "each"), [({}, 18), ({"optimizer": "adamw8bit"}, 12), ({"offload_optimizer": True}, 10)]
+)
+def test_the_optimizer_decides_what_a_parameter_takes(tmp_path: Path, keys: dict[str, object], each: int) -> None:
+    config("llama").save_pretrained(tmp_path / "teacher")
+    raw: dict[str, object] = {
+        "name": "cost",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 100},
+        "prune": {"ffn": 64},
+        "distill": {"tokens": 1000, **keys},
+    }
+    found = forecast(parse(raw, folder=tmp_path, source="test"))
+    assert found.memory.student_bytes == each * found.student_counts.params

@@ -26,9 +26,10 @@ class Memory:
     """Bytes on one device while distilling in bf16 compute with float32 masters, and whether 80 GB hold them.
 
     masters, gradients and AdamW's two moments are float32 and autocast keeps a 16-bit copy of the weights (18 bytes a
-    student parameter); the teacher stands in its checkpoint's 16 bits; activations are those that one micro-batch
-    keeps for the backward pass, about 34 hidden plus 3 ffn 16-bit entries a token and layer; the loss keeps two
-    float32 chunks of logits. An estimate: no GPU has been measured yet.
+    student parameter; 12 with moments in 8 bits, 10 with moments in main memory); the teacher stands in its
+    checkpoint's 16 bits; activations are those that one micro-batch keeps for the backward pass, about 34 hidden plus
+    3 ffn 16-bit entries a token and layer; the loss keeps two float32 chunks of logits. An estimate: no GPU has been
+    measured yet.
     """
 
     student_bytes: int
@@ -147,11 +148,21 @@ def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe
     if section:
         rows = (section.micro_batch or section.batch) * max(span.context for span in spans(section, context))
     return Memory(
-        student_bytes=18 * counts.params,
+        student_bytes=_bytes_a_parameter(section) * counts.params,
         teacher_bytes=_teacher_bytes(recipe, before),
         activation_bytes=2 * rows * after.layers * (34 * after.hidden + 3 * after.ffn),
         loss_bytes=2 * 4 * min(rows, chunk_tokens(anatomy.sizes.vocab, cuda=True)) * anatomy.sizes.vocab,
     )
+
+
+def _bytes_a_parameter(training: Training | None) -> int:
+    """Masters, gradients and a 16-bit copy; two moments of 4 bytes, of 1 in 8 bits, of none where they are offloaded.
+
+    `muon` is counted as AdamW, which it stays below.
+    """
+    if training is not None and training.offload_optimizer:
+        return 10
+    return 12 if training is not None and training.optimizer == "adamw8bit" else 18
 
 
 def _teacher_bytes(recipe: Recipe, before: Counts) -> int:

@@ -49,6 +49,7 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     for name, training in _trainings(recipe):
         yield lambda training=training: _check_shares(training)  # type: ignore[misc]
         yield lambda training=training: _check_place(training)  # type: ignore[misc]
+        yield lambda training=training: _check_packages(training)  # type: ignore[misc]
         for phase in training.phases:
             yield lambda name=name, phase=phase: _check_phase(recipe, name, phase)  # type: ignore[misc]
     if recipe.data.documents == "apart":
@@ -115,6 +116,14 @@ def _check_shares(training: Training) -> None:
 
     if not here().alone:
         require_shares(training, here().size)
+
+
+def _check_packages(training: Training) -> None:
+    """What its optimizer and its loggers are made with is installed."""
+    from halve.train import journal, optimizers
+
+    optimizers.require(training)
+    journal.require(training.loggers)
 
 
 def _check_place(training: Training) -> None:

@@ -12,7 +12,7 @@ from train.test_loop import CONTEXT, TIMES, VOCAB, Killed, killing, lines, run, 
 
 from halve.anatomy import discover
 from halve.errors import TrainError
-from halve.recipe import Distill
+from halve.recipe import Distill, Recipe, on_spikes
 from halve.train import checkpoints, watch
 from halve.train.objectives import Objective
 from halve.train.watch import Running
@@ -163,3 +163,16 @@ def test_the_matrix_rate_of_a_cpu_is_measured_and_of_an_unknown_device_is_not_gu
     assert 1e8 < rate < 1e14
     assert watch.matrix_rate("meta", False) is None
     assert watch.mfu(1.0, 1.0, device="meta", half=False, ranks=1) is None
+
+
+def test_one_policy_for_all_trainings() -> None:
+    distill, data = {"tokens": 1, "on_spike": "rewind"}, {"train": ["a"], "valid": ["b"]}
+    then = [{"prune": {"ffn": 2}, "distill": distill}, {"prune": {"ffn": 1}}]
+    raw = {"name": "a", "model": "m", "data": data, "prune": {"ffn": 3}, "distill": distill, "then": then}
+    recipe = Recipe.model_validate(raw)
+    changed = on_spikes(recipe, "skip")
+    assert changed.distill is not None
+    assert changed.then[0].distill is not None
+    assert (changed.distill.on_spike, changed.then[0].distill.on_spike) == ("skip", "skip")
+    assert (changed.correct, changed.then[1].distill) == (None, None)
+    assert on_spikes(changed, "rewind") == recipe
