@@ -29,6 +29,7 @@ PLAIN, RANDOM, OURS = "minitron", "random", "halve"
 # ---- the methods
 
 NOTHING = {"shape": "width", "gain": "none", "rotation": "none", "selection": "rank", "refit": "none"}
+OSSCAR = {**NOTHING, "selection": "refit", "refit": "outputs"}
 DEFAULT: dict[str, Any] = {}
 """What a recipe does that says nothing."""
 
@@ -41,6 +42,8 @@ class Width:
     method: Method = "activation"
     prune: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
     ours: bool = False
+    keep_hidden: bool = False
+    """Cut groups of heads in half and ffn to what is left of the budget, hidden not at all."""
 
     def cut(self, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
         """A student of this share of the non-embedding parameters."""
@@ -71,7 +74,8 @@ METHODS: dict[str, Width | Depth] = {
     "wanda": Width("2306.11695, structured: activation x weight norm", method="wanda"),
     "taylor": Width("LLM-Pruner, 2305.11627: first-order Taylor", method="taylor"),
     "flap": Width("2312.11983: fluctuation", method="fluctuation"),
-    "osscar": Width("2403.12983: selection with refit", prune={**NOTHING, "selection": "refit", "refit": "outputs"}),
+    "osscar": Width("2403.12983: selection with refit", prune=OSSCAR),
+    "osscar-inner": Width("the same in heads and ffn, which its paper cuts", prune=OSSCAR, keep_hidden=True),
     "slicegpt": Width("2401.15024: PCA rotation, one basis", prune={**NOTHING, "rotation": "pca", "untie": True}),
     "shortgpt": Depth("2403.03853: BI", "bi", "single"),
     "gromov": Depth("2403.17887: angular distance of blocks", "angular", "block"),
@@ -110,7 +114,7 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
     model, anatomy = setting.model, setting.anatomy
     prune = Prune(non_embedding_ratio=ratio, refit_samples=setting.refit_samples, **method.prune)
     own = student_anatomy(anatomy, prune)
-    after, kept = target(own, prune)
+    after, kept = (_inner(own, ratio), None) if method.keep_hidden else target(own, prune)
     scores = _scores(method.method, setting, timed)
     turned = apply.turn(model, anatomy, prune, setting.calibration_BS, micro_batch=MICRO_BATCH)
     if prune.shape == "trial":
@@ -139,6 +143,15 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
         micro_batch=MICRO_BATCH,
     )
     return made.student
+
+
+def _inner(anatomy: Anatomy, ratio: float) -> Arch:
+    before = anatomy.sizes
+    groups = max(1, before.kv_heads // 2)
+    half = before.at(heads=groups * before.heads // before.kv_heads, kv_heads=groups)
+    goal = ratio * anatomy.ledger.count(before).non_embedding
+    sizes = [half.at(ffn=ffn) for ffn in range(8, before.ffn + 1)]
+    return min(sizes, key=lambda arch: abs(anatomy.ledger.count(arch).non_embedding - goal))
 
 
 def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:

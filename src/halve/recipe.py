@@ -17,7 +17,7 @@ DepthPattern = Literal["single", "block", "greedy"]
 Gain = Literal["none", "constant", "fitted"]
 Rotation = Literal["auto", "none", "pca"]
 Refit = Literal["none", "outputs", "all"]
-Selection = Literal["rank", "refit"]
+Selection = Literal["auto", "rank", "refit"]
 Shape = Literal["width", "trial"]
 LayerMerge = Literal["none", "laco"]
 Term = Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "ce"]
@@ -277,7 +277,11 @@ class Prune(Section):
     )
     gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")
     steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
-    selection: Selection = Field("rank", description="refit: choose neurons by what a refit cannot make up for")
+    selection: Selection = Field(
+        "auto",
+        description="refit: choose neurons and heads by what a refit cannot make up for; rank: by their scores;"
+        " auto: refit where a one-shot cut by activations is refit",
+    )
     rotation: Rotation = Field(
         "auto", description="basis that hidden is cut in; auto: the principal one where the family's norms allow it"
     )

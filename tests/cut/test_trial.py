@@ -11,7 +11,7 @@ from families import config
 from halve.anatomy import Anatomy, discover
 from halve.cut.apply import turn
 from halve.cut.scores import random_scores
-from halve.cut.sizes import budget_of, shapes
+from halve.cut.sizes import budget_of, check, shapes
 from halve.cut.trial import best, try_shapes
 from halve.cut.twins import random_twin
 from halve.errors import CorpusError
@@ -21,21 +21,56 @@ LLAMA = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6}
 
 
 def _samples(anatomy: Anatomy, num: int) -> torch.Tensor:
-    return torch.randint(anatomy.sizes.vocab, (num, 32), generator=torch.Generator().manual_seed(1))
+    return torch.randint(anatomy.sizes.vocab, (num, 64), generator=torch.Generator().manual_seed(1))
 
 
 def test_shapes_meet_the_budget_with_one_for_each_depth() -> None:
     anatomy = discover(config("llama", **LLAMA))
+    before = anatomy.sizes
     budget = budget_of(anatomy, Prune(non_embedding_ratio=0.5))
     assert budget is not None
     found = shapes(anatomy, budget[0], total=budget[1])
-    depths = [arch.layers for arch in found]
-    assert depths == sorted(set(depths), reverse=True)
-    assert len(depths) >= 3
-    assert found[-1].layers == 3
-    assert (found[-1].hidden, found[-1].ffn) == (192, 384)  # half of the layers, whole
-    away = [abs(anatomy.ledger.count(arch).non_embedding / budget[0] - 1) for arch in found]
-    assert max(away) <= max(0.01, 2 * min(away))
+    cut = [
+        [
+            {axis for axis in ("hidden", "ffn", "kv_heads") if getattr(arch, axis) < getattr(before, axis)}
+            for arch in one
+        ]
+        for one in found
+    ]
+    assert {"ffn", "kv_heads"} in cut[0]
+    assert [family[0] for family in cut[1:]] == [{"hidden", "ffn", "kv_heads"}, {"hidden", "ffn"}, {"ffn"}]
+    for family in found:
+        depths = [arch.layers for arch in family]
+        assert depths == sorted(set(depths), reverse=True)
+        assert all(arch.heads // arch.kv_heads == before.heads // before.kv_heads for arch in family)
+    assert found[2][-1] == before.at(layers=3)  # half of the layers, whole
+    over = [anatomy.ledger.count(arch).non_embedding / budget[0] - 1 for family in found for arch in family]
+    near = max(0.01, 2 * min(map(abs, over)))
+    assert -2 * near <= min(over)
+    assert max(over) <= near
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma2"])
+def test_shapes_cut_what_a_family_allows(family: str) -> None:
+    anatomy = discover(config(family))
+    total = anatomy.ledger.count(anatomy.sizes).params
+    for arch in (arch for family in shapes(anatomy, total * 3 // 4) for arch in family):
+        check(anatomy, arch)
+        assert arch.kv_heads == anatomy.sizes.kv_heads or "kv_heads" not in anatomy.refusals or anatomy.coupled
+
+
+def test_a_list_ends_where_it_gets_worse() -> None:
+    anatomy = discover(config("llama", **LLAMA))
+    model = random_twin(anatomy, seed=0).requires_grad_(False)
+    budget = budget_of(anatomy, Prune(non_embedding_ratio=0.5))
+    assert budget is not None
+    listed = shapes(anatomy, budget[0], total=budget[1])
+    tried = _tried(model, anatomy)
+    assert len(tried) < sum(map(len, listed))
+    for family in listed:
+        known = [one.kl for one in tried if one.arch in family]
+        assert known, "every list is begun"
+        assert all(kl <= 1.1 * min(known[: i + 1]) for i, kl in enumerate(known[:-1]))
 
 
 def test_sizes_by_hand_are_no_budget() -> None:
@@ -75,7 +110,7 @@ def test_layers_that_do_nothing_are_found_and_dropped() -> None:
     chosen = best(tried)
     assert idle.isdisjoint(chosen.kept_layers)
     assert chosen.kl == pytest.approx(0, abs=0.05)
-    assert chosen.kl < 0.5 * tried[0].kl
+    assert chosen.kl < 0.5 * max(one.kl for one in tried)
     assert chosen.to_json()["arch"]["layers"] == chosen.arch.layers
 
 

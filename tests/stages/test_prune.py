@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def pruned(
 
 def _by_hand(plan: Plan) -> dict[str, Any]:
     before, after = plan.before.sizes, plan.after.sizes
-    return {axis: after[axis] for axis in ("hidden", "ffn", "layers") if after[axis] != before[axis]}
+    return {axis: after[axis] for axis in ("hidden", "ffn", "heads", "kv_heads", "layers") if after[axis] != before[axis]}
 
 
 def test_the_result_is_an_ordinary_folder(pruned: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
@@ -99,9 +100,9 @@ def test_the_default_chooses_a_shape_and_the_control_takes_its_sizes(
     recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={"samples": 64, "micro_batch": 16})
     made = prune.run(recipe, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
     plan = Plan.load(tmp_path / "plan.json")
-    tried = {shape["arch"]["layers"]: shape["kl"] for shape in made["shapes"]}
-    assert len(tried) > 1
-    assert tried[plan.after.layers] <= 1.1 * min(tried.values())
+    tried = {tuple(shape["arch"].values()): shape["kl"] for shape in made["shapes"]}
+    assert len(tried) == len(made["shapes"]) > 1
+    assert tried[tuple(asdict(plan.after).values())] <= 1.1 * min(tried.values())
     plain = make_recipe(prune={**_by_hand(plan), "rotation": "none", "refit": "none"})
     (tmp_path / "plain").mkdir()
     worse = prune.run(plain, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path / "plain")

@@ -117,7 +117,7 @@ def cut(
         source, own = turned.model, turned.anatomy
         scores = replace(scores, hidden=turned.energy_D.float(), statistics=None)
         figures["energy_kept"] = float(turned.energy_D[: after.hidden].sum())
-    if prune.selection == "refit":
+    if _by_refit(prune, scores):
         chosen = score_by_refit(
             model, anatomy, after, samples_BS, layers=kept_layers, strength=prune.ridge, micro_batch=micro_batch
         )
@@ -170,6 +170,13 @@ def cut(
             student = tie(student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch)
             own = anatomy
     return Cut(student, own, plan, gains, figures)
+
+
+def _by_refit(prune: Prune, scores: Scores) -> bool:
+    """Whether neurons and heads are chosen by what a refit cannot make up for, rather than by their scores."""
+    if prune.selection != "auto":
+        return prune.selection == "refit"
+    return prune.refit != "none" and prune.steps == 1 and scores.method == "activation"
 
 
 @torch.no_grad()

@@ -54,19 +54,25 @@ class Proof:
     refusals: Mapping[str, str]
     """Every axis that must not be cut, with the reason: the anatomy's own and those that failed here."""
 
-    def demand(self, before: Arch, after: Arch) -> None:
-        """Raise `AnatomyError` if a cut from `before` to `after` touches an axis that is not proved."""
+    def refused(self, before: Arch, after: Arch) -> tuple[str, str] | None:
+        """The first axis that a cut from `before` to `after` touches without proof, and the reason."""
         for axis in CUT_AXES:
             if getattr(before, axis) == getattr(after, axis):
                 continue
             with_heads = axis == "kv_heads" and before.heads == before.kv_heads
             reason = self.refusals.get("heads" if with_heads else axis)
             if reason is not None:
-                raise AnatomyError(
-                    f"will not cut {axis} of {self.family}",
-                    why=reason,
-                    fix=f"leave {axis} alone, or add what is special to the family in anatomy/quirks.py",
-                )
+                return axis, reason
+        return None
+
+    def demand(self, before: Arch, after: Arch) -> None:
+        """Raise `AnatomyError` if a cut from `before` to `after` touches an axis that is not proved."""
+        if (found := self.refused(before, after)) is not None:
+            raise AnatomyError(
+                f"will not cut {found[0]} of {self.family}",
+                why=found[1],
+                fix=f"leave {found[0]} alone, or add what is special to the family in anatomy/quirks.py",
+            )
 
 
 _proofs: dict[tuple[type, str, int, bool], Proof] = {}

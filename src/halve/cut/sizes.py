@@ -149,25 +149,64 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
     return found + sorted(near, key=lambda c: abs(size(c.counts) - budget))[:1]
 
 
-def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[Arch]:
-    """The ways to share a budget between depth and width, the deepest first: at most one for each number of layers.
+def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
+    """The ways to share a budget between depth and width, by what is cut beside layers; each the deepest first.
 
-    Widths as `candidates` ranks them; the last may be a pure depth cut. All within 5 % of the budget, and none
-    further from it than twice the nearest or one percent, so that no shape wins by being larger.
+        ffn and groups of heads                 the residual stream kept
+        hidden, ffn and groups of heads
+        hidden and ffn                          attention kept, as 2408.11796 (Sec. 6) advises
+        ffn
+
+    At most one for each number of layers in each list, the one that shrinks its axes most evenly; a pure depth cut
+    is the last of hidden and ffn. None is larger than the budget by more than twice the nearest's distance or one
+    percent, so that no shape wins by its size, and none smaller by more than twice that.
     """
-    before, found = anatomy.sizes, []
-    widths = [before, *_widths(anatomy)]
-    for layers in range(before.layers, 0, -1) if "layers" not in anatomy.refusals else [before.layers]:
-        ranked = []
-        for arch in (width.at(layers=layers) for width in widths):
-            counts = anatomy.ledger.count(arch)
-            away = abs((counts.params if total else counts.non_embedding) / budget - 1)
-            if arch != before and away <= _TOLERANCE:
-                ranked.append((_rank(before, arch, away), away, arch))
-        if ranked:
-            found.append(min(ranked, key=lambda entry: entry[0])[1:])
-    near = max(0.01, 2 * min((away for away, _ in found), default=0.0))
-    return [arch for away, arch in found if away <= near]
+    before = anatomy.sizes
+    depths = range(before.layers, 0, -1) if _can(anatomy, "layers") else [before.layers]
+    listed: list[list[tuple[float, Arch]]] = []
+    for axes, widths in _families(anatomy).items():
+        listed.append([])
+        for layers in depths:
+            fitting = [_fit_ffn(anatomy, width.at(layers=layers), budget, total=total) for width in widths]
+            ranked = [(_rank(before, arch, abs(over), axes), over, arch) for over, arch in fitting if arch != before]
+            if ranked:
+                listed[-1].append(min(ranked, key=lambda entry: entry[0])[1:])
+    near = max(0.01, 2 * min((abs(over) for family in listed for over, _ in family), default=0.0))
+    near = min(near, _TOLERANCE)
+    found = [[arch for over, arch in family if -2 * near <= over <= near] for family in listed]
+    return [family for family in found if family]
+
+
+def _families(anatomy: Anatomy) -> dict[tuple[str, ...], list[Arch]]:
+    """By the axes that are cut: every size of the others, ffn whole."""
+    before = anatomy.sizes
+    widths = list(dict.fromkeys(arch.at(ffn=before.ffn) for arch in [before, *_widths(anatomy)]))
+    if anatomy.coupled or not (_can(anatomy, "ffn") and _can(anatomy, "hidden")):
+        return {("hidden", "ffn"): widths}
+    families: dict[tuple[str, ...], list[Arch]] = {}
+    if _can(anatomy, "kv_heads") and before.kv_heads > 1:
+        per_group = before.heads // before.kv_heads
+        groups = [{"heads": g * per_group, "kv_heads": g} for g in range(before.kv_heads - 1, 0, -1)]
+        families["ffn", "kv_heads"] = [before.at(**group) for group in groups]
+        families["hidden", "ffn", "kv_heads"] = [arch.at(**group) for arch in widths[1:] for group in groups]
+    return families | {("hidden", "ffn"): widths, ("ffn",): [before]}
+
+
+def _fit_ffn(anatomy: Anatomy, arch: Arch, budget: int, *, total: bool) -> tuple[float, Arch]:
+    """How far over a budget sizes are with the ffn that brings them nearest; their count is linear in it."""
+
+    def over(ffn: int) -> float:
+        counts = anatomy.ledger.count(arch.at(ffn=ffn))
+        return (counts.params if total else counts.non_embedding) / budget - 1
+
+    legal = [arch.ffn]
+    if _can(anatomy, "ffn") and over(arch.ffn) > 0:
+        step = _step(arch.ffn)
+        slope = (over(arch.ffn) - over(step)) / (arch.ffn - step)
+        below = max(1, int((arch.ffn - over(arch.ffn) / slope) // step))
+        legal += [below * step, min((below + 1) * step, arch.ffn)]
+    nearest = min(legal, key=lambda ffn: abs(over(ffn)))
+    return over(nearest), arch.at(ffn=nearest)
 
 
 def budget_of(anatomy: Anatomy, prune: Prune) -> tuple[int, bool] | None:
@@ -190,10 +229,10 @@ def near(anatomy: Anatomy, prune: Prune, *, context: int = 4096) -> list[Candida
     return [Candidate(arch, anatomy.ledger.count(arch, kept_layers=kept, context=context), kept)]
 
 
-def _rank(before: Arch, arch: Arch, away: float) -> float:
-    """Distance from the budget beyond half a percent, then how unevenly hidden and ffn shrink."""
-    uneven = abs(log(arch.hidden / before.hidden) - log(arch.ffn / before.ffn))
-    return max(0.0, away - 0.005) * 20 + uneven
+def _rank(before: Arch, arch: Arch, away: float, axes: Sequence[str] = ("hidden", "ffn")) -> float:
+    """Distance from the budget beyond half a percent, then how unevenly the axes shrink."""
+    shrunk = [log(getattr(arch, axis) / getattr(before, axis)) for axis in axes]
+    return max(0.0, away - 0.005) * 20 + max(shrunk) - min(shrunk)
 
 
 def _widths(anatomy: Anatomy) -> list[Arch]:

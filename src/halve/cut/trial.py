@@ -7,6 +7,7 @@ the trial finds on small teachers and how well it foretells the loss after retra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,9 +26,12 @@ from halve.errors import CorpusError
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune
 
-FIT_SAMPLES, MEASURED_SAMPLES = 16, 16
+FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
 TOLERANCE = 0.1
 """Shapes this close to the best count as equal; of them the deepest wins, which the papers find to learn best."""
+
+HOPELESS = 2.0
+"""So many times the best shape's KL ends a list."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,20 @@ def try_shapes(
     anatomy: Anatomy,
     scores: Scores,
     prune: Prune,
-    shapes: Sequence[Arch],
+    shapes: Sequence[Sequence[Arch]],
     samples_BS: Int64[Tensor, "batch seq"],
     *,
     turned: Turned,
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> tuple[Tried, ...]:
-    """Cut to every shape as `prune` says, on few samples, and measure it on samples that the refit did not see.
+    """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
-    Layers go by `scores.layers`. A third of the samples, 16 at most, is measured on; of the others 16 at most are
+    Of each list in `shapes` (see `sizes.shapes`) the deepest comes first; the list ends with the first that is clearly
+    worse than the best before it in the list, as KL falls and then rises with every layer that makes room for width,
+    and with its first if that is more than twice as bad as the best of all.
+
+    Layers go by `scores.layers`. A third of the samples, 8 at most, is measured on; of the others 8 at most are
     fitted. Neurons are ranked, not selected by refit, and whatever merges heads or layers is left out.
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
@@ -80,24 +88,30 @@ def try_shapes(
             "refit_samples": min(prune.refit_samples, FIT_SAMPLES),
         }
     )
-    tried = []
-    with progress.task("try shapes", len(shapes) * fit_BS[: asked.refit_samples].numel()) as task:
-        for arch in shapes:
-            kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
-            student = cut(
-                model,
-                anatomy,
-                scores,
-                asked,
-                fit_BS,
-                after=arch,
-                kept_layers=kept,
-                turned=turned,
-                micro_batch=micro_batch,
-            ).student
-            found = measure.divergence(student, model, measured_BS, micro_batch=micro_batch)
-            tried.append(Tried(arch, kept, float(found.kl.mean())))
-            task.advance(fit_BS[: asked.refit_samples].numel(), kl=tried[-1].kl)
+    tried: list[Tried] = []
+    cost = fit_BS[: asked.refit_samples].numel()
+    with progress.task("try shapes", sum(map(len, shapes)) * cost) as task:
+        for family in shapes:
+            lowest = math.inf
+            for arch in family:
+                kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
+                student = cut(
+                    model,
+                    anatomy,
+                    scores,
+                    asked,
+                    fit_BS,
+                    after=arch,
+                    kept_layers=kept,
+                    turned=turned,
+                    micro_batch=micro_batch,
+                ).student
+                found = float(measure.divergence(student, model, measured_BS, micro_batch=micro_batch).kl.mean())
+                tried.append(Tried(arch, kept, found))
+                task.advance(cost, kl=found)
+                if found > (1 + TOLERANCE) * lowest or found > HOPELESS * min(one.kl for one in tried):
+                    break
+                lowest = min(lowest, found)
     return tuple(tried)
 
 

@@ -135,13 +135,14 @@ def run(
     }
 
 
-def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof) -> list[Arch]:
-    """What a budget could be spent on: nothing to choose where sizes are given or depth cannot be cut."""
+def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof) -> list[list[Arch]]:
+    """What a budget could be spent on, of what is proved; nothing to choose where sizes are given."""
     own = student_anatomy(anatomy, asked)
-    budget = budget_of(own, asked)
-    if budget is None or "layers" in proof.refusals:
+    if (budget := budget_of(own, asked)) is None:
         return []
-    return shapes(own, budget[0], total=budget[1])
+    listed = shapes(own, budget[0], total=budget[1])
+    proved = [[arch for arch in family if proof.refused(anatomy.sizes, arch) is None] for family in listed]
+    return [family for family in proved if family]
 
 
 def _blind(asked: Prune) -> Prune:
