@@ -42,7 +42,9 @@ def pruned(
 
 def _by_hand(plan: Plan) -> dict[str, Any]:
     before, after = plan.before.sizes, plan.after.sizes
-    return {axis: after[axis] for axis in ("hidden", "ffn", "heads", "kv_heads", "layers") if after[axis] != before[axis]}
+    return {
+        axis: after[axis] for axis in ("hidden", "ffn", "heads", "kv_heads", "layers") if after[axis] != before[axis]
+    }
 
 
 def test_the_result_is_an_ordinary_folder(pruned: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
