@@ -67,7 +67,9 @@ class Depth:
 
 METHODS: dict[str, Width | Depth] = {
     OURS: Width("halve's default: shape by trial, rotation, refit of everything", prune=DEFAULT, ours=True),
-    "halve-width": Width("the same in width alone", prune={**DEFAULT, "shape": "width"}, ours=True),
+    "halve-width": Width(
+        "the same in hidden and ffn alone, neurons by score", prune={"shape": "width", "selection": "rank"}, ours=True
+    ),
     PLAIN: Width("2407.14679: l2/mean, one shot, no refit, no gain"),
     RANDOM: Width("uniform random entries", method="random"),
     "magnitude": Width("weight magnitude", method="magnitude"),

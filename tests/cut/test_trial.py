@@ -38,12 +38,12 @@ def test_shapes_meet_the_budget_with_one_for_each_depth() -> None:
         for one in found
     ]
     assert {"ffn", "kv_heads"} in cut[0]
-    assert [family[0] for family in cut[1:]] == [{"hidden", "ffn", "kv_heads"}, {"hidden", "ffn"}, {"ffn"}]
+    assert [family[0] for family in cut[1:]] == [{"hidden", "ffn", "kv_heads"}, {"hidden", "ffn"}]
     for family in found:
         depths = [arch.layers for arch in family]
         assert depths == sorted(set(depths), reverse=True)
         assert all(arch.heads // arch.kv_heads == before.heads // before.kv_heads for arch in family)
-    assert found[2][-1] == before.at(layers=3)  # half of the layers, whole
+    assert found[-1][-1] == before.at(layers=3)  # half of the layers, whole
     over = [anatomy.ledger.count(arch).non_embedding / budget[0] - 1 for family in found for arch in family]
     near = max(0.01, 2 * min(map(abs, over)))
     assert -2 * near <= min(over)
@@ -70,7 +70,7 @@ def test_a_list_ends_where_it_gets_worse() -> None:
     for family in listed:
         known = [one.kl for one in tried if one.arch in family]
         assert known, "every list is begun"
-        assert all(kl <= 1.1 * min(known[: i + 1]) for i, kl in enumerate(known[:-1]))
+        assert all(kl <= 1.03 * min(known[: i + 1]) for i, kl in enumerate(known[:-1]))
 
 
 def test_sizes_by_hand_are_no_budget() -> None:

@@ -152,13 +152,12 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
 def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
     """The ways to share a budget between depth and width, by what is cut beside layers; each the deepest first.
 
-        ffn and groups of heads                 the residual stream kept
+        ffn and groups of heads                 the residual stream kept; ffn alone where no groups can be cut
         hidden, ffn and groups of heads
         hidden and ffn                          attention kept, as 2408.11796 (Sec. 6) advises
-        ffn
 
     At most one for each number of layers in each list, the one that shrinks its axes most evenly; a pure depth cut
-    is the last of hidden and ffn. None is larger than the budget by more than twice the nearest's distance or one
+    is the last list's last. None is larger than the budget by more than twice the nearest's distance or one
     percent, so that no shape wins by its size, and none smaller by more than twice that.
     """
     before = anatomy.sizes
@@ -183,13 +182,15 @@ def _families(anatomy: Anatomy) -> dict[tuple[str, ...], list[Arch]]:
     widths = list(dict.fromkeys(arch.at(ffn=before.ffn) for arch in [before, *_widths(anatomy)]))
     if anatomy.coupled or not (_can(anatomy, "ffn") and _can(anatomy, "hidden")):
         return {("hidden", "ffn"): widths}
-    families: dict[tuple[str, ...], list[Arch]] = {}
-    if _can(anatomy, "kv_heads") and before.kv_heads > 1:
-        per_group = before.heads // before.kv_heads
-        groups = [{"heads": g * per_group, "kv_heads": g} for g in range(before.kv_heads - 1, 0, -1)]
-        families["ffn", "kv_heads"] = [before.at(**group) for group in groups]
-        families["hidden", "ffn", "kv_heads"] = [arch.at(**group) for arch in widths[1:] for group in groups]
-    return families | {("hidden", "ffn"): widths, ("ffn",): [before]}
+    if not _can(anatomy, "kv_heads") or before.kv_heads == 1:
+        return {("ffn",): [before], ("hidden", "ffn"): widths}
+    per_group = before.heads // before.kv_heads
+    groups = [{"heads": g * per_group, "kv_heads": g} for g in range(before.kv_heads - 1, 0, -1)]
+    return {
+        ("ffn", "kv_heads"): [before.at(**group) for group in groups],
+        ("hidden", "ffn", "kv_heads"): [arch.at(**group) for arch in widths[1:] for group in groups],
+        ("hidden", "ffn"): widths,
+    }
 
 
 def _fit_ffn(anatomy: Anatomy, arch: Arch, budget: int, *, total: bool) -> tuple[float, Arch]:
@@ -259,7 +260,9 @@ def _can(anatomy: Anatomy, axis: str) -> bool:
 
 
 def _step(size: int) -> int:
-    """A power of two, at most 128 and at most a thirty-second of the size, but 8 at least."""
+    """A power of two, at most 128 and at most a thirty-second of the size, but 8 at least; 4 for sizes below 512."""
+    if size < 512:
+        return 4
     step = 8
     while step < 128 and step * 64 <= size:
         step *= 2

@@ -29,9 +29,8 @@ from halve.recipe import Prune
 FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
 TOLERANCE = 0.1
 """Shapes this close to the best count as equal; of them the deepest wins, which the papers find to learn best."""
-
-HOPELESS = 2.0
-"""So many times the best shape's KL ends a list."""
+NOISE = 0.03
+"""A shape that is worse than a deeper one by less than this says nothing yet."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ def try_shapes(
 ) -> tuple[Tried, ...]:
     """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
-    Of each list in `shapes` (see `sizes.shapes`) the deepest comes first; the list ends with the first that is clearly
-    worse than the best before it in the list, as KL falls and then rises with every layer that makes room for width,
-    and with its first if that is more than twice as bad as the best of all.
+    Of each list in `shapes` (see `sizes.shapes`) the deepest comes first; the list ends with the first that is worse
+    than the best before it in the list, as KL falls and then rises with every layer that makes room for width.
 
     Layers go by `scores.layers`. A third of the samples, 8 at most, is measured on; of the others 8 at most are
     fitted. Neurons are ranked, not selected by refit, and whatever merges heads or layers is left out.
@@ -109,7 +107,7 @@ def try_shapes(
                 found = float(measure.divergence(student, model, measured_BS, micro_batch=micro_batch).kl.mean())
                 tried.append(Tried(arch, kept, found))
                 task.advance(cost, kl=found)
-                if found > (1 + TOLERANCE) * lowest or found > HOPELESS * min(one.kl for one in tried):
+                if found > (1 + NOISE) * lowest:
                     break
                 lowest = min(lowest, found)
     return tuple(tried)
