@@ -57,8 +57,8 @@ def made(text: Path, cache: Path, *, tokenizer: PreTrainedTokenizerFast = TOKENI
 
 
 def processes() -> list[psutil.Process]:
-    """This process's children, but for the one that Python keeps for the names of semaphores."""
-    return [one for one in psutil.Process().children() if "resource_tracker" not in " ".join(one.cmdline())]
+    """The processes that multiprocessing has started from this one for work."""
+    return [one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())]
 
 
 def counted(
