@@ -12,8 +12,6 @@ a stage that has finished under the same key is not run again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,13 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.errors import RunError
+from halve.keys import content, fields, hashed
 from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
 from halve.recipe import HOW, Distill, Recipe
 from halve.rounds import learns_from_previous, named, rounds
-from halve.rundir import HASHES, RunDir, content_hashes
-from halve.soundness import CONFIG, TOKENIZER_FILES, locate
-from halve.train import sources
+from halve.rundir import HASHES, RunDir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -371,58 +368,14 @@ def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) 
 
 
 def _keys(recipe: Recipe, listed: Sequence[Stage], *, memo: Path) -> dict[str, str]:
-    content = {name: _outside(recipe, name, memo) for stage in listed for name in stage.outside}
+    outside = {name: content(recipe, name, memo) for stage in listed for name in stage.outside}
     keys: dict[str, str] = {}
     for stage in listed:
         parts = {
             "stage": stage.name,
-            "recipe": _fields(stage.recipe, stage.reads),
+            "recipe": fields(stage.recipe, stage.reads),
             "after": [keys[name] for name in stage.after],
-            "outside": [content[name] for name in stage.outside],
+            "outside": [outside[name] for name in stage.outside],
         }
-        keys[stage.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        keys[stage.name] = hashed(parts)
     return keys
-
-
-def _fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
-    """The values of dotted fields as plain data."""
-    plain = recipe.model_dump(mode="json")
-    chosen: dict[str, Any] = {}
-    for path in reads:
-        section, _, field = path.removeprefix("-").partition(".")
-        if path.startswith("-"):
-            chosen[section] = {key: value for key, value in chosen[section].items() if key != field}
-        elif field:
-            chosen[section] = {**chosen.get(section, {}), field: plain[section][field]}
-        else:
-            chosen[section] = plain[section]
-    return chosen
-
-
-def _outside(recipe: Recipe, name: str, memo: Path) -> list[Any]:
-    """What identifies an input by its content, wherever it lies."""
-    if name == "teacher":
-        folder = locate(recipe.model)
-        used = {CONFIG, *TOKENIZER_FILES}
-        files = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" or p.name in used]
-    elif name == "choices":
-        files = [Path(path) for path in recipe.evaluate.choices]
-    elif name == "depth_task":
-        files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
-    elif name == "train" and isinstance(recipe.data.train, dict):
-        parts = recipe.data.train.items()
-        return [[part, mixed.weight, _texts(mixed.sources, memo)] for part, mixed in parts]
-    else:
-        return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
-    return _hashed(files, memo)
-
-
-def _texts(listed: Sequence[str], memo: Path) -> list[Any]:
-    hub = [source for source in listed if source.startswith(sources.HUB)]
-    files = [path for source in listed if source not in hub for path in sources.files(source)]
-    return [*hub, *_hashed(files, memo)]
-
-
-def _hashed(files: Sequence[Path], memo: Path) -> list[Any]:
-    """A file's suffixes say how it is read; its name says nothing."""
-    return [[path.suffixes, sha256] for path, sha256 in zip(files, content_hashes(files, memo=memo), strict=True)]

@@ -1,0 +1,63 @@
+"""What identifies a stage's result: the fields of the recipe that it reads, and the content of what it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halve.recipe import Recipe
+from halve.rundir import content_hashes
+from halve.soundness import CONFIG, TOKENIZER_FILES, locate
+from halve.train import sources
+
+
+def hashed(parts: Mapping[str, Any]) -> str:
+    """One hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
+    """The values of dotted fields as plain data."""
+    plain = recipe.model_dump(mode="json")
+    chosen: dict[str, Any] = {}
+    for path in reads:
+        section, _, field = path.removeprefix("-").partition(".")
+        if path.startswith("-"):
+            chosen[section] = {key: value for key, value in chosen[section].items() if key != field}
+        elif field:
+            chosen[section] = {**chosen.get(section, {}), field: plain[section][field]}
+        else:
+            chosen[section] = plain[section]
+    return chosen
+
+
+def content(recipe: Recipe, name: str, memo: Path) -> list[Any]:
+    """What identifies an input by its content, wherever it lies."""
+    if name == "teacher":
+        folder = locate(recipe.model)
+        used = {CONFIG, *TOKENIZER_FILES}
+        files = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" or p.name in used]
+    elif name == "choices":
+        files = [Path(path) for path in recipe.evaluate.choices]
+    elif name == "depth_task":
+        files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
+    elif name == "train" and isinstance(recipe.data.train, dict):
+        parts = recipe.data.train.items()
+        return [[part, mixed.weight, _texts(mixed.sources, memo)] for part, mixed in parts]
+    else:
+        return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
+    return _hashed(files, memo)
+
+
+def _texts(listed: Sequence[str], memo: Path) -> list[Any]:
+    hub = [source for source in listed if source.startswith(sources.HUB)]
+    files = [path for source in listed if source not in hub for path in sources.files(source)]
+    return [*hub, *_hashed(files, memo)]
+
+
+def _hashed(files: Sequence[Path], memo: Path) -> list[Any]:
+    """A file's suffixes say how it is read; its name says nothing."""
+    return [[path.suffixes, sha256] for path, sha256 in zip(files, content_hashes(files, memo=memo), strict=True)]
