@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from families import config
+from hypothesis import given
+from hypothesis import strategies as st
 
-from halve.anatomy import Anatomy, discover
+from halve.anatomy import Anatomy, Arch, discover
 from halve.cut.apply import turn
 from halve.cut.scores import random_scores
 from halve.cut.sizes import budget_of, check, shapes
-from halve.cut.trial import best, try_shapes
+from halve.cut.trial import HOPELESS, _descend, best, try_shapes
 from halve.cut.twins import random_twin
 from halve.errors import CorpusError
 from halve.recipe import Prune
 
 LLAMA = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6}
+SIZES = discover(config("llama", **LLAMA)).sizes
 
 
 def _samples(anatomy: Anatomy, num: int) -> torch.Tensor:
@@ -37,8 +41,12 @@ def test_shapes_meet_the_budget_with_one_for_each_depth() -> None:
         ]
         for one in found
     ]
-    assert {"ffn", "kv_heads"} in cut[0]
-    assert [family[0] for family in cut[1:]] == [{"hidden", "ffn", "kv_heads"}, {"hidden", "ffn"}]
+    assert [family[0] for family in cut] == [
+        {"ffn"},
+        {"ffn", "kv_heads"},
+        {"hidden", "ffn", "kv_heads"},
+        {"hidden", "ffn"},
+    ]
     for family in found:
         depths = [arch.layers for arch in family]
         assert depths == sorted(set(depths), reverse=True)
@@ -59,18 +67,48 @@ def test_shapes_cut_what_a_family_allows(family: str) -> None:
         assert arch.kv_heads == anatomy.sizes.kv_heads or "kv_heads" not in anatomy.refusals or anatomy.coupled
 
 
-def test_a_list_ends_where_it_gets_worse() -> None:
+def test_every_list_is_begun_and_only_the_hopeful_are_gone_through() -> None:
     anatomy = discover(config("llama", **LLAMA))
     model = random_twin(anatomy, seed=0).requires_grad_(False)
     budget = budget_of(anatomy, Prune(non_embedding_ratio=0.5))
     assert budget is not None
     listed = shapes(anatomy, budget[0], total=budget[1])
     tried = _tried(model, anatomy)
-    assert len(tried) < sum(map(len, listed))
-    for family in listed:
-        known = [one.kl for one in tried if one.arch in family]
-        assert known, "every list is begun"
-        assert all(kl <= 1.03 * min(known[: i + 1]) for i, kl in enumerate(known[:-1]))
+    assert len(set(tried)) == len(tried) < sum(map(len, listed))
+    begun = {family[len(family) // 2] for family in listed}
+    assert {one.arch for one in tried[: len(listed)]} == begun
+    best_begun = min(tried[: len(listed)], key=lambda one: one.kl)
+    for one in tried[: len(listed)]:
+        family = next(family for family in listed if one.arch in family)
+        gone_through = sum(other.arch in family for other in tried) > 1
+        if one is best_begun:
+            assert gone_through or len(family) == 1
+        elif one.kl > HOPELESS * best_begun.kl:
+            assert not gone_through
+
+
+@given(
+    bottom=st.integers(0, 11),
+    left=st.lists(st.floats(1.05, 2), min_size=11, max_size=11),
+    right=st.lists(st.floats(1.05, 2), min_size=11, max_size=11),
+    length=st.integers(1, 12),
+)
+def test_a_descent_ends_at_the_bottom_of_a_valley(
+    bottom: int, left: list[float], right: list[float], length: int
+) -> None:
+    bottom = min(bottom, length - 1)
+    down = [math.prod(left[: bottom - i]) for i in range(bottom)]  # neighbors differ by more than noise
+    up = [math.prod(right[: i + 1]) for i in range(length - bottom - 1)]
+    valley = [*down, 1.0, *up]
+    seen: list[int] = [length // 2]
+
+    def measured(arch: Arch) -> float:
+        seen.append(arch.layers - 1)
+        return valley[seen[-1]]
+
+    _descend([SIZES.at(layers=i + 1) for i in range(length)], valley[length // 2], measured)
+    assert bottom in seen
+    assert len(set(seen)) == len(seen) <= abs(length // 2 - bottom) + 3
 
 
 def test_sizes_by_hand_are_no_budget() -> None:

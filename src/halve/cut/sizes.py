@@ -152,7 +152,8 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
 def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
     """The ways to share a budget between depth and width, by what is cut beside layers; each the deepest first.
 
-        ffn and groups of heads                 the residual stream kept; ffn alone where no groups can be cut
+        ffn                                     the residual stream and attention kept
+        ffn and groups of heads                 the residual stream kept
         hidden, ffn and groups of heads
         hidden and ffn                          attention kept, as 2408.11796 (Sec. 6) advises
 
@@ -187,6 +188,7 @@ def _families(anatomy: Anatomy) -> dict[tuple[str, ...], list[Arch]]:
     per_group = before.heads // before.kv_heads
     groups = [{"heads": g * per_group, "kv_heads": g} for g in range(before.kv_heads - 1, 0, -1)]
     return {
+        ("ffn",): [before],
         ("ffn", "kv_heads"): [before.at(**group) for group in groups],
         ("hidden", "ffn", "kv_heads"): [arch.at(**group) for arch in widths[1:] for group in groups],
         ("hidden", "ffn"): widths,

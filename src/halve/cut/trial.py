@@ -7,8 +7,7 @@ the trial finds on small teachers and how well it foretells the loss after retra
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +29,10 @@ FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
 TOLERANCE = 0.1
 """Shapes this close to the best count as equal; of them the deepest wins, which the papers find to learn best."""
 NOISE = 0.03
-"""A shape that is worse than a deeper one by less than this says nothing yet."""
+"""A shape that is worse than its neighbor by less than this says nothing yet."""
+HOPELESS = 1.25
+"""Times the lowest KL so far: a list whose middle is worse is left. Where a list of the demo's teacher beats the
+others, it comes down from its middle by 19 % at most (docs/decisions/0011-shape.md)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def try_shapes(
 ) -> tuple[Tried, ...]:
     """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
-    Of each list in `shapes` (see `sizes.shapes`) the deepest comes first; the list ends with the first that is worse
-    than the best before it in the list, as KL falls and then rises with every layer that makes room for width.
+    Within each list in `shapes` (see `sizes.shapes`, deepest first) KL falls and then rises with every layer that makes
+    room for width: of each the middle is measured, and from there the trial goes down, the best list first; lists that
+    begin too high are left.
 
     Layers go by `scores.layers`. A third of the samples, 8 at most, is measured on; of the others 8 at most are
     fitted. Neurons are ranked, not selected by refit, and whatever merges heads or layers is left out.
@@ -86,31 +89,46 @@ def try_shapes(
             "refit_samples": min(prune.refit_samples, FIT_SAMPLES),
         }
     )
-    tried: list[Tried] = []
     cost = fit_BS[: asked.refit_samples].numel()
+    tried: list[Tried] = []
+
+    def measured(arch: Arch) -> float:
+        kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
+        student = cut(
+            model,
+            anatomy,
+            scores,
+            asked,
+            fit_BS,
+            after=arch,
+            kept_layers=kept,
+            turned=turned,
+            micro_batch=micro_batch,
+        ).student
+        kl = float(measure.divergence(student, model, measured_BS, micro_batch=micro_batch).kl.mean())
+        tried.append(Tried(arch, kept, kl))
+        task.advance(cost, kl=kl)
+        return kl
+
     with progress.task("try shapes", sum(map(len, shapes)) * cost) as task:
-        for family in shapes:
-            lowest = math.inf
-            for arch in family:
-                kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
-                student = cut(
-                    model,
-                    anatomy,
-                    scores,
-                    asked,
-                    fit_BS,
-                    after=arch,
-                    kept_layers=kept,
-                    turned=turned,
-                    micro_batch=micro_batch,
-                ).student
-                found = float(measure.divergence(student, model, measured_BS, micro_batch=micro_batch).kl.mean())
-                tried.append(Tried(arch, kept, found))
-                task.advance(cost, kl=found)
-                if found > (1 + NOISE) * lowest:
-                    break
-                lowest = min(lowest, found)
+        begun = [measured(family[len(family) // 2]) for family in shapes]
+        for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
+            if kl <= HOPELESS * min(one.kl for one in tried):
+                _descend(family, kl, measured)
     return tuple(tried)
+
+
+def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], float]) -> None:
+    """Measure from the middle on toward more layers, and toward fewer if that leads up, each until it gets worse."""
+    middle, lowest = len(family) // 2, begun
+    for way in (range(middle - 1, -1, -1), range(middle + 1, len(family))):
+        for i in way:
+            kl = measured(family[i])
+            if kl > (1 + NOISE) * lowest:
+                break
+            lowest = min(lowest, kl)
+        if lowest < begun:
+            return
 
 
 def best(tried: Sequence[Tried]) -> Tried:
