@@ -13,7 +13,7 @@ import copy
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +48,12 @@ class Pair:
 
 def summed(pair: Pair) -> Callable[[Batch], tuple[Tensor, int]]:
     """This repository's objective, as its loop asks for it: the losses' sum and the number of tokens."""
-    student_body, student_head = split(pair.student)
+    return _summed(pair, accumulates=True)
+
+
+def _summed(pair: Pair, *, accumulates: bool) -> Callable[[Batch], tuple[Tensor, int]]:
+    student_body, own_head = split(pair.student)
+    student_head = replace(own_head, accumulates=accumulates)
     body, head = split(pair.teacher)
     objective = objectives.distillation(Live(body, head), vocab=head.weight.shape[0])
 
@@ -61,7 +66,7 @@ def summed(pair: Pair) -> Callable[[Batch], tuple[Tensor, int]]:
 
 def halve(pair: Pair) -> Loss:
     """The same as a mean, as the others give it."""
-    of_batch = summed(pair)
+    of_batch = _summed(pair, accumulates=False)
     return lambda ids_BS: of_batch(batch_of(ids_BS))[0] / pair.num_tokens
 
 

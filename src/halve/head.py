@@ -36,13 +36,16 @@ class Head:
     """The map from hidden states to logits: `softcap * tanh(scale * (W h + b) / softcap)`.
 
     `weight` and `bias` are the model's own parameters, not copies: gradients and optimizer steps reach them.
-    Without a soft-cap the outer `tanh` is the identity.
+    Without a soft-cap the outer `tanh` is the identity. With `accumulates`, chunked losses add the weight's gradient to
+    `weight.grad` on the way forward, so that nothing of its size is held beside it. Who sets it calls `backward`
+    on the loss itself, once, and not on a multiple.
     """
 
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, " vocab"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    accumulates: bool = False
 
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Return logits in float32 (float64 where an operand is), whatever the precision of the weights."""

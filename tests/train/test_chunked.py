@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -249,6 +250,49 @@ def test_autocast_does_not_reach_the_logits() -> None:
     want = chunked_kl(one, chunk=8)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(chunked_kl(one, chunk=8), want)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_accumulates_gathers_the_same_sum_in_its_own_gradient(tied: bool) -> None:
+    one = case(rows=V + 2, bias=True)
+    ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    weight_VD, bias_V = one.head.weight, one.head.bias
+    assert bias_V is not None
+    found = []
+    for head in (one.head, replace(one.head, accumulates=True)):
+        for _ in range(2):
+            hidden_ND = one.hidden_ND + (weight_VD[ids] if tied else 0)
+            chunked_kl(one._replace(hidden_ND=hidden_ND, head=head), chunk=5).backward()
+        found.append([weight_VD.grad, bias_V.grad, one.hidden_ND.grad])
+        weight_VD.grad = bias_V.grad = one.hidden_ND.grad = None
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_that_accumulates_holds_no_second_gradient() -> None:
+    tokens, vocab, width, chunk = 64, 400, 64, 8
+    random = torch.Generator().manual_seed(0)
+    hidden_ND, taught_ND = (torch.randn(tokens, width, generator=random) for _ in range(2))
+    weight_VD, its_VD = (torch.randn(vocab, width, generator=random) for _ in range(2))
+    peaks = []
+    for accumulates in (False, True):
+        head = Head(nn.Parameter(weight_VD), accumulates=accumulates)
+        with Allocations() as seen:
+            head.weight.grad = torch.zeros_like(weight_VD)  # of an earlier micro-batch
+            target = chunked.follow(taught_ND, Head(its_VD), divergences.kl_rows, vocab=vocab)
+            chunked.chunked(hidden_ND.requires_grad_(), head, target, vocab=vocab, chunk=chunk).backward()
+        peaks.append(seen.peak_bytes)
+    with_second, without = peaks
+    assert with_second - without > 0.9 * weight_VD.nbytes
+
+
+def test_half_precision_heads_do_not_accumulate_in_place() -> None:
+    one = case(dtype=torch.bfloat16)
+    for head in (one.head, replace(one.head, accumulates=True)):
+        chunked_kl(one._replace(head=head), chunk=8).backward()
+    twice, once = one.head.weight.grad, gradients(chunked_kl(one, chunk=8), one)[1]
+    assert twice is not None
+    torch.testing.assert_close(twice, 2 * once)
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:

@@ -58,7 +58,7 @@ def chunked(
     come). On CUDA a half precision is that of all products, with float32 results. A CPU has no such product: there
     it is that of the gradient by `hidden` alone, which is rounded as autocast rounds those of other layers. Working
     memory is two chunks of logits (student and teacher), half a one and a few sixteenths of one, beside the
-    gradient of the head itself.
+    gradient of the head itself, which a head that `accumulates` adds to the sum there is.
     """
     assert 0 < vocab <= head.weight.shape[0]
     assert chunk > 0
@@ -212,7 +212,8 @@ class _Chunked(torch.autograd.Function):
         factors = _Factors.of(hidden_ND, head, vocab, operand)
         exact = torch.promote_types(factors.hidden_ND.dtype, torch.float32)
         hidden_grad_ND = torch.empty_like(hidden_ND) if want_hidden else None
-        weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if want_weight else None
+        in_place = head.accumulates and weight_VD.is_leaf and weight_VD.dtype == exact
+        weight_grad_VD = _sum_of_gradients(weight_VD, exact, in_place=in_place) if want_weight else None
         bias_grad_V = torch.zeros_like(bias_V, dtype=exact) if want_bias and bias_V is not None else None
         total = hidden_ND.new_zeros((), dtype=exact)
         back_VD = factors.weight_DV.t().to(factors.operand)
@@ -231,7 +232,7 @@ class _Chunked(torch.autograd.Function):
                 if weight_grad_VD is not None:
                     grad_CV = half_CV if hidden_ND.is_cuda else z_CV
                     add_product(weight_grad_VD[:vocab], grad_CV.t(), factors.hidden_ND[rows])
-        ctx.gradients = (hidden_grad_ND, weight_grad_VD, bias_grad_V)
+        ctx.gradients = (hidden_grad_ND, None if in_place else weight_grad_VD, bias_grad_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total
 
@@ -239,14 +240,21 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, ()
         assert gradients, "the gradients of this loss were already handed out"
-        # On a CPU it can be seen that the loop asks for the gradients as they are: that spares a pass over the head's.
-        as_is = upstream.device.type == "cpu" and bool(upstream == 1)
+        # The buffers are this node's own and scaled in place: a copy of the head's would be large.
         scaled = [
-            # The buffers are this node's own and scaled in place: a copy of the head's would be large.
-            None if grad is None else (grad if as_is else grad.mul_(upstream.to(grad.dtype))).to(dtype)
+            None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None, None)
+
+
+def _sum_of_gradients(weight_VD: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """Zeros, or the weight's own `grad`."""
+    if not in_place:
+        return torch.zeros_like(weight_VD, dtype=dtype)
+    if weight_VD.grad is None:
+        weight_VD.grad = torch.zeros_like(weight_VD)
+    return weight_VD.grad
 
 
 def _into_gradient(z_RV: Tensor, head: Head, row_loss: RowLoss, block: slice) -> Tensor:

@@ -40,8 +40,9 @@ class Learner:
     own: Head
 
     def head(self) -> Head:
-        """The whole head. Where it is gathered, gradients stay in it until `settle`."""
-        return replace(self.own, weight=_gathered(self.own.weight), bias=_gathered(self.own.bias))
+        """The whole head, for `step.gradients`. Where it is gathered, gradients stay in it until `settle`."""
+        weight, bias = _gathered(self.own.weight), _gathered(self.own.bias)
+        return replace(self.own, weight=weight, bias=bias, accumulates=True)
 
     def rest(self) -> None:
         """Drop what a forward pass without a way back has left gathered: parameters are shards again."""
