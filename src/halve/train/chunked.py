@@ -39,7 +39,7 @@ _BLOCKS = 16  # elementwise work goes through a chunk in this many blocks: its s
 def chunk_tokens(vocab: int, *, cuda: bool) -> int:
     """Return how many tokens make a chunk: enough to keep the matrix units busy, little enough to fit."""
     rows = (2**25 if cuda else 2**21) // vocab
-    return min(max(rows, 256), 8192)
+    return min(max(rows, 192), 8192)
 
 
 def chunked(
