@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,8 @@ def speed(steps: int) -> list[Check]:
     training = Training(tokens=TOKENS, batch=TOKENS // SEQ, precision="bfloat16")
     teacher = llama(3072, 8192, 28, 24).to(BF16).requires_grad_(False)
     student = llama(2048, 8192, 16, 16)
-    objective, (body, head) = taught_by(teacher), split(student)
+    objective, (body, own_head) = taught_by(teacher), split(student)
+    head = replace(own_head, accumulates=True)
     trained = Trained({"student": student}, make_optimizer(student.parameters(), training))
     batch = Drawn(SEQ, VOCAB).batch(0, TOKENS // SEQ).to(DEVICE)
 
@@ -245,7 +246,7 @@ def plan(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
         distill = Distill(tokens=TOKENS, batch=TOKENS // SEQ, precision="bfloat16")
         data = Data(train=("train.txt",), valid=("valid.txt",), context=SEQ)
         recipe = Recipe(name="pair", model=folder, dtype="bfloat16", data=data, prune=prune, distill=distill)
-        return float(dryrun.forecast(recipe).memory.total_bytes)
+        return float(dryrun.forecast(recipe).memory["distill"].total_bytes)
 
 
 def flops(teacher: LlamaConfig, student: LlamaConfig) -> float:

@@ -2,7 +2,9 @@
 
     python scripts/make_docs.py             reference/cli.md, reference/recipe.md, the demo's tables, studies/
     python scripts/make_docs.py families    reference/families.md, with every proof in full (minutes)
-    python scripts/make_docs.py studies DIR the results of `halve study --out DIR` into studies/, then its pages
+    python scripts/make_docs.py studies DIR [NAME]
+                                            the results of `halve study --out DIR` into studies/, or into studies/NAME
+                                            for those of another teacher, then the pages
     python scripts/make_docs.py --check     exit code 1 and a list of stale pages
 
 The check proves the families again without the fresh process that reopens a twin: under a second each.
@@ -16,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,11 @@ def main(arguments: list[str]) -> int:
     """Write or check, and give the exit code."""
     if arguments == ["families"]:
         return _write({FAMILIES: families_page(reopen=True)})
-    if len(arguments) == 2 and arguments[0] == "studies":
-        _write(
-            {STUDIES / f"{path.parent.name}.json": _read(path) for path in Path(arguments[1]).glob("*/results.json")}
-        )
-        return _write(study_pages(STUDIES))
-    pages = {CLI: cli_page(), RECIPE: recipe_page(), **table_pages(), **study_pages(STUDIES)}
+    if len(arguments) in (2, 3) and arguments[0] == "studies":
+        folder = STUDIES.joinpath(*arguments[2:])
+        _write({folder / f"{path.parent.name}.json": _read(path) for path in Path(arguments[1]).glob("*/results.json")})
+        return _write(all_studies())
+    pages = {CLI: cli_page(), RECIPE: recipe_page(), **table_pages(), **all_studies()}
     if arguments != ["--check"]:
         return _write(pages)
     stale = [path for path, text in pages.items() if _read(path) != text]
@@ -309,18 +310,35 @@ def results_table(results: Mapping[str, Any]) -> str:
 # ---- the studies
 
 
-def study_pages(folder: Path) -> dict[Path, str]:
-    """A page and a plot for every study whose results are committed in `folder`, and the list of all studies."""
+def all_studies() -> dict[Path, str]:
+    """Those of the demo's teacher, and those of others in folders of their own."""
+    others = sorted({path.parent for path in STUDIES.glob("*/*.json")})
+    pages: dict[Path, str] = {}
+    for folder in others:
+        pages |= study_pages(folder, all_=False)
+    return pages | study_pages(STUDIES, others=others)
+
+
+def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ()) -> dict[Path, str]:
+    """A page and a plot for every study whose results are committed in `folder`, and a list of them or of `all_`."""
     from halve.studies import declare, page
 
     pages, listed = {}, []
     for name in declare.names():
         study, path = declare.load(name), folder / f"{name}.json"
         results = json.loads(_read(path)) if path.exists() else None
-        listed.append((name, study.title, study.source, results))
+        if all_ or results is not None:
+            listed.append((name, study.title, study.source, results))
         if results is not None:
             pages[folder / f"{name}.md"] = HEADER + page.markdown(results, plot=f"{name}.svg")
             pages[folder / f"{name}.svg"] = page.plot(results)
+    if not all_:
+        pages[folder / "README.md"] = (
+            f"{HEADER}# Studies on {listed[0][-1]['teacher']['name']}\n\n"
+            f"The same as [those on the demo's teacher](../README.md), on another.\n\n{page.index(listed)}\n"
+        )
+        return pages
+    more = "".join(f"\n\nOn another teacher: [{one.name}]({one.name}/README.md)." for one in others)
     pages[folder / "README.md"] = (
         f"{HEADER}# Studies\n\n"
         "Each repeats one table or figure of the Minitron papers (arXiv 2407.14679 and 2408.11796) in small: a real"
@@ -328,7 +346,7 @@ def study_pages(folder: Path) -> dict[Path, str]:
         " hold at scale and the other way round: a verdict says what this teacher and this text say of the claim.\n\n"
         "Held: the effect is there and its standard error over the seeds is at most half of it. Reversed: so is the"
         " opposite. Inconclusive: the seeds cannot tell.\n\n"
-        f"{page.index(listed)}\n\n"
+        f"{page.index(listed)}{more}\n\n"
         "```sh\nhalve study --list\nhalve study all\nhalve study aggregators --seeds 5 --tokens 500000\n```\n\n"
         "Runs are kept in `runs/studies` and shared: what two studies have in common is done once, and a study that was"
         " stopped goes on. `--model`, `--train` and `--valid` take a teacher and texts of one's own. A study is a file"

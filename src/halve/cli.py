@@ -33,6 +33,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder (a config alone is enough) or a hub name.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
 Out = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/ and the recipe's name.")]
+OnSpike = Annotated[
+    Literal["stop", "skip", "rewind"] | None,
+    typer.Option(help="What a loss that is not finite or leaps leads to, in place of the recipe's on_spike."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
@@ -145,22 +149,22 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, tokens, cost, memory, disk; do nothing.")
     ] = False,
-    on_spike: Annotated[
-        Literal["stop", "skip", "rewind"] | None,
-        typer.Option(help="What a loss that is not finite or leaps leads to, in place of the recipe's on_spike."),
-    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="With --dry-run: how many ranks will train.")] = 1,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="With --dry-run: the share of the peak rate to count hours with.")
+    ] = 0.4,
+    card: Annotated[float, typer.Option(min=1.0, help="With --dry-run: memory of one GPU, in GB.")] = 80.0,
+    on_spike: OnSpike = None,
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
     """All stages of a recipe; started again, it goes on where it stopped."""
-    loaded = load(recipe)
-    if on_spike is not None:
-        loaded = on_spikes(loaded, on_spike)
+    loaded = _spiking(load(recipe), on_spike)
     if dry_run:
         from halve import show
         from halve.dryrun import forecast
 
-        expected = forecast(loaded)
+        expected = forecast(loaded, ranks=ranks, mfu=mfu, card_bytes=card * 1e9, compare=True)
         if json_:
             show.as_json(expected.to_json())
         else:
@@ -285,22 +289,37 @@ def study(
 
 def _stage_command(section: str, summary: str, following: str) -> None:
     def command(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
-        from halve import show
-        from halve.rundir import read_json
+        _stage(section, following, load(recipe), recipe, out, quiet=quiet, json_=json_)
 
-        loaded = load(recipe)
-        folder = _run(loaded, out, only=section, quiet=quiet)
-        if section == "evaluate":
-            _show_results(folder, json_=json_)
-        elif json_:
-            show.as_json(read_json(folder / section / "manifest.json")["metrics"])
-        else:
-            print(folder / section)
-        if following and not json_:
-            _next(f"halve {following} {recipe}")
+    def training(
+        recipe: RecipeFile, out: Out = None, on_spike: OnSpike = None, quiet: Quiet = False, json_: AsJson = False
+    ) -> None:
+        _stage(section, following, _spiking(load(recipe), on_spike), recipe, out, quiet=quiet, json_=json_)
 
-    command.__doc__ = summary
-    app.command(name=section)(command)
+    chosen = training if section in ("correct", "distill") else command
+    chosen.__doc__ = summary
+    app.command(name=section)(chosen)
+
+
+def _stage(
+    section: str, following: str, loaded: Recipe, recipe: Path, out: Path | None, *, quiet: bool, json_: bool
+) -> None:
+    from halve import show
+    from halve.rundir import read_json
+
+    folder = _run(loaded, out, only=section, quiet=quiet)
+    if section == "evaluate":
+        _show_results(folder, json_=json_)
+    elif json_:
+        show.as_json(read_json(folder / section / "manifest.json")["metrics"])
+    else:
+        print(folder / section)
+    if following and not json_:
+        _next(f"halve {following} {recipe}")
+
+
+def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -> Recipe:
+    return recipe if policy is None else on_spikes(recipe, policy)
 
 
 _stage_command("correct", "Adapt the teacher to the corpus (2408.11796, Sec. 2.1).", "score")

@@ -5,47 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from halve.anatomy import Anatomy, Arch, Counts
+import torch
+from transformers import PretrainedConfig
+
+from halve.anatomy import Arch, Counts
+from halve.anatomy.configs import resized
 from halve.anatomy.runtimes import runtimes
+from halve.cut.sizes import config_sizes
+from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
 from halve.train.answers import token_bytes
-from halve.train.chunked import chunk_tokens
+from halve.train.ranks import require_shares
 from halve.train.schedule import spans
 
-GPU_BYTES = 80e9
 # Matrix rate that MFU is counted against: one H100 SXM in bf16, dense, from its data sheet.
 GPU_FLOPS = 989e12
 MFU = 0.4
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device while distilling in bf16 compute with float32 masters, and whether 80 GB hold them.
-
-    masters, gradients and AdamW's two moments are float32 and autocast keeps a 16-bit copy of the weights (18 bytes a
-    student parameter; 12 with moments in 8 bits, 10 with moments in main memory); the teacher stands in its
-    checkpoint's 16 bits; activations are those that one micro-batch keeps for the backward pass, about 34 hidden plus
-    3 ffn 16-bit entries a token and layer; the loss keeps two float32 chunks of logits. An estimate: no GPU has been
-    measured yet.
-    """
-
-    student_bytes: int
-    teacher_bytes: int
-    activation_bytes: int
-    loss_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum."""
-        return self.student_bytes + self.teacher_bytes + self.activation_bytes + self.loss_bytes
-
-    @property
-    def fits(self) -> bool:
-        """Whether it fits one 80 GB GPU with a tenth to spare."""
-        return self.total_bytes < 0.9 * GPU_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,7 +49,13 @@ class Forecast:
     runtimes: tuple[tuple[str, str, str], ...]
     tokens: dict[str, int]
     flops: dict[str, float]
-    memory: Memory
+    memory: dict[str, Memory]
+    """What a rank holds in every stage that trains."""
+    settings: tuple[Setting, ...]
+    """Other ways to carry out the distillation that takes most, where they are asked for."""
+    place: Place
+    card_bytes: float
+    mfu: float
     disk_bytes: int
     cache_bytes: int
     """The part of the disk that caches of teachers' answers take at most."""
@@ -81,19 +65,33 @@ class Forecast:
 
     @property
     def gpu_hours(self) -> float:
-        """Hours on one H100 at 40 % MFU."""
-        return sum(self.flops.values()) / (GPU_FLOPS * MFU) / 3600
+        """Hours of one H100 at this MFU."""
+        return sum(self.flops.values()) / (GPU_FLOPS * self.mfu) / 3600
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage that trains fits a card."""
+        return all(memory.fits(self.card_bytes) for memory in self.memory.values())
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        memory = {**asdict(self.memory), "total_bytes": self.memory.total_bytes, "fits_80gb": self.memory.fits}
-        return {**asdict(self), "memory": memory, "gpu_hours": self.gpu_hours}
+
+        def told(memory: Memory) -> dict[str, Any]:
+            return {**asdict(memory), "total_bytes": memory.total_bytes, "fits": memory.fits(self.card_bytes)}
+
+        memory = {stage: told(one) for stage, one in self.memory.items()}
+        settings = [{**asdict(one), "memory": told(one.memory)} for one in self.settings]
+        return {**asdict(self), "memory": memory, "settings": settings, "gpu_hours": self.gpu_hours, "fits": self.fits}
 
 
-def forecast(recipe: Recipe) -> Forecast:
-    """Plan and cost of a recipe from the teacher's config alone.
+def forecast(
+    recipe: Recipe, *, ranks: int = 1, mfu: float = MFU, card_bytes: float = CARD_BYTES, compare: bool = False
+) -> Forecast:
+    """Plan and cost of a recipe from the teacher's config alone, on so many ranks that reach this MFU.
 
-    Raises what planning raises: `CheckpointError`, `AnatomyError`, `PlanError`.
+    `compare` adds `settings`: what the distillation would take in other ways. Memory is planned for a GPU unless the
+    recipe says `device: cpu`. Raises what planning raises: `CheckpointError`, `AnatomyError`, `PlanError`, and
+    `TrainError` for ranks that the samples of a step cannot be shared among.
     """
     context = recipe.data.context
     found = shapes(recipe)
@@ -101,6 +99,8 @@ def forecast(recipe: Recipe) -> Forecast:
     before = teacher.ledger.count(teacher.sizes, context=context)
     made = tuple(_made(shape, context) for shape in found)
     flops, tokens = _work(recipe, found)
+    place = _place(recipe, ranks)
+    memory, settings = _memory(recipe, found, place, compare=compare)
     return Forecast(
         name=recipe.name,
         teacher=teacher.sizes,
@@ -112,8 +112,12 @@ def forecast(recipe: Recipe) -> Forecast:
         runtimes=tuple((r.name, r.opens, r.remedy) for r in runtimes(last.before, last.after)),
         tokens=tokens,
         flops=flops,
-        memory=_peak(recipe, found, before, made),
-        disk_bytes=_disk(recipe, before, made, tokens) + cache_bytes(recipe, found),
+        memory=memory,
+        settings=settings,
+        place=place,
+        card_bytes=card_bytes,
+        mfu=mfu,
+        disk_bytes=_disk(recipe, teacher.config, before, made, tokens) + cache_bytes(recipe, found),
         cache_bytes=cache_bytes(recipe, found),
         schedule=_schedule(recipe),
         tried=any(_is_tried(part) for part in rounds(recipe)),
@@ -131,45 +135,65 @@ def _made(shape: Shape, context: int) -> Round:
     return Round(shape.after, counts, () if kept is None else tuple(i for i in layers if i not in kept))
 
 
-def _peak(recipe: Recipe, found: tuple[Shape, ...], before: Counts, made: tuple[Round, ...]) -> Memory:
-    """The memory of the round that takes most."""
-    candidates = []
-    for i, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True)):
-        teacher = made[i - 1].counts if learns_from_previous(recipe, i + 1) else before
-        candidates.append(memory(shape.before, shape.after, teacher, made[i].counts, part))
-    return max(candidates, key=lambda one: one.total_bytes)
+def _place(recipe: Recipe, ranks: int) -> Place:
+    """Where training runs: a recipe for any device is planned for a GPU."""
+    trainings = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
+    for training in trainings:
+        require_shares(training, ranks)
+    cuda = recipe.device != "cpu"
+    precisions = {training.precision for training in trainings}
+    half = "bfloat16" in precisions or (cuda and "auto" in precisions)
+    return Place(ranks, max((training.replicas for training in trainings), default=1), cuda, half)
 
 
-def memory(anatomy: Anatomy, after: Arch, before: Counts, counts: Counts, recipe: Recipe) -> Memory:
-    """The memory of distillation on one device."""
-    section = recipe.distill
-    context = recipe.data.context
-    rows = context
-    if section:
-        rows = (section.micro_batch or section.batch) * max(span.context for span in spans(section, context))
-    return Memory(
-        student_bytes=_bytes_a_parameter(section) * counts.params,
-        teacher_bytes=_teacher_bytes(recipe, before),
-        activation_bytes=2 * rows * after.layers * (34 * after.hidden + 3 * after.ffn),
-        loss_bytes=2 * 4 * min(rows, chunk_tokens(anatomy.sizes.vocab, cuda=True)) * anatomy.sizes.vocab,
-    )
+def _memory(
+    recipe: Recipe, found: tuple[Shape, ...], place: Place, *, compare: bool
+) -> tuple[dict[str, Memory], tuple[Setting, ...]]:
+    """What every stage that trains takes, and other settings for the distillation that takes most."""
+    teacher = _sized(found[0], found[0].before.sizes)
+    memory: dict[str, Memory] = {}
+    distillations: dict[str, Distillation] = {}
+    if recipe.correct is not None and recipe.corrects_before:
+        memory["correct"] = correcting(recipe.correct, teacher, place, context=_longest(recipe.correct, recipe))
+    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        if part.distill is None:
+            continue
+        name = named("distill", number)
+        one = distillations[name] = Distillation(
+            part.distill,
+            _sized(shape, shape.after),
+            _sized(shape, shape.before.sizes) if learns_from_previous(recipe, number) else teacher,
+            place,
+            _longest(part.distill, recipe),
+            _teacher_dtype(recipe, teacher.config),
+        )
+        corrects = recipe.correct is not None and recipe.corrects_beside
+        memory[name] = one.with_correction(recipe.correct) if corrects and recipe.correct else one.memory()
+    if not (distillations and compare):
+        return memory, ()
+    return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()
 
 
-def _bytes_a_parameter(training: Training | None) -> int:
-    """Masters, gradients and a 16-bit copy; two moments of 4 bytes, of 1 in 8 bits, of none where they are offloaded.
-
-    `muon` is counted as AdamW, which it stays below.
-    """
-    if training is not None and training.offload_optimizer:
-        return 10
-    return 12 if training is not None and training.optimizer == "adamw8bit" else 18
+def _longest(training: Training, recipe: Recipe) -> int:
+    return max(span.context for span in spans(training, recipe.data.context))
 
 
-def _teacher_bytes(recipe: Recipe, before: Counts) -> int:
-    """Its weights; where it learns beside, masters, and what training adds to those that move."""
-    if recipe.correct is None or not recipe.corrects_beside:
-        return before.weight_bytes
-    return (18 if recipe.correct.method == "full" else 4) * before.params
+def _sized(shape: Shape, arch: Arch) -> Sized:
+    """The model before a round's cut, or after it."""
+    if arch == shape.before.sizes:
+        anatomy, config, kept = shape.before, shape.before.config, None
+    else:
+        anatomy, kept = shape.student, shape.kept_layers
+        layers = tuple(range(arch.layers)) if kept is None else kept
+        config = resized(anatomy.config, config_sizes(anatomy, arch), kept_layers=layers)
+    return Sized(config, arch, anatomy.ledger.count(arch, kept_layers=kept))
+
+
+def _teacher_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
+    if recipe.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, recipe.dtype))
+    own = config.dtype
+    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], dict[str, int]]:
@@ -227,16 +251,31 @@ def _over_phases(training: Training, context: int, per_token: Callable[[int], fl
     return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))
 
 
-def _disk(recipe: Recipe, before: Counts, made: tuple[Round, ...], tokens: dict[str, int]) -> int:
-    """Models, one training checkpoint of 12 bytes a parameter with its successor beside it, and the token files."""
-    total = before.weight_bytes + 24 * before.params if recipe.corrects_before else 0
+def _disk(
+    recipe: Recipe, config: PretrainedConfig, before: Counts, made: tuple[Round, ...], tokens: dict[str, int]
+) -> int:
+    """Models in the checkpoint's precision, the token files, and the checkpoints of the training that leaves most."""
+    params, checkpoints = 0, [0]
+    if recipe.correct and recipe.corrects_before:
+        params += before.params
+        checkpoints.append(_checkpoints(recipe.correct, before.params))
     for part, after in zip(rounds(recipe), (one.counts for one in made), strict=True):
-        students = 1 + (1 + len(part.distill.baselines) if part.distill else 0)
-        total += students * after.weight_bytes
-        if part.distill and recipe.corrects_beside:
-            corrected = {"student", *part.distill.baselines} - {"ce"}
-            total += len(corrected) * before.weight_bytes + 24 * before.params
-    return total + 24 * max(one.counts.params for one in made) + 4 * max(tokens.values())
+        params += after.params
+        if part.distill is None:
+            continue
+        variants = ("student", *part.distill.baselines)
+        params += len(variants) * after.params
+        learning = after.params
+        if recipe.corrects_beside:
+            params += sum(one != "ce" for one in variants) * before.params
+            learning += before.params
+        checkpoints.append(_checkpoints(part.distill, learning))
+    return params * _teacher_dtype(recipe, config).itemsize + max(checkpoints) + 4 * max(tokens.values())
+
+
+def _checkpoints(training: Training, params: int) -> int:
+    """Those that are kept and one that is being written: masters and two moments in float32."""
+    return 12 * params * (training.keep_checkpoints + 1)
 
 
 def cache_bytes(recipe: Recipe, found: tuple[Shape, ...]) -> int:

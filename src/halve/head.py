@@ -29,6 +29,7 @@ _DIVISORS = ("logits_scaling",)
 _SOFTCAP = "final_logit_softcapping"
 
 _PROBE_TOKENS = 8
+_FIX = "use a causal language model whose logits are output matrix, bias, scale and soft-cap"
 
 
 @dataclass(frozen=True)
@@ -132,28 +133,32 @@ def split(model: PreTrainedModel) -> tuple[Body, Head]:
     Raises `AnatomyError` where the model has no output matrix, or where its logits are not what the config
     says of them; then neither distillation nor measurement may trust the parts.
     """
-    name = type(model).__name__
-    fix = "use a causal language model whose logits are output matrix, bias, scale and soft-cap"
+    body, head = parts(model)
+    error = _difference(model, body, head)
+    if not error < (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise AnatomyError(
+            f"cannot split {type(model).__name__} into body and head",
+            why=f"the head's logits differ from the model's by {error:.2g} of their size",
+            fix=_FIX,
+        )
+    return body, head
+
+
+def parts(model: PreTrainedModel) -> tuple[Body, Head]:
+    """The same without the proof, for models without values. Raises `AnatomyError` if there is no output matrix."""
     output = model.get_output_embeddings()
     module = model.base_model
     if module is model or not isinstance(getattr(output, "weight", None), Tensor):
-        raise AnatomyError(f"cannot split {name} into body and head", why="it has no output matrix", fix=fix)
+        raise AnatomyError(
+            f"cannot split {type(model).__name__} into body and head", why="it has no output matrix", fix=_FIX
+        )
     config = model.config.get_text_config()
     scale = 1.0
     for key in _MULTIPLIERS:
         scale *= _number(config, key) or 1.0
     for key in _DIVISORS:
         scale /= _number(config, key) or 1.0
-    body = Body(module)
-    head = Head(output.weight, getattr(output, "bias", None), scale, _number(config, _SOFTCAP))
-    error = _difference(model, body, head)
-    if not error < (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):
-        raise AnatomyError(
-            f"cannot split {name} into body and head",
-            why=f"the head's logits differ from the model's by {error:.2g} of their size",
-            fix=fix,
-        )
-    return body, head
+    return Body(module), Head(output.weight, getattr(output, "bias", None), scale, _number(config, _SOFTCAP))
 
 
 def _number(config: Any, key: str) -> float | None:

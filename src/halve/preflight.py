@@ -6,6 +6,7 @@ import difflib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +41,26 @@ def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
     from halve.choices import load_items
 
     if out is not None:
-        yield lambda: check_folder(out, recipe)
-    yield lambda: checkpoint.resolve_device(recipe.device)
+        yield partial(check_folder, out, recipe)
+    yield partial(checkpoint.resolve_device, recipe.device)
     yield lambda: read_headers(locate(recipe.model))
-    yield lambda: _check_tokenizer(recipe)
-    yield lambda: _check_plan(recipe)
-    yield lambda: _check_correction(recipe)
+    yield partial(_check_tokenizer, recipe)
+    yield partial(_check_plan, recipe)
+    yield partial(_check_correction, recipe)
     for name, training in _trainings(recipe):
-        yield lambda training=training: _check_shares(training)  # type: ignore[misc]
-        yield lambda training=training: _check_place(training)  # type: ignore[misc]
-        yield lambda training=training: _check_packages(training)  # type: ignore[misc]
+        yield partial(_check_shares, training)
+        yield partial(_check_place, training)
+        yield partial(_check_packages, training)
         for phase in training.phases:
-            yield lambda name=name, phase=phase: _check_phase(recipe, name, phase)  # type: ignore[misc]
+            yield partial(_check_phase, recipe, name, phase)
     if recipe.data.documents == "apart":
-        yield lambda: _check_apart(recipe)
+        yield partial(_check_apart, recipe)
     for source in dict.fromkeys((*recipe.data.train_sources, *recipe.data.valid)):
-        yield lambda source=source: _check_corpus(source, recipe.data.text_field)  # type: ignore[misc]
+        yield partial(_check_corpus, source, recipe.data.text_field)
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
-        yield lambda path=path: load_items(path)  # type: ignore[misc]
+        yield partial(load_items, path)
     if out is not None:
-        yield lambda: _check_room(recipe, out)
+        yield partial(_check_room, recipe, out)
 
 
 def _check_tokenizer(recipe: Recipe) -> None:

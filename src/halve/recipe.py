@@ -138,7 +138,9 @@ class Training(Section):
     )
     compile: bool = Field(False, description="compile each layer; the first step takes a minute more")
     replicas: Count = Field(1, description="groups of ranks that each hold a whole model; 1 shards it over all of them")
-    checkpoint_every: Count = Field(200, description="steps between checkpoints; a kill loses at most these")
+    checkpoint_every: Count = Field(
+        200, description="steps between checkpoints; a kill loses at most these, twice as many while one is written"
+    )
     keep_checkpoints: Count = Field(1, description="how many checkpoints stay on the disk")
     on_spike: Literal["stop", "skip", "rewind"] = Field(
         "stop",

@@ -163,17 +163,44 @@ def forecast(found: Forecast) -> None:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
     work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]
     table("work", ("stage", "tokens", "FLOP"), work)
-    m = found.memory
-    fits = "fits" if m.fits else "does not fit"
-    print(
-        f"memory of distilling: student with gradients and optimizer {bytes_(m.student_bytes)}, teacher"
-        f" {bytes_(m.teacher_bytes)}, activations {bytes_(m.activation_bytes)}, loss {bytes_(m.loss_bytes)}:"
-        f" {bytes_(m.total_bytes)}, {fits} one 80 GB GPU"
-    )
+    _memory(found)
     caches = f", of which caches at most {bytes_(found.cache_bytes)}" if found.cache_bytes else ""
-    print(f"about {found.gpu_hours:,.3g} hours on one H100 at 40 % MFU; disk {bytes_(found.disk_bytes)}{caches}")
+    hours = f"about {found.gpu_hours:,.3g} hours of an H100 at {found.mfu:.0%} MFU"
+    if found.place.ranks > 1:
+        hours += f", {found.gpu_hours / found.place.ranks:,.3g} on {found.place.ranks} of them"
+    print(f"{hours}; disk {bytes_(found.disk_bytes)}{caches}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
+
+
+def _memory(found: Forecast) -> None:
+    """What training holds, and which settings would fit a card."""
+    place, card = found.place, bytes_(found.card_bytes)
+    if not found.memory:
+        return
+    device = "a GPU" if place.cuda else "a CPU"
+    where = f"{'each of ' + str(place.ranks) + ' ranks' if place.ranks > 1 else device}"
+    precision = "bfloat16 products, float32 masters" if place.half else "float32"
+    names = ("masters", "gradients", "moments", "teacher", "gathered", "activations and loss", "all")
+    rows = []
+    for stage, m in found.memory.items():
+        held = (m.masters_bytes, m.gradient_bytes, m.moment_bytes, m.teacher_bytes, m.gathered_bytes, m.passing_bytes)
+        fits = ("yes" if m.fits(found.card_bytes) else "no",) if place.cuda else ()
+        rows.append((stage, *map(bytes_, (*held, m.total_bytes)), *fits))
+    columns = ("stage", *names, *((f"fits {card}",) if place.cuda else ()))
+    table(f"memory on {where}, {precision}", columns, rows)
+    if not place.cuda or (found.fits and place.ranks > 1):
+        return
+    ways = dict.fromkeys((one.recompute, one.teacher) for one in found.settings)
+    by_optimizer: dict[str, list[str]] = {}
+    for one in found.settings:
+        cell = bytes_(one.memory.total_bytes) + (" fits" if one.memory.fits(found.card_bytes) else "")
+        by_optimizer.setdefault(one.optimizer, []).append(cell)
+    table(
+        f"distilling with other settings, a tenth of {card} left free",
+        ("optimizer", *(f"teacher {teacher}, recompute {recompute}" for recompute, teacher in ways)),
+        [(optimizer, *cells) for optimizer, cells in by_optimizer.items()],
+    )
 
 
 def results(found: Mapping[str, Any]) -> None:

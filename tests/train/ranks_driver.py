@@ -8,6 +8,7 @@ Imports everything once, then forks the ranks of each job, a line of JSON such a
     {"folder": "/tmp/a", "size": 2, "die": [1, 5]}                       rank 1 is killed in step 5
     {"folder": "/tmp/a", "size": 2, "term": [1, 3]}                      rank 1 gets SIGTERM in step 3
     {"folder": "/tmp/a", "size": 2, "full": [1, 2]}                      rank 1 has no room for the second checkpoint
+    {"folder": "/tmp/a", "size": 2, "nan": [1, 3]}                       rank 1's part of the loss of step 3 is nan
 
 and answers with a line: the ranks' exit statuses, what each said, the seconds until the last had ended.
 """
@@ -155,7 +156,8 @@ def troubled(objective: objectives.Objective, job: dict[str, Any]) -> objectives
             os.kill(os.getpid(), signal.SIGKILL)
         if now == job.get("term"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return objective(body, head, batch)
+        loss, count = objective(body, head, batch)
+        return (loss * torch.nan if now == job.get("nan") else loss), count
 
     return summed
 

@@ -282,6 +282,9 @@ class Second:
         apply(self.trained, found, lr=1e-2 / step, clip=1.0)
         return {"second_loss": found.loss}
 
+    def work(self, context: int, *, step: int) -> float:
+        return float(context * step)
+
 
 def second(seed: int = 5) -> Second:
     model = tiny(seed=seed).eval()

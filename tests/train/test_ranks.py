@@ -45,14 +45,21 @@ class Answer:
         return facts
 
     @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
     def course(self) -> list[dict[str, float]]:
         """Loss, norm and held-out figures of every step."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [
             {key: line[key] for key in ("step", "loss", "grad_norm", "teacher_loss") if key in line}
             | line.get("heldout", {})
-            for line in lines
+            for line in self.lines
         ]
+
+    @property
+    def spikes(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "spike" in line]
 
     @property
     def checkpoints(self) -> list[str]:
@@ -137,6 +144,40 @@ def test_replicas_of_shards_compute_what_one_rank_computes(driver: Driver, tmp_p
     four = driver.run(tmp_path / "4", 4, **job, shard_teacher=True, training={"replicas": 2})
     assert_same_course(four, one)
     assert one.facts["held"] / 2 <= four.facts["held"] < 1.1 * one.facts["held"] / 2
+
+
+def test_muon_on_shards_stays_near_one_rank(driver: Driver, tmp_path: Path) -> None:
+    """Its iteration is made in bfloat16, so that the last digits of a gradient grow to its third."""
+    job = {"training": {"optimizer": "muon"}}
+    one, two, four = (driver.run(tmp_path / str(size), size, **job) for size in (1, 2, 4))
+    assert_same_course(two, one, rel=1e-3)
+    assert_same_course(four, one, rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_a_spike_on_one_rank_is_left_out_by_all(driver: Driver, tmp_path: Path, policy: str) -> None:
+    job = {"training": {"on_spike": policy}, "nan": [0, 4]}
+    one, two = driver.run(tmp_path / "1", 1, **job), driver.run(tmp_path / "2", 2, **job | {"nan": [1, 4]})
+    assert [(spike["step"], spike["spike"]) for spike in one.spikes] == [(4, policy)]
+    assert [spike["samples"] for spike in two.spikes] == [spike["samples"] for spike in one.spikes]
+    assert_same_course(two, one)
+
+
+def test_a_spike_on_one_rank_stops_all(driver: Driver, tmp_path: Path) -> None:
+    found = driver.run(tmp_path / "2", 2, nan=[1, 4])
+    assert found.statuses == [2, 2]
+    assert all("step 4" in said for said in found.said)
+
+
+@pytest.mark.parametrize("keys", [{"optimizer": "adamw8bit"}, {"offload_optimizer": True}])
+def test_what_saves_memory_on_one_device_is_refused_on_several(
+    driver: Driver, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    if "optimizer" in keys:
+        pytest.importorskip("torchao")
+    found = driver.run(tmp_path / "2", 2, training=keys)
+    assert found.statuses == [2, 2]
+    assert "does not go with several ranks" in found.said[0]
 
 
 def test_half_precision_stays_near_one_rank(driver: Driver, tmp_path: Path) -> None:

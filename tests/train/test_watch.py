@@ -8,11 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from train.test_loop import CONTEXT, TIMES, VOCAB, Killed, killing, lines, run, same, taught, tiny, training, weights
+from train.test_loop import (
+    CONTEXT,
+    TIMES,
+    VOCAB,
+    Killed,
+    killing,
+    lines,
+    run,
+    same,
+    second,
+    taught,
+    tiny,
+    training,
+    weights,
+)
 
 from halve.anatomy import discover
 from halve.errors import TrainError
-from halve.recipe import Distill, Recipe, on_spikes
+from halve.recipe import Correct, Distill, Recipe, on_spikes
 from halve.train import checkpoints, watch
 from halve.train.objectives import Objective
 from halve.train.watch import Running
@@ -138,14 +152,23 @@ def test_work_of_distillation_counts_both_models_and_heads() -> None:
         anatomy = discover(config)
         return anatomy.ledger.count(anatomy.sizes, context=CONTEXT).flops_per_token
 
-    def work(learns: bool = False, **keys: Any) -> float:
-        return watch.distilling(student, teacher, Distill(tokens=1, **keys), learns=learns)(CONTEXT)
+    def work(**keys: Any) -> float:
+        return watch.distilling(student, teacher, Distill(tokens=1, **keys))(CONTEXT)
 
     assert watch.learning(student)(CONTEXT) == 3 * forward(student)
     assert work() == 3 * forward(student) + forward(teacher)
-    assert work(learns=True) == 3 * forward(student) + 4 * forward(teacher)
+    assert watch.correcting(teacher, Correct(tokens=1))(CONTEXT) == 3 * forward(teacher)
+    assert watch.correcting(teacher, Correct(tokens=1, method="norms"))(CONTEXT) == 2 * forward(teacher)
     assert work(cache="hidden") == 3 * forward(student) + 2 * VOCAB * 16
     assert work(cache="logits") == 3 * forward(student)
+
+
+def test_what_learns_beside_counts_while_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "matrix_rate", lambda device, half: 1e9)
+    run(tmp_path, tiny(), flops=lambda context: 1e3 * context, beside=second())
+    for line in lines(tmp_path):
+        work = (1e3 + line["step"]) * CONTEXT
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * work / 1e9, rel=0.02, abs=1e-4)
 
 
 def test_a_step_says_how_well_the_device_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halve import checkpoint, measure
+from halve import checkpoint
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
+from halve.stages.text import open_text
 from halve.train import answers, loop, objectives, teachers
 from halve.train import cache as caches
 from halve.train.cache import HELDOUT, TRAIN, Answer
-from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
 
 
@@ -38,12 +38,8 @@ def run(
     assert recipe.distill is not None
     training = recipe.distill
     device = checkpoint.resolve_device(recipe.device)
-    tokenizer = checkpoint.load_tokenizer(teacher)
-    config = checkpoint.load_config(teacher)
-    checkpoint.check_tokenizer(tokenizer, config, source=teacher)
-    measure.require_context(config, recipe.data.context, "a sample")
-    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
-    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    text = open_text(recipe, training, teacher, cache=cache, progress=progress)
+    course, heldout = text.course, text.heldout
     needed = answers.Needed.by(course)
     micro_batch, half = training.micro_batch or training.batch, loop.is_half(training, device)
 
@@ -58,7 +54,7 @@ def run(
         recipe,
         training,
         teacher=checkpoint.fingerprint(teacher),
-        tokenizer=tokenizer,
+        tokenizer=text.tokenizer,
         course=course,
         heldout=heldout,
         vocab=vocab,

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halve import checkpoint, measure
+from halve import checkpoint
 from halve.card import name_of
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
+from halve.stages.text import open_text
 from halve.train import adapters, loop, objectives, shards, watch
-from halve.train.course import open_course, open_heldout
 from halve.train.documents import require_apart
 
 
@@ -28,12 +28,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     assert recipe.correct is not None
     training = recipe.correct
     device = checkpoint.resolve_device(recipe.device)
-    tokenizer = checkpoint.load_tokenizer(teacher)
-    config = checkpoint.load_config(teacher)
-    checkpoint.check_tokenizer(tokenizer, config, source=teacher)
-    measure.require_context(config, recipe.data.context, "a sample")
-    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
-    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    text = open_text(recipe, training, teacher, cache=cache, progress=progress)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
@@ -42,14 +37,14 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     result = loop.train(
         model,
         objectives.cross_entropy(),
-        course,
+        text.course,
         seed=recipe.seed,
         device=device,
         work=out / ".checkpoints",
         metrics=out / "metrics.jsonl",
         progress=progress,
-        heldout=objectives.heldout_loss(heldout, micro_batch=training.micro_batch or training.batch),
-        flops=watch.learning(model.config),
+        heldout=objectives.heldout_loss(text.heldout, micro_batch=training.micro_batch or training.batch),
+        flops=watch.correcting(model.config, training),
         name="correct",
     )
     record = {
@@ -57,7 +52,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         "base_model": name_of(recipe.model),
         "teacher": checkpoint.fingerprint(teacher),
         "seed": recipe.seed,
-        "corpus": course.fingerprint,
+        "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }

@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from halve import checkpoint, measure
+from halve import checkpoint
 from halve.card import name_of
 from halve.head import Head, split
 from halve.progress import SILENT, Progress
 from halve.recipe import Distill, Dtype, Recipe
+from halve.stages.text import Text, open_text
 from halve.train import adapters, answers, intermediate, loop, objectives, shards, teachers, watch
 from halve.train.batch import Batch
 from halve.train.beside import Correction, correction
 from halve.train.cache import HELDOUT, CachedDraws, CachedHidden, Store
-from halve.train.course import Course, open_course, open_heldout
+from halve.train.course import Course
 from halve.train.documents import require_apart
 from halve.train.teachers import Hidden, Live, Teacher
 
@@ -71,17 +72,8 @@ def run(
     """
     assert recipe.distill is not None
     assert variant in VARIANTS
-    training = recipe.distill
-    device = checkpoint.resolve_device(recipe.device)
-    tokenizer = checkpoint.load_tokenizer(teacher)
-    for source in (teacher, student):
-        config = checkpoint.load_config(source)
-        checkpoint.check_tokenizer(tokenizer, config, source=source)
-        measure.require_context(config, recipe.data.context, "a sample")
-    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
-    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
-    micro_batch = training.micro_batch or training.batch
-
+    training, device = recipe.distill, checkpoint.resolve_device(recipe.device)
+    text = open_text(recipe, training, teacher, student, cache=cache, progress=progress)
     digest = checkpoint.fingerprint(teacher)
     corrects = recipe.corrects_beside and variant != "ce"
     if corrects:
@@ -89,45 +81,28 @@ def run(
     elif answers_in is None:
         taught = _by_model(recipe, training, teacher, device=device)
     else:
-        taught = _by_cache(recipe, training, answers_in, digest, tokenizer, course, heldout, device=device)
+        taught = _by_cache(recipe, training, answers_in, digest, text, device=device)
     model = _start(student, variant, seed=recipe.seed, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
-    if recipe.data.documents == "apart":
-        for one in (taught.model, model):
-            if one is not None:
-                require_apart(one)
-    num_tokens = 1 + max(tokenizer.get_vocab().values())
-    vocab = objectives.shared_vocab(split(model)[1], taught.head, num_tokens=num_tokens)
-    if isinstance(taught.by, Store):
-        teacher_ce = taught.by.facts.ce
-        taught.by.require_vocab(vocab)
-    else:
-        assert isinstance(taught.by, Live)
-        with loop.autocast(training, device):
-            teacher_ce = objectives.check_teacher(
-                taught.by.body, taught.head, heldout, vocab=vocab, micro_batch=micro_batch
-            )
+    vocab, teacher_ce = _examined(recipe, training, taught, model, text, device=device)
     if corrects:
-        taught = _corrected(recipe, training, taught, course, device=device)
+        taught = _corrected(recipe, training, taught, text.course, device=device)
     objective, extra = _objective(training, taught, model, variant=variant, vocab=vocab, seed=recipe.seed)
     if isinstance(taught.by, Live) and taught.model is not None and teachers.stays(training):
         shards.frozen(taught.model, taught.by.body, training, half=loop.is_half(training, device))
-    figures = objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch)
-    if isinstance(taught.by, Correction):
-        figures = taught.by.measuring(figures, objectives.heldout_loss(heldout, micro_batch=micro_batch))
     result = loop.train(
         model,
         objective,
-        course,
+        text.course,
         seed=recipe.seed,
         device=device,
         work=out / ".checkpoints",
         metrics=out / "metrics.jsonl",
         progress=progress,
-        heldout=figures,
+        heldout=_figures(training, taught, text.heldout, vocab=vocab),
         extra=extra,
         beside=taught.by if isinstance(taught.by, Correction) else None,
-        flops=_flops(training, teacher, model, variant=variant, corrects=corrects),
+        flops=_flops(training, teacher, model, variant=variant),
         name="distill" if variant == "student" else f"distill-{variant}",
     )
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -137,7 +112,7 @@ def run(
         "teacher": digest,
         "student": checkpoint.fingerprint(student),
         "seed": recipe.seed,
-        "corpus": course.fingerprint,
+        "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),
         **metrics,
     }
@@ -147,12 +122,40 @@ def run(
     return metrics
 
 
-def _flops(
-    training: Distill, teacher: Path | str, student: PreTrainedModel, *, variant: str, corrects: bool
-) -> watch.Work:
+def _examined(
+    recipe: Recipe, training: Distill, taught: _Taught, student: PreTrainedModel, text: Text, *, device: str
+) -> tuple[int, float]:
+    """The vocabulary that both share, and the cross-entropy of a teacher that can teach."""
+    if recipe.data.documents == "apart":
+        for one in (taught.model, student):
+            if one is not None:
+                require_apart(one)
+    num_tokens = 1 + max(text.tokenizer.get_vocab().values())
+    vocab = objectives.shared_vocab(split(student)[1], taught.head, num_tokens=num_tokens)
+    if isinstance(taught.by, Store):
+        taught.by.require_vocab(vocab)
+        return vocab, taught.by.facts.ce
+    assert isinstance(taught.by, Live)
+    with loop.autocast(training, device):
+        teacher_ce = objectives.check_teacher(
+            taught.by.body, taught.head, text.heldout, vocab=vocab, micro_batch=training.micro_batch or training.batch
+        )
+    return vocab, teacher_ce
+
+
+def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) -> objectives.Heldout:
+    """What is measured on the way."""
+    micro_batch = training.micro_batch or training.batch
+    figures = objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch)
+    if isinstance(taught.by, Correction):
+        return taught.by.measuring(figures, objectives.heldout_loss(heldout, micro_batch=micro_batch))
+    return figures
+
+
+def _flops(training: Distill, teacher: Path | str, student: PreTrainedModel, *, variant: str) -> watch.Work:
     if variant == "ce" or not objectives.teacher_terms(training):
         return watch.learning(student.config)
-    return watch.distilling(student.config, checkpoint.load_config(teacher), training, learns=corrects)
+    return watch.distilling(student.config, checkpoint.load_config(teacher), training)
 
 
 def _by_model(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
@@ -197,9 +200,7 @@ def _by_cache(
     training: Distill,
     folder: Path,
     teacher: str,
-    tokenizer: PreTrainedTokenizerBase,
-    course: Course,
-    heldout: Batch,
+    text: Text,
     *,
     device: str,
 ) -> _Taught:
@@ -208,11 +209,17 @@ def _by_cache(
     vocab = store.bound.vocab  # of the teacher's head, which its fingerprint stands for
     store.require(
         answers.bound_to(
-            recipe, training, teacher=teacher, tokenizer=tokenizer, course=course, heldout=heldout, vocab=vocab
+            recipe,
+            training,
+            teacher=teacher,
+            tokenizer=text.tokenizer,
+            course=text.course,
+            heldout=text.heldout,
+            vocab=vocab,
         )
     )
     if store.facts.drawn != answers.drawn(recipe, training):
-        store.require_samples(answers.Needed.by(course).steps)
+        store.require_samples(answers.Needed.by(text.course).steps)
     head = store.head(device)
     return _Taught(store, head, CachedHidden(store, head, HELDOUT))
 

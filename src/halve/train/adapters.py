@@ -89,7 +89,7 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> N
     names = linears(model)
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(target_modules=names, r=rank, lora_alpha=alpha, lora_dropout=0.0, fan_in_fan_out=transposed)
-    devices = [] if model.device.type == "cpu" else [model.device]
+    devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         LoraModel(model, config, _ADAPTER)

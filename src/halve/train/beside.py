@@ -21,7 +21,7 @@ from torch import Tensor
 from halve.errors import TrainError
 from halve.head import Body, Head
 from halve.recipe import Correct, Distill
-from halve.train import blocks, loop, objectives, schedule, shards
+from halve.train import blocks, loop, objectives, schedule, shards, watch
 from halve.train.batch import Batch, predictions
 from halve.train.course import Course
 from halve.train.optimizers import make_optimizer
@@ -43,6 +43,7 @@ class Correction:
     """It learns in the first so many steps and stays what it is after them."""
     precision: Callable[[], torch.autocast]
     device: str
+    flops: watch.Work
 
     def answer(self, batch: Batch) -> Hidden:
         """Run the body as it is by now."""
@@ -76,6 +77,10 @@ class Correction:
         apply(self.trained, found, lr=self.rate(step), clip=self.section.clip)
         return {"teacher_loss": found.loss, "teacher_grad_norm": found.norm}
 
+    def work(self, context: int, *, step: int) -> float:
+        """FLOPs a token of learning: nothing after the last of its steps."""
+        return self.flops(context) if step <= self.steps else 0.0
+
     def rate(self, step: int) -> float:
         """The teacher's learning rate at a step, by its section and over its own steps."""
         own = self.section
@@ -105,4 +110,5 @@ def correction(
     between = [parameter for layer in blocks.layers(model) for parameter in layer.parameters()]
     trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared, between=between))
     steps = min(1 + bisect_left(range(1, course.steps + 1), section.tokens, key=course.tokens), course.steps)
-    return Correction(trained, learner, section, steps, lambda: loop.autocast(shared, device), device)
+    work = watch.correcting(model.config, section)
+    return Correction(trained, learner, section, steps, lambda: loop.autocast(shared, device), device, work)

@@ -273,7 +273,7 @@ def _mapping(student: int, teacher: int, *, like: PreTrainedModel, seed: int) ->
         nn.init.eye_(linear.weight)
     else:
         nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(seed))
-    return linear.to(like.device)
+    return linear if linear.weight.device == like.device else linear.to(like.device)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

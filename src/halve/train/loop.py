@@ -148,7 +148,8 @@ def train(
                         if beside is not None:
                             line |= beside.step(parts, step=step)
                         seconds = time.perf_counter() - began
-                        line |= _speed(flops, batch, tokens, seconds, waited, device, training, ranks)
+                        work = _work(flops, beside, batch.ids.shape[1], step)
+                        line |= _speed(work, tokens, seconds, waited, device, training, ranks)
                     else:
                         drop(trained)
                         spikes = running.leave_out(step)
@@ -210,9 +211,15 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
     )
 
 
+def _work(flops: watch.Work | None, beside: Beside | None, context: int, step: int) -> float | None:
+    """FLOPs a token of all that learns in a step."""
+    if flops is None:
+        return None
+    return flops(context) + (0.0 if beside is None else beside.work(context, step=step))
+
+
 def _speed(
-    flops: watch.Work | None,
-    batch: Batch,
+    work: float | None,
     tokens: int,
     seconds: float,
     waited: float,
@@ -226,10 +233,9 @@ def _speed(
         "data_wait": round(waited / seconds, 4),
         "peak_memory_bytes": watch.peak_memory_bytes(device),
     }
-    if flops is None:
+    if work is None:
         return line
-    done = tokens * flops(batch.ids.shape[1])
-    share = watch.mfu(done, seconds, device=device, half=is_half(training, device), ranks=ranks.size)
+    share = watch.mfu(tokens * work, seconds, device=device, half=is_half(training, device), ranks=ranks.size)
     return line if share is None else line | {"mfu": round(share, 4)}
 
 

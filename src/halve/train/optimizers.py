@@ -25,7 +25,7 @@ def make_optimizer(
     """Make what moves `parameters`; decay is on matrices alone: norms and biases have no scale to shrink.
 
     `between` are the parameters between hidden states, whose matrices `muon` moves. Raises `TrainError` as `require`,
-    and for moments in main memory where parameters are in shards.
+    and for moments in 8 bits or in main memory where parameters are in shards.
     """
     require(training)
     moved = [parameter for parameter in parameters if parameter.requires_grad]
@@ -137,6 +137,7 @@ def _muon(moved: Sequence[nn.Parameter], training: Training, between: set[int]) 
 def _eight_bit(moved: Sequence[nn.Parameter], training: Training) -> torch.optim.Optimizer:
     from torchao.optim import AdamW8bit
 
+    _require_one_device(moved, "optimizer: adamw8bit", "set optimizer: adamw, or start one process")
     made: torch.optim.Optimizer = AdamW8bit(_groups(moved, training), lr=training.lr, betas=training.betas)
     made.register_step_pre_hook(_rates_as_tensors)
     return made
@@ -150,10 +151,15 @@ def _rates_as_tensors(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any
 
 
 def _offloaded(moved: Sequence[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    _require_one_device(moved, "offload_optimizer", "set offload_optimizer: false, or start one process")
+    return Offloaded(_groups(moved, training), lr=training.lr, betas=training.betas)
+
+
+def _require_one_device(moved: Sequence[nn.Parameter], what: str, fix: str) -> None:
+    """Both save memory of one device; torchao's compiled step fails where shards are uneven (0.18 on torch 2.13)."""
     if any(isinstance(parameter, DTensor) for parameter in moved):
         raise TrainError(
-            "offload_optimizer does not go with several ranks",
-            why="moments in main memory are for one device; ranks hold shards of them already",
-            fix="set offload_optimizer: false, or start one process",
+            f"{what} does not go with several ranks",
+            why="it saves the moments' memory on one device; ranks hold shards of them already",
+            fix=fix,
         )
-    return Offloaded(_groups(moved, training), lr=training.lr, betas=training.betas)

@@ -42,6 +42,9 @@ class Beside(Protocol):
     def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
         """Learn from the micro-batches of a step, counted from 1; give figures for the journal."""
 
+    def work(self, context: int, *, step: int) -> float:
+        """FLOPs a token of learning in a step, in samples of so many tokens."""
+
 
 @dataclass(frozen=True)
 class Found:

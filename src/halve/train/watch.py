@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from halve.anatomy import discover
-from halve.recipe import Distill
+from halve.recipe import Correct, Distill
 
 HORIZON = 64
 """Steps over which the running mean forgets."""
@@ -81,11 +81,16 @@ def learning(student: PretrainedConfig) -> Work:
     return lambda context: 3.0 * _forward(student, context)
 
 
-def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: Distill, *, learns: bool) -> Work:
+def correcting(teacher: PretrainedConfig, section: Correct) -> Work:
+    """FLOPs a token of a correction: three times the forward pass; two where what it passes through stays frozen."""
+    passes = 3.0 if section.method == "full" else 2.0
+    return lambda context: passes * _forward(teacher, context)
+
+
+def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: Distill) -> Work:
     """FLOPs a token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
 
-    Of a teacher whose hidden states are cached the head alone counts, of one whose logits are, nothing; of one that
-    `learns` beside, its forward pass as a teacher and three times that as a learner.
+    Of a teacher whose hidden states are cached the head alone counts, of one whose logits are, nothing.
     """
     own = learning(student)
 
@@ -95,7 +100,7 @@ def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: D
         if training.cache == "hidden":
             sizes = discover(teacher).sizes
             return own(context) + 2.0 * sizes.vocab * sizes.hidden
-        return own(context) + (4.0 if learns else 1.0) * _forward(teacher, context)
+        return own(context) + _forward(teacher, context)
 
     return work
 

@@ -1,0 +1,38 @@
+"""What a stage that trains reads: the recipe's text in the tokens of models that can take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from halve import checkpoint, measure
+from halve.progress import Progress
+from halve.recipe import Recipe, Training
+from halve.train.batch import Batch
+from halve.train.course import Course, open_course, open_heldout
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is trained on, step by step, and what is measured on meanwhile."""
+
+    tokenizer: PreTrainedTokenizerBase
+    course: Course
+    heldout: Batch
+
+
+def open_text(recipe: Recipe, training: Training, *models: Path | str, cache: Path, progress: Progress) -> Text:
+    """Cut text into tokens of the first model's tokenizer; `cache` is the run's folder of token files.
+
+    Raises `TokenizerError` and `TrainError` for a model that tokens or context do not suit, and `CorpusError`.
+    """
+    tokenizer = checkpoint.load_tokenizer(models[0])
+    for source in models:
+        config = checkpoint.load_config(source)
+        checkpoint.check_tokenizer(tokenizer, config, source=source)
+        measure.require_context(config, recipe.data.context, "a sample")
+    course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
+    return Text(tokenizer, course, heldout)
