@@ -124,13 +124,13 @@ def measure(vocab: int, args: argparse.Namespace, cases: Cases, floors: Floors) 
         pair = Pair(teacher, student, half, SAMPLES * (args.seq - 1))
         losses = {name: make(pair) for name, make in SYSTEMS.items()}
         own = summed(pair)
-        losses[OURS] = lambda part_BS, own=own: own(batch_of(part_BS))[0]  # as halve's loop has it: a sum
+        losses[OURS] = partial(_sum, own)
         steps = {name: partial(step, loss, student, optimizer) for name, loss in losses.items()}
         steps[OURS] = partial(own_step, own, Trained({"student": student}, optimizer))
         for name, loss in losses.items():
             case = cases[vocab, half, name] = Case(_best(loss, student, ids_BS, args.micro_batches))
             if not half:
-                case.bytes = working_bytes(loss, student, ids_BS[: 2 * case.micro_batch], case.micro_batch)
+                case.bytes = working_bytes(loss, student, ids_BS[:2])
         floors[vocab, half] = []
         running = list(losses)
         for turn in range(args.rounds):
@@ -151,6 +151,11 @@ def step(
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _sum(of_batch: Callable[[Batch], tuple[Tensor, int]], ids_BS: Tensor) -> Tensor:
+    """The loss as halve's loop has it."""
+    return of_batch(batch_of(ids_BS))[0]
 
 
 def own_step(
@@ -175,11 +180,14 @@ def _best(loss: Loss, student: PreTrainedModel, ids_BS: Tensor, candidates: Sequ
     return min(times, key=lambda size: times[size])
 
 
-def working_bytes(loss: Loss, student: PreTrainedModel, ids_BS: Tensor, micro_batch: int) -> int:
-    """The most bytes in tensors at any moment, less those of the gradients (parameters were there before)."""
+def working_bytes(loss: Loss, student: PreTrainedModel, ids_BS: Tensor) -> int:
+    """The most bytes in tensors at any moment, less those of the gradients (parameters were there before).
+
+    One sample at a time for all, whichever micro-batch is fastest.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        backward(loss, ids_BS, micro_batch)
+        backward(loss, ids_BS, 1)
     gradients: int = sum(p.grad.nbytes for p in student.parameters() if p.grad is not None)
     student.zero_grad(set_to_none=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -308,6 +316,8 @@ def _verdicts(vocab: int, cases: Cases, floors: Floors, errors: dict[tuple[bool,
         yield _verdict(
             f"{vocab}, {_word(half)}: share of the floor", statistics.median(shares), FLOOR[half], "at least", "{:.0%}"
         )
+    if vocab != max(size for size, *_ in cases):
+        return
     lean = min(case.bytes or 0 for case in whole)
     share = (cases[vocab, False, OURS].bytes or 0) / lean
     yield _verdict(

@@ -333,8 +333,9 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
             pages[folder / f"{name}.md"] = HEADER + page.markdown(results, plot=f"{name}.svg")
             pages[folder / f"{name}.svg"] = page.plot(results)
     if not all_:
+        named = next(results for *_, results in listed if results is not None)
         pages[folder / "README.md"] = (
-            f"{HEADER}# Studies on {listed[0][-1]['teacher']['name']}\n\n"
+            f"{HEADER}# Studies on {named['teacher']['name']}\n\n"
             f"The same as [those on the demo's teacher](../README.md), on another.\n\n{page.index(listed)}\n"
         )
         return pages

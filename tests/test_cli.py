@@ -26,18 +26,18 @@ FLAGS = {
         *("model", "--params", "--non-embedding-ratio", "--hidden", "--ffn", "--heads", "--kv-heads"),
         *("--layers", "--drop-layers", "--context", "--most", "--json"),
     ],
-    "run": ["recipe", "--out", "--dry-run", "--on-spike", "--quiet", "--json"],
+    "run": ["recipe", "--out", "--dry-run", "--ranks", "--mfu", "--card", "--on-spike", "--quiet", "--json"],
     "check": ["recipe", "--out", "--json"],
     "export": ["source", "--out", "--json"],
     "study": [
         *("name", "--list", "--out", "--model", "--train", "--valid", "--choices"),
         *("--seeds", "--tokens", "--context", "--quiet", "--json"),
     ],
-    "correct": RUN,
+    "correct": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "score": RUN,
     "prune": RUN,
     "cache": RUN,
-    "distill": RUN,
+    "distill": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "evaluate": RUN,
     "report": RUN,
 }
@@ -313,10 +313,11 @@ def test_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["student"]["ffn"] == 80
     assert found["teacher_counts"]["params"] == TINY_PARAMS
     assert found["tokens"]["distill"] == 1000
-    assert found["memory"]["fits_80gb"] is True
+    assert found["fits"] is True
+    assert found["memory"]["distill"]["fits"] is True
     assert main(["run", str(recipe), "--dry-run"]) == 0
     page = capsys.readouterr().out
-    for word in ("tiny: plan", "teacher", "student", "fits one 80 GB GPU", "disk", "schedule: "):
+    for word in ("tiny: plan", "teacher", "student", "fits 80.0 GB", "disk", "schedule: "):
         assert word in page
     assert not (recipe.parent / "runs").exists()
 

@@ -205,14 +205,17 @@ def test_two_rounds_have_the_papers_shapes(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_dry_run_says_whether_one_gpu_holds_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = on_config("llama-3.1-minitron-4b-width.yaml", LLAMA_3_1_8B, tmp_path)
-    memory = dry_run(recipe, capsys)["memory"]
-    # 18 bytes a parameter of the student (four float32 and a 16-bit copy) and 2 of the teacher are above 80e9
-    assert memory["student_bytes"] == 18 * 4_512_746_496
+    found = dry_run(recipe, capsys)
+    memory = found["memory"]["distill"]
+    # four float32 a parameter of the student and two bytes of the teacher are above 80e9
+    assert memory["masters_bytes"] + memory["gradient_bytes"] + memory["moment_bytes"] == 16 * 4_512_746_496
     assert memory["teacher_bytes"] == 2 * 8_030_261_248
-    assert memory["fits_80gb"] is False
+    assert memory["fits"] is found["fits"] is False
+    assert any(one["memory"]["fits"] for one in found["settings"])
     assert main(["run", str(recipe), "--dry-run"]) == 0
     page = " ".join(capsys.readouterr().out.split())
-    assert "does not fit one 80 GB GPU" in page
+    assert "distilling with other settings" in page
+    assert "fits │" in page
     assert "4,512,746,496 (4.51B)" in page
     assert "3,724,741,632" in page
 
@@ -224,7 +227,7 @@ def test_a_small_student_fits_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixt
         recipe.read_text(encoding="utf-8").replace("hidden: 3072", "hidden: 512").replace("ffn: 9216", "ffn: 1024"),
         encoding="utf-8",
     )
-    assert dry_run(recipe, capsys)["memory"]["fits_80gb"] is True
+    assert dry_run(recipe, capsys)["fits"] is True
 
 
 def rounded(found: dict[str, Any]) -> tuple[str, str]:

@@ -148,8 +148,8 @@ def train(
                         if beside is not None:
                             line |= beside.step(parts, step=step)
                         seconds = time.perf_counter() - began
-                        work = _work(flops, beside, batch.ids.shape[1], step)
-                        line |= _speed(work, tokens, seconds, waited, device, training, ranks)
+                        per_token = _work(flops, beside, batch.ids.shape[1], step)
+                        line |= _speed(per_token, tokens, seconds, waited, device, training, ranks)
                     else:
                         drop(trained)
                         spikes = running.leave_out(step)
