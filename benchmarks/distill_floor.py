@@ -2,8 +2,8 @@
 
 The work is DESIGN's: per token `(2 N_T + a_T) + 3 (2 N_S + a_S) + V (6 H_S + 2 H_T)`, N the parameters of the
 layers' matrices and `a` attention, of which the causal half counts. Elementwise work, the optimizer and memory
-count nothing. A product is taken in bfloat16 where its result may be rounded; the logits and the head's
-gradient, whose sums are kept in float32, are taken by the fastest product that gives float32.
+count nothing. A product is taken in bfloat16 where its result may be rounded; all others, in float32 or with sums
+that are kept in float32, by the faster of the libraries that give float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from halve.head import reduced_operands
+from halve.products import fast_products
 
 _ROWS = 512  # tokens of one product of the head; more bring no higher rate
 _REPEATS = 3
@@ -66,11 +66,9 @@ def seconds(work: list[Product], *, half: bool) -> float:
 
 
 def _time(one: Product, half: bool) -> float:
-    if not half:
-        return _fastest(one, torch.float32)
-    if not one.exact:
+    if half and not one.exact:
         return _fastest(one, torch.bfloat16)
-    with reduced_operands(torch.bfloat16):
+    with fast_products(torch.bfloat16 if half else torch.float32):
         other = _fastest(one, torch.float32)
     return min(other, _fastest(one, torch.float32))
 

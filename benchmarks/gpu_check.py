@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from halve import dryrun
-from halve.head import Head, add_product, product, split
+from halve.head import Head, split
+from halve.products import add_product, product
 from halve.recipe import Data, Distill, Prune, Recipe, Training
 from halve.train import chunked, divergences, loop, objectives
 from halve.train.batch import Batch

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from halve.errors import AnatomyError
-from halve.head import Head, product, split
+from halve.head import Head, split
 
 SIZES = {
     "hidden_size": 32,
@@ -96,7 +96,3 @@ def test_logits_of_half_precision_are_not_rounded_to_it() -> None:
     torch.testing.assert_close(logits.double(), hidden.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(Head(weight).logits(hidden), logits)
-
-
-def test_products_keep_float64() -> None:
-    assert product(torch.ones(1, 2, dtype=torch.float64), torch.ones(2, 1)).dtype == torch.float64

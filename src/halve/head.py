@@ -9,8 +9,6 @@ Shapes: B batch, S seq, N tokens, D hidden, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from halve.errors import AnatomyError
+from halve.products import product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,61 +69,6 @@ class Body:
         """Run the body; further keywords (such as `attention_mask`) go to the model's own forward."""
         hidden: Tensor = self.module(input_ids=input_ids, **({"use_cache": False} | kwargs))[0]
         return hidden
-
-
-def product(
-    a: Float[Tensor, "rows inner"],
-    b: Float[Tensor, "inner columns"],
-    *,
-    out: Float[Tensor, "rows columns"] | None = None,
-) -> Float[Tensor, "rows columns"]:
-    """Multiply two matrices into float32 (`out`, if given) without ever rounding the result to half precision.
-
-    Two bfloat16 operands on CUDA use its half-precision units with a float32 result; everywhere else the
-    operands are raised to float32 first. float64 stays float64.
-    """
-    with torch.autocast(a.device.type, enabled=False):
-        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        if a.is_cuda and a.dtype == b.dtype and a.dtype != dtype and not torch.is_grad_enabled():
-            # torch has no gradient for this product; losses make their own.
-            return torch.mm(a, b, out_dtype=dtype, out=out)
-        return torch.mm(a.to(dtype), b.to(dtype), out=out)
-
-
-def rounded_product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
-    """Multiply two matrices of one precision; on a CPU the result has it, too, as autocast has it."""
-    if a.is_cuda:
-        return product(a, b)
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b)
-
-
-def add_product(
-    total: Float[Tensor, "rows columns"], a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]
-) -> None:
-    """Add a product to a float32 sum in place; half-precision operands (CUDA) are not rounded on the way."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == total.dtype:
-            total.addmm_(a, b)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
-@contextmanager
-def reduced_operands(operand: torch.dtype) -> Iterator[None]:
-    """Within, a CPU may round the operands of float32 products to bfloat16, if that is the operand's precision.
-
-    oneDNN does so where the processor has units for it. Results are float32 in any case; where it has none they are
-    exact, and still come faster than those of torch's default library.
-    """
-    backends: Any = torch.backends.mkldnn
-    setting = backends.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16" if operand == torch.bfloat16 else before
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def split(model: PreTrainedModel) -> tuple[Body, Head]:

@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from halve.head import Head, add_product, product, reduced_operands, rounded_product
+from halve.head import Head
+from halve.products import add_product, fast_products, product, rounded_product
 from halve.train.divergences import Rows, Sampled, TeacherRows, ce_rows, kl_rows, sampled_kl_rows, weighted
 
 RowLoss = Rows[slice]
@@ -33,7 +34,8 @@ RowLoss = Rows[slice]
 Target = Callable[[slice], RowLoss]
 """What the student is compared with: the chunk's place in the batch -> the loss of its rows."""
 
-_BLOCKS = 16  # elementwise work goes through a chunk in this many blocks: its scratch is small and fits a cache
+_BLOCKS = 16  # elementwise work goes through a chunk in so many blocks or more: its scratch is small and fits a cache
+_ENTRIES = 2**19  # of a block on a CPU: larger arrays are fresh memory each time, dearer than the work itself
 
 
 def chunk_tokens(vocab: int, *, cuda: bool) -> int:
@@ -141,7 +143,7 @@ def divergence(
     for rows in _slices(hidden.shape[0], chunk):
         z_CV = _cap(_raw_logits(student, rows), head.softcap)
         t_CV = _cap(_raw_logits(teacher, rows), teacher_head.softcap)
-        for block in _slices(z_CV.shape[0], _block(chunk)):
+        for block in _blocks(z_CV, chunk):
             kl_R, _ = kl_rows(z_CV[block], t_CV[block])
             ce_R, _ = ce_rows(z_CV[block], labels[rows][block])
             same_R = z_CV[block].argmax(-1) == t_CV[block].argmax(-1)
@@ -164,7 +166,7 @@ def token_losses(
     losses = []
     for rows in _slices(hidden.shape[0], chunk):
         z_CV = _cap(_raw_logits(factors, rows), head.softcap)
-        losses += [ce_rows(z_CV[block], labels[rows][block])[0] for block in _slices(z_CV.shape[0], _block(chunk))]
+        losses += [ce_rows(z_CV[block], labels[rows][block])[0] for block in _blocks(z_CV, chunk)]
     return torch.cat(losses)
 
 
@@ -218,11 +220,11 @@ class _Chunked(torch.autograd.Function):
         total = hidden_ND.new_zeros((), dtype=exact)
         back_VD = factors.weight_DV.t().to(factors.operand)
         room_CV = factors.room(slice(0, min(chunk, hidden_ND.shape[0])))
-        with reduced_operands(factors.operand):
+        with fast_products(factors.operand):
             for rows in _slices(hidden_ND.shape[0], chunk):
                 z_CV = _raw_logits(factors, rows, room_CV)
                 row_loss = target(rows)
-                for block in _slices(z_CV.shape[0], _block(chunk)):
+                for block in _blocks(z_CV, chunk):
                     total += _into_gradient(z_CV[block], head, row_loss, block)
                 if bias_grad_V is not None:
                     bias_grad_V[:vocab] += z_CV.sum(0)
@@ -282,8 +284,9 @@ def _cap(z_CV: Tensor, softcap: float | None) -> Tensor:
     return z_CV if softcap is None else z_CV.div_(softcap).tanh_().mul_(softcap)
 
 
-def _block(chunk: int) -> int:
-    return math.ceil(chunk / _BLOCKS)
+def _blocks(z_CV: Tensor, chunk: int) -> Iterator[slice]:
+    rows = math.ceil(chunk / _BLOCKS)
+    return _slices(z_CV.shape[0], rows if z_CV.is_cuda else max(1, min(rows, _ENTRIES // z_CV.shape[1])))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
