@@ -100,11 +100,11 @@ def test_a_cache_costs_disk_and_saves_the_teachers_work(tmp_path: Path) -> None:
         return forecast(parse({**raw, "distill": distill}, folder=tmp_path, source="test"))
 
     none, hidden, logits = found(), found(cache="hidden"), found(cache="logits", cache_samples=16)
-    assert none.cache_bytes == 0
-    assert hidden.cache_bytes == 1000 * 96 * 2
-    assert found(cache="hidden", precision="float32").cache_bytes == 1000 * 96 * 4
-    assert logits.cache_bytes == 1000 * (16 * 2 + 1 + 4)  # 128 tokens with up to 16 counts: two bytes
-    assert hidden.disk_bytes - none.disk_bytes == hidden.cache_bytes
+    assert none.disk.cache_bytes == 0
+    assert hidden.disk.cache_bytes == 1000 * 96 * 2
+    assert found(cache="hidden", precision="float32").disk.cache_bytes == 1000 * 96 * 4
+    assert logits.disk.cache_bytes == 1000 * (16 * 2 + 1 + 4)  # 128 tokens with up to 16 counts: two bytes
+    assert hidden.disk.total_bytes - none.disk.total_bytes == hidden.disk.cache_bytes
     assert "cache" not in none.flops
     once, own = hidden.flops["cache"], none.flops["distill (ce)"]
     assert none.flops["distill"] == once + own

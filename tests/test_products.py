@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halve import products
 from halve.products import fast_products, product
@@ -57,3 +58,8 @@ def test_the_setting_comes_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), fast_products(torch.bfloat16):
         raise ZeroDivisionError
     assert SETTING.fp32_precision == before
+
+
+def test_the_question_is_put_to_the_processor_in_a_rehearsal_too() -> None:
+    with FakeTensorMode(), fast_products():
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).shape == (2, 2)

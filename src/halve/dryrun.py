@@ -14,6 +14,7 @@ from halve.anatomy import Arch, Counts
 from halve.anatomy.configs import resized
 from halve.anatomy.runtimes import runtimes
 from halve.cut.sizes import config_sizes
+from halve.disk import Disk, planned
 from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
@@ -56,9 +57,7 @@ class Forecast:
     place: Place
     card_bytes: float
     mfu: float
-    disk_bytes: int
-    cache_bytes: int
-    """The part of the disk that caches of teachers' answers take at most."""
+    disk: Disk
     schedule: dict[str, Any]
     tried: bool
     """Whether a trial may share the budget between depth and width in another way than is shown."""
@@ -81,7 +80,9 @@ class Forecast:
 
         memory = {stage: told(one) for stage, one in self.memory.items()}
         settings = [{**asdict(one), "memory": told(one.memory)} for one in self.settings]
-        return {**asdict(self), "memory": memory, "settings": settings, "gpu_hours": self.gpu_hours, "fits": self.fits}
+        disk = {**asdict(self.disk), "total_bytes": self.disk.total_bytes}
+        sums = {"gpu_hours": self.gpu_hours, "fits": self.fits}
+        return {**asdict(self), "memory": memory, "settings": settings, "disk": disk, **sums}
 
 
 def forecast(
@@ -117,8 +118,16 @@ def forecast(
         place=place,
         card_bytes=card_bytes,
         mfu=mfu,
-        disk_bytes=_disk(recipe, teacher.config, before, made, tokens) + cache_bytes(recipe, found),
-        cache_bytes=cache_bytes(recipe, found),
+        disk=planned(
+            recipe,
+            teacher=before.params,
+            students=[one.counts.params for one in made],
+            itemsize=_teacher_dtype(recipe, teacher.config).itemsize,
+            vocab=teacher.sizes.vocab,
+            memory=memory,
+            place=place,
+            cache_bytes=cache_bytes(recipe, found),
+        ),
         schedule=_schedule(recipe),
         tried=any(_is_tried(part) for part in rounds(recipe)),
     )
@@ -249,33 +258,6 @@ def _over_phases(training: Training, context: int, per_token: Callable[[int], fl
     ends = [*(span.tokens_before for span in found[1:]), training.tokens]
     parts = zip(found, ends, strict=True)
     return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))
-
-
-def _disk(
-    recipe: Recipe, config: PretrainedConfig, before: Counts, made: tuple[Round, ...], tokens: dict[str, int]
-) -> int:
-    """Models in the checkpoint's precision, the token files, and the checkpoints of the training that leaves most."""
-    params, checkpoints = 0, [0]
-    if recipe.correct and recipe.corrects_before:
-        params += before.params
-        checkpoints.append(_checkpoints(recipe.correct, before.params))
-    for part, after in zip(rounds(recipe), (one.counts for one in made), strict=True):
-        params += after.params
-        if part.distill is None:
-            continue
-        variants = ("student", *part.distill.baselines)
-        params += len(variants) * after.params
-        learning = after.params
-        if recipe.corrects_beside:
-            params += sum(one != "ce" for one in variants) * before.params
-            learning += before.params
-        checkpoints.append(_checkpoints(part.distill, learning))
-    return params * _teacher_dtype(recipe, config).itemsize + max(checkpoints) + 4 * max(tokens.values())
-
-
-def _checkpoints(training: Training, params: int) -> int:
-    """Those that are kept and one that is being written: masters and two moments in float32."""
-    return 12 * params * (training.keep_checkpoints + 1)
 
 
 def cache_bytes(recipe: Recipe, found: tuple[Shape, ...]) -> int:

@@ -164,11 +164,13 @@ def forecast(found: Forecast) -> None:
     work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]
     table("work", ("stage", "tokens", "FLOP"), work)
     _memory(found)
-    caches = f", of which caches at most {bytes_(found.cache_bytes)}" if found.cache_bytes else ""
+    disk = found.disk
+    parts = [f"models and training states {bytes_(disk.model_bytes)}", f"text {bytes_(disk.text_bytes)}"]
+    parts += [f"caches at most {bytes_(disk.cache_bytes)}"] if disk.cache_bytes else []
     hours = f"about {found.gpu_hours:,.3g} hours of an H100 at {found.mfu:.0%} MFU"
     if found.place.ranks > 1:
         hours += f", {found.gpu_hours / found.place.ranks:,.3g} on {found.place.ranks} of them"
-    print(f"{hours}; disk {bytes_(found.disk_bytes)}{caches}")
+    print(f"{hours}; disk {bytes_(disk.total_bytes)}: {', '.join(parts)}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
 

@@ -58,7 +58,7 @@ def test_a_teacher_that_is_corrected_lightly_is_an_ordinary_model(
     assert held[-1] < held[0]
     with torch.no_grad():
         written = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(ids, use_cache=False).logits
-    torch.testing.assert_close(written, apart[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(written, apart[0], rtol=1e-5, atol=1e-5)  # merging rounds in float32
 
 
 def test_a_run_that_corrects_beside(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
@@ -140,10 +140,11 @@ def test_the_plan_counts_what_the_teacher_learns(make_recipe: MakeRecipe) -> Non
     for name in ("distill", "distill (random_init)"):
         assert beside.flops[name] == alone.flops[name] + before.flops["correct"]
     assert beside.flops["distill (ce)"] == alone.flops["distill (ce)"]
-    assert beside.memory.teacher_bytes == 18 * beside.teacher_counts.params
+    held = {name: plan.memory["distill"].teacher_bytes for name, plan in {"alone": alone, "beside": beside}.items()}
+    assert held["beside"] == 12 * beside.teacher_counts.params  # masters and two moments
     light = forecast(make_recipe(correct=SOME | {"when": "beside", "method": "norms"}, distill=distill))
-    assert alone.memory.teacher_bytes < light.memory.teacher_bytes + 1 < beside.memory.teacher_bytes
-    assert beside.disk_bytes > before.disk_bytes > alone.disk_bytes
+    assert held["alone"] <= light.memory["distill"].teacher_bytes < held["beside"]
+    assert beside.disk.total_bytes > before.disk.total_bytes > alone.disk.total_bytes
 
 
 def test_the_missing_package_is_told_before_anything_runs(
