@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from halve.head import split
-from halve.train import objectives
+from halve.train import blocks, objectives
 from halve.train.batch import Batch
 from halve.train.teachers import Live
 
@@ -68,6 +68,14 @@ def halve(pair: Pair) -> Loss:
     """The same as a mean, as the others give it."""
     of_batch = _summed(pair, accumulates=False)
     return lambda ids_BS: of_batch(batch_of(ids_BS))[0] / pair.num_tokens
+
+
+def compiled(pair: Pair) -> Pair:
+    """Copies of both whose layers are compiled, as a recipe's `compile: true` has them."""
+    teacher, student = copy.deepcopy(pair.teacher), copy.deepcopy(pair.student)
+    for model in (teacher, student):
+        blocks.compiled(model)
+    return replace(pair, teacher=teacher, student=student)
 
 
 def batch_of(ids_BS: Tensor) -> Batch:

@@ -1,7 +1,7 @@
 """How fast a distillation step is: halve beside the loss code of others, all against the floor of their products.
 
     pip install -r benchmarks/requirements-peers.txt      (in an environment of its own, with halve)
-    python benchmarks/distill_step.py [--vocab 32000 128000] [--rounds 3] [--threads N] [--out FOLDER]
+    python benchmarks/distill_step.py [--vocab 32000 128000] [--rounds 3] [--threads N] [--compile] [--out FOLDER]
 
 Two Llamas with random weights, the teacher 512 wide and the student 384, 8 layers each; 4096 tokens a step in
 samples of 1024. All systems share models, samples, precision, clipping and AdamW, and differ in what makes the
@@ -19,6 +19,7 @@ import argparse
 import copy
 import datetime
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -32,14 +33,14 @@ from typing import Any
 
 import torch
 from distill_floor import products, seconds
-from distill_peers import PEERS, Loss, Pair, batch_of, halve, summed, versions
+from distill_peers import PEERS, Loss, Pair, batch_of, compiled, halve, summed, versions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from halve.train.batch import Batch
 from halve.train.step import Trained, apply, gradients
 
-OURS = "halve"
+OURS, COMPILED = "halve", "halve, compiled layers"
 SYSTEMS: dict[str, Callable[[Pair], Loss]] = {OURS: halve, **PEERS}
 SAMPLES, SEQ, LR = 4, 1024, 1e-5
 TOLERANCE = 1e-4
@@ -75,13 +76,15 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parity-steps", type=int, default=200)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--compile", action="store_true", help="halve once more with compiled layers, for the floor")
     parser.add_argument("--out", type=Path, help="a folder for the page; default: it is only printed")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     began = time.perf_counter()
-    errors = {(half, name): exactness(make, half=half) for half in (False, True) for name, make in SYSTEMS.items()}
+    systems = {**SYSTEMS, **({COMPILED: lambda pair: halve(compiled(pair))} if args.compile else {})}
+    errors = {(half, name): exactness(make, half=half) for half in (False, True) for name, make in systems.items()}
     cases: Cases = {}
     floors: Floors = {}
     for vocab in args.vocab:
@@ -120,17 +123,22 @@ def measure(vocab: int, args: argparse.Namespace, cases: Cases, floors: Floors) 
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, fused=True)
     ids_BS = torch.randint(vocab, (SAMPLES, args.seq), generator=torch.Generator().manual_seed(1))
     work = products(teacher.config, student.config, samples=SAMPLES, seq=args.seq)
+    torch.compiler.reset()  # code of other shapes counts against what it will compile
     for half in (False, True):
         pair = Pair(teacher, student, half, SAMPLES * (args.seq - 1))
         losses = {name: make(pair) for name, make in SYSTEMS.items()}
-        own = summed(pair)
-        losses[OURS] = partial(_sum, own)
         steps = {name: partial(step, loss, student, optimizer) for name, loss in losses.items()}
-        steps[OURS] = partial(own_step, own, Trained({"student": student}, optimizer))
+        students = dict.fromkeys(losses, student)
+        for name, one in {OURS: pair, **({COMPILED: compiled(pair)} if args.compile else {})}.items():
+            own, students[name] = summed(one), one.student
+            moved = optimizer if name == OURS else torch.optim.AdamW(one.student.parameters(), lr=LR, fused=True)
+            losses[name] = partial(_sum, own)
+            steps[name] = partial(own_step, own, Trained({"student": one.student}, moved))
         for name, loss in losses.items():
-            case = cases[vocab, half, name] = Case(_best(loss, student, ids_BS, args.micro_batches))
+            sizes = [cases[vocab, half, OURS].micro_batch] if name == COMPILED else args.micro_batches
+            case = cases[vocab, half, name] = Case(_best(loss, students[name], ids_BS, sizes))
             if not half:
-                case.bytes = working_bytes(loss, student, ids_BS[:2])
+                case.bytes = working_bytes(loss, students[name], ids_BS[:2])
         floors[vocab, half] = []
         running = list(losses)
         for turn in range(args.rounds):
@@ -273,7 +281,9 @@ def page(
     """What was found, as markdown, with a verdict on every target."""
     threads = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
     lines = [f"# Distillation step, {datetime.date.today()}", "", f"{threads}; {args.rounds} rounds, {minutes:.0f} min"]
+    kept = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith("MALLOC_")]
     lines += ["", ", ".join(f"{name} {version}" for name, version in versions().items())]
+    lines += ["", f"In the environment of all: {' '.join(kept)}"] if kept else []
     lines += ["", "DistillKit: in no package index, left out.", ""]
     lines += ["| precision | system | error of the loss | counts |", "|---|---|---|---|"]
     for (half, name), error in errors.items():
@@ -294,11 +304,15 @@ def page(
 def _row(half: bool, name: str, case: Case, floor: list[float], tokens: int) -> str:
     spread = f"{min(case.times):.2f} to {max(case.times):.2f}"
     memory = "" if case.bytes is None else f"{case.bytes / 1e6:.0f}"
-    share = statistics.median(least / took for least, took in zip(floor, case.times, strict=False))
     return (
         f"| {_word(half)} | {name} | {case.micro_batch} | {case.median:.2f} ({spread}) | {tokens / case.median:.0f} |"
-        f" {share:.0%} | {memory} |"
+        f" {_share(floor, case):.0%} | {memory} |"
     )
+
+
+def _share(floor: list[float], case: Case) -> float:
+    """Of the floor that was measured in the same round, at the median."""
+    return statistics.median(least / took for least, took in zip(floor, case.times, strict=False))
 
 
 def _verdicts(vocab: int, cases: Cases, floors: Floors, errors: dict[tuple[bool, str], float]) -> Iterator[str]:
@@ -312,10 +326,11 @@ def _verdicts(vocab: int, cases: Cases, floors: Floors, errors: dict[tuple[bool,
         wanted = HALF_FASTER if half else FASTER.get(vocab, min(FASTER.values()))
         what = f"{vocab}, {_word(half)}: tokens/s of the fastest exact peer ({min(ratios):.2f} to {max(ratios):.2f})"
         yield _verdict(what, statistics.median(ratios), wanted, "at least", "{:.2f} times")
-        shares = [least / took for least, took in zip(floors[vocab, half], ours.times, strict=False)]
-        yield _verdict(
-            f"{vocab}, {_word(half)}: share of the floor", statistics.median(shares), FLOOR[half], "at least", "{:.0%}"
-        )
+        for name in (OURS, COMPILED):
+            if (vocab, half, name) in cases:
+                share = _share(floors[vocab, half], cases[vocab, half, name])
+                what = f"{vocab}, {_word(half)}: {name}, share of the floor"
+                yield _verdict(what, share, FLOOR[half], "at least", "{:.0%}")
     if vocab != max(size for size, *_ in cases):
         return
     lean = min(case.bytes or 0 for case in whole)

@@ -274,7 +274,8 @@ def _into_gradient(z_RV: Tensor, head: Head, row_loss: RowLoss, block: slice) ->
 def _raw_logits(factors: _Factors, rows: slice, room_CV: Tensor | None = None) -> Tensor:
     """Return scaled logits of a chunk, before a soft-cap."""
     out = None if room_CV is None else room_CV[: rows.stop - rows.start]
-    z_CV = product(factors.hidden_ND[rows], factors.weight_DV, out=out)
+    with fast_products(factors.operand):
+        z_CV = product(factors.hidden_ND[rows], factors.weight_DV, out=out)
     if factors.bias_V is not None:
         z_CV += factors.bias_V
     return z_CV if factors.scale == 1.0 else z_CV.mul_(factors.scale)

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from halve.products import fast_products
 from halve.train.batch import Batch
 from halve.train.ranks import here
 
@@ -68,11 +67,10 @@ def gradients(
     `parts` are this rank's. `settle` is called after the last of them (see `shards.Learner.settle`).
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
-    with fast_products():
-        for part in parts:
-            loss, num_tokens = summed(part)
-            torch.autograd.backward(loss)
-            total, count = total.to(loss.device) + loss.detach(), count + num_tokens
+    for part in parts:
+        loss, num_tokens = summed(part)
+        torch.autograd.backward(loss)
+        total, count = total.to(loss.device) + loss.detach(), count + num_tokens
     if settle is not None:
         settle()
     both = here().sum(torch.stack([total, total.new_tensor(float(count))]))
