@@ -83,8 +83,12 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     began = time.perf_counter()
-    systems = {**SYSTEMS, **({COMPILED: lambda pair: halve(compiled(pair))} if args.compile else {})}
-    errors = {(half, name): exactness(make, half=half) for half in (False, True) for name, make in systems.items()}
+    systems = {**SYSTEMS, **({COMPILED: halve} if args.compile else {})}
+    errors = {
+        (half, name): exactness(make, compiled if name == COMPILED else None, half=half)
+        for half in (False, True)
+        for name, make in systems.items()
+    }
     cases: Cases = {}
     floors: Floors = {}
     for vocab in args.vocab:
@@ -93,6 +97,7 @@ def main() -> None:
     lines = page(args, cases, floors, errors, parity, minutes=(time.perf_counter() - began) / 60)
     print("\n".join(lines))
     if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"distill-step-{datetime.date.today()}.md").write_text("\n".join(lines) + "\n")
 
 
@@ -209,18 +214,19 @@ def working_bytes(loss: Loss, student: PreTrainedModel, ids_BS: Tensor) -> int:
     return peak - gradients
 
 
-def exactness(make: Callable[[Pair], Loss], *, half: bool) -> float:
-    """The relative error of a loss against float64 from the same hidden states.
+def exactness(make: Callable[[Pair], Loss], made_of: Callable[[Pair], Pair] | None, *, half: bool) -> float:
+    """The relative error of a loss against float64 from the same hidden states, those of `made_of` the models.
 
     In bfloat16 the factors may be rounded: the reference is the nearer of those from whole and rounded factors.
     """
     teacher, student = _near(vocab=32000)
     ids_BS = torch.randint(32000, (1, 256), generator=torch.Generator().manual_seed(2))
     pair = Pair(teacher, student, half, 255)
+    pair = pair if made_of is None else made_of(pair)
     with torch.no_grad():
         found = float(make(pair)(ids_BS))
         with pair.autocast():
-            states = [model.base_model(ids_BS, use_cache=False)[0][0, :-1] for model in (teacher, student)]
+            states = [model.base_model(ids_BS, use_cache=False)[0][0, :-1] for model in (pair.teacher, pair.student)]
     weights = [model.get_output_embeddings().weight.detach() for model in (teacher, student)]
     wanted = [_kl(states, weights)]
     if half:

@@ -317,6 +317,15 @@ def test_unfinished_stages_are_left_out(run: Path, tmp_path: Path, missing: list
     } - gone  # fmt: skip
 
 
+def test_stages_stand_in_the_order_of_the_pipeline(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for stage in ("cache", "prune-2", "cache-2", "distill-2-ce"):
+        (tmp_path / "run" / stage).mkdir()
+        shutil.copy(tmp_path / "run/score/manifest.json", tmp_path / "run" / stage)
+    first = ["correct", "score", "prune", "cache", "distill", "distill-ce", "distill-random_init"]
+    assert list(report.read(tmp_path / "run").manifests) == [*first, "prune-2", "cache-2", "distill-2-ce", "evaluate"]
+
+
 def test_a_run_that_only_prunes(run: Path, tmp_path: Path) -> None:
     part = shutil.copytree(run, tmp_path / "run")
     for stage in ("correct", "distill", "distill-ce", "distill-random_init"):

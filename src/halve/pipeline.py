@@ -107,8 +107,13 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         models |= students
         last = models.get(named("distilled", number), named("prune", number))
     subject = next((name for name, stage in models.items() if stage == last and name.startswith("distilled")), None)
+    beside = {
+        named("corrected", number): models[named("distilled", number)]
+        for number, part in enumerate(rounds(recipe), 1)
+        if part.corrects_beside
+    }
     reads, measured = (*_EVERYWHERE, "evaluate", "-evaluate.choices"), ("teacher", "valid", "choices")
-    act = _evaluate(models, subject=subject)
+    act = _evaluate(models, beside, subject=subject)
     listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
     everything = tuple(stage.name for stage in listed)
     listed.append(Stage("report", "report", recipe, (*_EVERYWHERE, "name"), everything, (), 1, _report))
@@ -233,13 +238,17 @@ def _distill(variant: str, start: str, teacher: str | None, answers: str | None)
     return act
 
 
-def _evaluate(models: Mapping[str, str], *, subject: str | None) -> _Act:
+def _evaluate(models: Mapping[str, str], beside: Mapping[str, str], *, subject: str | None) -> _Act:
+    """Of the stages that made them: models, and teachers that were corrected beside, by their names."""
+
     def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import evaluate
 
+        taught: dict[str, Path | str] = {name: run.folder.stage(stage) / "teacher" for name, stage in beside.items()}
+        made = {name: run.model(stage) for name, stage in models.items()}
         return evaluate.run(
             recipe,
-            models={"teacher": recipe.model, **{name: run.model(stage) for name, stage in models.items()}},
+            models={"teacher": recipe.model, **taught, **made},
             reference="corrected" if recipe.corrects_before else "teacher",
             subject=subject,
             cache=run.cache,

@@ -22,7 +22,7 @@ from halve.rounds import named, parsed
 from halve.rundir import MANIFEST, RECIPE, atomic_file, read_json
 from halve.sections import Section, Table
 
-STAGES = ("correct", "score", "prune", "distill", "evaluate")
+STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
 _PAGES = jinja2.Environment(

@@ -81,7 +81,9 @@ def test_a_run_that_corrects_beside(make_recipe: MakeRecipe, tiny_llama: Path, t
     assert not (out / "distill-ce" / "teacher").exists()
     results = json.loads((out / "evaluate" / "results.json").read_text())
     assert results["reference"] == "teacher"  # the one that was cut
-    assert "corrected" not in results["models"]
+    assert list(results["models"]) == ["teacher", "corrected", "pruned", "distilled", "ce"]
+    assert results["models"]["corrected"]["nll"] != results["models"]["teacher"]["nll"]
+    assert results["differences"]["subject"] == "distilled"
 
 
 def test_a_correction_beside_is_no_stage_of_its_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:
