@@ -78,6 +78,28 @@ def test_two_ranks_make_the_run_of_one(done: tuple[Path, str], recipe: Recipe, t
     torch.testing.assert_close(dict(models[0].named_parameters()), dict(models[1].named_parameters()))
 
 
+def test_two_ranks_correct_a_teacher_beside(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    correct = {"tokens": 640, "batch": 4, "when": "beside"}
+    recipe = make_recipe(correct=correct, distill=TRAINING)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    runs = tmp_path / "one", tmp_path / "two"
+    for stage in ("score", "prune"):
+        pipeline.run(recipe, runs[0], only=stage)
+    shutil.copytree(*runs)
+    pipeline.run(recipe, runs[0], only="distill")
+    command = torchrun(path, runs[1])
+    command[command.index("run", command.index("halve"))] = "distill"
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    for mine, its in zip(*(course(run / "distill") for run in runs), strict=True):
+        assert mine == pytest.approx(its, rel=1e-5)
+    checks = [read_json(run / "distill" / "manifest.json")["metrics"]["teacher_ce"] for run in runs]
+    assert checks[1] == pytest.approx(checks[0], rel=1e-5)
+    teachers = [AutoModelForCausalLM.from_pretrained(run / "distill" / "teacher") for run in runs]
+    torch.testing.assert_close(dict(teachers[1].named_parameters()), dict(teachers[0].named_parameters()))
+
+
 def test_one_rank_speaks_and_all_leave_one_run_behind(done: tuple[Path, str]) -> None:
     results = json.loads(done[1])  # of two ranks that spoke, this were no JSON
     assert results == read_json(done[0] / "evaluate" / "results.json")

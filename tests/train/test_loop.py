@@ -374,14 +374,14 @@ def test_a_teacher_that_teaches_nothing_is_refused(zero: bool) -> None:
         for parameter in teacher.parameters() if zero else ():
             parameter.zero_()
     with pytest.raises(TrainError, match="the teacher teaches nothing") as caught:
-        objectives.check_teacher(*_parts(teacher), Fake().batch(0, 4), vocab=VOCAB, micro_batch=2)
+        _check(*_parts(teacher), Fake().batch(0, 4))
     assert f"guessing evenly gives {math.log(VOCAB):.3f}" in caught.value.why
 
 
 def test_a_teacher_that_teaches_is_taken(tmp_path: Path) -> None:
     teacher = tiny()
     run(tmp_path, teacher, objective=objectives.cross_entropy(), recipe=training(tokens=100 * 96))
-    ce = objectives.check_teacher(*_parts(teacher), Fake().batch(999, 4), vocab=VOCAB, micro_batch=2)
+    ce = _check(*_parts(teacher), Fake().batch(999, 4))
     assert ce < 0.9 * math.log(VOCAB)
 
 
@@ -397,7 +397,7 @@ def test_a_teacher_that_is_not_itself_is_refused(tmp_path: Path) -> None:
             return (hidden_BSD + 0.1 * torch.randn_like(hidden_BSD),)
 
     with pytest.raises(TrainError, match="the teacher disagrees with itself"):
-        objectives.check_teacher(Body(Noisy()), head, Fake().batch(0, 4), vocab=VOCAB, micro_batch=2)
+        _check(Body(Noisy()), head, Fake().batch(0, 4))
 
 
 def test_vocabularies_may_be_padded_but_not_smaller_than_the_tokenizer() -> None:
@@ -445,3 +445,7 @@ def test_gradients_are_clipped_to_the_norm(clip: float, bound: bool) -> None:
 
 def _parts(model: PreTrainedModel) -> tuple[Any, Head]:
     return split(model.eval())
+
+
+def _check(body: Body, head: Head, samples: Batch) -> float:
+    return objectives.check_teacher(Live(body, head), body, head, samples, vocab=VOCAB, micro_batch=2)

@@ -16,6 +16,7 @@ from halve.head import split
 from halve.recipe import Distill
 from halve.train import blocks, teachers
 from halve.train.batch import Batch
+from halve.train.ranks import Ranks
 from halve.train.teachers import Live, Teacher
 
 
@@ -85,6 +86,14 @@ def test_layers_go_home_when_a_forward_pass_fails(tiny_llama: Path) -> None:
     with pytest.raises(TypeError):
         model(torch.zeros(1, 4, dtype=torch.int64))
     assert {name: value.data_ptr() for name, value in model.named_parameters()} == waiting
+
+
+def test_what_will_be_in_shards_waits_in_main_memory(tiny_llama: Path) -> None:
+    training = Distill(tokens=1)
+    model, live = teachers.load(tiny_llama, training, dtype="auto", device="meta", half=False, in_shards=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert live.head.weight.device.type == "meta"
+    assert [Ranks(0, size, "cuda").home("cuda") for size in (1, 2)] == ["cuda", "cpu"]
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_llama: Path) -> None:

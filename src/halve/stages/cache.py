@@ -49,7 +49,7 @@ def run(
     vocab, hidden = live.head.weight.shape
     precision = loop.autocast(training, device)
     with precision:
-        ce = objectives.check_teacher(live.body, live.head, heldout, vocab=vocab, micro_batch=micro_batch)
+        ce = objectives.check_teacher(live, live.body, live.head, heldout, vocab=vocab, micro_batch=micro_batch)
     bound = answers.bound_to(
         recipe,
         training,

@@ -16,6 +16,7 @@ from halve.recipe import Recipe
 from halve.stages.text import open_text
 from halve.train import adapters, loop, objectives, shards, watch
 from halve.train.documents import require_apart
+from halve.train.ranks import here
 
 
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     training = recipe.correct
     device = checkpoint.resolve_device(recipe.device)
     text = open_text(recipe, training, teacher, cache=cache, progress=progress)
-    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
+    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=here().home(device))
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
         require_apart(model)

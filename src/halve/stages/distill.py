@@ -33,6 +33,7 @@ from halve.train.beside import Correction, correction
 from halve.train.cache import HELDOUT, CachedDraws, CachedHidden, Store
 from halve.train.course import Course
 from halve.train.documents import require_apart
+from halve.train.ranks import here
 from halve.train.teachers import Hidden, Live, Teacher
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
@@ -84,12 +85,13 @@ def run(
         taught = _by_cache(recipe, training, answers_in, digest, text, device=device)
     model = _start(student, variant, seed=recipe.seed, dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
-    vocab, teacher_ce = _examined(recipe, training, taught, model, text, device=device)
+    vocab = _vocab(recipe, taught, model, text)
     if corrects:
         taught = _corrected(recipe, training, taught, text.course, device=device)
     objective, extra = _objective(training, taught, model, variant=variant, vocab=vocab, seed=recipe.seed)
     if isinstance(taught.by, Live) and taught.model is not None and teachers.stays(training):
         shards.frozen(taught.model, taught.by.body, training, half=loop.is_half(training, device))
+    teacher_ce = _examined(training, taught, text.heldout, vocab=vocab, device=device)
     result = loop.train(
         model,
         objective,
@@ -122,10 +124,8 @@ def run(
     return metrics
 
 
-def _examined(
-    recipe: Recipe, training: Distill, taught: _Taught, student: PreTrainedModel, text: Text, *, device: str
-) -> tuple[int, float]:
-    """The vocabulary that both share, and the cross-entropy of a teacher that can teach."""
+def _vocab(recipe: Recipe, taught: _Taught, student: PreTrainedModel, text: Text) -> int:
+    """The vocabulary that both share; documents that are to stay apart do so in both."""
     if recipe.data.documents == "apart":
         for one in (taught.model, student):
             if one is not None:
@@ -134,13 +134,21 @@ def _examined(
     vocab = objectives.shared_vocab(split(student)[1], taught.head, num_tokens=num_tokens)
     if isinstance(taught.by, Store):
         taught.by.require_vocab(vocab)
-        return vocab, taught.by.facts.ce
-    assert isinstance(taught.by, Live)
+    return vocab
+
+
+def _examined(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int, device: str) -> float:
+    """The cross-entropy of a teacher that can teach."""
+    by = taught.by
+    if isinstance(by, Store):
+        return by.facts.ce
+    body, head = (by.body, by.head) if isinstance(by, Live) else (by.learner.body, by.learner.head())
     with loop.autocast(training, device):
-        teacher_ce = objectives.check_teacher(
-            taught.by.body, taught.head, text.heldout, vocab=vocab, micro_batch=training.micro_batch or training.batch
-        )
-    return vocab, teacher_ce
+        micro_batch = training.micro_batch or training.batch
+        teacher_ce = objectives.check_teacher(by, body, head, heldout, vocab=vocab, micro_batch=micro_batch)
+    if isinstance(by, Correction):
+        by.learner.rest()
+    return teacher_ce
 
 
 def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) -> objectives.Heldout:
@@ -160,13 +168,14 @@ def _flops(training: Distill, teacher: Path | str, student: PreTrainedModel, *, 
 
 def _by_model(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
     half = loop.is_half(training, device)
-    model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half)
+    in_shards = teachers.stays(training) and training.shard_teacher and not here().alone
+    model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half, in_shards=in_shards)
     return _Taught(live, live.head, live, model)
 
 
 def _by_learner(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
     """The teacher as it is before it learns."""
-    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
+    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=here().home(device))
     own_dtype = model.dtype
     if not loop.is_half(training, device):
         model.float()
@@ -248,10 +257,10 @@ def _objective(
 
 def _start(student: Path | str, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:
     """Load the student; for a random start, draw weights of its shapes in its precision."""
-    model = checkpoint.load_model(student, dtype=dtype, device=device)
+    model = checkpoint.load_model(student, dtype=dtype, device=here().home(device))
     if variant != "random_init":
         return model
     with torch.random.fork_rng(devices=[]):  # the draw is the seed's alone, and leaves no trace
         torch.manual_seed(seed)
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.load_config(student), dtype=torch.float32)
-    return fresh.to(device=device, dtype=model.dtype)
+    return fresh.to(device=model.device, dtype=model.dtype)

@@ -22,7 +22,7 @@ from halve.train import chunked, divergences
 from halve.train.batch import Batch, predictions
 from halve.train.chunked import Target
 from halve.train.divergences import Sampled, TeacherRows
-from halve.train.teachers import Hidden, Live, Teacher
+from halve.train.teachers import Hidden, Teacher
 
 _SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
 
@@ -156,13 +156,15 @@ def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
     return shared
 
 
-def check_teacher(body: Body, head: Head, samples: Batch, *, vocab: int, micro_batch: int) -> float:
-    """Return the teacher's cross-entropy on held-out text, if it is one that can teach.
+def check_teacher(
+    teacher: Teacher[Hidden], body: Body, head: Head, samples: Batch, *, vocab: int, micro_batch: int
+) -> float:
+    """Return the cross-entropy on held-out text of a teacher with this body and head, if it is one that can teach.
 
     It must be clearly below ln(vocab), that of guessing evenly, and the divergence of the teacher from
     itself must be zero. Raises `TrainError`.
     """
-    found = heldout_divergence(Live(body, head), samples, vocab=vocab, micro_batch=micro_batch)(body, head)
+    found = heldout_divergence(teacher, samples, vocab=vocab, micro_batch=micro_batch)(body, head)
     even = math.log(vocab)
     if not found["ce"] < _SANE * even:
         raise TrainError(

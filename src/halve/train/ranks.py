@@ -68,6 +68,14 @@ class Ranks:
             self._meshes[replicas] = init_device_mesh(self.kind, shape, mesh_dim_names=names)
         return self._meshes[replicas]
 
+    def home(self, device: str) -> str:
+        """Where a model is loaded that trains on `device`.
+
+        One that several ranks will share out waits in main memory, from which sharding takes it layer by layer: no
+        device ever holds it whole.
+        """
+        return device if self.alone else "cpu"
+
     def share(self, batch: Batch) -> Batch:
         """This rank's samples of a step: the ranks' shares one after another are the step's samples in order."""
         each = len(batch) // self.size

@@ -62,13 +62,16 @@ class Learner:
 def learner(model: PreTrainedModel, training: Training, *, device: str, half: bool) -> Learner:
     """Make a model ready to be trained by these ranks, in place, as float32 masters on `device`.
 
-    `half` says whether its products are taken in bfloat16. Whoever makes an optimizer makes it of the parameters that
-    the model has afterwards.
+    Of several ranks each takes its shards from a model that had better be in main memory (`Ranks.home`). `half` says
+    whether its products are taken in bfloat16. Whoever makes an optimizer makes it of the parameters that the model has
+    afterwards.
     """
     ranks = here()
-    model.eval().to(device)  # not train(): dropout would make a step depend on more than its number
-    if ranks.alone and model.dtype in _HALF:
-        model.float()
+    model.eval()  # not train(): dropout would make a step depend on more than its number
+    if ranks.alone:
+        model.to(device)
+        if model.dtype in _HALF:
+            model.float()
     body, head = split(model)
     blocks.recompute(model, training.activation_checkpointing)
     if training.compile:
@@ -77,6 +80,7 @@ def learner(model: PreTrainedModel, training: Training, *, device: str, half: bo
         blocks.shard(model, body.module, ranks.mesh(training.replicas), half=half, trains=True)
         output = model.get_output_embeddings()
         head = replace(head, weight=output.weight, bias=getattr(output, "bias", None))
+        model.to(device)  # what is in no shard
     if model.dtype in _HALF:  # only now: a rank holds float32 masters of its shards alone
         model.float()
     return Learner(body, head)

@@ -62,22 +62,25 @@ class Live:
 
 
 def load(
-    source: Path | str, training: Distill, *, dtype: Dtype, device: str, half: bool
+    source: Path | str, training: Distill, *, dtype: Dtype, device: str, half: bool, in_shards: bool = False
 ) -> tuple[PreTrainedModel, Live]:
     """Load a teacher and put it where the recipe's section wants it; it answers on the student's `device`.
 
-    `half` says whether products are taken in bfloat16; where they are not its weights become float32, because products
-    of half-precision weights would not be exact, and on a CPU not fast. Raises what loading and splitting raise, and
+    One that will be `in_shards` waits in main memory, but for a head on the device, and answers when it is. `half` says
+    whether products are taken in bfloat16; where they are not its weights become float32, because products of
+    half-precision weights would not be exact, and on a CPU not fast. Raises what loading and splitting raise, and
     `RecipeError` for a device that is not there.
     """
     waits = training.offload_teacher
-    place = "cpu" if waits else _place(training, device)
+    place = "cpu" if waits or in_shards else _place(training, device)
     model = checkpoint.load_model(source, dtype=dtype, device=place).requires_grad_(False)
     if not half:
         model.float()
     if waits:
         visiting(model, device)
     body, head = split(model)
+    if in_shards:
+        return model, Live(body, _moved(head, device))
     if not waits and not _same(place, device):
         body, head = away(body, place=place, half=half), _moved(head, device)
     return model, Live(body, head)
