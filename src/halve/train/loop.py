@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,95 +100,115 @@ def train(
     trained = Trained(modules, make_optimizer(parameters, training, between=between))
     groups = [trained] if beside is None else [trained, beside.trained]
     identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json", exclude=set(HOW))}
-    loss: float | None = None
-    figures: Mapping[str, float] = {}
-
-    def measured() -> dict[str, Any]:
-        nonlocal figures
-        if heldout is None:
-            return {}
-        with torch.no_grad(), autocast(training, device):
-            figures = dict(heldout(learner.body, learner.head()))
-        learner.rest()
-        _require_finite(figures, step, keeper, training)
-        return {"heldout": figures}
-
     with (
         gone_guard(),
         sigterm() as asked_to_stop,
         Keeper(work, groups, identity, keep=training.keep_checkpoints, ranks=ranks) as keeper,
     ):
         restored = keeper.restore()
-        start = step = restored.step
-        running = Running.of(restored.notes)
+        start = restored.step
+        under_way = _UnderWay(
+            trained, learner, objective, course, device, keeper, heldout, beside, flops, Running.of(restored.notes)
+        )
         opened = (
             open_journal(metrics, step=start, loggers=training.loggers, name=name)
             if ranks.leads
             else nullcontext(Mute())
         )
         with opened as journal:
-            if start == 0 and (first := measured()):
+            if start == 0 and (first := under_way.measure(0)):
                 journal.write({"step": 0, "tokens": 0, **first})
             if start == 0 and training.on_spike == "rewind":
                 keeper.save(0)  # there has to be something to go back to
             with progress.task(name, course.tokens(course.steps), done=course.tokens(start)) as task:
                 for step in range(start + 1, course.steps + 1):
-                    began = time.perf_counter()
-                    lr, tokens = course.lr(step), course.tokens(step) - course.tokens(step - 1)
-                    batch = course.batch(step)
-                    waited = time.perf_counter() - began
-                    parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
-                    found = _gradients(trained, learner, objective, parts, autocast(training, device), device)
-                    line: dict[str, Any] = {"step": step, "tokens": course.tokens(step)}
-                    why = running.objection(found.loss, found.norm, factor=training.spike_factor)
-                    if why is None:
-                        loss, running = found.loss, running.accept(found.loss)
-                        apply(trained, found, lr=lr, clip=training.clip)
-                        line |= {"loss": loss, "grad_norm": found.norm, "lr": lr}
-                        if beside is not None:
-                            line |= beside.step(parts, step=step)
-                        seconds = time.perf_counter() - began
-                        per_token = _work(flops, beside, batch.ids.shape[1], step)
-                        line |= _speed(per_token, tokens, seconds, waited, device, training, ranks)
-                    else:
-                        drop(trained)
-                        spikes = running.leave_out(step)
-                        if training.on_spike == "stop" or spikes.exhausted:
-                            raise _spike(step, why, batch, keeper, training)
-                        line |= {"spike": training.on_spike, "why": why, "samples": list(batch.numbers)}
-                        running = spikes
-                        if training.on_spike == "rewind":
-                            back = keeper.restore()
-                            line["back_to"] = back.step
-                            running = replace(Running.of(back.notes), spikes=spikes.spikes)
-                    if step % training.eval_every == 0 or step == course.steps:
-                        line |= measured()
+                    line, last = under_way.step(step), step == course.steps
+                    if last or step % training.eval_every == 0:
+                        line |= under_way.measure(step)
                     journal.write(line)
-                    task.advance(tokens, **({} if loss is None else {"loss": loss}))
+                    shown = {} if under_way.loss is None else {"loss": under_way.loss}
+                    task.advance(course.tokens(step) - course.tokens(step - 1), **shown)
                     stopping = ranks.any(asked_to_stop())
-                    if (step % training.checkpoint_every == 0 or stopping) and step < course.steps:
+                    if not last and (stopping or step % training.checkpoint_every == 0):
                         journal.sync()
-                        keeper.save(step, notes=running.notes())
-                    if stopping and step < course.steps:
+                        keeper.save(step, notes=under_way.running.notes())
+                    if not last and stopping:
                         raise _stopped(step, keeper.wait())
-    return TrainResult(course.steps, course.tokens(course.steps), start, loss, figures)
+    return TrainResult(course.steps, course.tokens(course.steps), start, under_way.loss, under_way.figures)
 
 
-def _gradients(
-    trained: Trained,
-    learner: shards.Learner,
-    objective: Objective,
-    parts: Sequence[Batch],
-    precision: torch.autocast,
-    device: str,
-) -> Found:
-    head = learner.head()
+@dataclass
+class _UnderWay:
+    """What trains and how it has gone so far."""
 
-    def summed(part: Batch) -> tuple[Tensor, int]:
-        with precision:
-            return objective(learner.body, head, part.to(device))
+    trained: Trained
+    learner: shards.Learner
+    objective: Objective
+    course: Course
+    device: str
+    keeper: Keeper
+    heldout: Heldout | None
+    beside: Beside | None
+    flops: watch.Work | None
+    running: Running
+    loss: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
-    return gradients(trained, summed, parts, settle=lambda: learner.settle(head))
+    def step(self, step: int) -> dict[str, Any]:
+        """Take one step, or leave it out where it spikes; give its line of the journal."""
+        began, training, ranks = time.perf_counter(), self.course.training, here()
+        batch = self.course.batch(step)
+        waited = time.perf_counter() - began
+        parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
+        found = self._gradients(parts)
+        line: dict[str, Any] = {"step": step, "tokens": self.course.tokens(step)}
+        why = self.running.objection(found.loss, found.norm, factor=training.spike_factor)
+        if why is not None:
+            drop(self.trained)
+            return line | self._leave_out(step, why, batch)
+        self.loss, self.running = found.loss, self.running.accept(found.loss)
+        lr = self.course.lr(step)
+        apply(self.trained, found, lr=lr, clip=training.clip)
+        line |= {"loss": found.loss, "grad_norm": found.norm, "lr": lr}
+        if self.beside is not None:
+            line |= self.beside.step(parts, step=step)
+        seconds, tokens = time.perf_counter() - began, self.course.tokens(step) - self.course.tokens(step - 1)
+        per_token = _work(self.flops, self.beside, batch.ids.shape[1], step)
+        return line | _speed(per_token, tokens, seconds, waited, self.device, training, ranks)
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Give the figures on held-out samples, if any are asked for, as part of a line."""
+        if self.heldout is None:
+            return {}
+        training = self.course.training
+        with torch.no_grad(), autocast(training, self.device):
+            self.figures = dict(self.heldout(self.learner.body, self.learner.head()))
+        self.learner.rest()
+        _require_finite(self.figures, step, self.keeper, training)
+        return {"heldout": self.figures}
+
+    def _gradients(self, parts: Sequence[Batch]) -> Found:
+        head, precision = self.learner.head(), autocast(self.course.training, self.device)
+
+        def summed(part: Batch) -> tuple[Tensor, int]:
+            with precision:
+                return self.objective(self.learner.body, head, part.to(self.device))
+
+        return gradients(self.trained, summed, parts, settle=lambda: self.learner.settle(head))
+
+    def _leave_out(self, step: int, why: str, batch: Batch) -> dict[str, Any]:
+        """Do what the recipe wants of a step that spikes."""
+        training = self.course.training
+        spikes = self.running.leave_out(step)
+        if training.on_spike == "stop" or spikes.exhausted:
+            raise _spike(step, why, batch, self.keeper, training)
+        line: dict[str, Any] = {"spike": training.on_spike, "why": why, "samples": list(batch.numbers)}
+        self.running = spikes
+        if training.on_spike == "rewind":
+            back = self.keeper.restore()
+            line["back_to"] = back.step
+            self.running = replace(Running.of(back.notes), spikes=spikes.spikes)
+        return line
 
 
 def autocast(training: Training, device: str) -> torch.autocast:
