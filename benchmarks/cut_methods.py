@@ -24,7 +24,7 @@ from halve.train.batch import Batch
 from halve.train.corpus import Samples
 
 MICRO_BATCH = 16
-PLAIN, RANDOM, OURS = "minitron", "random", "halve"
+PLAIN, RANDOM, RANDOM_DEPTH, OURS = "minitron", "random", "random-depth", "halve"
 
 # ---- the methods
 
@@ -84,7 +84,8 @@ METHODS: dict[str, Width | Depth] = {
     "shortened-ppl": Depth("2402.02834: perplexity", "nll", "single"),
     "shortened-taylor": Depth("2402.02834: Taylor", "taylor", "single"),
     "sleb": Depth("2402.09025: greedy", "nll", "greedy"),
-    "laco": Depth("2402.11187: layer merge", "angular", "single", laco=True),
+    "laco": Depth("2402.11187: layer merge, pairs of neighbors", "angular", "single", laco=True),
+    RANDOM_DEPTH: Depth("uniform random layers", "random", "single"),
 }
 
 
@@ -162,7 +163,13 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
     source = setting.model
     if method.laco:
         found = layer_merge.laco_search(
-            source, anatomy, setting.calibration_BS[:16], layers=after.layers, micro_batch=MICRO_BATCH
+            source,
+            anatomy,
+            setting.calibration_BS[:16],
+            layers=after.layers,
+            combine=2,  # its default of four at a time, two apart, is for models of 30 layers and more
+            interval=1,
+            micro_batch=MICRO_BATCH,
         )
         source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
     else:

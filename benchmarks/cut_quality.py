@@ -2,12 +2,12 @@
 
     python benchmarks/cut_quality.py --out FOLDER [--model DIR --train FILE --valid FILE] [--seeds 3] [--tokens 49152]
 
-All methods in one process, on one teacher, on the same calibration samples, at the same sizes. Sizes are shares of the
-non-embedding parameters: width methods share one architecture a size, depth methods take the nearest whole number
-of layers. Learning rates are swept on the first seed at 50 %; the other sizes take the best rate found for each
-method, and the other seeds are run for the best four and for plain Minitron and random. A seed draws the
-calibration samples and the order of training. Results are appended to FOLDER/results.jsonl as they come, and a
-second call goes on from there; FOLDER/report.md is written at the end.
+All methods on one teacher, on the same calibration samples, at the same sizes; sets of layers are compared on the first
+`--refit-samples` of them, LaCo's on 16. Sizes are shares of the non-embedding parameters: width methods share one
+architecture a size, depth methods take the nearest whole number of layers. Learning rates are swept on the first seed
+at 50 %; the other sizes take the best rate found for each method, and the other seeds are run for the best four, plain
+Minitron and both random cuts. A seed draws the calibration samples and the order of training. Results are appended to
+FOLDER/results.jsonl as they come, and a second call goes on from there; FOLDER/report.md is written at the end.
 
 Without --model: halve's demo teacher and the prose of the standard library's docstrings.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cut_methods import METHODS, MICRO_BATCH, OURS, PLAIN, RANDOM, Setting, depth_arch, make_student
+from cut_methods import METHODS, MICRO_BATCH, OURS, PLAIN, RANDOM, RANDOM_DEPTH, Setting, depth_arch, make_student
 from transformers import PreTrainedModel
 
 from halve import checkpoint, measure
@@ -44,9 +44,9 @@ from halve.train.teachers import Live
 
 RATIOS = (0.7, 0.5, 0.3)
 TARGETS = {0.7: 0.5, 0.5: 0.55, 0.3: 0.7}
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SWEPT = 0.5
-CONTROLS = (PLAIN, RANDOM)
+CONTROLS = (PLAIN, RANDOM, RANDOM_DEPTH)
 
 # ---- measuring
 
@@ -219,7 +219,17 @@ def tokens_to(curve: Sequence[Sequence[float]], goal: float) -> float:
     return next((tokens for tokens, value in curve if value <= goal), float("inf"))
 
 
-def report(book: Book, about: str, tokens: int) -> str:
+def _shapes(book: Book, name: str, ratio: float, whole: int) -> list[str]:
+    """What the seeds came to, each once; `whole` is the teacher's number of non-embedding parameters."""
+    found = {
+        f"{line['layers']} x {line['hidden']} x {line['ffn']} ({line['non_embedding'] / whole:.1%})": None
+        for line in book.lines
+        if _is(line, "start", name, ratio)
+    }
+    return list(found)
+
+
+def report(book: Book, about: str, tokens: int, whole: int) -> str:
     """The tables and the verdicts on the targets, as markdown."""
     forward = book.find(kind="forward")
     assert forward is not None
@@ -236,6 +246,9 @@ def report(book: Book, about: str, tokens: int) -> str:
         line = next(line for line in book.lines if _is(line, "start", name, SWEPT))
         shape = f"{line['layers']} x {line['hidden']} x {line['ffn']}, {line['params']:,}"
         lines.append(f"| {name} | {shape} | " + " | ".join(cells) + " |")
+    lines += ["", "Shapes that a method chose for itself, layers x hidden x ffn and the share that they keep:", ""]
+    for name in (OURS, "osscar-inner"):
+        lines += [f"- {name}, {ratio:.0%}: {', '.join(_shapes(book, name, ratio, whole))}" for ratio in RATIOS]
     lines += ["", f"## After {tokens:,} tokens of distillation, and the best rate", ""]
     lines += [f"| method | rate | {columns}", rule]
     for name in METHODS:
@@ -298,7 +311,9 @@ def main() -> None:
     book = Book(args.out / "results.jsonl")
     carry_out(book, settings, args.tokens)
     book.add({"kind": "time", "seconds": time.perf_counter() - began})
-    text = report(book, describe(args, book, settings[0]), args.tokens)
+    anatomy = settings[0].anatomy
+    whole = anatomy.ledger.count(anatomy.sizes).non_embedding
+    text = report(book, describe(args, book, settings[0]), args.tokens, whole)
     (args.out / "report.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -93,6 +93,8 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
         ({"prune": {"hidden": 4, "params": "1B"}}, "exactly one of params, non_embedding_ratio, or sizes by hand"),
         ({"prune": {}}, "exactly one of"),
         ({"prune": {"layers": 2, "drop_layers": "0"}}, "layers and drop_layers say the same thing twice"),
+        ({"score": {"depth": "task"}}, "answers the multiple-choice file in depth_task: name one"),
+        ({"score": {"depth": "taylor"}}, "takes the gradients of method: taylor"),
         ({"prune": {"non_embedding_ratio": 1.5}}, r"bad value for prune\.non_embedding_ratio"),
         ({"distill": {"tokens": 9, "lr": 1e-6}}, "min_lr 1e-05 is above lr 1e-06"),
         ({"distill": {"tokens": 9, "batch": 6, "micro_batch": 4}}, "batch 6 is not a multiple of micro_batch 4"),
@@ -117,6 +119,16 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
 def test_mistakes_are_named_with_their_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse(tmp_path, **changes)
+
+
+def test_only_activations_are_ranked_in_another_basis(tmp_path: Path) -> None:
+    assert parse(tmp_path, prune={"hidden": 4}).prune.rotation == "auto"
+    assert parse(tmp_path, prune={"hidden": 4}, score={"method": "random"}).prune.rotation == "none"
+    asked = parse(tmp_path, prune={"hidden": 4, "rotation": "pca"}, score={"method": "random"})
+    assert asked.prune.rotation == "pca"
+    assert asked == Recipe.model_validate(asked.model_dump())
+    later = parse(tmp_path, score={"method": "wanda"}, then=[{"prune": {"ffn": 4}}]).then
+    assert [step.prune.rotation for step in later] == ["none"]
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,13 @@ def load_items(path: str | Path) -> tuple[Item, ...]:
         raise CorpusError(
             f"cannot read multiple-choice file {path}",
             why=getattr(error, "strerror", None) or str(error),
-            fix="correct evaluate.choices in the recipe",
+            fix="correct the recipe: evaluate.choices or score.depth_task names it",
         ) from error
     if not items:
         raise CorpusError(
             f"multiple-choice file {path} is empty",
             why="it has no line with an item",
-            fix="give JSON lines with context, choices and answer, or leave it out of evaluate.choices",
+            fix="give JSON lines with context, choices and answer, or leave the file out of the recipe",
         )
     return tuple(items)
 

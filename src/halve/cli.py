@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 from halve.errors import HalveError, PlanError, Stopped
-from halve.reading import load
-from halve.recipe import Prune, Recipe, on_spikes
+from halve.reading import load, on_spikes
+from halve.recipe import Prune, Recipe
 
 app = typer.Typer(
     name="halve",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -104,3 +104,13 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     score = recipe.score.model_copy(update={"depth_task": task})
     update = {"model": absolute(recipe.model), "data": data, "score": score, "evaluate": evaluate}
     return recipe.model_copy(update=update)
+
+
+def on_spikes(recipe: Recipe, policy: Literal["stop", "skip", "rewind"]) -> Recipe:
+    """Return the recipe with one policy for the spikes of all its trainings."""
+    raw = recipe.model_dump(mode="python", exclude_unset=True)
+    for part in (raw, *raw.get("then", ())):
+        for name in ("correct", "distill"):
+            if part.get(name) is not None:
+                part[name]["on_spike"] = policy
+    return Recipe.model_validate(raw)

@@ -261,6 +261,14 @@ class Score(Section):
     depth_samples: Count = Field(64, description="samples that a removal is measured on")
     depth_task: str | None = Field(None, description="multiple-choice file for depth: task")
 
+    @model_validator(mode="after")
+    def _depth(self) -> Score:
+        if self.depth == "task" and self.depth_task is None:
+            raise ValueError("depth: task answers the multiple-choice file in depth_task: name one")
+        if self.depth == "taylor" and self.method != "taylor":
+            raise ValueError("depth: taylor takes the gradients of method: taylor")
+        return self
+
 
 class Prune(Section):
     """What the student looks like: sizes by hand, or a budget that the planner meets."""
@@ -281,11 +289,13 @@ class Prune(Section):
     steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
     selection: Selection = Field(
         "auto",
-        description="refit: choose neurons and heads by what a refit cannot make up for; rank: by their scores;"
-        " auto: refit where a one-shot cut by activations is refit",
+        description="refit: choose neurons and heads (groups of several query heads aside) by what a refit cannot"
+        " make up for; rank: by their scores; auto: refit where a one-shot cut by activations is refit",
     )
     rotation: Rotation = Field(
-        "auto", description="basis that hidden is cut in; auto: the principal one where the family's norms allow it"
+        "auto",
+        description="basis that hidden is cut in; auto: the principal one where the family's norms allow it and width"
+        " is scored by activations",
     )
     untie: bool = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
     refit: Refit = Field("all", description="solve for the weights that read or write what was cut")
@@ -330,6 +340,10 @@ class Step(Section):
     )
 
 
+def _unturned(prune: Prune) -> Prune:
+    return prune.model_copy(update={"rotation": "none"}) if prune.rotation == "auto" else prune
+
+
 class Recipe(Section):
     """A whole run, from a teacher to a report."""
 
@@ -357,6 +371,14 @@ class Recipe(Section):
         return self.correct is not None and self.correct.when == "beside"
 
     @model_validator(mode="after")
+    def _basis(self) -> Recipe:
+        """Principal axes are a ranking of their own: what is ranked by another method stays in its own basis."""
+        if self.score.method != "activation":
+            then = tuple(step.model_copy(update={"prune": _unturned(step.prune)}) for step in self.then)
+            self.__dict__.update(prune=_unturned(self.prune), then=then)
+        return self
+
+    @model_validator(mode="after")
     def _beside(self) -> Recipe:
         distillations = [part for part in (self.distill, *(step.distill for step in self.then)) if part is not None]
         if self.correct is None or self.correct.when == "before":
@@ -380,13 +402,3 @@ class Recipe(Section):
                     " teacher_device, offload_teacher and shard_teacher"
                 )
         return self
-
-
-def on_spikes(recipe: Recipe, policy: Literal["stop", "skip", "rewind"]) -> Recipe:
-    """Return the recipe with one policy for the spikes of all its trainings."""
-    raw = recipe.model_dump(mode="python", exclude_unset=True)
-    for part in (raw, *raw.get("then", ())):
-        for name in ("correct", "distill"):
-            if part.get(name) is not None:
-                part[name]["on_spike"] = policy
-    return Recipe.model_validate(raw)

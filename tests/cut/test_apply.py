@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from dead import dead_channels, hidden_plan
 from families import config
 from torch import Tensor
 
 from halve.anatomy import Anatomy, discover
 from halve.cut import apply, width
-from halve.cut.apply import cut, score_by_refit, turn
+from halve.cut.apply import cut, turn
 from halve.cut.plan import select
+from halve.cut.refit_scores import score_by_refit
 from halve.cut.rotate import tie
 from halve.cut.scores import Scores, random_scores
 from halve.cut.surgery import trim
@@ -145,6 +148,59 @@ def test_heads_selected_by_refit_stay_balanced_in_their_groups() -> None:
         counts = [sum(head // per_group == group for head in kept) for group in range(anatomy.sizes.kv_heads)]
         assert len(set(counts)) == 1
     assert _gap(done.student, model, anatomy) < _gap(_cut(model, anatomy, sizes).student, model, anatomy)
+
+
+def test_heads_with_keys_of_their_own_compete_within_their_layer() -> None:
+    anatomy = discover(config("llama", num_key_value_heads=config("llama").num_attention_heads))
+    model = random_twin(anatomy, seed=0).requires_grad_(False)
+    heads, dim = anatomy.sizes.heads, anatomy.sizes.head_dim
+    assert anatomy.sizes.kv_heads == heads
+    with torch.no_grad():
+        for layer in model.model.layers:  # heads 0 and 1 are one and very active
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight[dim : 2 * dim] = projection.weight[:dim]
+            layer.self_attn.v_proj.weight[: 2 * dim] *= 3
+    sizes = {"heads": heads // 2, "kv_heads": heads // 2}
+    by_score, by_refit = (_cut(model, anatomy, sizes, selection=how, refit="outputs") for how in ("rank", "refit"))
+    assert all({0, 1} <= set(kept) for kept in by_score.plan.heads)
+    assert all(len({0, 1} & set(kept)) == 1 for kept in by_refit.plan.heads)
+    assert by_refit.plan.kv_heads == by_refit.plan.heads
+    assert _gap(by_refit.student, model, anatomy) < _gap(by_score.student, model, anatomy)
+
+
+def test_a_merge_meets_by_activation_whoever_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, anatomy = _twin("llama")
+    seen: list[Tensor] = []
+    monkeypatch.setattr(apply.heads, "merge", lambda model, plan, own, scores, **_: seen.append(scores.heads) or model)
+    _cut(model, anatomy, {"heads": anatomy.sizes.heads // 2}, selection="refit", refit="outputs", head_merge=0.5)
+    wanted = _scores(model, anatomy).heads
+    assert wanted is not None
+    assert torch.equal(seen[0], wanted)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("gemma2", True), ("olmo2", False)])
+def test_the_refit_of_all_keeps_gains_where_nobody_reads(family: str, tied: bool) -> None:
+    """Channels that are zero everywhere can go without a trace, through tied heads and post-norms, too."""
+    anatomy = discover(config(family, tie_word_embeddings=tied, rms_norm_eps=1e-12)).twin()
+    plan = hidden_plan(anatomy)
+    teacher = dead_channels(random_twin(anatomy, seed=1), plan, anatomy).requires_grad_(False)
+    alive_D = torch.zeros(anatomy.sizes.hidden)
+    alive_D[list(plan.hidden)] = 1
+    prune = Prune(hidden=plan.after.hidden, rotation="none", selection="rank", ridge=1e-6)
+    samples = _samples(anatomy, 64)
+    done = cut(
+        teacher,
+        anatomy,
+        replace(_scores(teacher, anatomy), hidden=alive_D),
+        prune,
+        samples,
+        after=plan.after,
+        kept_layers=None,
+        turned=turn(teacher, anatomy, prune, samples, micro_batch=8),
+        micro_batch=8,
+    )
+    assert _gap(done.student, teacher, anatomy) < 1e-6
+    assert bool(done.gains) == (tied or family != "llama")
 
 
 def test_steps_score_what_is_left() -> None:

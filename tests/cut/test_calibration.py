@@ -24,6 +24,7 @@ def test_sound_samples_pass() -> None:
         (torch.full((4, 3), 2), "calibration samples are constant"),
         (torch.tensor([[1, 1, 1], [2, 2, 2]]), "calibration samples are constant"),
         (torch.tensor([[1, 1, 1], [2, 2, 2], [1, 2, 3]]), "calibration samples are constant"),
+        (torch.tensor([[1, 2, 3]] * 4), "calibration samples are constant"),
         (GOOD + 1, "calibration samples hold token 7"),
         (GOOD - 2, "calibration samples hold token -1"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from families import config
 from torch import Tensor
 
 from halve.anatomy import Anatomy, discover
+from halve.cut import refit as refit_module
 from halve.cut import walk
 from halve.cut.gram import SingularGramWarning
 from halve.cut.plan import Plan, select
@@ -145,6 +148,27 @@ def test_the_micro_batch_does_not_matter_nor_do_files(monkeypatch: pytest.Monkey
     _, two = _refit(model, plan, anatomy, samples, everything=True, micro_batch=8)  # the last batch has four
     for old, new in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-6)
+
+
+def test_what_it_says_of_its_states_is_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, anatomy = _twin("llama")
+    plan, samples = _plan(anatomy, ffn=anatomy.sizes.ffn - 16, hidden=anatomy.sizes.hidden - 8), _samples(anatomy, 20)
+    most, said = 0, []
+
+    class Counted(walk.States):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            nonlocal most
+            super().__init__(*args, **kwargs)
+            alive[id(self)] = self.values.nbytes
+            weakref.finalize(self, alive.pop, id(self))
+            most = max(most, sum(alive.values()))
+
+    alive: dict[int, int] = {}
+    size = refit_module.states_bytes
+    monkeypatch.setattr(refit_module, "States", Counted)
+    monkeypatch.setattr(refit_module, "states_bytes", lambda *a, **k: said.append(size(*a, **k)) or said[-1])
+    _refit(model, plan, anatomy, samples, everything=True)
+    assert said == [most]
 
 
 def test_neither_model_is_changed() -> None:

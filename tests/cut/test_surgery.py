@@ -1,38 +1,18 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from dead import dead_channels, hidden_plan
 from families import LAYER_NORM, PROVED, config
-from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy, discover
+from halve.anatomy import discover
 from halve.anatomy.configs import build
 from halve.cut.gain import constant_gains, fit_gains, norm_kind, spread
-from halve.cut.plan import Plan, select
+from halve.cut.plan import select
 from halve.cut.surgery import trim
 from halve.cut.twins import RandomScores, fixed_ids, logits, masked, random_twin, twin_plan
 
 RMS = [family for family in PROVED if family not in LAYER_NORM]
-
-
-def dead_channels(model: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> PreTrainedModel:
-    """The same model in which the channels that the plan removes are zero everywhere."""
-    model = copy.deepcopy(model)
-    alive = torch.zeros(anatomy.sizes.hidden, dtype=torch.float64)
-    alive[list(plan.hidden)] = 1
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            for dim, expr in enumerate(anatomy.params[name]):
-                if "hidden" in expr.axes:
-                    parameter.mul_(alive.view([-1 if d == dim else 1 for d in range(parameter.ndim)]))
-    return model
-
-
-def hidden_plan(twin: Anatomy) -> Plan:
-    after = twin.sizes.at(hidden=48)
-    return select(twin, after, RandomScores(twin.sizes, 3), gain="constant")
 
 
 @pytest.mark.parametrize("family", RMS)

@@ -124,6 +124,27 @@ def test_the_default_chooses_a_shape_and_the_control_takes_its_sizes(
     assert json.loads((tmp_path / "random" / "model" / "halve.json").read_text())["prune"]["refit"] == "none"
 
 
+def test_layers_that_the_trial_takes_out_go_by_the_recipe_s_criterion(
+    make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune, "best", lambda tried: min(tried, key=lambda one: one.arch.layers))
+    few = {"samples": 64, "micro_batch": 16}
+    recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={**few, "depth": "nll", "depth_pattern": "greedy"})
+    prune.run(recipe, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
+    choice = json.loads((tmp_path / "depth.json").read_text())
+    assert (choice["criterion"], choice["pattern"]) == ("nll", "greedy")
+    assert tuple(choice["kept"]) == Plan.load(tmp_path / "plan.json").layers
+
+
+def test_layers_stay_where_no_score_tells_them_apart(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={"samples": 64, "method": "magnitude"})
+    score.run(recipe, teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+    made = prune.run(
+        recipe, teacher=tiny_llama, scores=tmp_path / "scores.safetensors", cache=tmp_path / "data", out=tmp_path
+    )
+    assert {shape["arch"]["layers"] for shape in made["shapes"]} == {Plan.load(tmp_path / "plan.json").before.layers}
+
+
 def test_scores_of_another_model_are_refused(
     make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path
 ) -> None:

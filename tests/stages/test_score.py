@@ -66,7 +66,7 @@ def test_layers_by_criterion_and_pattern(
 
 
 def test_layers_by_gradients_and_by_a_task(make_recipe: Make, tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs scores from gradients"):
+    with pytest.raises(RecipeError, match="takes the gradients of method: taylor"):
         run(make_recipe(score={"samples": 4, "depth": "taylor"}), tiny_llama, tmp_path)
     run(make_recipe(score={"samples": 4, "depth": "taylor", "method": "taylor"}), tiny_llama, tmp_path)
     scores = Scores.load(tmp_path / "scores.safetensors")

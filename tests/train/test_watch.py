@@ -26,7 +26,8 @@ from train.test_loop import (
 
 from halve.anatomy import discover
 from halve.errors import TrainError
-from halve.recipe import Correct, Distill, Recipe, on_spikes
+from halve.reading import on_spikes
+from halve.recipe import Correct, Distill, Recipe
 from halve.train import checkpoints, watch
 from halve.train.objectives import Objective
 from halve.train.watch import Running

@@ -9,7 +9,6 @@ its own weights are never changed. The plan is complete before the first weight 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,19 +20,15 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy, Arch
 from halve.cut import heads, layer_merge
 from halve.cut.gain import constant_gains, fit_gains
-from halve.cut.gram import Gram
 from halve.cut.iterative import select_iteratively
 from halve.cut.plan import Importance, Plan, select
-from halve.cut.refit import refit
+from halve.cut.refit import refit, solved_norms
+from halve.cut.refit_scores import score_by_refit
 from halve.cut.rotate import principal_basis, rotate, stream_moment, tie, turns
 from halve.cut.scores import Scores
-from halve.cut.selection import removal_order
-from halve.cut.sites import input_dim
 from halve.cut.surgery import trim
-from halve.cut.taps import find_points, on_input
-from halve.cut.walk import Call, States, first_states, layer_modules, record_calls, run_layer
 from halve.progress import SILENT, Progress
-from halve.recipe import Prune
+from halve.recipe import Prune, Refit
 
 FEW_SAMPLES = 32
 """For what has one unknown a norm or a channel: gains, and the final norm of a head that stays tied."""
@@ -112,22 +107,29 @@ def cut(
     if kept_layers is None:
         kept_layers = select(anatomy, anatomy.sizes.at(layers=after.layers), scores, gain="none").layers
     figures: dict[str, Any] = {}
-    source, own = model, anatomy
+    source, own, ranking = model, anatomy, scores
     if turned.energy_D is not None and after.hidden < anatomy.sizes.hidden:
         source, own = turned.model, turned.anatomy
         scores = replace(scores, hidden=turned.energy_D.float(), statistics=None)
         figures["energy_kept"] = float(turned.energy_D[: after.hidden].sum())
     if _by_refit(prune, scores):
         chosen = score_by_refit(
-            model, anatomy, after, samples_BS, layers=kept_layers, strength=prune.ridge, micro_batch=micro_batch
+            model,
+            anatomy,
+            after,
+            samples_BS,
+            layers=kept_layers,
+            strength=prune.ridge,
+            micro_batch=micro_batch,
+            progress=progress,
         )
-        ffn, heads_ = chosen.get("ffn", scores.ffn), chosen.get("heads", scores.heads)
-        scores = replace(scores, statistics=None, ffn=ffn, heads=heads_)
+        ffn, heads_, groups = (chosen.get(axis, getattr(scores, axis)) for axis in ("ffn", "heads", "kv_heads"))
+        scores = replace(scores, statistics=None, ffn=ffn, heads=heads_, kv_heads=groups)
     if prune.steps > 1:
         assert rescore is not None, "cutting in steps needs a function that scores"
 
         def gains_of(part: PreTrainedModel, part_anatomy: Anatomy, plan: Plan) -> dict[str, float]:
-            return _gains(part, part_anatomy, plan, few_BS, micro_batch, SILENT)
+            return _gains(part, part_anatomy, plan, few_BS, micro_batch, SILENT, "none")
 
         plan = select_iteratively(
             source,
@@ -143,11 +145,10 @@ def cut(
         plan = select(own, after, scores, gain=prune.gain, kept_layers=kept_layers)
     if planned is not None:
         planned(plan)
-    # what a gain could do, a refit of the readers does
-    gains = {} if prune.refit == "all" else _gains(source, own, plan, few_BS, micro_batch, progress)
+    gains = _gains(source, own, plan, few_BS, micro_batch, progress, prune.refit)
     merged = source
     if prune.head_merge:
-        merged = heads.merge(merged, plan, own, scores, coefficient=prune.head_merge)
+        merged = heads.merge(merged, plan, own, ranking, coefficient=prune.head_merge)
     if prune.layer_merge == "laco":
         merged = layer_merge.merge_layers(merged, own, plan.layers)
     student = trim(merged, plan, own, gains=gains)
@@ -179,78 +180,30 @@ def _by_refit(prune: Prune, scores: Scores) -> bool:
     return prune.refit != "none" and prune.steps == 1 and scores.method == "activation"
 
 
-@torch.no_grad()
-def score_by_refit(
+def _gains(
     model: PreTrainedModel,
     anatomy: Anatomy,
-    after: Arch,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    layers: Sequence[int],
-    strength: float,
+    plan: Plan,
+    samples_BS: Tensor,
     micro_batch: int,
-) -> dict[str, Tensor]:
-    """Scores of neurons, and of heads where heads are cut: the later the refit can spare one, the higher.
-
-    See `halve.cut.selection`. One forward pass, layer by layer, so that only one layer's Gram matrices are held.
-    Layers that are not listed score zero.
-    """
-    before, points = anatomy.sizes, find_points(model, anatomy)
-    per_group = before.heads // before.kv_heads
-    cells = {"ffn": [0] * before.ffn, "heads": [head // per_group for head in range(before.heads)]}
-    keep = {"ffn": after.ffn, "heads": after.heads // after.kv_heads}
-    size = {"ffn": 1, "heads": before.head_dim}
-    axes = [axis for axis in cells if getattr(after, axis) < getattr(before, axis)]
-    scores = {axis: torch.zeros(before.layers, len(cells[axis])) for axis in axes}
-    if not axes:
-        return scores
-    states = States(len(samples_BS), samples_BS.shape[1], before.hidden, dtype=model.dtype)
-    calls: dict[int, list[Call]] = {}
-    parts = [slice(start, start + micro_batch) for start in range(0, len(samples_BS), micro_batch)]
-    for rows in parts:
-        ids_BS = samples_BS[rows]
-        if len(ids_BS) not in calls:
-            calls[len(ids_BS)] = record_calls(model, anatomy, ids_BS)[0]
-        states[rows] = first_states(model, anatomy, ids_BS)
-    for layer, module in enumerate(layer_modules(model, anatomy)[: max(layers) + 1]):
-        names = {axis: dict(points[axis])[layer] for axis in axes}
-        grams = {axis: Gram(len(cells[axis]) * size[axis], device=model.device) for axis in axes}
-        with ExitStack() as hooks:
-            for axis in axes if layer in layers else ():
-                hooks.enter_context(on_input(model.get_submodule(names[axis]), grams[axis].add))
-            for rows in parts:
-                x_BSD = states[rows].to(model.device)
-                states[rows] = run_layer(module, calls[len(x_BSD)][layer], x_BSD)
-        for axis in axes if layer in layers else ():
-            name = names[axis]
-            grams[axis].check(name)
-            weight = model.get_parameter(f"{name}.weight")
-            weight_YX = weight if input_dim(anatomy, name) == 1 else weight.T
-            order = removal_order(
-                grams[axis].xx_XX,
-                weight_YX,
-                size=size[axis],
-                keep=keep[axis],
-                cells=cells[axis],
-                strength=strength,
-            )
-            scores[axis][layer] = len(cells[axis])
-            scores[axis][layer, list(order)] = torch.arange(len(order), dtype=torch.float32)
-    return scores
-
-
-def _gains(
-    model: PreTrainedModel, anatomy: Anatomy, plan: Plan, samples_BS: Tensor, micro_batch: int, progress: Progress
+    progress: Progress,
+    refit: Refit,
 ) -> dict[str, float]:
+    """What makes up for fewer channels in the norms, but for those whose readers a refit will solve for."""
     if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
         return {}
+    done = solved_norms(model, anatomy) if refit == "all" else frozenset()
+    if done.issuperset(anatomy.norms):
+        return {}
     if plan.gain == "constant":
-        return constant_gains(anatomy, plan)
+        gains = constant_gains(anatomy, plan)
+    else:
 
-    def batches() -> Iterator[Tensor]:
-        with progress.task("fit norm gains", samples_BS.numel()) as task:
-            for part_BS in torch.split(samples_BS, micro_batch):
-                yield part_BS
-                task.advance(part_BS.numel())
+        def batches() -> Iterator[Tensor]:
+            with progress.task("fit norm gains", samples_BS.numel()) as task:
+                for part_BS in torch.split(samples_BS, micro_batch):
+                    yield part_BS
+                    task.advance(part_BS.numel())
 
-    return fit_gains(model, anatomy, plan, batches())
+        gains = fit_gains(model, anatomy, plan, batches())
+    return {name: gain for name, gain in gains.items() if name not in done}

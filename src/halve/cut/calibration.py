@@ -15,9 +15,9 @@ MIN_SAMPLES: Final = 2
 def check(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
     """Refuse calibration samples that no score, gain or refit should be made from.
 
-    Raises `CorpusError` for fewer than two samples, for fewer than two that do more than repeat one token, and for
-    token ids outside the vocabulary. Activations that are not finite are refused where they are measured
-    (`CheckpointError`).
+    Raises `CorpusError` for fewer than two samples, for fewer than two that do more than repeat one token, for samples
+    that are all the same, and for token ids outside the vocabulary. Activations that are not finite are refused where
+    they are measured (`CheckpointError`).
     """
     if len(samples_BS) < MIN_SAMPLES:
         raise CorpusError(
@@ -38,4 +38,10 @@ def check(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
             "calibration samples are constant",
             why=f"{len(samples_BS) - varied} of {len(samples_BS)} repeat one token and drive few of the model's parts",
             fix="give real text in data.train",
+        )
+    if bool((samples_BS == samples_BS[:1]).all()):
+        raise CorpusError(
+            "calibration samples are constant",
+            why=f"all {len(samples_BS)} are the same, and statistics over samples see no difference",
+            fix="give more text in data.train",
         )

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy
 from halve.cut.gram import Gram, raised, ridge
 from halve.cut.plan import Plan
+from halve.cut.rotate import readers_of_norms
 from halve.cut.sites import Site, find_sites, input_dim
 from halve.cut.surgery import take
 from halve.cut.walk import (
@@ -78,6 +79,19 @@ def refit(
     return _Refit(student, teacher, plan, anatomy, samples_BS, strength, everything, micro_batch).run(progress)
 
 
+def solved_norms(model: PreTrainedModel, anatomy: Anatomy) -> frozenset[str]:
+    """The norms over hidden whose every reader `refit` solves for with `everything`.
+
+    Not among them: norms behind a sub-layer, those that experts read, and the final norm of a head that is tied.
+    """
+    sites = (site for layer in find_sites(model, anatomy).layers for site in layer if site.kind == "read")
+    solved = {name for site in sites for name in site.modules}
+    if not anatomy.tied:
+        solved.add(anatomy.head.rpartition(".")[0])
+    readers = readers_of_norms(model, anatomy)
+    return frozenset(norm for norm, names in readers.items() if names and solved.issuperset(names))
+
+
 class _Refit:
     def __init__(
         self,
@@ -107,7 +121,8 @@ class _Refit:
 
     def run(self, progress: Progress) -> PreTrainedModel:
         samples, seq = self.samples_BS.shape
-        widths = [self.anatomy.sizes.hidden, self.plan.after.hidden, *self._widths(0)]
+        before = self.anatomy.sizes.hidden  # twice: in front of the present layer of the teacher and behind it
+        widths = [before, before, self.plan.after.hidden, *self._widths(0)]
         size = states_bytes(samples, seq, widths, dtype=self.teacher.dtype)
         total = self.samples_BS.numel() * self.plan.after.layers
         with progress.task(f"refit (states: {size / 2**20:,.0f} MiB)", total) as task:

@@ -149,7 +149,7 @@ def rotate(
     Raises `AnatomyError` where a norm over hidden is read by anything but matrices, or another weight over hidden has
     no rotated form.
     """
-    readers = _readers_of_norms(model, anatomy)
+    readers = readers_of_norms(model, anatomy)
     result_anatomy = untied(anatomy)
     result = build(result_anatomy.config, device=str(model.device), dtype=model.dtype)
     old = dict(model.named_parameters(remove_duplicate=False))
@@ -275,7 +275,7 @@ def _plain_norm(model: PreTrainedModel, norm: str, name: str, value: Tensor, col
     return torch.where(gain_D == 0, torch.zeros_like(value), value / gain_D) @ columns_DD
 
 
-def _readers_of_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
+def readers_of_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
     """Watch two tokens go through: by norm, the matrices that read its output as it is."""
     made: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}

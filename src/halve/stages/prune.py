@@ -29,6 +29,7 @@ from halve.errors import CheckpointError, PlanError
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune, Recipe
 from halve.rundir import read_json, write_json
+from halve.stages.removal import DEPTH, choose_layers, compares
 from halve.train import corpus
 from halve.train.mixture import open_mixture
 
@@ -67,7 +68,7 @@ def run(
     turns(anatomy, asked)  # refuses a rotation that the family does not allow before weights are read
     ranking = _ranking(anatomy, recipe, teacher, scores)
     if kept_layers is None and scores is not None:
-        kept_layers = _chosen_layers(scores.with_name("depth.json"))
+        kept_layers = _chosen_layers(scores.with_name(DEPTH))
     tried: tuple[Tried, ...] = ()
     device = checkpoint.resolve_device(recipe.device)
     model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
@@ -82,7 +83,7 @@ def run(
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
     turned = turn(model, anatomy, asked, samples, micro_batch=recipe.score.micro_batch, progress=progress)
-    if asked.shape == "trial" and (listed := _shapes(anatomy, asked, proof)):
+    if asked.shape == "trial" and (listed := _shapes(anatomy, asked, proof, ranking)):
         tried = try_shapes(
             model,
             anatomy,
@@ -95,6 +96,13 @@ def run(
             progress=progress,
         )
         after, kept_layers = best(tried).arch, best(tried).kept_layers
+        if compares(recipe.score) and (remove := anatomy.sizes.layers - after.layers):
+            few = _samples(recipe, "train", recipe.score.depth_samples, cache, tokenizer, progress)
+            choice = choose_layers(
+                recipe, model, anatomy, few, remove=remove, tokenizer=tokenizer, scores=ranking, progress=progress
+            )
+            write_json(out / DEPTH, choice.to_json())
+            kept_layers = choice.kept
     done = cut(
         model,
         anatomy,
@@ -135,13 +143,24 @@ def run(
     }
 
 
-def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof) -> list[list[Arch]]:
-    """What a budget could be spent on, of what is proved; nothing to choose where sizes are given."""
+def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof, ranking: Scores) -> list[list[Arch]]:
+    """What a budget could be spent on, of what is proved; nothing to choose where sizes are given.
+
+    Layers go only where scores tell one from another: magnitudes do not.
+    """
     own = student_anatomy(anatomy, asked)
     if (budget := budget_of(own, asked)) is None:
         return []
     listed = shapes(own, budget[0], total=budget[1])
-    proved = [[arch for arch in family if proof.refused(anatomy.sizes, arch) is None] for family in listed]
+    all_alike = bool((ranking.layers == ranking.layers[0]).all())
+    proved = [
+        [
+            arch
+            for arch in family
+            if proof.refused(anatomy.sizes, arch) is None and not (all_alike and arch.layers < anatomy.sizes.layers)
+        ]
+        for family in listed
+    ]
     return [family for family in proved if family]
 
 

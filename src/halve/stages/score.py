@@ -6,24 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from halve import checkpoint, measure
-from halve.anatomy import Anatomy, discover
-from halve.choices import load_items
+from halve.anatomy import discover
 from halve.cut import calibration, width
-from halve.cut.depth import DepthChoice, choose
 from halve.cut.rotate import student_anatomy
-from halve.cut.scores import Scores, samples_fingerprint
+from halve.cut.scores import samples_fingerprint
 from halve.cut.sizes import target
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.rundir import write_json
+from halve.stages.removal import DEPTH, choose_layers
 from halve.train.mixture import open_mixture
 
 SCORES = "scores.safetensors"
-DEPTH = "depth.json"
 
 
 def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
@@ -31,7 +26,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
 
     Where the recipe removes layers without naming them, also `out/depth.json`: the layers that stay and every set
     that was compared (`halve.cut.depth.DepthChoice`), measured on the first `score.depth_samples` places of the same
-    spread.
+    spread. Where a trial will say how many go, the prune stage compares them.
 
     The samples are spread evenly over the training text at places that the seed moves, a mixture's parts in their
     shares, packed to `data.context` tokens, documents joined. A corpus that has fewer than `score.samples` gives all it
@@ -79,34 +74,9 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     }
     if remove:
         few_BS = samples.calibration(recipe.score.depth_samples)
-        choice = _choose(model, anatomy, few_BS, remove, recipe, tokenizer, scores, progress)
+        choice = choose_layers(
+            recipe, model, anatomy, few_BS, remove=remove, tokenizer=tokenizer, scores=scores, progress=progress
+        )
         write_json(out / DEPTH, choice.to_json())
         figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "kept", "passes", "whole")}
     return figures
-
-
-def _choose(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: torch.Tensor,
-    remove: int,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    scores: Scores,
-    progress: Progress,
-) -> DepthChoice:
-    task = recipe.score.depth_task
-    return choose(
-        model,
-        anatomy,
-        samples_BS,
-        criterion=recipe.score.depth,
-        pattern=recipe.score.depth_pattern,
-        remove=remove,
-        items=load_items(task) if task is not None and recipe.score.depth == "task" else (),
-        tokenizer=tokenizer,
-        micro_batch=recipe.score.micro_batch,
-        seed=recipe.seed,
-        scores=scores,
-        progress=progress,
-    )
