@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut import apply, depth, layer_merge, refit, trial, width
+from halve.cut import apply, depth, layer_merge, refit, refit_scores, trial, width
 from halve.cut.plan import select
 from halve.cut.rotate import student_anatomy
 from halve.cut.scores import Scores
@@ -227,7 +227,7 @@ def _nothing(anatomy: Anatomy) -> Scores:
 @contextmanager
 def stopwatch(timed: dict[str, float]) -> Iterator[None]:
     """Count the seconds spent in ridge solves, removal orders and eigenvectors."""
-    places = [(refit, "ridge"), (apply, "removal_order"), (apply, "principal_basis")]
+    places = [(refit, "ridge"), (refit_scores, "removal_order"), (apply, "principal_basis")]
     before = [(module, name, getattr(module, name)) for module, name in places]
 
     def counting(act: Callable[..., Any]) -> Callable[..., Any]:

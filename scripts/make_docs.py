@@ -82,7 +82,8 @@ def cli_page() -> str:
     parts = [
         f"{HEADER}# The command line\n\n"
         "Exit code 0: done. 2: a mistake of the user's, told in three lines on stderr: what, why, how to mend it."
-        " 130: interrupted. Data goes to stdout, talk to stderr.\n",
+        " 130: interrupted. 143: stopped by SIGTERM, after a checkpoint where it trained. Data goes to stdout, talk to"
+        " stderr.\n",
     ]
     for name, verb in {"": command, **command.commands}.items():
         title = f"halve {name}".strip()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,11 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve import pipeline
 from halve.cli import main
-from halve.errors import RunError
+from halve.errors import DiskError, RunError
 from halve.export import export
 from halve.recipe import Recipe
 from halve.rundir import file_sha256, read_json
 from halve.train import checkpoints
+from halve.train.ranks import ALONE
 
 TRAINING = {"tokens": 1280, "batch": 4, "warmup_steps": 2, "eval_every": 3, "eval_samples": 4, "checkpoint_every": 4}
 
@@ -142,6 +146,13 @@ def test_a_run_that_gets_sigterm_goes_on(done: tuple[Path, str], recipe_file: Pa
     assert AutoTokenizer.from_pretrained(exported).get_vocab()
     assert read_json(exported / "halve.json")["step"] == int(kept.name.removeprefix("step-"))
     assert export(kept, tmp_path / "again") == tmp_path / "again"
+    with pytest.raises(RunError, match="is in the way"):
+        export(kept, tmp_path / "again")
+    with pytest.raises(RunError, match="is in the way"):
+        export(kept, exported / "config.json")
+    shutil.copytree(done[0] / "distill", run / "distill")  # trained before, and now anew
+    assert read_json(export(run, tmp_path / "newest") / "halve.json")["step"] == int(kept.name.removeprefix("step-"))
+    shutil.rmtree(run / "distill")
 
     again = subprocess.run(torchrun(recipe_file, run), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
@@ -157,6 +168,46 @@ def test_a_finished_run_is_exported(done: tuple[Path, str], tmp_path: Path, caps
     assert file_sha256(have) == file_sha256(want)
     with pytest.raises(RunError, match="is in the way"):
         export(done[0], tmp_path / "model")
+
+
+def test_a_disk_that_fills_up_under_an_export_leaves_nothing(
+    done: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+    copy = shutil.copy2
+
+    def full(*args: Any, **keys: Any) -> Any:
+        if next(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(*args, **keys)
+
+    monkeypatch.setattr(shutil, "copytree", functools.partial(shutil.copytree, copy_function=full))
+    with pytest.raises(DiskError, match="no room left"):
+        export(done[0], tmp_path / "out" / "model")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(done: tuple[Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(done[0], run)
+    kept = run / ".distill.work" / ".checkpoints" / "step-00000004"
+    model = AutoModelForCausalLM.from_pretrained(done[0] / "distill" / "model")
+    wider = {name: torch.cat([value, value]) for name, value in model.named_parameters()}
+    checkpoints.write({f"param.student.{name}": value.detach() for name, value in wider.items()}, kept, ALONE)
+    (kept / checkpoints.FACTS).write_text(json.dumps({"step": 4, "identity": {"training": {}}}))
+    with pytest.raises(RunError, match="is of a model with other sizes"):
+        export(run, tmp_path / "model")
+
+
+def test_the_launch_examples_can_be_read() -> None:
+    text = Path(__file__).parents[1].joinpath("docs", "guides", "cluster.md").read_text()
+    blocks = re.findall(r"```(bash|yaml)\n(.*?)```", text, re.DOTALL)
+    assert {kind for kind, _ in blocks} == {"bash", "yaml"}
+    for kind, block in blocks:
+        if kind == "bash":
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    objects = [part for kind, block in blocks if kind == "yaml" for part in yaml.safe_load_all(block)]
+    assert {"Service", "Job"} <= {part.get("kind") for part in objects}
 
 
 def test_what_holds_no_student_is_refused(done: tuple[Path, str], tmp_path: Path) -> None:

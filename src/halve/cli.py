@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,7 +44,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 or 143 when interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    first = _speaks()
     try:
         with nullcontext() if first else redirect_stdout(io.StringIO()):
             app(args=words or ["--help"], prog_name="halve")
@@ -170,6 +170,8 @@ def run(
         else:
             show.forecast(expected)
         return
+    if not quiet:
+        _say_plan(loaded)
     folder = _run(loaded, out, only=None, quiet=quiet)
     _show_results(folder, json_=json_)
 
@@ -369,8 +371,26 @@ def _show_results(folder: Path, *, json_: bool) -> None:
             print(path)
 
 
+def _say_plan(recipe: Recipe) -> None:
+    """What a run will take, before it starts; what cannot be planned, the run itself refuses."""
+    if not _speaks():
+        return
+    from halve import show
+    from halve.dryrun import forecast
+
+    with suppress(HalveError):
+        found = forecast(recipe, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        print(f"{show.plan_in_a_line(found)}; more by --dry-run", file=sys.stderr)
+
+
+def _speaks() -> bool:
+    """Whether this is the one of the processes that torchrun started that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _next(hint: str) -> None:
-    print(f"next: {hint}", file=sys.stderr)
+    if _speaks():
+        print(f"next: {hint}", file=sys.stderr)
 
 
 if __name__ == "__main__":

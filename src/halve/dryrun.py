@@ -18,6 +18,7 @@ from halve.disk import Disk, planned
 from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
+from halve.train import watch
 from halve.train.answers import token_bytes
 from halve.train.ranks import require_shares
 from halve.train.schedule import spans
@@ -214,7 +215,7 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
         tokens[name], flops[name] = training.tokens, _over_phases(training, recipe.data.context, per_token)
 
     if recipe.correct and recipe.corrects_before:
-        add("correct", recipe.correct, lambda context: 3 * _whole(found[0], context))
+        add("correct", recipe.correct, watch.correcting(found[0].before.config, recipe.correct))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         score, distill = named("score", number), named("distill", number)
         tokens[score] = part.score.samples * part.data.context
@@ -232,7 +233,9 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
             if recipe.correct and recipe.corrects_beside:
                 for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
                     learned = min(recipe.correct.tokens, part.distill.tokens)
-                    flops[name] += 3.0 * learned * _whole(teacher, recipe.data.context)
+                    flops[name] += learned * watch.correcting(teacher.before.config, recipe.correct)(
+                        recipe.data.context
+                    )
     return flops, tokens
 
 

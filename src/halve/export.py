@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from halve import checkpoint
 from halve.card import name_of
 from halve.errors import RunError
 from halve.pipeline import Stage, stages
 from halve.recipe import Recipe
-from halve.rundir import MARKER, RECIPE, disk_guard, read_json, sync_tree
+from halve.rundir import MARKER, RECIPE, disk_guard, read_json, sync, sync_tree
 from halve.train import checkpoints
 
 _SCRATCH = ".checkpoints"
+_TRIES = 5
 
 
 def export(source: str | Path, out: str | Path) -> Path:
     """Write the model of a run folder or of a checkpoint to the folder `out`, as safetensors, and return it.
 
-    Of a run: its last distilled student, where it is still being trained the newest checkpoint of that. A checkpoint
+    Of a run: its last distilled student, where that is being trained (anew) its newest checkpoint. A checkpoint
     lies in the stage at work, such as `run/.distill.work/.checkpoints/step-00000200`, and holds float32 masters; what
     is written has the precision of the model that the training began with. The run may be going on meanwhile.
 
-    Raises `RunError` where there is nothing to export, `CheckpointError` where `out` is in the way.
+    Raises `RunError` where there is nothing to export or `out` is in the way, `DiskError` where the disk is full; then
+    nothing is left.
     """
     source, out = Path(source).absolute(), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
     if (source / checkpoints.FACTS).is_file():
         return _of_checkpoint(source, out)
     if not (source / MARKER).is_file():
@@ -38,11 +44,17 @@ def export(source: str | Path, out: str | Path) -> Path:
             fix="give the folder of a run, or one such as run/.distill.work/.checkpoints/step-00000200 in it",
         )
     for stage in reversed([s for s in stages(_recipe(source)) if _is_student(s)]):
+        for _ in range(_TRIES):
+            if not (kept := checkpoints.complete(source / f".{stage.name}.work" / _SCRATCH)):
+                break
+            try:
+                return _of_checkpoint(kept[-1], out)
+            except (OSError, CheckpointException):
+                if kept[-1].exists():
+                    raise
+                # the run has written the next one meanwhile, and removed this
         if (source / stage.name / "model").is_dir():
             return _copied(source / stage.name / "model", out)
-        kept = checkpoints.complete(source / f".{stage.name}.work" / _SCRATCH)
-        if kept:
-            return _of_checkpoint(kept[-1], out)
     raise RunError(
         f"{source} has no student that has learned anything",
         why="no distillation of it has finished or left a checkpoint",
@@ -80,6 +92,12 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
             why="such a training keeps only what it trains, such as adapters",
             fix="let the stage finish: its model folder has them merged",
         )
+    if any(masters[key].shape != parameter.shape for key, parameter in own.items()):
+        raise RunError(
+            f"{folder} is of a model with other sizes",
+            why=f"{begun}, which its training began with, has been made anew since then",
+            fix="let halve run go on: the training begins anew, too",
+        )
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(masters[key])
@@ -97,9 +115,15 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
 
 
 def _copied(model: Path, out: Path) -> Path:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
-    with disk_guard(out):
-        shutil.copytree(model, out, dirs_exist_ok=True)
-        sync_tree(out)
+    draft = out.with_name(f".{out.name}.tmp")
+    try:
+        with disk_guard(out):
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(model, draft)
+            sync_tree(draft)
+            os.replace(draft, out)  # over an empty folder, too
+            sync(out.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return out

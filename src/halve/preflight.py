@@ -189,7 +189,9 @@ def _check_room(recipe: Recipe, out: Path) -> None:
 
 
 def _bytes_needed(recipe: Recipe) -> int:
-    """An upper bound: every model as large as the teacher, two training states, tokens as large as the text, caches."""
+    """An upper bound: every model as large as the teacher, the checkpoints that are kept and one in writing, tokens as
+    large as the text, caches.
+    """
     headers = read_headers(locate(recipe.model)).values()
     weights = sum(header.num_bytes for header in headers)
     count = sum(_volume(header.shape) for header in headers)
@@ -206,7 +208,9 @@ def _bytes_needed(recipe: Recipe) -> int:
         for source in (*recipe.data.train_sources, *recipe.data.valid):
             if not source.startswith(sources.HUB):
                 text += sum(path.stat().st_size for path in sources.files(source))
-    return models * weights + trained * 2 * 3 * _FLOAT32_BYTES * count + text + _cache_bytes(recipe)
+    trainings = [recipe.correct, *(part.distill for part in rounds(recipe))]
+    states = 1 + max((training.keep_checkpoints for training in trainings if training is not None), default=0)
+    return models * weights + trained * states * 3 * _FLOAT32_BYTES * count + text + _cache_bytes(recipe)
 
 
 def _cache_bytes(recipe: Recipe) -> int:

@@ -148,7 +148,10 @@ class Training(Section):
         " or the last checkpoint again and those samples left out",
     )
     spike_factor: float = Field(
-        3.0, gt=1, description="a leap: the loss's distance above its running mean, in parts of that mean"
+        3.0,
+        gt=1,
+        description="a leap: the loss's distance above its running mean, in parts of that mean;"
+        " 6 of its standard deviations it has to be, too",
     )
     loggers: tuple[Logger, ...] = Field((), description="where metrics go beside the JSON lines")
     eval_every: Count = Field(50, description="steps between held-out measurements")

@@ -41,8 +41,8 @@ FORMAT = 1
 MARKER, RECIPE, MANIFEST, KEY, LOCK = "run.json", "recipe.json", "manifest.json", ".key.json", ".lock"
 HASHES = "hashes.json"  # beside the token files
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# safetensors reports the operating system's error inside its own message
-_FULL_MESSAGE = re.compile(rf"(code: |os error )({errno.ENOSPC}|{errno.EDQUOT})\b")
+# safetensors and shutil report the operating system's error inside their own messages
+_FULL_MESSAGE = re.compile(rf"(code: |os error |\[Errno )({errno.ENOSPC}|{errno.EDQUOT})\b")
 
 
 @contextmanager

@@ -175,6 +175,14 @@ def forecast(found: Forecast) -> None:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
 
 
+def plan_in_a_line(found: Forecast) -> str:
+    """The same before a run, in one line."""
+    most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
+    parts = [] if most is None else [f"{most[0]} holds {bytes_(most[1].total_bytes)} a rank"]
+    parts += [f"{sum(found.flops.values()):.3g} FLOP, {found.gpu_hours:,.2g} hours of an H100 at {found.mfu:.0%} MFU"]
+    return f"plan: {'; '.join(parts)}; disk {bytes_(found.disk.total_bytes)}"
+
+
 def _memory(found: Forecast) -> None:
     """What training holds, and which settings would fit a card."""
     place, card = found.place, bytes_(found.card_bytes)

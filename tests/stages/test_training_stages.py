@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from halve.errors import CorpusError, TrainError
+from halve.errors import CorpusError, TokenizerError, TrainError
 from halve.recipe import Recipe
 from halve.stages import cache, correct, distill
 
@@ -51,6 +51,19 @@ def distilled(
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return metrics, load_file(out / "model" / "model.safetensors"), lines
+
+
+def test_a_student_with_a_tokenizer_of_its_own_is_refused(
+    make_recipe: MakeRecipe, tiny_llama: Path, student: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(student, other)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    (one, first), (two, second) = list(spec["model"]["vocab"].items())[-2:]
+    spec["model"]["vocab"] |= {one: second, two: first}
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(TokenizerError, match="has another tokenizer than"):
+        distilled(make_recipe(distill=STEPS), tmp_path, teacher=tiny_llama, student=other)
 
 
 def test_a_corrected_teacher_is_a_model_like_the_teacher(

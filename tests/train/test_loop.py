@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from halve.errors import DiskError, TrainError
+from halve.errors import DiskError, RunError, Stopped, TrainError
 from halve.head import Body, Head, split
 from halve.recipe import Training
 from halve.train import checkpoints, divergences, loop, objectives
@@ -310,6 +311,56 @@ def test_a_checkpoint_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
     assert run(tmp_path, tiny(), recipe=training(lr=2e-2)).resumed_from == 0
     assert run(tmp_path, tiny(), recipe=training(lr=2e-2)).resumed_from == 4
     assert run(tmp_path, tiny(), recipe=training(lr=2e-2), name="other").resumed_from == 0
+
+
+@pytest.mark.parametrize("what", ["cut", "gone", "facts"])
+def test_a_damaged_checkpoint_is_not_taken_but_the_one_before_it(tmp_path: Path, what: str) -> None:
+    whole, model, recipe = tiny(), tiny(), training(checkpoint_every=1, keep_checkpoints=2)
+    objective = taught(tiny(seed=1))
+    run(tmp_path / "whole", whole, objective=objective, recipe=recipe)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", tiny(), objective=killing(objective, 4), recipe=recipe)
+    *_, before, newest = checkpoints.complete(tmp_path / "killed" / "work")
+
+    def damage(folder: Path) -> None:
+        (weights_file,) = folder.glob("*.safetensors")
+        if what == "cut":
+            weights_file.write_bytes(weights_file.read_bytes()[:500])
+        elif what == "gone":
+            weights_file.unlink()
+        else:
+            (folder / checkpoints.FACTS).write_text("")
+
+    damage(newest)
+    with pytest.warns(UserWarning, match=newest.name):
+        result = run(tmp_path / "killed", model, objective=objective, recipe=recipe)
+    assert result.resumed_from == int(before.name[-2:])
+    assert same(weights(model), weights(whole))
+
+    with pytest.raises(Killed):
+        run(tmp_path / "lost", tiny(), objective=killing(objective, 2), recipe=recipe)
+    for kept in checkpoints.complete(tmp_path / "lost" / "work"):
+        damage(kept)
+    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(RunError, match="can be read") as caught:
+        run(tmp_path / "lost", tiny(), objective=objective, recipe=recipe)
+    assert "remove that folder" in caught.value.fix
+
+
+def test_a_sigterm_in_the_last_step_is_heeded(tmp_path: Path) -> None:
+    objective, whole, model = taught(tiny(seed=1)), tiny(), tiny()
+    wanted = run(tmp_path / "whole", whole, objective=objective)
+    steps = iter(range(1, 100))
+
+    def ending(*args: Any) -> tuple[Tensor, int]:
+        if next(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return objective(*args)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 6"):
+        run(tmp_path / "ended", tiny(), objective=ending)
+    assert run(tmp_path / "ended", model, objective=objective) == replace(wanted, resumed_from=6)
+    assert same(weights(model), weights(whole))
+    assert len(lines(tmp_path / "ended")) == len(lines(tmp_path / "whole"))
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from halve import checkpoint, measure
+from halve.errors import TokenizerError
 from halve.progress import Progress
 from halve.recipe import Recipe, Training
 from halve.train.batch import Batch
@@ -32,6 +33,12 @@ def open_text(recipe: Recipe, training: Training, *models: Path | str, cache: Pa
     for source in models:
         config = checkpoint.load_config(source)
         checkpoint.check_tokenizer(tokenizer, config, source=source)
+        if checkpoint.load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+            raise TokenizerError(
+                f"{source} has another tokenizer than {models[0]}",
+                why="the same text is other ids there, so one cannot follow the other token by token",
+                fix="take a student of the teacher's own vocabulary",
+            )
         measure.require_context(config, recipe.data.context, "a sample")
     course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from halve.errors import RunError
 from halve.rundir import disk_guard, read_json, sync, sync_tree
 from halve.train.ranks import ALONE, Ranks
 from halve.train.step import Trained
@@ -102,24 +104,52 @@ class Keeper:
         return self.last
 
     def restore(self) -> Restored:
-        """Load this run's newest state into modules and optimizers; its step is 0 where there is none."""
-        self.wait()
-        found = self.ranks.lead(self._newest)
-        if found is None:
-            return Restored()
-        self.last = self.work / found["folder"]
-        with _quiet():
-            reader = HuggingFaceStorageReader(str(self.last))
-            _make_state(self.groups, known=set(reader.read_metadata().state_dict_metadata))
-            load(_tensors(self.groups), storage_reader=reader, process_group=self.ranks.group, no_dist=self.ranks.alone)
-        return Restored(found["step"], found["notes"])
+        """Load this run's newest state into modules and optimizers; its step is 0 where there is none.
 
-    def _newest(self) -> dict[str, Any] | None:
-        for kept in reversed(complete(self.work)):
-            facts: dict[str, Any] = read_json(kept / FACTS)
-            if facts["identity"] == self.identity:
-                return {**facts, "folder": kept.name}
+        One that cannot be read is warned about, and the one before it is taken. Raises `RunError` where none of those
+        that there are can be read.
+        """
+        self.wait()
+        damaged: list[str] = []
+        for found in self.ranks.lead(self._known):
+            why = self._load(found) if found["why"] is None else found["why"]
+            if not self.ranks.any(why is not None):
+                self.last = self.work / found["folder"]
+                return Restored(found["step"], found["notes"])
+            damaged.append(f"{found['folder']}: {why or 'another rank cannot read its part'}")
+            warnings.warn(f"a checkpoint in {self.work} cannot be read, {damaged[-1]}", stacklevel=2)
+        if damaged:
+            raise RunError(
+                f"no checkpoint in {self.work} can be read",
+                why="; ".join(damaged),
+                fix="remove that folder to begin this training anew",
+            )
+        return Restored()
+
+    def _load(self, found: Mapping[str, Any]) -> str | None:
+        """Load a checkpoint; what keeps it from being read. What it has loaded by then the next one replaces."""
+        try:
+            with _quiet():
+                reader = HuggingFaceStorageReader(str(self.work / found["folder"]))
+                _make_state(self.groups, known=set(reader.read_metadata().state_dict_metadata))
+                group = self.ranks.group
+                load(_tensors(self.groups), storage_reader=reader, process_group=group, no_dist=self.ranks.alone)
+        except (CheckpointException, SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+            return (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return None
+
+    def _known(self) -> list[dict[str, Any]]:
+        """This run's checkpoints, the newest first, and those of which it cannot be told."""
+        known: list[dict[str, Any]] = []
+        for kept in reversed(complete(self.work)):
+            try:
+                facts: dict[str, Any] = read_json(kept / FACTS)
+            except RunError as error:
+                known.append({"folder": kept.name, "why": str(error.why)})
+                continue
+            if facts["identity"] == self.identity:
+                known.append({**facts, "folder": kept.name, "why": None})
+        return known
 
 
 def folder(work: Path, step: int) -> Path:

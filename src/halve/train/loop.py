@@ -110,6 +110,7 @@ def train(
         under_way = _UnderWay(
             trained, learner, objective, course, device, keeper, heldout, beside, flops, Running.of(restored.notes)
         )
+        under_way.loss = restored.notes.get("loss")
         opened = (
             open_journal(metrics, step=start, loggers=training.loggers, name=name)
             if ranks.leads
@@ -129,11 +130,13 @@ def train(
                     shown = {} if under_way.loss is None else {"loss": under_way.loss}
                     task.advance(course.tokens(step) - course.tokens(step - 1), **shown)
                     stopping = ranks.any(asked_to_stop())
-                    if not last and (stopping or step % training.checkpoint_every == 0):
+                    if stopping or (not last and step % training.checkpoint_every == 0):
                         journal.sync()
-                        keeper.save(step, notes=under_way.running.notes())
-                    if not last and stopping:
+                        keeper.save(step, notes=under_way.running.notes() | {"loss": under_way.loss})
+                    if stopping:
                         raise _stopped(step, keeper.wait())
+            if start == course.steps:  # stopped after its last step, with nothing left but to be exported
+                under_way.measure(start)
     return TrainResult(course.steps, course.tokens(course.steps), start, under_way.loss, under_way.figures)
 
 

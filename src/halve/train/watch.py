@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,10 @@ HORIZON = 64
 """Steps over which the running mean forgets."""
 FLOOR = 0.05
 """Nats that a leap has at least: a loss near zero trembles by more than its own size."""
+SCATTER = 6.0
+"""Standard deviations that a leap has at least: a loss that is estimated from a few draws scatters, also below zero."""
+KNOWN = 8
+"""Losses that tell how much they scatter; of fewer, a leap has as many times more nats at least."""
 MOST, WITHIN = 4, 100
 """So many steps may be left out within so many; beyond that the cause is not a few samples."""
 
@@ -31,20 +35,23 @@ _PROBE = 768
 
 @dataclass(frozen=True)
 class Running:
-    """What past steps say of the next loss: the mean over accepted ones, and which steps were left out."""
+    """What past steps say of the next loss: mean and variance of accepted ones, and which steps were left out."""
 
     mean: float = 0.0
     count: int = 0
     spikes: tuple[int, ...] = ()
+    variance: float = 0.0
 
     def accept(self, loss: float) -> Running:
         """With one loss more: the plain mean of the first `HORIZON`, then one that forgets at that pace."""
-        count = self.count + 1
-        return Running(self.mean + (loss - self.mean) / min(count, HORIZON), count, self.spikes)
+        count, off = self.count + 1, loss - self.mean
+        mean = self.mean + off / min(count, HORIZON)
+        variance = self.variance + (off * (loss - mean) - self.variance) / min(count, HORIZON)
+        return Running(mean, count, self.spikes, variance)
 
     def leave_out(self, step: int) -> Running:
         """With one spike more."""
-        return Running(self.mean, self.count, (*(one for one in self.spikes if one > step - WITHIN), step))
+        return replace(self, spikes=(*(one for one in self.spikes if one > step - WITHIN), step))
 
     @property
     def exhausted(self) -> bool:
@@ -54,13 +61,17 @@ class Running:
     def objection(self, loss: float, norm: float, *, factor: float) -> str | None:
         """Why a step's loss is a spike; None if it is none.
 
-        It is one where loss or gradient norm is not finite, or `loss > mean * (1 + factor) + FLOOR`.
+        It is one where loss or gradient norm is not finite, or where the loss exceeds the running mean by more than
+        `factor` times the mean's size, `SCATTER` standard deviations, and `FLOOR`.
         """
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not math.isfinite(value):
                 return f"{name} is {value}"
-        limit = self.mean * (1 + factor) + FLOOR
-        return f"loss {loss:.4g}, its running mean {self.mean:.4g}" if self.count and loss > limit else None
+        if not self.count:
+            return None
+        floor = FLOOR * max(1.0, KNOWN / self.count)
+        limit = self.mean + max(factor * abs(self.mean), SCATTER * math.sqrt(self.variance), floor)
+        return f"loss {loss:.4g}, its running mean {self.mean:.4g}" if loss > limit else None
 
     def notes(self) -> dict[str, Any]:
         """As plain data for a checkpoint."""
@@ -69,7 +80,9 @@ class Running:
     @classmethod
     def of(cls, notes: Mapping[str, Any]) -> Running:
         """From `notes`; from nothing, the start."""
-        return cls(notes["mean"], notes["count"], tuple(notes["spikes"])) if notes else cls()
+        if not notes:
+            return cls()
+        return cls(notes["mean"], notes["count"], tuple(notes["spikes"]), notes.get("variance", 0.0))
 
 
 Work = Callable[[int], float]
@@ -82,9 +95,13 @@ def learning(student: PretrainedConfig) -> Work:
 
 
 def correcting(teacher: PretrainedConfig, section: Correct) -> Work:
-    """FLOPs a token of a correction: three times the forward pass; two where what it passes through stays frozen."""
-    passes = 3.0 if section.method == "full" else 2.0
-    return lambda context: passes * _forward(teacher, context)
+    """FLOPs a token of a correction: three times the forward pass.
+
+    Where matrices stay frozen they have no gradient of their own, and count twice; attention has no weights.
+    """
+    if section.method == "full":
+        return learning(teacher)
+    return lambda context: 3.0 * _forward(teacher, context) - _forward(teacher, 0)
 
 
 def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: Distill) -> Work:
