@@ -11,7 +11,7 @@ import torch
 from conftest import teach
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halve import pipeline
+from halve import pipeline, preflight
 from halve.dryrun import forecast
 from halve.recipe import Recipe
 from halve.train import checkpoints, shards
@@ -91,3 +91,9 @@ def test_the_plan_is_what_a_run_takes(
 
 def test_text_takes_two_or_four_bytes_a_token(make_recipe: MakeRecipe) -> None:
     assert forecast(make_recipe(distill=STEPS)).disk.text_bytes == 2 * 12 * 128
+
+
+@pytest.mark.parametrize("keep", [1, 5, 20])
+def test_what_check_asks_for_is_never_less_than_the_plan(make_recipe: MakeRecipe, teacher: Path, keep: int) -> None:
+    recipe = make_recipe(model=str(teacher), distill=STEPS | {"checkpoint_every": 1, "keep_checkpoints": keep})
+    assert preflight._bytes_needed(recipe) >= forecast(recipe).disk.total_bytes

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -268,6 +269,23 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int, kept: list[int
     recipe = training(checkpoint_every=1, keep_checkpoints=keep, tokens=5 * 8 * CONTEXT)
     run(tmp_path, tiny(), recipe=recipe)
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [f"step-{step:08d}" for step in kept]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: Any) -> None:
+    write, going_on, objective, steps = checkpoints.write, threading.Event(), taught(tiny(seed=1)), iter(range(1, 100))
+
+    def waiting(*args: Any) -> None:
+        assert going_on.wait(timeout=60), "the third step did not begin before the checkpoint of the second was written"
+        write(*args)
+
+    def noted(*args: Any) -> tuple[Tensor, int]:
+        if next(steps) == 3:
+            going_on.set()
+        return objective(*args)
+
+    monkeypatch.setattr(checkpoints, "write", waiting)
+    run(tmp_path, tiny(), objective=noted, recipe=training(checkpoint_every=2))
+    assert [path.name[-1] for path in checkpoints.complete(tmp_path / "work")] == ["4"]
 
 
 @dataclass(frozen=True)
