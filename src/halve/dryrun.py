@@ -231,11 +231,10 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
             for baseline in part.distill.baselines:
                 add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
             if recipe.correct and recipe.corrects_beside:
+                corrected = watch.correcting(teacher.before.config, recipe.correct)(recipe.data.context)
+                learned = min(recipe.correct.tokens, part.distill.tokens)
                 for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
-                    learned = min(recipe.correct.tokens, part.distill.tokens)
-                    flops[name] += learned * watch.correcting(teacher.before.config, recipe.correct)(
-                        recipe.data.context
-                    )
+                    flops[name] += learned * corrected
     return flops, tokens
 
 

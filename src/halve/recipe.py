@@ -29,7 +29,6 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Count = Annotated[int, Field(gt=0)]
 
-
 _OF_DISTILLATION = (
     "batch",
     "micro_batch",
@@ -148,10 +147,7 @@ class Training(Section):
         " or the last checkpoint again and those samples left out",
     )
     spike_factor: float = Field(
-        3.0,
-        gt=1,
-        description="a leap: the loss's distance above its running mean, in parts of that mean;"
-        " 6 of its standard deviations it has to be, too",
+        3.0, gt=1, description="a leap: so many running means above the mean, and 6 standard deviations"
     )
     loggers: tuple[Logger, ...] = Field((), description="where metrics go beside the JSON lines")
     eval_every: Count = Field(50, description="steps between held-out measurements")
@@ -296,9 +292,7 @@ class Prune(Section):
         " make up for; rank: by their scores; auto: refit where a one-shot cut by activations is refit",
     )
     rotation: Rotation = Field(
-        "auto",
-        description="basis that hidden is cut in; auto: the principal one where the family's norms allow it and width"
-        " is scored by activations",
+        "auto", description="basis of hidden; auto: the principal one where norms allow it and activations score width"
     )
     untie: bool = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
     refit: Refit = Field("all", description="solve for the weights that read or write what was cut")
@@ -394,9 +388,7 @@ class Recipe(Section):
                 raise ValueError(f"correct.{key} has no say when the teacher is corrected beside: it is distill's")
         for part in distillations:
             if part.cache != "none":
-                raise ValueError(
-                    "a teacher that is corrected beside changes, and what distill.cache keeps would be stale"
-                )
+                raise ValueError("a teacher that is corrected beside changes: what distill.cache keeps would be stale")
             if set(part.terms) == {"ce"}:
                 raise ValueError("correct.when: beside corrects the teacher that distill asks; objective: ce asks none")
             if part.teacher_device != "same" or part.offload_teacher or not part.shard_teacher:

@@ -24,7 +24,8 @@ FLOOR = 0.05
 SCATTER = 6.0
 """Standard deviations that a leap has at least: a loss that is estimated from a few draws scatters, also below zero."""
 KNOWN = 8
-"""Losses that tell how much they scatter; of fewer, a leap has as many times more nats at least."""
+"""Losses that tell how much they scatter. Fewer understate it: they count as `1 + KNOWN / count` times as much, and
+before there are three a leap has `KNOWN` times `FLOOR`."""
 MOST, WITHIN = 4, 100
 """So many steps may be left out within so many; beyond that the cause is not a few samples."""
 
@@ -69,8 +70,9 @@ class Running:
                 return f"{name} is {value}"
         if not self.count:
             return None
-        floor = FLOOR * max(1.0, KNOWN / self.count)
-        limit = self.mean + max(factor * abs(self.mean), SCATTER * math.sqrt(self.variance), floor)
+        scatter = math.sqrt(self.variance) * (1 + KNOWN / self.count)
+        floor = FLOOR if self.count > 2 else KNOWN * FLOOR
+        limit = self.mean + max(factor * abs(self.mean), SCATTER * scatter, floor)
         return f"loss {loss:.4g}, its running mean {self.mean:.4g}" if loss > limit else None
 
     def notes(self) -> dict[str, Any]:
