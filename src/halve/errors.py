@@ -17,6 +17,8 @@ Programmers' mistakes are `assert`s and are not caught.
 
 from __future__ import annotations
 
+_LONGEST = 1000
+
 
 class HalveError(Exception):
     """What went wrong, why, and what the user can do about it, one line each.
@@ -32,10 +34,17 @@ class HalveError(Exception):
 
     def __init__(self, what: str, *, why: str, fix: str) -> None:
         super().__init__(what)
-        self.what, self.why, self.fix = (" ".join(line.split()) for line in (what, why, fix))
+        self.what, self.why, self.fix = (_one_line(text) for text in (what, why, fix))
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, without characters that steer a terminal, and no longer than a screen."""
+    words = text[: 4 * _LONGEST].split()
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(words))
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 4] + " ..."
 
 
 class RecipeError(HalveError):

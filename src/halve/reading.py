@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from halve import strict_yaml
 from halve.errors import RecipeError
 from halve.recipe import Recipe
 
@@ -24,14 +25,17 @@ def load(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"cannot read recipe {path}", why=error.strerror or str(error), fix="give the path of a YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            raw = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))
+    except yaml.YAMLError as error:
         raise RecipeError(
             f"recipe {path} is not YAML", why=str(error), fix="compare it with a file in recipes/"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot read recipe {path}",
+            why=getattr(error, "strerror", None) or str(error),
+            fix="give the path of a YAML file",
         ) from error
     return parse(raw, folder=path.parent, source=str(path))
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from safetensors import safe_open
 
-from halve import charts, sections
+from halve import charts, sections, strict_yaml
 from halve.plots import figure
 from halve.rounds import named, parsed
 from halve.rundir import MANIFEST, RECIPE, atomic_file, read_json
@@ -144,7 +143,7 @@ def _view(run: Run) -> dict[str, Any]:
         "lead": _lead(run),
         "tiles": [{"unit": "", "factor": ""} | tile for tile in sections.tiles(run.results)],
         "sections": [section for section in found if section is not None],
-        "recipe_yaml": yaml.safe_dump(_shown(run.recipe), sort_keys=False, allow_unicode=True, width=88).rstrip(),
+        "recipe_yaml": strict_yaml.dump(_shown(run.recipe)).rstrip(),
         "stages": [_stage(stage, manifest) for stage, manifest in run.manifests.items()],
         "facts": _provenance(run, versions),
         "version": versions.get("halve", ""),

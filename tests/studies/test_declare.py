@@ -147,3 +147,9 @@ def test_a_study_with_a_mistake_is_refused(change: dict[str, Any], message: str)
 def test_an_unknown_study_is_told() -> None:
     with pytest.raises(RecipeError, match="there is no study agregators\n  why: known: controls"):
         declare.load("agregators")
+
+
+def test_a_study_says_nothing_twice() -> None:
+    text = yaml.safe_dump(declare.load("losses").model_dump(mode="json"))
+    with pytest.raises(RecipeError, match="the key 'title' stands there twice"):
+        declare.read(text + "title: another\n", source="twice")

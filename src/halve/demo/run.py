@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from halve import pipeline
+from halve import pipeline, strict_yaml
 from halve.demo.corpus import read_modules, standard_library, write_prose
 from halve.demo.task import build_items, write_items
 from halve.errors import CorpusError
@@ -38,7 +37,7 @@ def run(*, out: Path, long: bool, corpus: Path | None, console: Console) -> Path
 def make_recipe(texts: Path, *, long: bool, corpus: Path | None) -> Recipe:
     """Write the demo's texts into `texts` and give the recipe that uses them."""
     texts.mkdir(parents=True, exist_ok=True)
-    raw: dict[str, Any] = yaml.safe_load((HERE / ("long.yaml" if long else "demo.yaml")).read_text(encoding="utf-8"))
+    raw: dict[str, Any] = strict_yaml.parse((HERE / ("long.yaml" if long else "demo.yaml")).read_text(encoding="utf-8"))
     if corpus is not None:
         train, valid = _split(corpus, texts)
     else:

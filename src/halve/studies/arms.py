@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from halve import strict_yaml
 from halve.errors import RecipeError
 from halve.reading import parse
 from halve.recipe import Recipe
@@ -79,7 +78,7 @@ def layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _base(setting: Setting) -> dict[str, Any]:
-    raw: dict[str, Any] = yaml.safe_load(BASE.read_text(encoding="utf-8"))
+    raw: dict[str, Any] = strict_yaml.parse(BASE.read_text(encoding="utf-8"))
     return layered(raw, setting.changes)
 
 
@@ -92,7 +91,7 @@ def _named(raw: dict[str, Any], setting: Setting, *, seed: int, model: str, sour
 
 def _resolved(raw: dict[str, Any], setting: Setting, sizes: Arch) -> dict[str, Any]:
     tokens = raw["distill"]["tokens"]
-    base_tokens = yaml.safe_load(BASE.read_text(encoding="utf-8"))["distill"]["tokens"]
+    base_tokens = strict_yaml.parse(BASE.read_text(encoding="utf-8"))["distill"]["tokens"]
     base_tokens = setting.changes.get("distill", {}).get("tokens", base_tokens)
     raw = {**raw, "prune": _cut(raw["prune"], sizes), "distill": {**raw["distill"], "tokens": _of(tokens, base_tokens)}}
     if "correct" in raw:

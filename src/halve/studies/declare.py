@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from halve import strict_yaml
 from halve.errors import RecipeError
 from halve.recipe import Section
 
@@ -99,7 +100,7 @@ def load(name: str) -> Study:
 def read(text: str, *, source: str) -> Study:
     """A study from YAML. Raises `RecipeError` naming what is wrong with it."""
     try:
-        return Study.model_validate(yaml.safe_load(text))
+        return Study.model_validate(strict_yaml.parse(text))
     except (ValidationError, yaml.YAMLError) as error:
         raise RecipeError(
             f"{source} is not a study", why=str(error).replace("\n", " "), fix="compare it with a shipped one"
