@@ -30,8 +30,9 @@ import torch
 from cut_methods import METHODS, MICRO_BATCH, OURS, PLAIN, RANDOM, RANDOM_DEPTH, Setting, depth_arch, make_student
 from transformers import PreTrainedModel
 
-from halve import checkpoint, measure
+from halve import measure
 from halve.anatomy import discover
+from halve.checkpoint import Checkpoint
 from halve.cut.gram import SingularGramWarning
 from halve.cut.sizes import target
 from halve.demo.corpus import read_modules, standard_library, write_prose
@@ -332,15 +333,15 @@ def make_setting(args: argparse.Namespace, seed: int) -> Setting:
         data=Data(train=(train,), valid=(valid,), context=args.context),
         prune=Prune(non_embedding_ratio=0.5),
     )
-    model = checkpoint.load_model(args.model, dtype="float32", device="cpu").requires_grad_(False)
-    tokenizer = checkpoint.load_tokenizer(args.model)
+    teacher = Checkpoint.open(args.model)
+    model, tokenizer = teacher.load(dtype="float32").requires_grad_(False), teacher.tokenizer
     cache = args.out / "data"
     tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer)
     heldout = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer)
     samples = corpus.Samples(tokens, args.context, seed)
     return Setting(
         model=model,
-        anatomy=discover(model.config),
+        anatomy=teacher.anatomy,
         calibration_BS=samples.calibration(args.samples),
         heldout=corpus.Samples(heldout, args.context, 0).heldout(32),
         train=samples,

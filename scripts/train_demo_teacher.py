@@ -22,8 +22,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from halve import measure
-from halve.checkpoint import load_model, load_tokenizer, resolve_device, save_model
+from halve import measure, saving
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.choices import load_items, multiple_choice
 from halve.demo import baselines, corpus, task
 from halve.progress import RichProgress
@@ -128,7 +128,7 @@ def measure_baselines(tokens: dict[str, Tokens], train: bytes, valid: bytes) -> 
 
 def train_teacher(prepared: Path, out: Path, *, training: Training, device: str) -> None:
     """Train from scratch and write `out`, a Hugging Face folder in bfloat16; a killed run goes on."""
-    tokenizer = load_tokenizer(prepared / "tokenizer")
+    tokenizer = Checkpoint.open(prepared / "tokenizer").tokenizer
     train, valid = open_tokens(prepared / "train"), open_tokens(prepared / "valid")
     config = transformers.LlamaConfig(
         **SHAPE,
@@ -166,7 +166,7 @@ def train_teacher(prepared: Path, out: Path, *, training: Training, device: str)
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }
-    save_model(model.to(torch.bfloat16), out, extra_from=prepared / "tokenizer", record=record)
+    saving.save_model(model.to(torch.bfloat16), out, extra_from=prepared / "tokenizer", record=record)
     print(json.dumps(result.as_dict()))
 
 
@@ -176,7 +176,8 @@ def check_teacher(prepared: Path, folder: Path, *, device: str) -> bool:
     The teacher sees packed samples, on average half a context before a token, and nothing of the held-out
     text outside of it; xz sees all of the held-out text before a byte.
     """
-    model, tokenizer = load_model(folder, dtype="float32", device=device), load_tokenizer(folder)
+    teacher = Checkpoint.open(folder)
+    model, tokenizer = teacher.load(dtype="float32", device=device), teacher.tokenizer
     samples = Samples(open_tokens(prepared / "valid"), context=CONTEXT, seed=SEED)
     ids = samples.take(range(len(samples)))
     nll = measure.language_modeling(model, ids, micro_batch=64)

@@ -38,6 +38,7 @@ import halve.stages.prune
 import halve.stages.score
 import halve.train.checkpoints
 from halve import reading, rundir
+from halve.checkpoint import Checkpoint
 from halve.pipeline import run
 
 passed: Counter[str] = Counter()
@@ -92,7 +93,7 @@ def spare_what_starts_processes() -> None:
     prune: Any = halve.stages.prune
     assert callable(prune._check_reopens)
     prune._check_reopens = lambda *args: None
-    proof = prune.prove(prune.discover(prune.checkpoint.load_config(reading.load(sys.argv[1]).model)))
+    proof = prune.prove(Checkpoint.open(reading.load(sys.argv[1]).model).anatomy)
     prune.prove = lambda anatomy: proof
 
 

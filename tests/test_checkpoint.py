@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from halve import checkpoint, soundness
+from halve import checkpoint, saving, soundness
+from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, DiskError, RecipeError, TokenizerError
 
 IDS = torch.arange(24)[None]
@@ -50,7 +51,7 @@ def raw_config(folder: Path) -> dict[str, Any]:
 
 
 def test_loading_gives_the_same_model_as_transformers(tiny_llama: Path) -> None:
-    ours, theirs = checkpoint.load_model(tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ours, theirs = Checkpoint.open(tiny_llama).load(), AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert not ours.training
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
@@ -58,30 +59,30 @@ def test_loading_gives_the_same_model_as_transformers(tiny_llama: Path) -> None:
 def test_weights_keep_their_own_precision_unless_told(model_copy: Path) -> None:
     edit_weights(model_copy, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
     edit_config(model_copy, dtype="bfloat16")
-    assert checkpoint.load_model(model_copy).dtype == torch.bfloat16
-    assert checkpoint.load_model(model_copy, dtype="float32").dtype == torch.float32
+    assert Checkpoint.open(model_copy).load().dtype == torch.bfloat16
+    assert Checkpoint.open(model_copy).load(dtype="float32").dtype == torch.float32
 
 
 def test_a_config_alone_is_enough_for_load_config(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_llama / "config.json", tmp_path)
-    assert checkpoint.load_config(tmp_path).hidden_size == 32
+    assert Checkpoint.open(tmp_path).config.hidden_size == 32
     with pytest.raises(CheckpointError, match=r"has no weights\n  why: neither model\.safetensors nor"):
-        checkpoint.load_model(tmp_path)
+        Checkpoint.open(tmp_path).load()
 
 
 def test_shards_load_and_every_one_is_checked(tiny_llama: Path, tmp_path: Path) -> None:
-    model = checkpoint.load_model(tiny_llama)
+    model = Checkpoint.open(tiny_llama).load()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(checkpoint.load_model(tmp_path)(IDS).logits, model(IDS).logits)
+    assert torch.equal(Checkpoint.open(tmp_path).load()(IDS).logits, model(IDS).logits)
     last = sorted(tmp_path.glob("*.safetensors"))[-1]
     content = last.read_bytes()
     last.write_bytes(content[:-3])
     with pytest.raises(CheckpointError, match=rf"{last.name} is truncated\n  why: it has \d+ bytes and its header"):
-        checkpoint.load_model(tmp_path)
+        Checkpoint.open(tmp_path).load()
     last.unlink()
     with pytest.raises(CheckpointError, match=rf"{last.name} is missing"):
-        checkpoint.load_model(tmp_path)
+        Checkpoint.open(tmp_path).load()
 
 
 def test_headers_say_what_the_weights_are(tiny_llama: Path) -> None:
@@ -98,13 +99,13 @@ def test_a_file_without_its_header_is_refused(model_copy: Path, keep_bytes: int)
     path = model_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep_bytes])
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 def test_a_header_that_is_not_json_is_refused(model_copy: Path) -> None:
     (model_copy / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"abcd")
     with pytest.raises(CheckpointError, match="is not a safetensors file\n  why: its header cannot be read"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.pt", "model.pth"])
@@ -112,7 +113,7 @@ def test_pickles_are_refused_unopened(tiny_llama: Path, tmp_path: Path, name: st
     shutil.copy(tiny_llama / "config.json", tmp_path)
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(CheckpointError, match=f"{name} is a pickle checkpoint.*\n.*only safetensors are read"):
-        checkpoint.load_model(tmp_path)
+        Checkpoint.open(tmp_path).load()
 
 
 def test_an_index_cannot_point_outside_or_at_a_pickle(model_copy: Path) -> None:
@@ -121,23 +122,23 @@ def test_an_index_cannot_point_outside_or_at_a_pickle(model_copy: Path) -> None:
         index = {"weight_map": {"model.norm.weight": name}}
         (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(CheckpointError, match=f"names {name}"):
-            checkpoint.load_model(model_copy)
+            Checkpoint.open(model_copy).load()
     index = {"weight_map": {"nothing": "a.safetensors"}}
     (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="lacks nothing"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 def test_a_missing_tensor_is_not_made_up(model_copy: Path) -> None:
     edit_weights(model_copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight\n  why: it would be"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 def test_an_extra_tensor_is_not_lost(model_copy: Path) -> None:
     edit_weights(model_copy, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(64)}))
     with pytest.raises(CheckpointError, match=r"extra tensor model\.layers\.0\.mlp\.up_proj\.bias"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(model_copy: Path) -> None:
@@ -145,14 +146,14 @@ def test_a_wrong_shape_is_named_with_both_shapes(model_copy: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"in shape \(32, 64\)\n  why: by its config.json the shape is \(32, 72\)"
     ):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(model_copy: Path, value: float) -> None:
     edit_weights(model_copy, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"][3].fill_(value))
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.down_proj\.weight of .* is not finite"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 @pytest.mark.parametrize("which", ["", "embed_tokens", "proj"])
@@ -164,12 +165,12 @@ def test_weights_that_are_all_zero_are_refused(model_copy: Path, which: str) -> 
 
     edit_weights(model_copy, clear)
     with pytest.raises(CheckpointError, match="are all zero"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
 
 
 def test_one_matrix_of_zeros_is_a_model(model_copy: Path) -> None:
     edit_weights(model_copy, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].zero_())
-    checkpoint.load_model(model_copy)
+    Checkpoint.open(model_copy).load()
 
 
 # --- configs
@@ -178,7 +179,7 @@ def test_one_matrix_of_zeros_is_a_model(model_copy: Path) -> None:
 def test_an_unknown_model_type_is_named(model_copy: Path) -> None:
     edit_config(model_copy, model_type="frobnicator")
     with pytest.raises(CheckpointError, match="unknown model_type 'frobnicator'"):
-        checkpoint.load_config(model_copy)
+        assert Checkpoint.open(model_copy).config
 
 
 def test_code_in_a_checkpoint_never_runs(model_copy: Path) -> None:
@@ -187,10 +188,10 @@ def test_code_in_a_checkpoint_never_runs(model_copy: Path) -> None:
     (model_copy / "configuration_evil.py").write_text(code)
     auto = {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
     edit_config(model_copy, auto_map=auto)
-    checkpoint.load_model(model_copy)  # a known type: its own class is used
+    Checkpoint.open(model_copy).load()  # a known type: its own class is used
     edit_config(model_copy, model_type="evil")
     with pytest.raises(CheckpointError, match="the code it brings is never run"):
-        checkpoint.load_model(model_copy)
+        Checkpoint.open(model_copy).load()
     assert not trap.exists()
 
 
@@ -207,36 +208,36 @@ def test_code_in_a_checkpoint_never_runs(model_copy: Path) -> None:
 def test_configs_that_would_load_wrongly(model_copy: Path, changes: dict[str, Any], what: str) -> None:
     edit_config(model_copy, **changes)
     with pytest.raises(CheckpointError, match=what):
-        checkpoint.load_config(model_copy)
+        assert Checkpoint.open(model_copy).config
 
 
 def test_a_broken_config_is_an_error(model_copy: Path) -> None:
     (model_copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
-        checkpoint.load_config(model_copy)
+        assert Checkpoint.open(model_copy).config
 
 
 def test_a_model_that_does_not_generate_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(CheckpointError, match="is not a causal language model"):
-        checkpoint.load_config(tmp_path)
+        assert Checkpoint.open(tmp_path).config
 
 
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="there is no model /no/such/folder"):
-        checkpoint.load_model("/no/such/folder")
+        Checkpoint.open("/no/such/folder").load()
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is not a folder"):
-        checkpoint.load_model(tmp_path / "file")
+        Checkpoint.open(tmp_path / "file").load()
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        checkpoint.load_model(tmp_path)
+        Checkpoint.open(tmp_path).load()
 
     def offline(*args: Any, **kwargs: Any) -> str:
         raise soundness.errors.LocalEntryNotFoundError("no connection\nmore")
 
     monkeypatch.setattr(soundness, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"cannot get model own/er\n  why: .*the hub cannot be reached: no conn"):
-        checkpoint.load_model("own/er")
+        Checkpoint.open("own/er").load()
 
 
 def test_a_hub_name_asks_for_safetensors_and_json_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +248,8 @@ def test_a_hub_name_asks_for_safetensors_and_json_alone(tiny_llama: Path, monkey
         return str(tiny_llama)
 
     monkeypatch.setattr(soundness, "snapshot_download", download)
-    checkpoint.load_config("own/er")
-    checkpoint.load_model("own/er")
+    assert Checkpoint.open("own/er").config.model_type == "llama"
+    Checkpoint.open("own/er").load()
     assert asked[0]["allow_patterns"] == ["config.json"]
     assert not any("bin" in p or "pt" in p or "py" in p for p in asked[1]["allow_patterns"])
 
@@ -257,31 +258,28 @@ def test_a_hub_name_asks_for_safetensors_and_json_alone(tiny_llama: Path, monkey
 
 
 def test_tokenizers(tiny_llama: Path, model_copy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert checkpoint.load_tokenizer(tiny_llama)("the cat").input_ids == tokenizer("the cat").input_ids
+    assert Checkpoint.open(tiny_llama).tokenizer("the cat").input_ids == tokenizer("the cat").input_ids
     (model_copy / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="cannot load the tokenizer"):
-        checkpoint.load_tokenizer(model_copy)
+        assert Checkpoint.open(model_copy).tokenizer
     (model_copy / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match="has no tokenizer"):
-        checkpoint.load_tokenizer(model_copy)
+        assert Checkpoint.open(model_copy).tokenizer
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_not_its_own(
-    tiny_llama: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    config = checkpoint.load_config(tiny_llama)
-    checkpoint.check_tokenizer(tokenizer, config, source=tiny_llama)
-    config.vocab_size = 319
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_its_own(tiny_llama: Path, model_copy: Path) -> None:
+    Checkpoint.open(tiny_llama).require_tokenizer()
+    edit_config(model_copy, vocab_size=319)
     with pytest.raises(TokenizerError, match="is not the model's\n  why: its largest id is 319"):
-        checkpoint.check_tokenizer(tokenizer, config, source=tiny_llama)
+        Checkpoint.open(model_copy).require_tokenizer()
 
 
 # --- saving
 
 
 def test_a_saved_model_reopens_in_a_fresh_process(tiny_llama: Path, tmp_path: Path) -> None:
-    model = checkpoint.load_model(tiny_llama)
-    checkpoint.save_model(model, tmp_path / "out", extra_from=tiny_llama, record={"made": "here"})
+    model = Checkpoint.open(tiny_llama).load()
+    saving.save_model(model, tmp_path / "out", extra_from=tiny_llama, record={"made": "here"})
     torch.save(model(IDS).logits, tmp_path / "logits")
     code = (
         "import sys, torch, transformers as t; folder, logits = sys.argv[1:];"
@@ -321,9 +319,9 @@ def test_every_family_reads_back_what_was_written(family: str, tmp_path: Path) -
     config = AutoConfig.for_model(family, **sizes)
     before = config.to_dict()
     model = AutoModelForCausalLM.from_config(config).eval()
-    checkpoint.save_model(model, tmp_path / "out", extra_from=None, record=None)
+    saving.save_model(model, tmp_path / "out", extra_from=None, record=None)
     assert model.config.to_dict() == before
-    reopened = checkpoint.load_model(tmp_path / "out")
+    reopened = Checkpoint.open(tmp_path / "out").load()
     assert torch.equal(reopened(IDS).logits, model(IDS).logits)
     raw = raw_config(tmp_path / "out")
     assert raw["dtype"] == raw["torch_dtype"] == "float32"
@@ -336,7 +334,7 @@ def test_every_family_reads_back_what_was_written(family: str, tmp_path: Path) -
 
 
 def test_rope_scaling_survives_in_both_spellings(tiny_llama: Path, tmp_path: Path) -> None:
-    config = checkpoint.load_config(tiny_llama)
+    config = Checkpoint.open(tiny_llama).config
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -346,18 +344,18 @@ def test_rope_scaling_survives_in_both_spellings(tiny_llama: Path, tmp_path: Pat
     }
     config.rope_parameters = {"rope_theta": 500000.0, **scaling}
     model = AutoModelForCausalLM.from_config(config).eval()
-    checkpoint.save_model(model, tmp_path / "out", extra_from=None, record=None)
+    saving.save_model(model, tmp_path / "out", extra_from=None, record=None)
     raw = raw_config(tmp_path / "out")
     assert raw["rope_theta"] == 500000.0
     assert raw["rope_scaling"] == scaling
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == config.rope_parameters
-    assert torch.equal(checkpoint.load_model(tmp_path / "out")(IDS).logits, model(IDS).logits)
+    assert torch.equal(Checkpoint.open(tmp_path / "out").load()(IDS).logits, model(IDS).logits)
 
 
 def test_gpt_neox_keeps_its_oldest_rope_names(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model("gpt_neox", vocab_size=64, rotary_pct=0.5, rotary_emb_base=777.0, **sizes)
-    checkpoint.save_model(AutoModelForCausalLM.from_config(config), tmp_path / "out", extra_from=None, record=None)
+    saving.save_model(AutoModelForCausalLM.from_config(config), tmp_path / "out", extra_from=None, record=None)
     raw = raw_config(tmp_path / "out")
     assert (raw["rotary_pct"], raw["rotary_emb_base"]) == (0.5, 777.0)
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 777.0
@@ -368,33 +366,33 @@ def test_a_decoupled_head_dim_is_written_and_read(tmp_path: Path) -> None:
     config = AutoConfig.for_model("qwen2", vocab_size=64, num_key_value_heads=2, **sizes)
     config.head_dim = 8
     model = AutoModelForCausalLM.from_config(config).eval()
-    checkpoint.save_model(model, tmp_path / "out", extra_from=None, record=None)
+    saving.save_model(model, tmp_path / "out", extra_from=None, record=None)
     assert raw_config(tmp_path / "out")["head_dim"] == 8
-    assert torch.equal(checkpoint.load_model(tmp_path / "out")(IDS).logits, model(IDS).logits)
+    assert torch.equal(Checkpoint.open(tmp_path / "out").load()(IDS).logits, model(IDS).logits)
 
 
 def test_saving_replaces_a_model_and_nothing_else(tiny_llama: Path, tmp_path: Path) -> None:
-    model = checkpoint.load_model(tiny_llama)
+    model = Checkpoint.open(tiny_llama).load()
     out = tmp_path / "out"
-    checkpoint.save_model(model, out, extra_from=tiny_llama, record=None)
-    first = checkpoint.fingerprint(out)
+    saving.save_model(model, out, extra_from=tiny_llama, record=None)
+    first = Checkpoint.open(out).fingerprint
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
-    checkpoint.save_model(model, out, extra_from=out, record=None)
-    assert checkpoint.fingerprint(out) != first
+    saving.save_model(model, out, extra_from=out, record=None)
+    assert Checkpoint.open(out).fingerprint != first
     assert AutoTokenizer.from_pretrained(out) is not None
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "today.txt").touch()
     with pytest.raises(CheckpointError, match="diary is in the way"):
-        checkpoint.save_model(model, tmp_path / "diary", extra_from=None, record=None)
+        saving.save_model(model, tmp_path / "diary", extra_from=None, record=None)
     assert (tmp_path / "diary" / "today.txt").exists()
 
 
 def test_saving_is_the_same_bytes_every_time(tiny_llama: Path, tmp_path: Path) -> None:
-    model = checkpoint.load_model(tiny_llama)
+    model = Checkpoint.open(tiny_llama).load()
     for name in ("a", "b"):
-        checkpoint.save_model(model, tmp_path / name, extra_from=tiny_llama, record=None)
-    assert checkpoint.fingerprint(tmp_path / "a") == checkpoint.fingerprint(tmp_path / "b")
+        saving.save_model(model, tmp_path / name, extra_from=tiny_llama, record=None)
+    assert Checkpoint.open(tmp_path / "a").fingerprint == Checkpoint.open(tmp_path / "b").fingerprint
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -405,9 +403,9 @@ def test_a_full_disk_leaves_nothing_half_written(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    model = checkpoint.load_model(tiny_llama)
-    checkpoint.save_model(model, tmp_path / "out", extra_from=tiny_llama, record=None)
-    before = checkpoint.fingerprint(tmp_path / "out")
+    model = Checkpoint.open(tiny_llama).load()
+    saving.save_model(model, tmp_path / "out", extra_from=tiny_llama, record=None)
+    before = Checkpoint.open(tmp_path / "out").fingerprint
     target, name = {
         "weights": (type(model), "save_pretrained"),
         "config": (Path, "write_text"),
@@ -416,10 +414,10 @@ def test_a_full_disk_leaves_nothing_half_written(
     }[moment]
     monkeypatch.setattr(target, name, full)
     with pytest.raises(DiskError, match=r"no room left while writing .*new"):
-        checkpoint.save_model(model, tmp_path / "new", extra_from=tiny_llama, record={})
+        saving.save_model(model, tmp_path / "new", extra_from=tiny_llama, record={})
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert checkpoint.fingerprint(tmp_path / "out") == before
+    assert Checkpoint.open(tmp_path / "out").fingerprint == before
 
 
 def test_safetensors_own_message_of_a_full_disk_is_understood(
@@ -430,21 +428,21 @@ def test_safetensors_own_message_of_a_full_disk_is_understood(
     def full(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    model = checkpoint.load_model(tiny_llama)
+    model = Checkpoint.open(tiny_llama).load()
     monkeypatch.setattr(type(model), "save_pretrained", full)
     with pytest.raises(DiskError, match="No space left"):
-        checkpoint.save_model(model, tmp_path / "new", extra_from=None, record=None)
+        saving.save_model(model, tmp_path / "new", extra_from=None, record=None)
 
 
 # --- the rest
 
 
 def test_fingerprints_follow_weights_and_config_alone(tiny_llama: Path, model_copy: Path) -> None:
-    assert checkpoint.fingerprint(model_copy) == checkpoint.fingerprint(tiny_llama)
+    assert Checkpoint.open(model_copy).fingerprint == Checkpoint.open(tiny_llama).fingerprint
     (model_copy / "README.md").touch()
-    assert checkpoint.fingerprint(model_copy) == checkpoint.fingerprint(tiny_llama)
+    assert Checkpoint.open(model_copy).fingerprint == Checkpoint.open(tiny_llama).fingerprint
     edit_config(model_copy, rms_norm_eps=1e-5)
-    assert checkpoint.fingerprint(model_copy) != checkpoint.fingerprint(tiny_llama)
+    assert Checkpoint.open(model_copy).fingerprint != Checkpoint.open(tiny_llama).fingerprint
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

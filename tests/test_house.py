@@ -31,7 +31,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 PUBLIC = [
-    *("Anatomy", "Arch", "HalveError", "Plan", "Proof", "Recipe", "Scores", "__version__"),
+    *("Anatomy", "Arch", "Checkpoint", "HalveError", "Plan", "Proof", "Recipe", "Scores", "__version__"),
     *("check", "discover", "forecast", "load_config", "load_recipe", "prove", "run", "select", "trim"),
 ]
 

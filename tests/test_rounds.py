@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from halve import pipeline
+from halve.checkpoint import Checkpoint
 from halve.recipe import Recipe
 from halve.rounds import rounds, shapes
 
@@ -36,7 +37,7 @@ def test_each_round_reads_like_a_recipe_of_its_own(recipe: Recipe) -> None:
 
 
 def test_the_sizes_of_a_round_follow_from_those_before(recipe: Recipe) -> None:
-    first, second = shapes(recipe)
+    first, second = shapes(recipe, Checkpoint.open(recipe.model))
     assert (first.before.sizes.ffn, first.after.ffn, first.after.layers) == (64, 40, 3)
     assert second.before.sizes == first.after
     assert second.after == first.after.at(hidden=24)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch, discover
-    from halve.checkpoint import load_config
+    from halve.checkpoint import Checkpoint, load_config
     from halve.cut.plan import Plan, select
     from halve.cut.proof import Proof, prove
     from halve.cut.scores import Scores
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Anatomy",
     "Arch",
+    "Checkpoint",
     "HalveError",
     "Plan",
     "Proof",
@@ -56,6 +57,7 @@ __all__ = [
 _HOMES = {
     "Anatomy": ("halve.anatomy", "Anatomy"),
     "Arch": ("halve.anatomy", "Arch"),
+    "Checkpoint": ("halve.checkpoint", "Checkpoint"),
     "HalveError": ("halve.errors", "HalveError"),
     "Plan": ("halve.cut.plan", "Plan"),
     "Proof": ("halve.cut.proof", "Proof"),

@@ -1,55 +1,150 @@
-"""Opening and saving models, so that what goes in is sound and what comes out opens everywhere.
+"""A model that somebody brings, opened once: `Checkpoint` is what travels from stage to stage.
 
-In: safetensors only, no code from a checkpoint, every tensor there and finite. Out: an ordinary Hugging Face
-folder whose config.json spells out `head_dim`, and says rope settings and precision in the words of
-transformers 4 and 5 both, so that other runtimes read the same numbers.
+In goes a Hugging Face folder or a hub name. Safetensors only; no code from a checkpoint ever runs; every tensor is
+there, finite and of the shape that the config says. Every guard about models lives here and in `soundness`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from halve.card import model_card
+from halve import soundness
+from halve.anatomy import Anatomy, discover
+from halve.anatomy.configs import quiet
 from halve.errors import CheckpointError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
-from halve.rundir import disk_guard, sync, sync_tree
-from halve.soundness import CONFIG, TOKENIZER_FILES, fingerprint, locate, read_config, read_headers
+from halve.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 
-__all__ = [
-    "check_tokenizer",
-    "fingerprint",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "quiet",
-    "resolve_device",
-    "save_model",
-]
+__all__ = ["Checkpoint", "load_config", "resolve_device"]
 
-GENERATION, RECORD, CARD = "generation_config.json", "halve.json", "README.md"
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model folder; what it holds is read when it is first asked for, and then kept.
+
+    >>> Checkpoint.open("no/such/folder/here")
+    Traceback (most recent call last):
+    halve.errors.CheckpointError: there is no model no/such/folder/here
+      why: no such folder, and it is no hub name
+      fix: give an existing folder
+    """
+
+    source: str
+    """What the user called it: a folder or a hub name."""
+    folder: Path
+    """Where its config.json lies. Weights and tokenizer of a hub name may not be there yet: see `files`."""
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Find a model folder (a config alone will do for its anatomy) or hub name. Raises `CheckpointError`."""
+        return cls(str(source), soundness.locate(source, config_only=True))
+
+    @cached_property
+    def files(self) -> Path:
+        """The folder with weights and tokenizer; a hub name is downloaded. Raises `CheckpointError`."""
+        return soundness.locate(self.source)
+
+    @cached_property
+    def config(self) -> transformers.PretrainedConfig:
+        """The configuration; whoever changes it works on a copy.
+
+        Raises `CheckpointError` for a folder without a sound config.json, a model type that this transformers
+        does not know, and one that has no causal language model.
+        """
+        return _read_config(self.folder, self.source)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """What the model is made of, from its config alone. Raises `AnatomyError`."""
+        return discover(self.config)
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Every tensor of the weights, from the files' headers. Raises `CheckpointError` for what is not sound."""
+        return soundness.read_headers(self.files)
+
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The tokenizer. Raises `TokenizerError`."""
+        return _load_tokenizer(self.files, self.source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and the safetensors files, in the order of their names."""
+        return soundness.fingerprint(self.files)
+
+    def require_tokenizer(self) -> None:
+        """Raise `TokenizerError` if the tokenizer makes ids that the model has no embedding for.
+
+        A model may have more rows than the tokenizer has ids (a padded vocabulary), never fewer.
+        """
+        vocab = self.config.get_text_config().vocab_size
+        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        if largest < 0 or largest >= vocab:
+            raise TokenizerError(
+                f"the tokenizer of {self.source} is not the model's",
+                why=f"its largest id is {largest}, the model's vocabulary has {vocab} entries",
+                fix="use the tokenizer that the model was trained with",
+            )
+
+    def load(self, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
+        """A new model in evaluation mode, every weight of it read from the checkpoint.
+
+        `dtype="auto"` keeps the checkpoint's own precision. Raises `CheckpointError` for anything but sound,
+        complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
+        """
+        config, _sound = copy.deepcopy(self.config), self.headers
+        try:
+            with quiet():
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    self.files,
+                    config=config,
+                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # refused below, with both shapes
+                    output_loading_info=True,
+                )
+        except Exception as error:  # transformers raises many types here
+            raise CheckpointError(
+                f"cannot load {self.source}", why=str(error), fix="check that config.json belongs to these weights"
+            ) from error
+        _refuse_misfits(self.files, info)
+        _refuse_dead_weights(self.files, model)
+        return model.eval().to(device)
 
 
 def load_config(source: str | Path) -> transformers.PretrainedConfig:
-    """The configuration of a model folder (a config alone will do) or hub name.
+    """The configuration of a model folder (a config alone will do) or hub name: `Checkpoint.open(source).config`."""
+    return Checkpoint.open(source).config
 
-    Raises `CheckpointError` for a folder without a sound config.json, a model type that this transformers
-    does not know, and one that has no causal language model.
-    """
-    folder = locate(source, config_only=True)
-    raw = read_config(folder)
+
+def resolve_device(device: Device) -> str:
+    """`cpu` or `cuda`; auto takes CUDA where there is one. Raises `RecipeError` for cuda without one."""
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise RecipeError(
+            "device cuda is not there",
+            why="torch sees no CUDA device",
+            fix="--device cpu, or a torch with CUDA",
+        )
+    return ("cuda" if found else "cpu") if device == "auto" else device
+
+
+def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
+    raw = soundness.read_config(folder)
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         own_code = "; the code it brings is never run" if "auto_map" in raw else ""
@@ -59,7 +154,8 @@ def load_config(source: str | Path) -> transformers.PretrainedConfig:
             fix="use a newer transformers if it has the architecture, or another model",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types here
         raise CheckpointError(
             f"{folder / CONFIG} is not a valid {kind} config",
@@ -75,39 +171,7 @@ def load_config(source: str | Path) -> transformers.PretrainedConfig:
     return config
 
 
-def load_model(source: str | Path, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
-    """A model in evaluation mode, every weight of it read from the checkpoint.
-
-    `dtype="auto"` keeps the checkpoint's own precision. Raises `CheckpointError` for anything but sound,
-    complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
-    """
-    folder = locate(source)
-    config = load_config(folder)
-    read_headers(folder)
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # refused below, with both shapes
-                output_loading_info=True,
-            )
-    except Exception as error:  # transformers raises many types here
-        raise CheckpointError(
-            f"cannot load {source}", why=str(error), fix="check that config.json belongs to these weights"
-        ) from error
-    _refuse_misfits(folder, info)
-    _refuse_dead_weights(folder, model)
-    return model.eval().to(device)
-
-
-def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name. Raises `TokenizerError`."""
-    folder = locate(source)
+def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9]):
         raise TokenizerError(
             f"{source} has no tokenizer",
@@ -116,100 +180,11 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
         )
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types here
         raise TokenizerError(
             f"cannot load the tokenizer of {source}", why=str(error), fix="copy the tokenizer files again"
         ) from error
-    return tokenizer
-
-
-def check_tokenizer(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    config: transformers.PretrainedConfig,
-    *,
-    source: str | Path,
-) -> None:
-    """Raise `TokenizerError` if the tokenizer makes ids that the model has no embedding for.
-
-    A model may have more rows than the tokenizer has ids (a padded vocabulary), never fewer.
-    """
-    vocab = config.get_text_config().vocab_size
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest < 0 or largest >= vocab:
-        raise TokenizerError(
-            f"the tokenizer of {source} is not the model's",
-            why=f"its largest id is {largest}, the model's vocabulary has {vocab} entries",
-            fix="use the tokenizer that the model was trained with",
-        )
-
-
-def resolve_device(device: Device) -> str:
-    """`cpu` or `cuda`; auto takes CUDA where there is one. Raises `RecipeError` for cuda without one."""
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
-        raise RecipeError(
-            "device cuda is not there",
-            why="torch sees no CUDA device",
-            fix="--device cpu, or a torch with CUDA",
-        )
-    return ("cuda" if found else "cpu") if device == "auto" else device
-
-
-def save_model(
-    model: transformers.PreTrainedModel,
-    folder: str | Path,
-    *,
-    extra_from: str | Path | None,
-    record: Mapping[str, Any] | None,
-) -> None:
-    """Write an ordinary Hugging Face folder, whole or not at all.
-
-    `extra_from` is the model whose tokenizer, chat template and generation config are copied; `record`
-    becomes halve.json and a short model card. An earlier model in `folder` is replaced. Raises `DiskError` when
-    the device is full and `CheckpointError` for a folder that holds something else.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} is in the way",
-            why="it is not empty and holds no model that could be replaced",
-            fix="choose a new folder",
-        )
-    draft = folder.with_name(f".{folder.name}.tmp")
-    try:
-        with disk_guard(folder):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            _write_weights(model, draft)
-            _write_config(draft, model.config)
-            _copy_extras(None if extra_from is None else locate(extra_from), draft)
-            if record is not None:
-                _write_object(draft / RECORD, record)
-                (draft / CARD).write_text(model_card(record), encoding="utf-8")
-            sync_tree(draft)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(draft, folder)
-            sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and reports off the screen; what they say becomes our errors."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _refuse_misfits(folder: Path, info: Mapping[str, Any]) -> None:
@@ -261,112 +236,3 @@ def _refuse_dead_weights(folder: Path, model: transformers.PreTrainedModel) -> N
             why="the embedding, or every matrix, holds zeros alone, so it can teach nothing",
             fix="take a trained checkpoint; this one may have been saved from an empty (meta) model",
         )
-
-
-def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
-    """`save_pretrained` writes into the model's config; it gets copies."""
-    config, generation = model.config, model.generation_config
-    model.config = copy.deepcopy(config)
-    model.generation_config = GenerationConfig()
-    try:
-        with quiet():
-            model.save_pretrained(draft)
-    finally:
-        model.config, model.generation_config = config, generation
-    for file in draft.glob("*.safetensors"):
-        file.chmod((draft / CONFIG).stat().st_mode)  # safetensors writes files that others cannot read
-    (draft / GENERATION).unlink(missing_ok=True)
-    if generation is not None:
-        generation.to_json_file(draft / GENERATION)
-
-
-def _write_config(draft: Path, config: transformers.PretrainedConfig) -> None:
-    """Complete the config.json that `save_pretrained` wrote with what other readers need."""
-    raw = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
-    head_dim = _undeclared_head_dim(config)
-    if head_dim is not None:
-        raw["head_dim"] = head_dim
-    plain = _read_back(config, raw)
-    spelled: dict[str, Any] = {}
-    for extra in (_old_precision(raw), _old_rope(raw), _older_rope(config, raw)):
-        # a family whose code reads an old key differently keeps its own spelling alone
-        if _read_back(config, {**raw, **extra}, but=extra) == _without(plain, extra):
-            spelled |= extra
-    _write_object(draft / CONFIG, raw | spelled)
-
-
-def _undeclared_head_dim(config: transformers.PretrainedConfig) -> int | None:
-    """The head size, where the config leaves it out and the model's code would read it; found by trying."""
-    text = config.get_text_config()
-    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    if text is not config or getattr(config, "head_dim", None) or not heads or not hidden:
-        return None
-    head_dim = int(hidden) // int(heads)
-    shapes = []
-    for tried in (head_dim, 2 * head_dim):
-        attempt = copy.deepcopy(config)
-        attempt.head_dim = tried
-        try:
-            with torch.device("meta"), quiet():
-                model = AutoModelForCausalLM.from_config(attempt, trust_remote_code=False)
-        except Exception:  # the family's code refuses another head size
-            return None
-        shapes.append({name: weight.shape for name, weight in model.state_dict().items()})
-    return head_dim if shapes[0] != shapes[1] else None
-
-
-def _old_precision(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {"torch_dtype": raw["dtype"]} if "dtype" in raw else {}
-
-
-def _old_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Version 4's spelling of `rope_parameters`; without it that version takes theta 10000, no scaling."""
-    rope = raw.get("rope_parameters")
-    if not isinstance(rope, dict) or not rope:
-        return {}
-    old: dict[str, Any] = {}
-    if isinstance(rope.get("sliding_attention"), dict):
-        old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-    rope = rope.get("full_attention", rope)
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    old["rope_theta"] = rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
-        old["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    scaling = {key: value for key, value in rope.items() if key not in old}
-    old["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
-    return old
-
-
-def _older_rope(config: transformers.PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """GPT-NeoX's names of the same, for a config class that takes them in (others just keep them)."""
-    old = _old_rope(raw)
-    names = {"rotary_emb_base": old.get("rope_theta"), "rotary_pct": old.get("partial_rotary_factor")}
-    taken = set(names) - set(_read_back(config, {**raw, **names}))
-    return {name: value for name, value in names.items() if name in taken and value is not None}
-
-
-def _read_back(
-    config: transformers.PretrainedConfig, raw: Mapping[str, Any], *, but: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What this transformers makes of a raw config, without the keys of `but`."""
-    with quiet():
-        return _without(type(config).from_dict(copy.deepcopy(dict(raw))).to_dict(), but or {})
-
-
-def _without(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
-
-
-def _copy_extras(source: Path | None, draft: Path) -> None:
-    if source is None:
-        return
-    for name in (*TOKENIZER_FILES, GENERATION):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, draft / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", draft / "additional_chat_templates")
-
-
-def _write_object(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

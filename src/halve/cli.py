@@ -86,11 +86,11 @@ def inspect(
     json_: AsJson = False,
 ) -> None:
     """Family, axes of every weight, sizes, what can be cut, proof results."""
-    from halve import checkpoint, show
-    from halve.anatomy import discover
+    from halve import show
+    from halve.checkpoint import Checkpoint
     from halve.cut.proof import prove
 
-    anatomy = discover(checkpoint.load_config(model))
+    anatomy = Checkpoint.open(model).anatomy
     proved = prove(anatomy) if proof else None
     if json_:
         show.as_json(show.inspection(anatomy, proved))
@@ -115,15 +115,15 @@ def plan(
     json_: AsJson = False,
 ) -> None:
     """Legal architectures near a budget, or sizes by hand; exact counts, no weights read."""
-    from halve import checkpoint, show
-    from halve.anatomy import discover
+    from halve import show
     from halve.anatomy.runtimes import runtimes
+    from halve.checkpoint import Checkpoint
     from halve.cut.sizes import Candidate, near
 
     asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads}
     wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
     prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
-    anatomy = discover(checkpoint.load_config(model))
+    anatomy = Checkpoint.open(model).anatomy
     found: list[Candidate] = near(anatomy, prune, context=context)[:most]
     verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch)] for c in found]
     if json_:

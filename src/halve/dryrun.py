@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from halve.anatomy import Arch, Counts
 from halve.anatomy.configs import resized
 from halve.anatomy.runtimes import runtimes
+from halve.checkpoint import Checkpoint
 from halve.cut.sizes import config_sizes
 from halve.disk import Disk, planned
 from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting
@@ -87,25 +88,32 @@ class Forecast:
 
 
 def forecast(
-    recipe: Recipe, *, ranks: int = 1, mfu: float = MFU, card_bytes: float = CARD_BYTES, compare: bool = False
+    recipe: Recipe,
+    teacher: Checkpoint | None = None,
+    *,
+    ranks: int = 1,
+    mfu: float = MFU,
+    card_bytes: float = CARD_BYTES,
+    compare: bool = False,
 ) -> Forecast:
     """Plan and cost of a recipe from the teacher's config alone, on so many ranks that reach this MFU.
 
-    `compare` adds `settings`: what the distillation would take in other ways. Memory is planned for a GPU unless the
-    recipe says `device: cpu`. Raises what planning raises: `CheckpointError`, `AnatomyError`, `PlanError`, and
-    `TrainError` for ranks that the samples of a step cannot be shared among.
+    `teacher` is the recipe's model, where the caller has opened it. `compare` adds `settings`: what the distillation
+    would take in other ways. Memory is planned for a GPU unless the recipe says `device: cpu`. Raises what planning
+    raises: `CheckpointError`, `AnatomyError`, `PlanError`, and `TrainError` for ranks that the samples of a step cannot
+    be shared among.
     """
     context = recipe.data.context
-    found = shapes(recipe)
-    teacher, last = found[0].before, found[-1]
-    before = teacher.ledger.count(teacher.sizes, context=context)
+    found = shapes(recipe, teacher or Checkpoint.open(recipe.model))
+    whole, last = found[0].before, found[-1]
+    before = whole.ledger.count(whole.sizes, context=context)
     made = tuple(_made(shape, context) for shape in found)
     flops, tokens = _work(recipe, found)
     place = _place(recipe, ranks)
     memory, settings = _memory(recipe, found, place, compare=compare)
     return Forecast(
         name=recipe.name,
-        teacher=teacher.sizes,
+        teacher=whole.sizes,
         student=last.after,
         teacher_counts=before,
         student_counts=made[-1].counts,
@@ -123,8 +131,8 @@ def forecast(
             recipe,
             teacher=before.params,
             students=[one.counts.params for one in made],
-            itemsize=_teacher_dtype(recipe, teacher.config).itemsize,
-            vocab=teacher.sizes.vocab,
+            itemsize=_teacher_dtype(recipe, whole.config).itemsize,
+            vocab=whole.sizes.vocab,
             memory=memory,
             place=place,
             cache_bytes=cache_bytes(recipe, found),

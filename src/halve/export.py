@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from halve import checkpoint
+from halve import saving
 from halve.card import name_of
+from halve.checkpoint import Checkpoint
 from halve.errors import RunError
 from halve.pipeline import Stage, stages
 from halve.recipe import Recipe
@@ -82,8 +83,8 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
         )
     recipe = stage.recipe
     cut = [name for name in stage.after if name.partition("-")[0] == "prune"]
-    begun: Path | str = run / cut[-1] / "model" if cut else recipe.model
-    model = checkpoint.load_model(begun, dtype=recipe.dtype)
+    begun = Checkpoint.open(run / cut[-1] / "model" if cut else recipe.model)
+    model = begun.load(dtype=recipe.dtype)
     masters = checkpoints.parameters(folder, "student")
     own = dict(model.named_parameters())
     if masters.keys() != own.keys():
@@ -95,7 +96,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
     if any(masters[key].shape != parameter.shape for key, parameter in own.items()):
         raise RunError(
             f"{folder} is of a model with other sizes",
-            why=f"{begun}, which its training began with, has been made anew since then",
+            why=f"{begun.source}, which its training began with, has been made anew since then",
             fix="let halve run go on: the training begins anew, too",
         )
     with torch.no_grad():
@@ -110,7 +111,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
         "seed": recipe.seed,
         "training": facts["identity"]["training"],
     }
-    checkpoint.save_model(model, out, extra_from=begun, record=record)
+    saving.save_model(model, out, extra_from=begun.files, record=record)
     return out
 
 

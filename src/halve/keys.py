@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halve.recipe import Recipe
 from halve.rundir import content_hashes
-from halve.soundness import CONFIG, TOKENIZER_FILES, locate
+from halve.soundness import CONFIG, TOKENIZER_FILES
 from halve.train import sources
+
+if TYPE_CHECKING:
+    from halve.checkpoint import Checkpoint
 
 
 def hashed(parts: Mapping[str, Any]) -> str:
@@ -34,12 +37,11 @@ def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
-def content(recipe: Recipe, name: str, memo: Path) -> list[Any]:
+def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
     """What identifies an input by its content, wherever it lies."""
     if name == "teacher":
-        folder = locate(recipe.model)
         used = {CONFIG, *TOKENIZER_FILES}
-        files = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" or p.name in used]
+        files = [p for p in sorted(teacher.files.iterdir()) if p.suffix == ".safetensors" or p.name in used]
     elif name == "choices":
         files = [Path(path) for path in recipe.evaluate.choices]
     elif name == "depth_task":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from halve.rundir import HASHES, RunDir
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from halve.checkpoint import Checkpoint
     from halve.train.ranks import Ranks
 
 __all__ = ["Stage", "check", "run", "stages"]
@@ -72,16 +73,23 @@ class _Run:
     folder: RunDir
     cache: Path
     progress: Progress
+    teacher: Checkpoint
+    """The model that the recipe names."""
+    students: dict[str, Checkpoint] = field(default_factory=dict)
+    """Models that stages made, as far as they were opened."""
 
     def scores(self, stage: str) -> Path:
         return self.folder.stage(stage) / "scores.safetensors"
 
-    def model(self, stage: str) -> Path:
-        return self.folder.stage(stage) / "model"
-
-    def source(self, stage: str | None, recipe: Recipe) -> Path | str:
+    def model(self, stage: str | None) -> Checkpoint:
         """The model that a stage made; None is the one that the recipe names."""
-        return recipe.model if stage is None else self.model(stage)
+        from halve.checkpoint import Checkpoint
+
+        if stage is None:
+            return self.teacher
+        if stage not in self.students:
+            self.students[stage] = Checkpoint.open(self.folder.stage(stage) / "model")
+        return self.students[stage]
 
 
 _Act = Callable[[_Run, Recipe, Path], Mapping[str, Any]]
@@ -171,15 +179,14 @@ def _but_how(section: str) -> _Names:
 def _correct(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
     from halve.stages import correct
 
-    return correct.run(recipe, teacher=recipe.model, cache=run.cache, out=out, progress=run.progress)
+    return correct.run(recipe, teacher=run.teacher, cache=run.cache, out=out, progress=run.progress)
 
 
 def _score(cut: str | None) -> _Act:
     def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import score
 
-        teacher = run.source(cut, recipe)
-        return score.run(recipe, teacher=teacher, cache=run.cache, out=out, progress=run.progress)
+        return score.run(recipe, teacher=run.model(cut), cache=run.cache, out=out, progress=run.progress)
 
     return act
 
@@ -192,7 +199,7 @@ def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act
 
         return prune.run(
             recipe,
-            teacher=run.source(cut, recipe),
+            teacher=run.model(cut),
             scores=None if scored is None else run.scores(scored),
             cache=run.cache,
             out=out,
@@ -215,7 +222,7 @@ def _cache(teacher: str | None) -> _Act:
     def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import cache
 
-        return cache.run(recipe, teacher=run.source(teacher, recipe), cache=run.cache, out=out, progress=run.progress)
+        return cache.run(recipe, teacher=run.model(teacher), cache=run.cache, out=out, progress=run.progress)
 
     return act
 
@@ -226,7 +233,7 @@ def _distill(variant: str, start: str, teacher: str | None, answers: str | None)
 
         return distill.run(
             recipe,
-            teacher=run.source(teacher, recipe),
+            teacher=run.model(teacher),
             student=run.model(start),
             variant=variant,
             cache=run.cache,
@@ -242,13 +249,14 @@ def _evaluate(models: Mapping[str, str], beside: Mapping[str, str], *, subject: 
     """Of the stages that made them: models, and teachers that were corrected beside, by their names."""
 
     def act(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.checkpoint import Checkpoint
         from halve.stages import evaluate
 
-        taught: dict[str, Path | str] = {name: run.folder.stage(stage) / "teacher" for name, stage in beside.items()}
+        taught = {name: Checkpoint.open(run.folder.stage(stage) / "teacher") for name, stage in beside.items()}
         made = {name: run.model(stage) for name, stage in models.items()}
         return evaluate.run(
             recipe,
-            models={"teacher": recipe.model, **taught, **made},
+            models={"teacher": run.teacher, **taught, **made},
             reference="corrected" if recipe.corrects_before else "teacher",
             subject=subject,
             cache=run.cache,
@@ -301,6 +309,7 @@ def run(
             why=f"recipe {recipe.name} has no {asked}",
             fix=f"add {asked.removeprefix('section ')} to the recipe, or run one of {', '.join(SECTIONS)}",
         )
+    from halve.checkpoint import Checkpoint
     from halve.train import ranks
 
     with ranks.joined(_kind(recipe)) as here, ExitStack() as stack:
@@ -309,8 +318,9 @@ def run(
         opened: list[RunDir] = []
         here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
         folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
-        wanted, done, keys = here.lead(lambda: _what_to_do(recipe, folder, listed, only, cache))
-        this = _Run(folder, cache, SILENT if console is None else RichProgress(console))
+        teacher = Checkpoint.open(recipe.model)
+        wanted, done, keys = here.lead(lambda: _what_to_do(recipe, teacher, folder, listed, only, cache))
+        this = _Run(folder, cache, SILENT if console is None else RichProgress(console), teacher)
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
                 _say(console, f"{stage.name}: done before")
@@ -322,16 +332,16 @@ def run(
 
 
 def _what_to_do(
-    recipe: Recipe, folder: RunDir, listed: Sequence[Stage], only: str | None, cache: Path
+    recipe: Recipe, teacher: Checkpoint, folder: RunDir, listed: Sequence[Stage], only: str | None, cache: Path
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """The names of the stages that are asked for, of those of them that are done, and the keys of all."""
-    keys = _keys(recipe, listed, memo=cache / HASHES)
+    keys = _keys(recipe, teacher, listed, memo=cache / HASHES)
     wanted = [stage for stage in listed if only in (None, stage.section)]
     if only is not None:
         wanted = _possible(folder, wanted, keys)
     done = [stage.name for stage in wanted if folder.is_done(stage.name, keys[stage.name])]
     if len(done) < len(wanted):
-        for error in check(recipe, folder.path):
+        for error in check(recipe, folder.path, teacher=teacher):
             raise error
     return [stage.name for stage in wanted], done, keys
 
@@ -349,9 +359,9 @@ def _carry_out(stage: Stage, run: _Run, keys: Mapping[str, str], here: Ranks) ->
 
 
 def _kind(recipe: Recipe) -> str:
-    from halve import checkpoint
+    from halve.checkpoint import resolve_device
 
-    return checkpoint.resolve_device(recipe.device)
+    return resolve_device(recipe.device)
 
 
 def _say(console: Console | None, line: str) -> None:
@@ -376,8 +386,8 @@ def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) 
     return possible
 
 
-def _keys(recipe: Recipe, listed: Sequence[Stage], *, memo: Path) -> dict[str, str]:
-    outside = {name: content(recipe, name, memo) for stage in listed for name in stage.outside}
+def _keys(recipe: Recipe, teacher: Checkpoint, listed: Sequence[Stage], *, memo: Path) -> dict[str, str]:
+    outside = {name: content(recipe, name, memo, teacher=teacher) for stage in listed for name in stage.outside}
     keys: dict[str, str] = {}
     for stage in listed:
         parts = {

@@ -8,71 +8,97 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.recipe import Distill, Phase, Recipe, Training
 from halve.rounds import Shape, learns_from_previous, rounds, shapes
 from halve.rundir import check_folder
-from halve.soundness import locate, read_headers
 from halve.train import sources
+
+if TYPE_CHECKING:
+    from halve.checkpoint import Checkpoint
 
 _FLOAT32_BYTES = 4
 
 
-def check(recipe: Recipe, out: Path | None = None) -> tuple[HalveError, ...]:
+def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
     """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
 
     Looks at the teacher's config, file headers and tokenizer, the beginning of every corpus, the plan's
     sizes, the multiple-choice files, the device, and, with `out`, the run folder and the room on its disk.
+    `teacher` is the recipe's model, where the caller has opened it.
     """
     found: list[HalveError] = []
-    for probe in _probes(recipe, out):
-        try:
-            probe()
-        except HalveError as error:
-            if str(error) not in map(str, found):
-                found.append(error)
+
+    def tell(probes: Iterator[Callable[[], Any]]) -> None:
+        for probe in probes:
+            try:
+                probe()
+            except HalveError as error:
+                if str(error) not in map(str, found):
+                    found.append(error)
+
+    tell(_of_the_place(recipe, out))
+    try:
+        teacher = teacher or _opened(recipe)
+    except HalveError as error:
+        found.append(error)
+    else:
+        tell(_of_the_teacher(recipe, teacher))
+    tell(_of_the_text(recipe))
+    if out is not None and teacher is not None:
+        tell(iter([partial(_check_room, recipe, teacher, out)]))
     return tuple(found)
 
 
-def _probes(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
-    from halve import checkpoint
-    from halve.choices import load_items
+def _opened(recipe: Recipe) -> Checkpoint:
+    from halve.checkpoint import Checkpoint
+
+    return Checkpoint.open(recipe.model)
+
+
+def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
+    from halve.checkpoint import resolve_device
 
     if out is not None:
         yield partial(check_folder, out, recipe)
-    yield partial(checkpoint.resolve_device, recipe.device)
-    yield lambda: read_headers(locate(recipe.model))
-    yield partial(_check_tokenizer, recipe)
-    yield partial(_check_plan, recipe)
-    yield partial(_check_correction, recipe)
+    yield partial(resolve_device, recipe.device)
+
+
+def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
+    yield lambda: teacher.headers
+    yield partial(_check_tokenizer, recipe, teacher)
+    yield partial(_check_plan, recipe, teacher)
+    yield partial(_check_correction, recipe, teacher)
     for name, training in _trainings(recipe):
         yield partial(_check_shares, training)
         yield partial(_check_place, training)
         yield partial(_check_packages, training)
         for phase in training.phases:
-            yield partial(_check_phase, recipe, name, phase)
+            yield partial(_check_phase, recipe, teacher, name, phase)
     if recipe.data.documents == "apart":
-        yield partial(_check_apart, recipe)
+        yield partial(_check_apart, teacher)
+
+
+def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
+    from halve.choices import load_items
+
     for source in dict.fromkeys((*recipe.data.train_sources, *recipe.data.valid)):
         yield partial(_check_corpus, source, recipe.data.text_field)
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
         yield partial(load_items, path)
-    if out is not None:
-        yield partial(_check_room, recipe, out)
 
 
-def _check_tokenizer(recipe: Recipe) -> None:
-    from halve import checkpoint, measure
+def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
+    from halve import measure
 
-    config = checkpoint.load_config(recipe.model)
-    measure.require_context(config, recipe.data.context, "a sample")
-    checkpoint.check_tokenizer(checkpoint.load_tokenizer(recipe.model), config, source=recipe.model)
+    measure.require_context(teacher.config, recipe.data.context, "a sample")
+    teacher.require_tokenizer()
 
 
-def _check_plan(recipe: Recipe) -> None:
-    _check_states(recipe, shapes(recipe))
+def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
+    _check_states(recipe, shapes(recipe, teacher))
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
             raise RecipeError(
@@ -82,13 +108,12 @@ def _check_plan(recipe: Recipe) -> None:
             )
 
 
-def _check_correction(recipe: Recipe) -> None:
+def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:
     """What the correction trains is in the model, and the package for it is there."""
     if recipe.correct is not None:
-        from halve import checkpoint
         from halve.train import adapters
 
-        adapters.require(checkpoint.load_config(recipe.model), recipe.correct)
+        adapters.require(teacher.anatomy, recipe.correct)
 
 
 def _check_states(recipe: Recipe, found: Sequence[Shape]) -> None:
@@ -134,8 +159,8 @@ def _check_place(training: Training) -> None:
         require_place(training)
 
 
-def _check_phase(recipe: Recipe, section: str, phase: Phase) -> None:
-    from halve import checkpoint, measure
+def _check_phase(recipe: Recipe, teacher: Checkpoint, section: str, phase: Phase) -> None:
+    from halve import measure
 
     known = list(recipe.data.train) if isinstance(recipe.data.train, dict) else []
     unknown = [name for name in phase.mixture or {} if name not in known]
@@ -148,7 +173,7 @@ def _check_phase(recipe: Recipe, section: str, phase: Phase) -> None:
             if near
             else f"add a part {unknown[0]} with sources and weight to data.train",
         )
-    limit = measure.context_length(checkpoint.load_config(recipe.model))
+    limit = measure.context_length(teacher.config)
     if limit is not None and phase.context is not None and phase.context > limit:
         raise RecipeError(
             f"a phase of {section} has context {phase.context}, the model's has {limit}",
@@ -157,15 +182,13 @@ def _check_phase(recipe: Recipe, section: str, phase: Phase) -> None:
         )
 
 
-def _check_apart(recipe: Recipe) -> None:
+def _check_apart(teacher: Checkpoint) -> None:
     """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart."""
-    from halve import checkpoint
-    from halve.anatomy import discover
     from halve.cut.twins import random_twin
     from halve.train import documents, tokenize
 
-    documents.require_border(tokenize.border(checkpoint.load_tokenizer(recipe.model)))
-    documents.require_apart(random_twin(discover(checkpoint.load_config(recipe.model)).twin(), seed=0))
+    documents.require_border(tokenize.border(teacher.tokenizer))
+    documents.require_apart(random_twin(teacher.anatomy.twin(), seed=0))
 
 
 def _check_corpus(source: str, text_field: str) -> None:
@@ -177,8 +200,8 @@ def _check_corpus(source: str, text_field: str) -> None:
             return
 
 
-def _check_room(recipe: Recipe, out: Path) -> None:
-    needed = _bytes_needed(recipe)
+def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
+    needed = _bytes_needed(recipe, teacher)
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if free < needed:
         raise DiskError(
@@ -188,11 +211,11 @@ def _check_room(recipe: Recipe, out: Path) -> None:
         )
 
 
-def _bytes_needed(recipe: Recipe) -> int:
+def _bytes_needed(recipe: Recipe, teacher: Checkpoint) -> int:
     """An upper bound: every model as large as the teacher, the checkpoints that are kept and one in writing, tokens as
     large as the text, caches.
     """
-    headers = read_headers(locate(recipe.model)).values()
+    headers = teacher.headers.values()
     weights = sum(header.num_bytes for header in headers)
     count = sum(_volume(header.shape) for header in headers)
     models, trained = 1 + recipe.corrects_before, int(recipe.corrects_before)
@@ -210,19 +233,19 @@ def _bytes_needed(recipe: Recipe) -> int:
                 text += sum(path.stat().st_size for path in sources.files(source))
     trainings = [recipe.correct, *(part.distill for part in rounds(recipe))]
     states = 1 + max((training.keep_checkpoints for training in trainings if training is not None), default=0)
-    return models * weights + trained * states * 3 * _FLOAT32_BYTES * count + text + _cache_bytes(recipe)
+    return models * weights + trained * states * 3 * _FLOAT32_BYTES * count + text + _cache_bytes(recipe, teacher)
 
 
-def _cache_bytes(recipe: Recipe) -> int:
+def _cache_bytes(recipe: Recipe, teacher: Checkpoint) -> int:
     """The same of caches: no teacher is wider than the first, and no sample is kept twice."""
-    from halve import checkpoint
+    from halve.checkpoint import resolve_device
     from halve.train.answers import token_bytes
     from halve.train.loop import is_half
 
     caching = [part.distill for part in rounds(recipe) if part.distill is not None and part.distill.cache != "none"]
     if not caching:
         return 0
-    sizes, device = shapes(recipe)[0].before.sizes, checkpoint.resolve_device(recipe.device)
+    sizes, device = teacher.anatomy.sizes, resolve_device(recipe.device)
 
     def each(one: Distill) -> int:
         half = is_half(one, device)

@@ -13,6 +13,7 @@ from halve.recipe import Recipe
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
+    from halve.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,24 @@ def parsed(name: str) -> tuple[str, int, str]:
     return (base, int(number), variant) if number.isdigit() else (base, 1, rest)
 
 
-def shapes(recipe: Recipe) -> tuple[Shape, ...]:
+def shapes(recipe: Recipe, teacher: Checkpoint) -> tuple[Shape, ...]:
     """The sizes before and after every round, from the teacher's config alone.
 
     Which layers a round drops may be known only when they are scored: until then the first ones stand for those
     that are kept. Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
-    from halve import checkpoint
     from halve.anatomy import discover
     from halve.anatomy.configs import resized
     from halve.cut.rotate import student_anatomy
     from halve.cut.sizes import config_sizes, target
 
-    config = checkpoint.load_config(recipe.model)
-    found = []
+    anatomy = teacher.anatomy
+    found: list[Shape] = []
     for part in rounds(recipe):
-        anatomy = discover(config)
         own = student_anatomy(anatomy, part.prune)
         after, kept = target(own, part.prune)
         found.append(Shape(anatomy, own, after, kept))
         if len(found) <= len(recipe.then):
             layers = range(after.layers) if kept is None else kept
-            config = resized(own.config, config_sizes(own, after), kept_layers=tuple(layers))
+            anatomy = discover(resized(own.config, config_sizes(own, after), kept_layers=tuple(layers)))
     return tuple(found)

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from halve import checkpoint
 from halve.anatomy import discover
+from halve.checkpoint import Checkpoint
 from halve.cut.importance import BATCH_AGGREGATORS, SEQ_AGGREGATORS, seq_statistics, sums_over_batch
 from halve.cut.scores import Scores, Statistics, random_scores, samples_fingerprint
 from halve.errors import CorpusError, RunError
@@ -193,8 +193,8 @@ def test_samples_fingerprint_sees_ids_and_shape() -> None:
 
 
 def test_the_stage_writes_scores(make_recipe: Callable[..., Recipe], tiny_llama: Path, tmp_path: Path) -> None:
-    metrics = score.run(make_recipe(), teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
-    found = Scores.load(tmp_path / "scores.safetensors", model=checkpoint.fingerprint(tiny_llama))
+    metrics = score.run(make_recipe(), teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)
+    found = Scores.load(tmp_path / "scores.safetensors", model=Checkpoint.open(tiny_llama).fingerprint)
     assert set(found.by_axis()) == {"hidden", "ffn", "heads", "kv_heads", "layers"}
     assert (metrics["samples"], metrics["samples_asked"], metrics["tokens"]) == (8, 8, 8 * 32)
     assert metrics["block_importance"] == found.layers.tolist()
@@ -205,7 +205,7 @@ def test_the_stage_uses_what_there_is(make_recipe: Callable[..., Recipe], tiny_l
     (tmp_path / "short.txt").write_text("The cat sees the dog. " * 30, encoding="utf-8")
     data = {"train": [str(tmp_path / "short.txt")], "valid": [str(tmp_path / "short.txt")], "context": 32}
     recipe = make_recipe(data=data, score={"samples": 1000})
-    metrics = score.run(recipe, teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+    metrics = score.run(recipe, teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)
     assert 0 < metrics["samples"] < metrics["samples_asked"] == 1000
 
 
@@ -215,5 +215,5 @@ def test_the_stage_refuses_a_corpus_without_a_sample(
     (tmp_path / "word.txt").write_text("cat", encoding="utf-8")
     data = {"train": [str(tmp_path / "word.txt")], "valid": [str(tmp_path / "word.txt")], "context": 32}
     with pytest.raises(CorpusError, match="fewer tokens than one sample"):
-        score.run(make_recipe(data=data), teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+        score.run(make_recipe(data=data), teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)
     assert not (tmp_path / "scores.safetensors").exists()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from halve import checkpoint
-from halve.anatomy import discover
+from halve.checkpoint import Checkpoint
 from halve.cut.sizes import target
 from halve.demo import corpus as demo_corpus
 from halve.demo import run as demo
@@ -16,7 +15,7 @@ from halve.preflight import check
 
 def test_the_teacher_that_ships() -> None:
     assert sum(file.stat().st_size for file in demo.TEACHER.iterdir()) < 8e6
-    anatomy = discover(checkpoint.load_config(demo.TEACHER))
+    anatomy = Checkpoint.open(demo.TEACHER).anatomy
     counts = anatomy.ledger.count(anatomy.sizes)
     assert anatomy.family == "llama"
     assert anatomy.sizes.layers == 10
@@ -29,7 +28,7 @@ def test_the_teacher_that_ships() -> None:
 @pytest.mark.parametrize("long", [False, True])
 def test_the_recipe_keeps_about_half_and_has_nothing_to_mend(tmp_path: Path, long: bool) -> None:
     recipe = demo.make_recipe(tmp_path, long=long, corpus=None)
-    anatomy = discover(checkpoint.load_config(recipe.model))
+    anatomy = Checkpoint.open(recipe.model).anatomy
     arch, _ = target(anatomy, recipe.prune)
     kept = anatomy.ledger.count(arch).non_embedding / anatomy.ledger.count(anatomy.sizes).non_embedding
     assert 0.48 < kept < 0.52

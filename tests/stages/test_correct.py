@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve import pipeline, preflight
+from halve.checkpoint import Checkpoint
 from halve.dryrun import forecast
 from halve.errors import RecipeError, RunError
 from halve.recipe import Recipe
@@ -49,7 +50,7 @@ def test_a_teacher_that_is_corrected_lightly_is_an_ordinary_model(
 
     monkeypatch.setattr(adapters, "merge", heard)
     recipe = make_recipe(correct=STEPS | {"method": method, "lora_rank": 4, "lr": 1e-2})
-    correct.run(recipe, teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+    correct.run(recipe, teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)
     names = changed(tiny_llama, tmp_path / "model")
     assert names
     assert all(("norm" in name) == (method == "norms") for name in names)

@@ -12,7 +12,7 @@ import torch
 from conftest import make_text
 from transformers import PreTrainedModel
 
-from halve import checkpoint
+from halve.checkpoint import Checkpoint
 from halve.cut.scores import Scores, samples_fingerprint
 from halve.errors import AnatomyError
 from halve.head import split
@@ -53,12 +53,12 @@ def test_the_stages_train_on_what_the_course_says(recipe: Recipe, tmp_path: Path
     cache, out = tmp_path / "cache", {name: tmp_path / name for name in ("correct", "distill")}
     for folder in out.values():
         folder.mkdir()
-    found = correct.run(recipe, teacher=recipe.model, cache=cache, out=out["correct"])
+    found = correct.run(recipe, teacher=Checkpoint.open(recipe.model), cache=cache, out=out["correct"])
     course_lines = [line for line in lines(out["correct"]) if line["step"]]
     assert (found["steps"], found["tokens"]) == (7, 5 * 128 + 2 * 256)
     assert [line["tokens"] for line in course_lines] == [*range(128, 5 * 128 + 1, 128), 7 * 128, 9 * 128]
 
-    tokenizer, model = checkpoint.load_tokenizer(recipe.model), checkpoint.load_model(recipe.model, dtype="float32")
+    tokenizer, model = Checkpoint.open(recipe.model).tokenizer, Checkpoint.open(recipe.model).load(dtype="float32")
     assert recipe.correct is not None
     course = open_course(recipe, recipe.correct, cache=cache, tokenizer=tokenizer)
     batch = course.batch(1)
@@ -69,19 +69,26 @@ def test_the_stages_train_on_what_the_course_says(recipe: Recipe, tmp_path: Path
     assert count < batch.ids[:, 1:].numel(), "borders are not predicted"
     assert read_json(out["correct"] / "model" / "halve.json")["corpus"] == course.fingerprint
 
-    distill.run(recipe, teacher=recipe.model, student=recipe.model, variant="student", cache=cache, out=out["distill"])
+    distill.run(
+        recipe,
+        teacher=Checkpoint.open(recipe.model),
+        student=Checkpoint.open(recipe.model),
+        variant="student",
+        cache=cache,
+        out=out["distill"],
+    )
     assert [line["tokens"] for line in lines(out["distill"]) if line["step"]] == [
         line["tokens"] for line in course_lines
     ]
 
 
 def test_scores_and_cuts_see_the_mixture_joined(recipe: Recipe, tmp_path: Path) -> None:
-    tokenizer = checkpoint.load_tokenizer(recipe.model)
+    tokenizer = Checkpoint.open(recipe.model).tokenizer
     mixture = open_mixture(recipe, cache=tmp_path, tokenizer=tokenizer)
     ids = mixture.calibration(8)
     rows = [part.calibration(count).tolist() for part, count in zip(mixture.parts, (6, 2), strict=True)]
     assert sorted(ids.tolist()) == sorted(rows[0] + rows[1])
-    score.run(recipe, teacher=recipe.model, cache=tmp_path, out=tmp_path)
+    score.run(recipe, teacher=Checkpoint.open(recipe.model), cache=tmp_path, out=tmp_path)
     scored = Scores.load(tmp_path / "scores.safetensors", batch_agg="l2", seq_agg="mean", model=None)
     assert scored.samples == samples_fingerprint(ids)
     assert torch.equal(prune._samples(recipe, "train", 8, tmp_path, tokenizer, SILENT), ids)
@@ -100,11 +107,13 @@ def test_a_model_that_reads_across_borders_is_not_trained(
 
     monkeypatch.setattr(documents, "_packed", crossing)
     run: dict[str, Callable[[], Any]] = {
-        "correct": lambda: correct.run(recipe, teacher=recipe.model, cache=tmp_path / "cache", out=tmp_path),
+        "correct": lambda: correct.run(
+            recipe, teacher=Checkpoint.open(recipe.model), cache=tmp_path / "cache", out=tmp_path
+        ),
         "distill": lambda: distill.run(
             recipe,
-            teacher=recipe.model,
-            student=recipe.model,
+            teacher=Checkpoint.open(recipe.model),
+            student=Checkpoint.open(recipe.model),
             variant="student",
             cache=tmp_path / "cache",
             out=tmp_path,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from halve import checkpoint, measure
+from halve import measure, saving
+from halve.checkpoint import Checkpoint
 from halve.errors import CorpusError
 from halve.progress import SILENT
 from halve.recipe import Recipe
@@ -29,7 +30,7 @@ def student(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.update({"num_hidden_layers": 2, "intermediate_size": 40})
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("student") / "model"
-    checkpoint.save_model(LlamaForCausalLM(config), folder, extra_from=tiny_llama, record={})
+    saving.save_model(LlamaForCausalLM(config), folder, extra_from=tiny_llama, record={})
     return folder
 
 
@@ -48,7 +49,13 @@ def evaluated(recipe: Recipe, models: dict[str, Path], reference: str, out: Path
     out.mkdir()
     subject = "distilled" if "distilled" in models else None
     evaluate.run(
-        recipe, models=models, reference=reference, subject=subject, cache=out / "data", out=out, progress=SILENT
+        recipe,
+        models={name: Checkpoint.open(path) for name, path in models.items()},
+        reference=reference,
+        subject=subject,
+        cache=out / "data",
+        out=out,
+        progress=SILENT,
     )
     results: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return results
@@ -149,7 +156,7 @@ def test_bad_choices_are_refused_before_weights_are_read(
     def no_weights(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(checkpoint, "load_model", no_weights)
+    monkeypatch.setattr(Checkpoint, "load", no_weights)
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"context": "a cat " * 200, "choices": ["x", "y"], "answer": 0}), encoding="utf-8")
     with pytest.raises(CorpusError, match=r"long\.jsonl line 1 has \d+ tokens, the model's context has 128"):

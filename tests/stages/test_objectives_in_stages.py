@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from halve.checkpoint import Checkpoint
 from halve.recipe import Recipe
 from halve.stages import distill
 from halve.train import checkpoints, loop
@@ -40,7 +41,14 @@ def distilled(
     recipe: Recipe, out: Path, *, teacher: Path, student: Path
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     out.mkdir(exist_ok=True, parents=True)
-    distill.run(recipe, teacher=teacher, student=student, variant="student", cache=out.parent / "data", out=out)
+    distill.run(
+        recipe,
+        teacher=Checkpoint.open(teacher),
+        student=Checkpoint.open(student),
+        variant="student",
+        cache=out.parent / "data",
+        out=out,
+    )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return load_file(out / "model" / "model.safetensors"), lines
 

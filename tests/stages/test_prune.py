@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halve import checkpoint
+from halve import saving
+from halve.checkpoint import Checkpoint
 from halve.cut.plan import Plan
 from halve.cut.scores import Scores
 from halve.errors import AnatomyError, CheckpointError, PlanError, RunError
@@ -27,7 +28,7 @@ SIZES = {"hidden": 24, "ffn": 40, "heads": 2, "layers": 3}
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, tiny_llama: Path) -> Path:
     out = tmp_path_factory.mktemp("score")
-    score.run(make_recipe(), teacher=tiny_llama, cache=out / "data", out=out)
+    score.run(make_recipe(), teacher=Checkpoint.open(tiny_llama), cache=out / "data", out=out)
     return out / "scores.safetensors"
 
 
@@ -37,7 +38,7 @@ def pruned(
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("prune")
     recipe = make_recipe(prune={**SIZES, "rotation": "none", "refit": "none"})
-    return out, prune.run(recipe, teacher=tiny_llama, scores=scores, cache=out / "data", out=out)
+    return out, prune.run(recipe, teacher=Checkpoint.open(tiny_llama), scores=scores, cache=out / "data", out=out)
 
 
 def _by_hand(plan: Plan) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def test_provenance(pruned: tuple[Path, dict[str, Any]], tiny_llama: Path, score
     record = json.loads((out / "model" / "halve.json").read_text())
     plan = Plan.load(out / "plan.json")
     assert Plan.from_json(record["plan"]) == plan
-    assert record["teacher"] == checkpoint.fingerprint(tiny_llama)
+    assert record["teacher"] == Checkpoint.open(tiny_llama).fingerprint
     assert record["base_model"] == "tiny-llama"
     assert str(tiny_llama.parent) not in (out / "model" / "halve.json").read_text()
     # one factor a norm, fitted by default: more than one, at most that of dead channels
@@ -90,7 +91,7 @@ def test_random_numbers_cut_elsewhere(
     pruned: tuple[Path, dict[str, Any]], make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(prune={**SIZES, "gain": "none"})
-    prune.run(recipe, teacher=tiny_llama, scores=None, cache=tmp_path / "data", out=tmp_path)
+    prune.run(recipe, teacher=Checkpoint.open(tiny_llama), scores=None, cache=tmp_path / "data", out=tmp_path)
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.after == Plan.load(pruned[0] / "plan.json").after
     assert plan.hidden != Plan.load(pruned[0] / "plan.json").hidden
@@ -100,20 +101,22 @@ def test_the_default_chooses_a_shape_and_the_control_takes_its_sizes(
     make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={"samples": 64, "micro_batch": 16})
-    made = prune.run(recipe, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
+    made = prune.run(recipe, teacher=Checkpoint.open(tiny_llama), scores=scores, cache=tmp_path / "data", out=tmp_path)
     plan = Plan.load(tmp_path / "plan.json")
     tried = {tuple(shape["arch"].values()): shape["kl"] for shape in made["shapes"]}
     assert len(tried) == len(made["shapes"]) > 1
     assert tried[tuple(asdict(plan.after).values())] <= 1.1 * min(tried.values())
     plain = make_recipe(prune={**_by_hand(plan), "rotation": "none", "refit": "none"})
     (tmp_path / "plain").mkdir()
-    worse = prune.run(plain, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path / "plain")
+    worse = prune.run(
+        plain, teacher=Checkpoint.open(tiny_llama), scores=scores, cache=tmp_path / "data", out=tmp_path / "plain"
+    )
     assert worse["params"] == made["params"]
     assert made["perplexity"]["value"] < worse["perplexity"]["value"]
     (tmp_path / "random").mkdir()
     control = prune.run(
         recipe,
-        teacher=tiny_llama,
+        teacher=Checkpoint.open(tiny_llama),
         scores=None,
         cache=tmp_path / "data",
         out=tmp_path / "random",
@@ -130,7 +133,7 @@ def test_layers_that_the_trial_takes_out_go_by_the_recipe_s_criterion(
     monkeypatch.setattr(prune, "best", lambda tried: min(tried, key=lambda one: one.arch.layers))
     few = {"samples": 64, "micro_batch": 16}
     recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={**few, "depth": "nll", "depth_pattern": "greedy"})
-    prune.run(recipe, teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
+    prune.run(recipe, teacher=Checkpoint.open(tiny_llama), scores=scores, cache=tmp_path / "data", out=tmp_path)
     choice = json.loads((tmp_path / "depth.json").read_text())
     assert (choice["criterion"], choice["pattern"]) == ("nll", "greedy")
     assert tuple(choice["kept"]) == Plan.load(tmp_path / "plan.json").layers
@@ -138,9 +141,13 @@ def test_layers_that_the_trial_takes_out_go_by_the_recipe_s_criterion(
 
 def test_layers_stay_where_no_score_tells_them_apart(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={"samples": 64, "method": "magnitude"})
-    score.run(recipe, teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+    score.run(recipe, teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)
     made = prune.run(
-        recipe, teacher=tiny_llama, scores=tmp_path / "scores.safetensors", cache=tmp_path / "data", out=tmp_path
+        recipe,
+        teacher=Checkpoint.open(tiny_llama),
+        scores=tmp_path / "scores.safetensors",
+        cache=tmp_path / "data",
+        out=tmp_path,
     )
     assert {shape["arch"]["layers"] for shape in made["shapes"]} == {Plan.load(tmp_path / "plan.json").before.layers}
 
@@ -148,12 +155,18 @@ def test_layers_stay_where_no_score_tells_them_apart(make_recipe: MakeRecipe, ti
 def test_scores_of_another_model_are_refused(
     make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path
 ) -> None:
-    other = checkpoint.load_model(tiny_llama)
+    other = Checkpoint.open(tiny_llama).load()
     with torch.no_grad():
         other.get_input_embeddings().weight.add_(0.01)
-    checkpoint.save_model(other, tmp_path / "other", extra_from=tiny_llama, record=None)
+    saving.save_model(other, tmp_path / "other", extra_from=tiny_llama, record=None)
     with pytest.raises(RunError, match="scores of another model"):
-        prune.run(make_recipe(), teacher=tmp_path / "other", scores=scores, cache=tmp_path / "data", out=tmp_path)
+        prune.run(
+            make_recipe(),
+            teacher=Checkpoint.open(tmp_path / "other"),
+            scores=scores,
+            cache=tmp_path / "data",
+            out=tmp_path,
+        )
 
 
 def test_an_axis_that_is_not_proved_is_not_cut(
@@ -167,7 +180,9 @@ def test_an_axis_that_is_not_proved_is_not_cut(
 
     monkeypatch.setattr(prune, "prove", doubtful)
     with pytest.raises(AnatomyError, match="will not cut ffn of llama"):
-        prune.run(make_recipe(), teacher=tiny_llama, scores=scores, cache=tmp_path / "data", out=tmp_path)
+        prune.run(
+            make_recipe(), teacher=Checkpoint.open(tiny_llama), scores=scores, cache=tmp_path / "data", out=tmp_path
+        )
     assert not (tmp_path / "model").exists()
 
 
@@ -175,21 +190,21 @@ def test_an_axis_that_is_not_proved_is_not_cut(
 
 
 def test_a_wrong_count_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
-    student = checkpoint.load_model(pruned[0] / "model")
+    student = Checkpoint.open(pruned[0] / "model").load()
     ids = torch.arange(1, 17)[None]
     with pytest.raises(PlanError, match="parameters, its plan"):
         prune._check(student, 7, pruned[0] / "model", ids, torch.zeros(1, dtype=torch.float64))
 
 
 def test_a_perplexity_that_is_not_finite_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
-    student = checkpoint.load_model(pruned[0] / "model")
+    student = Checkpoint.open(pruned[0] / "model").load()
     nll = torch.tensor([float("nan")], dtype=torch.float64)
     with pytest.raises(CheckpointError, match="perplexity is not finite"):
         prune._check(student, pruned[1]["params"], pruned[0] / "model", torch.arange(1, 17)[None], nll)
 
 
 def test_a_cache_that_lies_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
-    student = checkpoint.load_model(pruned[0] / "model")
+    student = Checkpoint.open(pruned[0] / "model").load()
     ids = torch.arange(1, 17)[None]
     prune._check_cache(student, ids)
     for layer in student.model.layers:  # two layers that share a number write over each other's keys
@@ -199,7 +214,7 @@ def test_a_cache_that_lies_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> No
 
 
 def test_a_folder_with_other_weights_is_noticed(pruned: tuple[Path, dict[str, Any]]) -> None:
-    student = checkpoint.load_model(pruned[0] / "model")
+    student = Checkpoint.open(pruned[0] / "model").load()
     ids = torch.arange(1, 17)[None]
     prune._check_reopens(student, pruned[0] / "model", ids)
     with torch.no_grad():
@@ -211,7 +226,7 @@ def test_a_folder_with_other_weights_is_noticed(pruned: tuple[Path, dict[str, An
 
 
 def test_a_folder_that_transformers_cannot_open_is_noticed(pruned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    student = checkpoint.load_model(pruned[0] / "model")
+    student = Checkpoint.open(pruned[0] / "model").load()
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="does not reopen in plain transformers"):
         prune._check_reopens(student, tmp_path / "model", torch.arange(1, 9)[None])

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from halve import checkpoint
-from halve.anatomy import discover
+from halve.checkpoint import Checkpoint
 from halve.cut.depth import DepthChoice
 from halve.cut.plan import select
 from halve.cut.scores import Scores
@@ -22,7 +21,7 @@ Make = Callable[..., Recipe]
 
 
 def run(recipe: Recipe, teacher: Path, folder: Path) -> dict[str, Any]:
-    return score.run(recipe, teacher=teacher, cache=folder / "data", out=folder)
+    return score.run(recipe, teacher=Checkpoint.open(teacher), cache=folder / "data", out=folder)
 
 
 def chosen(folder: Path) -> DepthChoice:
@@ -33,7 +32,7 @@ def chosen(folder: Path) -> DepthChoice:
 def test_any_method(make_recipe: Make, tiny_llama: Path, tmp_path: Path, method: str) -> None:
     recipe = make_recipe(score={"samples": 4, "micro_batch": 3, "method": method}, prune={"ffn": 40})
     metrics = run(recipe, tiny_llama, tmp_path)
-    found = Scores.load(tmp_path / "scores.safetensors", model=checkpoint.fingerprint(tiny_llama))
+    found = Scores.load(tmp_path / "scores.safetensors", model=Checkpoint.open(tiny_llama).fingerprint)
     assert found.method == metrics["method"] == method
     assert set(found.by_axis()) == {"hidden", "ffn", "heads", "kv_heads", "layers"}
     assert not (tmp_path / "depth.json").exists()
@@ -45,7 +44,7 @@ def test_by_default_the_layers_are_those_that_a_plan_chooses(
 ) -> None:
     metrics = run(make_recipe(prune={"layers": 2}), tiny_llama, tmp_path)
     scores = Scores.load(tmp_path / "scores.safetensors")
-    anatomy = discover(checkpoint.load_config(tiny_llama))
+    anatomy = Checkpoint.open(tiny_llama).anatomy
     choice = chosen(tmp_path)
     assert choice.kept == select(anatomy, anatomy.sizes.at(layers=2), scores, gain="none").layers
     assert (choice.criterion, choice.pattern, choice.passes) == ("bi", "single", 0)

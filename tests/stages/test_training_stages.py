@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from halve.checkpoint import Checkpoint
 from halve.errors import CorpusError, TokenizerError, TrainError
 from halve.recipe import Recipe
 from halve.stages import cache, correct, distill
@@ -47,7 +48,13 @@ def distilled(
     out.mkdir(parents=True)
     data = tmp_path / "data"
     metrics = distill.run(
-        recipe, teacher=teacher, student=student, variant=variant, cache=data, out=out, answers_in=answers
+        recipe,
+        teacher=Checkpoint.open(teacher),
+        student=Checkpoint.open(student),
+        variant=variant,
+        cache=data,
+        out=out,
+        answers_in=answers,
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return metrics, load_file(out / "model" / "model.safetensors"), lines
@@ -70,7 +77,7 @@ def test_a_corrected_teacher_is_a_model_like_the_teacher(
     make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(correct=STEPS)
-    metrics = correct.run(recipe, teacher=tiny_llama, cache=tmp_path / "data", out=tmp_path)
+    metrics = correct.run(recipe, teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "model"))
     assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -139,13 +146,18 @@ def test_a_sample_longer_than_the_context_is_refused(
 ) -> None:
     data = {"train": [str(corpus / "train.txt")], "valid": [str(corpus / "valid.txt")], "context": 200}
     with pytest.raises(CorpusError, match="a sample has 200 tokens, the model's context has 128"):
-        correct.run(make_recipe(correct=STEPS, data=data), teacher=tiny_llama, cache=tmp_path, out=tmp_path / "out")
+        correct.run(
+            make_recipe(correct=STEPS, data=data),
+            teacher=Checkpoint.open(tiny_llama),
+            cache=tmp_path,
+            out=tmp_path / "out",
+        )
 
 
 def cached(recipe: Recipe, tmp_path: Path, teacher: Path) -> Path:
     out = tmp_path / "cache"
     out.mkdir(parents=True)
-    cache.run(recipe, teacher=teacher, cache=tmp_path / "data", out=out)
+    cache.run(recipe, teacher=Checkpoint.open(teacher), cache=tmp_path / "data", out=out)
     return out
 
 
@@ -163,13 +175,13 @@ def test_several_students_learn_from_cached_states_what_they_learn_from_the_teac
         recipe = make_recipe(distill=steps)
         live[variant] = distilled(recipe, tmp_path / "live", teacher=tiny_llama, student=student, variant=variant)
     loaded: list[str] = []
-    load_model = distill.checkpoint.load_model
+    load = Checkpoint.load
 
-    def watched(source: Any, **kwargs: Any) -> Any:
-        loaded.append(str(source))
-        return load_model(source, **kwargs)
+    def watched(opened: Checkpoint, **kwargs: Any) -> Any:
+        loaded.append(opened.source)
+        return load(opened, **kwargs)
 
-    monkeypatch.setattr(distill.checkpoint, "load_model", watched)
+    monkeypatch.setattr(Checkpoint, "load", watched)
     for variant in live:
         recipe = make_recipe(distill=steps | {"cache": "hidden"})
         where = {"teacher": tiny_llama, "student": student, "variant": variant, "answers": answers}
@@ -269,8 +281,8 @@ def test_a_resumed_training_reads_the_cache_to_the_same_bits(
     data = tmp_path / "cut" / "data"
     metrics = distill.run(
         recipe,
-        teacher=tiny_llama,
-        student=student,
+        teacher=Checkpoint.open(tiny_llama),
+        student=Checkpoint.open(student),
         variant="student",
         cache=data,
         out=out,

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from halve import checkpoint
-from halve.anatomy import discover
+from halve.checkpoint import Checkpoint
 from halve.cut.sizes import target
 from halve.demo.run import TEACHER
 from halve.errors import RecipeError
@@ -17,7 +16,7 @@ from halve.rounds import shapes
 from halve.studies import declare
 from halve.studies.arms import Setting, cell, correction, layered
 
-ANATOMY = discover(checkpoint.load_config(TEACHER))
+ANATOMY = Checkpoint.open(TEACHER).anatomy
 SETTING = Setting("demo", str(TEACHER), ("a.txt",), ("b.txt",), ("select.jsonl", "test.jsonl"), {})
 HALF = {"controls", "width-depth", "aggregators", "baselines", "depth-sets", "iterative-importance"}
 ARMS = [(name, arm) for name in declare.names() for arm, it in declare.load(name).arms.items() if it.of is None]
@@ -45,7 +44,7 @@ def test_a_shipped_study_is_read(name: str) -> None:
 @pytest.mark.parametrize(("study", "arm"), ARMS)
 def test_an_arm_is_a_recipe_that_can_be_planned(study: str, arm: str) -> None:
     made = recipe(study, arm)
-    kept = [ANATOMY.ledger.count(shape.after).non_embedding for shape in shapes(made)]
+    kept = [ANATOMY.ledger.count(shape.after).non_embedding for shape in shapes(made, Checkpoint.open(TEACHER))]
     share = kept[-1] / ANATOMY.ledger.count(ANATOMY.sizes).non_embedding
     assert made.distill is not None
     tokens = made.distill.tokens + sum(step.distill.tokens for step in made.then)

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from halve.checkpoint import Checkpoint
 from halve.recipe import Recipe
 from halve.stages import cache as stage
 from halve.train import cache
@@ -27,7 +28,7 @@ def main(recipe: Path, teacher: Path, out: Path, shard_bytes: int, shards: int) 
 
     cache.save_file = save
     parsed = Recipe.model_validate_json(recipe.read_text())
-    stage.run(parsed, teacher=teacher, cache=out.parent / "data", out=out, shard_bytes=shard_bytes)
+    stage.run(parsed, teacher=Checkpoint.open(teacher), cache=out.parent / "data", out=out, shard_bytes=shard_bytes)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from halve import checkpoint
+from halve.checkpoint import Checkpoint
 from halve.errors import DiskError, TrainError
 from halve.recipe import Recipe
 from halve.stages import cache as stage
@@ -58,7 +58,9 @@ def made(make_recipe: MakeRecipe, tiny_llama: Path, work: Path) -> Callable[...,
 
 
 def written(recipe: Recipe, teacher: Path, out: Path) -> dict[str, Any]:
-    return stage.run(recipe, teacher=teacher, cache=out.parent / "data", out=out, shard_bytes=SHARD_BYTES)
+    return stage.run(
+        recipe, teacher=Checkpoint.open(teacher), cache=out.parent / "data", out=out, shard_bytes=SHARD_BYTES
+    )
 
 
 def opened(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path) -> tuple[course.Course, Batch]:
@@ -69,7 +71,7 @@ def opened(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path) -> tu
 
 def live(recipe: Recipe, teacher: Path) -> teachers.Live:
     assert recipe.distill is not None
-    return teachers.load(teacher, recipe.distill, dtype="auto", device="cpu", half=False)[1]
+    return teachers.load(Checkpoint.open(teacher), recipe.distill, dtype="auto", device="cpu", half=False)[1]
 
 
 @pytest.mark.parametrize("documents", ["joined", "apart"])
@@ -97,7 +99,7 @@ def test_half_precision_is_kept_as_it_is_computed(
     recipe, out, _ = made(cache="hidden", precision="bfloat16")
     store, (drawn, _) = Store.open(out), opened(recipe, tokenizer, work)
     part = next(drawn.batch(1).split(2))
-    alive = teachers.load(tiny_llama, recipe.distill, dtype="auto", device="cpu", half=True)[1]
+    alive = teachers.load(Checkpoint.open(tiny_llama), recipe.distill, dtype="auto", device="cpu", half=True)[1]
     with torch.autocast("cpu", torch.bfloat16):
         want = alive.answer(part).states
     found = CachedHidden(store, store.head("cpu")).answer(part).states
@@ -187,7 +189,7 @@ def test_what_binds_a_cache_changes_with_what_it_names(
         drawn, heldout = opened(recipe, tokenizer, work)
         assert recipe.distill is not None
         facts: dict[str, Any] = {"tokenizer": tokenizer, "course": drawn, "heldout": heldout, "vocab": 320}
-        return answers.bound_to(recipe, recipe.distill, teacher=checkpoint.fingerprint(recipe.model), **facts)
+        return answers.bound_to(recipe, recipe.distill, teacher=Checkpoint.open(recipe.model).fingerprint, **facts)
 
     def data(**change: Any) -> Recipe:
         return recipe.model_copy(update={"data": recipe.data.model_copy(update=change)})
@@ -318,7 +320,7 @@ def test_losses_and_gradients_are_those_of_the_live_teacher(
     recipe, out, _ = made(cache="hidden")
     store, (drawn, heldout) = Store.open(out), opened(recipe, tokenizer, work)
     alive = live(recipe, tiny_llama)
-    student = checkpoint.load_model(tiny_llama)
+    student = Checkpoint.open(tiny_llama).load()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))

@@ -11,7 +11,8 @@ from families import ALSO, PROVED, config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from halve import checkpoint, pipeline
+from halve import pipeline
+from halve.checkpoint import Checkpoint
 from halve.errors import AnatomyError, TrainError
 from halve.head import split
 from halve.recipe import Recipe
@@ -111,10 +112,10 @@ def test_both_are_found_before_weights_load(
     data = {"train": [str(corpus / "train.txt")], "valid": [str(corpus / "valid.txt")], "context": 32}
     recipe = make_recipe(data={**data, "documents": "apart"})
     assert pipeline.check(recipe) == ()
-    tokenizer = checkpoint.load_tokenizer(recipe.model)
+    tokenizer = Checkpoint.open(recipe.model).tokenizer
     tokenizer.eos_token = tokenizer.bos_token = None
     assert border(tokenizer) is None
-    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(Checkpoint, "tokenizer", tokenizer)
     assert [error.what for error in pipeline.check(recipe)] == ["documents cannot be kept apart"]
     training = make_recipe(distill={"tokens": 640, "batch": 4}).distill
     assert training is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from halve import checkpoint
+from halve.checkpoint import Checkpoint
 from halve.errors import RecipeError
 from halve.head import split
 from halve.recipe import Distill
@@ -29,7 +29,7 @@ def batch(tokenizer: PreTrainedTokenizerFast) -> Batch:
 
 def load(folder: Path, **keys: object) -> Live:
     training = Distill.model_validate({"tokens": 1, **keys})
-    return teachers.load(folder, training, dtype="auto", device="cpu", half=False)[1]
+    return teachers.load(Checkpoint.open(folder), training, dtype="auto", device="cpu", half=False)[1]
 
 
 def test_every_live_teacher_says_the_same(tiny_llama: Path, batch: Batch) -> None:
@@ -56,7 +56,7 @@ def test_a_body_elsewhere_computes_in_its_own_precision(tiny_llama: Path, batch:
 
 
 def test_one_layer_visits_at_a_time(tiny_llama: Path, batch: Batch) -> None:
-    model = checkpoint.load_model(tiny_llama).requires_grad_(False)
+    model = Checkpoint.open(tiny_llama).load().requires_grad_(False)
     layer_bytes = max(sum(p.nbytes for p in layer.parameters()) for layer in blocks.layers(model))
     present: dict[int, int] = {}
     most = visits = 0
@@ -79,7 +79,7 @@ def test_one_layer_visits_at_a_time(tiny_llama: Path, batch: Batch) -> None:
 
 
 def test_layers_go_home_when_a_forward_pass_fails(tiny_llama: Path) -> None:
-    model = checkpoint.load_model(tiny_llama).requires_grad_(False)
+    model = Checkpoint.open(tiny_llama).load().requires_grad_(False)
     waiting = {name: value.data_ptr() for name, value in model.named_parameters()}
     teachers.visiting(model, "cpu", fetch=torch.clone)
     blocks.layers(model)[1].mlp.forward = None

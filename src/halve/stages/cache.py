@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halve import checkpoint
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.stages.text import open_text
@@ -23,7 +23,7 @@ from halve.train.documents import require_apart
 def run(
     recipe: Recipe,
     *,
-    teacher: Path | str,
+    teacher: Checkpoint,
     cache: Path,
     out: Path,
     progress: Progress = SILENT,
@@ -37,7 +37,7 @@ def run(
     """
     assert recipe.distill is not None
     training = recipe.distill
-    device = checkpoint.resolve_device(recipe.device)
+    device = resolve_device(recipe.device)
     text = open_text(recipe, training, teacher, cache=cache, progress=progress)
     course, heldout = text.course, text.heldout
     needed = answers.Needed.by(course)
@@ -53,7 +53,7 @@ def run(
     bound = answers.bound_to(
         recipe,
         training,
-        teacher=checkpoint.fingerprint(teacher),
+        teacher=teacher.fingerprint,
         tokenizer=text.tokenizer,
         course=course,
         heldout=heldout,

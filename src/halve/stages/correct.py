@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halve import checkpoint
 from halve.card import name_of
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.stages.text import open_text
@@ -19,7 +19,7 @@ from halve.train.documents import require_apart
 from halve.train.ranks import here
 
 
-def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
+def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """Write the corrected teacher to `out/model` and the course of its training to `out/metrics.jsonl`.
 
     The model keeps the precision that its weights had. `cache` is the run's folder of token files; what a
@@ -28,9 +28,9 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     """
     assert recipe.correct is not None
     training = recipe.correct
-    device = checkpoint.resolve_device(recipe.device)
+    device = resolve_device(recipe.device)
     text = open_text(recipe, training, teacher, cache=cache, progress=progress)
-    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=here().home(device))
+    model = teacher.load(dtype=recipe.dtype, device=here().home(device))
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
         require_apart(model)
@@ -51,12 +51,12 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     record = {
         "stage": "correct",
         "base_model": name_of(recipe.model),
-        "teacher": checkpoint.fingerprint(teacher),
+        "teacher": teacher.fingerprint,
         "seed": recipe.seed,
         "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }
     adapters.merge(model)
-    shards.save(model, out / "model", dtype=own_dtype, extra_from=teacher, record=record)
+    shards.save(model, out / "model", dtype=own_dtype, extra_from=teacher.files, record=record)
     return result.as_dict()

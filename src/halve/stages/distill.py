@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from halve import checkpoint
 from halve.card import name_of
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.head import Head, split
 from halve.progress import SILENT, Progress
 from halve.recipe import Distill, Dtype, Recipe
@@ -54,8 +54,8 @@ class _Taught:
 def run(
     recipe: Recipe,
     *,
-    teacher: Path | str,
-    student: Path | str,
+    teacher: Checkpoint,
+    student: Checkpoint,
     variant: str,
     cache: Path,
     out: Path,
@@ -73,9 +73,9 @@ def run(
     """
     assert recipe.distill is not None
     assert variant in VARIANTS
-    training, device = recipe.distill, checkpoint.resolve_device(recipe.device)
+    training, device = recipe.distill, resolve_device(recipe.device)
     text = open_text(recipe, training, teacher, student, cache=cache, progress=progress)
-    digest = checkpoint.fingerprint(teacher)
+    digest = teacher.fingerprint
     corrects = recipe.corrects_beside and variant != "ce"
     if corrects:
         taught = _by_learner(recipe, training, teacher, device=device)
@@ -112,15 +112,15 @@ def run(
         "stage": "distill",
         "base_model": name_of(recipe.model),
         "teacher": digest,
-        "student": checkpoint.fingerprint(student),
+        "student": student.fingerprint,
         "seed": recipe.seed,
         "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),
         **metrics,
     }
     if corrects:
-        _save_teacher(recipe, taught, out / "teacher", source=teacher, record=record)
-    shards.save(model, out / "model", dtype=own_dtype, extra_from=student, record=record)
+        _save_teacher(recipe, taught, out / "teacher", source=teacher.files, record=record)
+    shards.save(model, out / "model", dtype=own_dtype, extra_from=student.files, record=record)
     return metrics
 
 
@@ -160,22 +160,22 @@ def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) 
     return figures
 
 
-def _flops(training: Distill, teacher: Path | str, student: PreTrainedModel, *, variant: str) -> watch.Work:
+def _flops(training: Distill, teacher: Checkpoint, student: PreTrainedModel, *, variant: str) -> watch.Work:
     if variant == "ce" or not objectives.teacher_terms(training):
         return watch.learning(student.config)
-    return watch.distilling(student.config, checkpoint.load_config(teacher), training)
+    return watch.distilling(student.config, teacher.config, training)
 
 
-def _by_model(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
+def _by_model(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:
     half = loop.is_half(training, device)
     in_shards = teachers.stays(training) and training.shard_teacher and not here().alone
     model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half, in_shards=in_shards)
     return _Taught(live, live.head, live, model)
 
 
-def _by_learner(recipe: Recipe, training: Distill, teacher: Path | str, *, device: str) -> _Taught:
+def _by_learner(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:
     """The teacher as it is before it learns."""
-    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=here().home(device))
+    model = teacher.load(dtype=recipe.dtype, device=here().home(device))
     own_dtype = model.dtype
     if not loop.is_half(training, device):
         model.float()
@@ -192,9 +192,7 @@ def _corrected(recipe: Recipe, training: Distill, taught: _Taught, course: Cours
     return replace(taught, by=by, heldout=by)
 
 
-def _save_teacher(
-    recipe: Recipe, taught: _Taught, folder: Path, *, source: Path | str, record: Mapping[str, Any]
-) -> None:
+def _save_teacher(recipe: Recipe, taught: _Taught, folder: Path, *, source: Path, record: Mapping[str, Any]) -> None:
     assert recipe.correct is not None
     assert taught.model is not None
     assert taught.dtype is not None
@@ -255,12 +253,12 @@ def _objective(
     return intermediate.with_states(logits, matching, alpha=states.alpha), matching.map
 
 
-def _start(student: Path | str, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:
+def _start(student: Checkpoint, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:
     """Load the student; for a random start, draw weights of its shapes in its precision."""
-    model = checkpoint.load_model(student, dtype=dtype, device=here().home(device))
+    model = student.load(dtype=dtype, device=here().home(device))
     if variant != "random_init":
         return model
     with torch.random.fork_rng(devices=[]):  # the draw is the seed's alone, and leaves no trace
         torch.manual_seed(seed)
-        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.load_config(student), dtype=torch.float32)
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
     return fresh.to(device=model.device, dtype=model.dtype)

@@ -27,7 +27,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from halve import checkpoint, measure
+from halve import measure
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.choices import Encoded, answer_encoded, encode, load_items
 from halve.errors import CorpusError
 from halve.progress import SILENT, Progress
@@ -55,7 +56,7 @@ class _Measured:
 def run(
     recipe: Recipe,
     *,
-    models: Mapping[str, Path | str],
+    models: Mapping[str, Checkpoint],
     reference: str,
     subject: str | None,
     cache: Path,
@@ -71,8 +72,8 @@ def run(
     Raises `CorpusError` for held-out text, multiple-choice items or prompts that cannot be used, before any
     weight is loaded.
     """
-    tokenizer = checkpoint.load_tokenizer(next(iter(models.values())))
-    limits = [measure.context_length(checkpoint.load_config(source)) for source in models.values()]
+    tokenizer = next(iter(models.values())).tokenizer
+    limits = [measure.context_length(model.config) for model in models.values()]
     limit = min((limit for limit in limits if limit is not None), default=None)
     questions = _questions(recipe, tokenizer, limit)
     prompts = _prompts(recipe, tokenizer, limit)
@@ -81,10 +82,10 @@ def run(
     samples_BS = packed.first(recipe.evaluate.samples)
     num_bytes = measure.target_bytes(tokenizer, samples_BS)
 
-    device = checkpoint.resolve_device(recipe.device)
+    device = resolve_device(recipe.device)
 
     def load(name: str) -> PreTrainedModel:
-        return checkpoint.load_model(models[name], dtype=recipe.dtype, device=device)
+        return models[name].load(dtype=recipe.dtype, device=device)
 
     teacher = load(reference)
     measured: dict[str, _Measured] = {}

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halve import checkpoint, measure
-from halve.anatomy import Anatomy, Arch, discover
+from halve import measure, saving
+from halve.anatomy import Anatomy, Arch
 from halve.card import name_of
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.cut import calibration, width
 from halve.cut.apply import Rescore, cut, turn
 from halve.cut.depth import DepthChoice
@@ -40,7 +41,7 @@ MICRO_BATCH = 4
 def run(
     recipe: Recipe,
     *,
-    teacher: Path | str,
+    teacher: Checkpoint,
     scores: Path | None,
     cache: Path,
     out: Path,
@@ -59,7 +60,7 @@ def run(
     says.
     """
     asked = recipe.prune if scores is not None else _blind(recipe.prune)
-    anatomy = discover(checkpoint.load_config(teacher))
+    anatomy = teacher.anatomy
     after, kept_layers = target(student_anatomy(anatomy, asked), asked)
     if like is not None:
         after = Plan.load(like).after
@@ -70,9 +71,9 @@ def run(
     if kept_layers is None and scores is not None:
         kept_layers = _chosen_layers(scores.with_name(DEPTH))
     tried: tuple[Tried, ...] = ()
-    device = checkpoint.resolve_device(recipe.device)
-    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
-    tokenizer = checkpoint.load_tokenizer(teacher)
+    device = resolve_device(recipe.device)
+    model = teacher.load(dtype=recipe.dtype, device=device)
+    tokenizer = teacher.tokenizer
     heldout = _samples(recipe, "valid", CHECK_SAMPLES, cache, tokenizer, progress)
     before_nll = measure.language_modeling(model, heldout, micro_batch=MICRO_BATCH)
     samples = _samples(recipe, "train", max(asked.refit_samples, recipe.score.samples), cache, tokenizer, progress)
@@ -121,13 +122,13 @@ def run(
     record = {
         "stage": "prune",
         "base_model": name_of(recipe.model),
-        "teacher": checkpoint.fingerprint(teacher),
+        "teacher": teacher.fingerprint,
         "prune": asked.model_dump(mode="json"),
         "plan": done.plan.to_json(),
         "gains": done.gains,
     }
     student = done.student
-    checkpoint.save_model(student, out / "model", extra_from=teacher, record=record)
+    saving.save_model(student, out / "model", extra_from=teacher.files, record=record)
     after_nll = measure.language_modeling(student, heldout, micro_batch=MICRO_BATCH)
     counts = done.anatomy.ledger.count(done.plan.after, kept_layers=done.plan.layers)
     _check(student, counts.params, out / "model", heldout[:1, : min(32, heldout.shape[1])], after_nll)
@@ -178,14 +179,14 @@ def _blind(asked: Prune) -> Prune:
     return asked.model_copy(update=off)
 
 
-def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Path | str, scores: Path | None) -> Scores:
+def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Checkpoint, scores: Path | None) -> Scores:
     if scores is None:
         return random_scores(anatomy, recipe.seed)
     return Scores.load(
         scores,
         batch_agg=recipe.score.batch_agg,
         seq_agg=recipe.score.seq_agg,
-        model=checkpoint.fingerprint(teacher),
+        model=teacher.fingerprint,
     )
 
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halve import checkpoint, measure
-from halve.anatomy import discover
+from halve import measure
+from halve.checkpoint import Checkpoint, resolve_device
 from halve.cut import calibration, width
 from halve.cut.rotate import student_anatomy
 from halve.cut.scores import samples_fingerprint
@@ -21,7 +21,7 @@ from halve.train.mixture import open_mixture
 SCORES = "scores.safetensors"
 
 
-def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
+def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.scores`).
 
     Where the recipe removes layers without naming them, also `out/depth.json`: the layers that stay and every set
@@ -35,17 +35,16 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
     Raises `CorpusError` for samples that say nothing and `PlanError` for sizes that are not legal, before weights are
     read, and `CheckpointError` where activations are not finite.
     """
-    config = checkpoint.load_config(teacher)
-    measure.require_context(config, recipe.data.context, "a sample")
-    anatomy = discover(config)
+    measure.require_context(teacher.config, recipe.data.context, "a sample")
+    anatomy = teacher.anatomy
     after, named = target(student_anatomy(anatomy, recipe.prune), recipe.prune)
     remove = 0 if named is not None else anatomy.sizes.layers - after.layers
-    tokenizer = checkpoint.load_tokenizer(teacher)
+    tokenizer = teacher.tokenizer
     samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples_BS = samples.calibration(recipe.score.samples)
     calibration.check(samples_BS, vocab=anatomy.sizes.vocab)
-    device = checkpoint.resolve_device(recipe.device)
-    model = checkpoint.load_model(teacher, dtype=recipe.dtype, device=device)
+    device = resolve_device(recipe.device)
+    model = teacher.load(dtype=recipe.dtype, device=device)
     start = time.perf_counter()
     scores = width.score(
         model,
@@ -57,7 +56,7 @@ def run(recipe: Recipe, *, teacher: Path | str, cache: Path, out: Path, progress
         seq_agg=recipe.score.seq_agg,
         micro_batch=recipe.score.micro_batch,
         seed=recipe.seed,
-        model_fingerprint=checkpoint.fingerprint(teacher),
+        model_fingerprint=teacher.fingerprint,
         samples_fingerprint=samples_fingerprint(samples_BS),
         progress=progress,
     )

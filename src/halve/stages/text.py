@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from halve import checkpoint, measure
+from halve import measure
+from halve.checkpoint import Checkpoint
 from halve.errors import TokenizerError
 from halve.progress import Progress
 from halve.recipe import Recipe, Training
@@ -24,22 +25,21 @@ class Text:
     heldout: Batch
 
 
-def open_text(recipe: Recipe, training: Training, *models: Path | str, cache: Path, progress: Progress) -> Text:
+def open_text(recipe: Recipe, training: Training, *models: Checkpoint, cache: Path, progress: Progress) -> Text:
     """Cut text into tokens of the first model's tokenizer; `cache` is the run's folder of token files.
 
     Raises `TokenizerError` and `TrainError` for a model that tokens or context do not suit, and `CorpusError`.
     """
-    tokenizer = checkpoint.load_tokenizer(models[0])
-    for source in models:
-        config = checkpoint.load_config(source)
-        checkpoint.check_tokenizer(tokenizer, config, source=source)
-        if checkpoint.load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+    tokenizer = models[0].tokenizer
+    for model in models:
+        model.require_tokenizer()
+        if model.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise TokenizerError(
-                f"{source} has another tokenizer than {models[0]}",
+                f"{model.source} has another tokenizer than {models[0].source}",
                 why="the same text is other ids there, so one cannot follow the other token by token",
                 fix="take a student of the teacher's own vocabulary",
             )
-        measure.require_context(config, recipe.data.context, "a sample")
+        measure.require_context(model.config, recipe.data.context, "a sample")
     course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     return Text(tokenizer, course, heldout)

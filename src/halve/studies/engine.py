@@ -191,7 +191,6 @@ def _folder(out: Path, recipe: Recipe) -> Path:
 
 
 def _sizes(setting: Setting) -> Arch:
-    from halve import checkpoint
-    from halve.anatomy import discover
+    from halve.checkpoint import Checkpoint
 
-    return discover(checkpoint.load_config(setting.model)).sizes
+    return Checkpoint.open(setting.model).anatomy.sizes

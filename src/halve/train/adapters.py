@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from halve.anatomy import Anatomy, discover
@@ -27,7 +26,7 @@ _ADAPTER = "default"  # peft's name for the only one
 
 def choose(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
     """Let `model` train what the recipe's section says; `merge` undoes what this adds to it. As `require`, raises."""
-    require(model.config, section)
+    require(discover(model.config), section)
     if section.method == "lora":
         add_lora(model, rank=section.lora_rank, alpha=section.lora_alpha, seed=seed)
     elif section.method == "norms":
@@ -36,11 +35,11 @@ def choose(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
         model.requires_grad_(True)
 
 
-def require(config: PretrainedConfig, section: Correct) -> None:
+def require(anatomy: Anatomy, section: Correct) -> None:
     """Raise `RecipeError` where the section's method finds nothing to train in such a model, or lacks its package."""
-    if section.method == "norms" and not _has_norms(discover(config)):
+    if section.method == "norms" and not _has_norms(anatomy):
         raise RecipeError(
-            f"correct.method: norms finds nothing to train in a {config.model_type}",
+            f"correct.method: norms finds nothing to train in a {anatomy.family}",
             why="its norms have no parameters",
             fix="method: full or lora in the section correct",
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
-from halve import checkpoint
+from halve import saving
 from halve.head import Body, Head, split
 from halve.recipe import Distill, Training
 from halve.train import blocks
@@ -103,16 +103,16 @@ def save(
     folder: Path,
     *,
     dtype: torch.dtype,
-    extra_from: str | Path | None,
+    extra_from: Path | None,
     record: Mapping[str, Any] | None,
 ) -> None:
-    """`checkpoint.save_model` of a model that these ranks have trained; rank 0 writes, the others wait."""
+    """`saving.save_model` of a model that these ranks have trained; rank 0 writes, the others wait."""
     ranks = here()
     plain = model.to(dtype) if ranks.alone else _whole(model, dtype, ranks)
 
     def write() -> None:
         assert plain is not None
-        checkpoint.save_model(plain, folder, extra_from=extra_from, record=record)
+        saving.save_model(plain, folder, extra_from=extra_from, record=record)
 
     ranks.lead(write)
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from halve import checkpoint
+from halve.checkpoint import Checkpoint
 from halve.errors import RecipeError
 from halve.head import Body, Head, split
 from halve.recipe import Distill, Dtype
@@ -62,7 +61,7 @@ class Live:
 
 
 def load(
-    source: Path | str, training: Distill, *, dtype: Dtype, device: str, half: bool, in_shards: bool = False
+    source: Checkpoint, training: Distill, *, dtype: Dtype, device: str, half: bool, in_shards: bool = False
 ) -> tuple[PreTrainedModel, Live]:
     """Load a teacher and put it where the recipe's section wants it; it answers on the student's `device`.
 
@@ -73,7 +72,7 @@ def load(
     """
     waits = training.offload_teacher
     place = "cpu" if waits or in_shards else _place(training, device)
-    model = checkpoint.load_model(source, dtype=dtype, device=place).requires_grad_(False)
+    model = source.load(dtype=dtype, device=place).requires_grad_(False)
     if not half:
         model.float()
     if waits:
