@@ -168,3 +168,80 @@ def test_recipes_are_values(tmp_path: Path) -> None:
 def test_reading_recipes_does_not_import_torch() -> None:
     code = "import sys, halve.reading, halve.pipeline; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": True}, "bad value for seed"),
+        ({"seed": "7"}, "bad value for seed"),
+        ({"seed": 2**63}, r"bad value for seed.*\n  why: a seed has 63 bits"),
+        ({"prune": {"hidden": 4, "untie": "yes"}}, r"bad value for prune\.untie"),
+        ({"prune": {"hidden": 10**30}}, r"bad value for prune\.hidden.*\n  why: no run counts beyond"),
+        ({"prune": {"hidden": 4, "ridge": 1e-300}}, r"bad value for prune\.ridge.*\n  why: single precision"),
+        ({"prune": {"hidden": 4, "head_merge": 1e30}}, r"bad value for prune\.head_merge"),
+        ({"prune": {"params": ""}}, r"bad value for prune\.params"),
+        ({"prune": {"drop_layers": ""}}, r"bad value for prune\.drop_layers"),
+        ({"distill": {"tokens": 10**18}}, r"bad value for distill\.tokens.*\n  why: no run counts beyond"),
+        ({"distill": {"tokens": 1, "betas": [1.0, 0.9]}}, r"bad value for distill\.betas\.0"),
+        ({"distill": {"tokens": 1, "betas": [0.9, -0.1]}}, r"bad value for distill\.betas\.1"),
+        ({"distill": {"tokens": 1, "lr": 1e30}}, r"bad value for distill\.lr"),
+        ({"distill": {"tokens": 1, "temperature": 1e300}}, r"bad value for distill\.temperature"),
+        ({"distill": {"tokens": 1, "temperature": 1e-9}}, r"bad value for distill\.temperature"),
+        ({"distill": {"tokens": 1, "weight_decay": 1e30}}, r"bad value for distill\.weight_decay"),
+        ({"distill": {"tokens": 1, "clip": 1e-300}}, r"bad value for distill\.clip"),
+        ({"distill": {"tokens": 1, "objective": {}}}, r"bad value for distill\.objective"),
+        ({"distill": {"tokens": 1, "objective": {"kl": 1e300}}}, r"bad value for distill\.objective"),
+        ({"distill": {"tokens": 1, "intermediate": {"alpha": 1e300}}}, r"bad value for distill\.intermediate\.alpha"),
+        ({"distill": {"tokens": 1, "teacher_device": "meta"}}, r"bad value for distill\.teacher_device"),
+        ({"distill": {"tokens": 9, "phases": [{"from_tokens": 1, "context": 1}]}}, r"phases\.0\.context"),
+        ({"evaluate": {"completion_tokens": 10**9}}, r"bad value for evaluate\.completion_tokens"),
+        ({"data": {"train": ["a"], "valid": ["a"], "context": 1}}, r"bad value for data\.context"),
+        ({"data": {"train": ["a"], "valid": ["a"], "text_field": ""}}, r"bad value for data\.text_field"),
+        ({"data": {"train": {"a": {"sources": ["a"], "weight": 1e308}}, "valid": ["a"]}}, r"data\.train\.a\.weight"),
+        ({"name": "a" * 300}, "bad value for name"),
+        ({"name": "x" * 10**6 + "!"}, r"bad value for name.*\n.{,300}\n"),
+    ],
+)
+def test_values_that_no_run_can_mean_anything_with(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("", "not blank"),
+        ("  ", "not blank"),
+        ("a\0b", "control characters"),
+        ("a\nb", "control characters"),
+        ("\ud800", "halves of characters"),
+        ("a" * 5000, "4000 bytes"),
+        ("/" + "\u00e9" * 128, "255 between two slashes"),
+        ("~no-such-user/x", "no user no-such-user"),
+    ],
+)
+def test_paths_that_cannot_be(tmp_path: Path, path: str, why: str) -> None:
+    places: list[dict[str, Any]] = [
+        {"model": path},
+        {"data": {"train": [path], "valid": ["a"]}},
+        {"data": {"train": {"part": {"sources": [path], "weight": 1}}, "valid": ["a"]}},
+        {"data": {"train": ["a"], "valid": [path]}},
+        {"evaluate": {"choices": [path]}},
+        {"score": {"depth": "task", "depth_task": path}},
+    ]
+    for changes in places:
+        with pytest.raises(RecipeError, match=f"bad value for .*\n  why: .*{why}"):
+            parse(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:x", "hub:a/b/c/d", "hub:../../x", "hub:a/b:c:d"])
+def test_names_that_no_data_set_of_the_hub_has(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match=r"bad value for data\.train\.0"):
+        parse(tmp_path, data={"train": [name], "valid": ["a"]})
+
+
+def test_budgets_and_layers_may_be_written_as_numbers(tmp_path: Path) -> None:
+    assert parse(tmp_path, prune={"params": 350_000_000}).prune.params == "350000000"
+    assert parse(tmp_path, prune={"drop_layers": 3}).prune.drop_layers == "3"
+    assert parse(tmp_path, distill={"tokens": 1e9}).distill is not None

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halve import preflight_bounds
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.recipe import Distill, Phase, Recipe, Training
 from halve.rounds import Shape, learns_from_previous, rounds, shapes
@@ -64,6 +65,7 @@ def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any
     if out is not None:
         yield partial(check_folder, out, recipe)
     yield partial(resolve_device, recipe.device)
+    yield partial(preflight_bounds.check_workers, recipe)
 
 
 def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
@@ -79,6 +81,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[]
             yield partial(_check_phase, recipe, teacher, name, phase)
     if recipe.data.documents == "apart":
         yield partial(_check_apart, teacher)
+    yield from preflight_bounds.of_the_teacher(recipe, teacher)
 
 
 def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:

@@ -6,6 +6,7 @@ Relative paths are relative to the recipe's own folder.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ValidationError
 from halve import strict_yaml
 from halve.errors import RecipeError
 from halve.recipe import Recipe
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 def load(path: str | Path) -> Recipe:
@@ -65,7 +69,7 @@ def _explain(error: ValidationError, source: str) -> RecipeError:
         return RecipeError(f"unknown key {place} in {source}", why="no stage would read it", fix=hint)
     if first["type"] == "missing":
         return RecipeError(f"{source} lacks {place}", why="it has no default", fix=f"add {place}:")
-    value = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    value = "" if isinstance(first["input"], dict) else f" (given: {_short.repr(first['input'])})"
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(f"bad value for {place or 'the recipe'} in {source}", why=message + value, fix="change it there")
 

@@ -7,7 +7,57 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from halve.trainings import (
+    HOW,
+    Baseline,
+    Cache,
+    Correct,
+    Distill,
+    Intermediate,
+    Logger,
+    Phase,
+    State,
+    Term,
+    Training,
+)
+from halve.values import Context, Count, Factor, Place, Real, Section, Seed, Switch, TextSource, Written
+
+__all__ = [
+    "HOW",
+    "Aggregator",
+    "Baseline",
+    "Cache",
+    "Correct",
+    "Data",
+    "DepthCriterion",
+    "DepthPattern",
+    "Device",
+    "Distill",
+    "Dtype",
+    "Evaluate",
+    "FfnPoint",
+    "Gain",
+    "Intermediate",
+    "LayerMerge",
+    "Logger",
+    "Method",
+    "Phase",
+    "Prune",
+    "Recipe",
+    "Refit",
+    "Rotation",
+    "Score",
+    "Section",
+    "Selection",
+    "Shape",
+    "Source",
+    "State",
+    "Step",
+    "Term",
+    "Training",
+]
 
 Aggregator = Literal["mean", "l2", "var"]
 Method = Literal["activation", "random", "magnitude", "wanda", "taylor", "fluctuation"]
@@ -20,14 +70,8 @@ Refit = Literal["none", "outputs", "all"]
 Selection = Literal["auto", "rank", "refit"]
 Shape = Literal["width", "trial"]
 LayerMerge = Literal["none", "laco"]
-Term = Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "ce"]
-State = Literal["embedding", "input", "output", "attention"]
-Cache = Literal["none", "hidden", "logits"]
-Logger = Literal["tensorboard", "wandb", "trackio"]
-Baseline = Literal["ce", "random_init", "random_prune"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Count = Annotated[int, Field(gt=0)]
 
 _OF_DISTILLATION = (
     "batch",
@@ -45,34 +89,12 @@ _OF_DISTILLATION = (
 )
 """What a correction beside a distillation shares with it."""
 
-HOW = (
-    "checkpoint_every",
-    "keep_checkpoints",
-    "activation_checkpointing",
-    "compile",
-    "replicas",
-    "shard_teacher",
-    "teacher_device",
-    "offload_teacher",
-    "offload_optimizer",
-    "on_spike",
-    "spike_factor",
-    "loggers",
-)
-"""What says of a training how it is carried out, not what comes of it: a run goes on with other values of these."""
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
 
 class Source(Section):
     """One part of a mixture."""
 
-    sources: tuple[str, ...] = Field(min_length=1)
-    weight: float = Field(gt=0, description="its share of the samples, relative to the other parts'")
+    sources: tuple[TextSource, ...] = Field(min_length=1)
+    weight: Factor = Field(description="its share of the samples, relative to the other parts'")
 
 
 class Data(Section):
@@ -83,13 +105,15 @@ class Data(Section):
     """
 
     train: Annotated[
-        Annotated[tuple[str, ...], Field(min_length=1), Tag("[sources]")]
+        Annotated[tuple[TextSource, ...], Field(min_length=1), Tag("[sources]")]
         | Annotated[dict[str, Source], Field(min_length=1), Tag("[parts]")],
         Discriminator(lambda given: "[parts]" if isinstance(given, dict) else "[sources]"),
     ] = Field(description="sources, or a mixture: parts by name, each with sources and a weight")
-    valid: tuple[str, ...] = Field(min_length=1, description="held-out text; also measured during training")
-    text_field: str = Field("text", description="the field of JSON lines, parquet and hub rows that holds the text")
-    context: Count = Field(512, description="tokens in one packed sample")
+    valid: tuple[TextSource, ...] = Field(min_length=1, description="held-out text; also measured during training")
+    text_field: str = Field(
+        "text", min_length=1, description="the field of JSON lines, parquet and hub rows that holds the text"
+    )
+    context: Context = Field(512, description="tokens in one packed sample")
     documents: Literal["joined", "apart"] = Field(
         "joined", description="apart: in training, attention and prediction end at a document's border"
     )
@@ -101,147 +125,6 @@ class Data(Section):
         if isinstance(self.train, dict):
             return tuple(source for part in self.train.values() for source in part.sources)
         return self.train
-
-
-class Phase(Section):
-    """From some token on, train on another mixture, in another context or at another rate (2407.14679, Table 20)."""
-
-    from_tokens: Count = Field(description="tokens after which it begins, rounded up to whole steps")
-    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
-        None, description="weights of the parts of data.train; a part that is not named is not drawn from"
-    )
-    context: Count | None = Field(None, description="tokens in one packed sample; a step keeps its number of samples")
-    lr: float | None = Field(None, gt=0, description="what the cosine is scaled to from here on")
-
-
-class Training(Section):
-    """One run of the training loop."""
-
-    tokens: Count = Field(description="tokens to train on, rounded up to whole steps")
-    batch: Count = Field(32, description="samples in one optimizer step")
-    micro_batch: Count | None = Field(None, description="samples in one forward pass; default: the whole batch")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
-    warmup_steps: int = Field(40, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    phases: tuple[Phase, ...] = ()
-    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
-        "adamw",
-        description="muon: for matrices between hidden states, AdamW for the rest; adamw8bit: moments in 8 bits",
-    )
-    offload_optimizer: bool = Field(False, description="masters' moments wait in main memory (CUDA)")
-    activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        "none", description="what of each layer is computed again on the way back: nothing, all, all but its products"
-    )
-    compile: bool = Field(False, description="compile each layer; the first step takes a minute more")
-    replicas: Count = Field(1, description="groups of ranks that each hold a whole model; 1 shards it over all of them")
-    checkpoint_every: Count = Field(
-        200, description="steps between checkpoints; a kill loses at most these, twice as many while one is written"
-    )
-    keep_checkpoints: Count = Field(1, description="how many checkpoints stay on the disk")
-    on_spike: Literal["stop", "skip", "rewind"] = Field(
-        "stop",
-        description="what a loss that is not finite or leaps leads to: an error, the step left out,"
-        " or the last checkpoint again and those samples left out",
-    )
-    spike_factor: float = Field(
-        3.0, gt=1, description="a leap: so many running means above the mean, and 6 standard deviations"
-    )
-    loggers: tuple[Logger, ...] = Field((), description="where metrics go beside the JSON lines")
-    eval_every: Count = Field(50, description="steps between held-out measurements")
-    eval_samples: Count = Field(16, description="held-out samples in such a measurement")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute precision; masters and reductions stay float32. auto: bfloat16 on CUDA"
-    )
-
-    @model_validator(mode="after")
-    def _rates(self) -> Training:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
-        if self.offload_optimizer and self.optimizer != "adamw":
-            raise ValueError("offload_optimizer is of optimizer: adamw")
-        if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
-        begins = [phase.from_tokens for phase in self.phases]
-        if any(phase.lr is not None and phase.lr < self.min_lr for phase in self.phases):
-            raise ValueError(f"a phase's lr is below min_lr {self.min_lr}")
-        if begins != sorted(set(begins)) or any(begin >= self.tokens for begin in begins):
-            raise ValueError("phases begin one after another, each before tokens is reached")
-        return self
-
-
-class Correct(Training):
-    """Teacher correction (2408.11796, Sec. 2.1): the teacher learns the corpus with cross-entropy."""
-
-    method: Literal["full", "lora", "norms"] = Field(
-        "full", description="what is trained: all, adapters that are merged at the end, or the norms alone"
-    )
-    lora_rank: Count = 16
-    lora_alpha: float = Field(32.0, gt=0, description="an adapter counts alpha / rank times")
-    when: Literal["before", "beside"] = Field(
-        "before",
-        description="beside: in the same loop as the distillation, on its samples and for as many of its tokens as"
-        " `tokens` says (Sec. 4.2); batch, precision, ranks, checkpoints and measurements are then its own",
-    )
-
-
-class Intermediate(Section):
-    """Losses on intermediate states beside the logits' (2407.14679, Sec. 3): `alpha * L_is`."""
-
-    states: tuple[State, ...] = Field(("embedding", "output"), min_length=1)
-    layers: dict[int, int] | None = Field(
-        None, description="teacher's layer: student's layer, negative from the end; default {-2: -2} (Table 17)"
-    )
-    alpha: float | None = Field(None, gt=0, description="weight; default: L_logits / L_is of the moment, as the paper")
-
-
-class Distill(Training):
-    """Recovery of the pruned student; forward KL on logits alone is the papers' choice (2407.14679, Table 15)."""
-
-    objective: Term | dict[Term, Annotated[float, Field(gt=0)]] = Field(
-        "kl", description="a term, or a sum of terms with their weights, such as {kl: 0.5, ce: 0.5}"
-    )
-    temperature: float = Field(1.0, gt=0, description="of kl, reverse_kl and jsd")
-    beta: float = Field(0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
-    top_k: Count | None = Field(None, description="kl: only the teacher's likeliest tokens")
-    top_k_tail: bool = Field(False, description="and the rest of its probability as one token more")
-    intermediate: Intermediate | None = None
-    cache: Cache = Field(
-        "none", description="the teacher's answers, from disk: hidden states (exact) or sampled logits (unbiased)"
-    )
-    cache_samples: Count = Field(16, description="draws a token for cache: logits")
-    teacher_device: str = Field("same", description="another device for the teacher, such as cuda:1 or cpu")
-    offload_teacher: bool = Field(False, description="the teacher's layers wait in main memory and visit the device")
-    shard_teacher: bool = Field(True, description="with several ranks: shard the teacher too, or hold it on each")
-    baselines: tuple[Baseline, ...] = Field(
-        (), description="controls on the same tokens: the same cut trained with CE, a random start, a random cut"
-    )
-
-    @property
-    def terms(self) -> dict[Term, float]:
-        """The objective's terms with their weights."""
-        return {self.objective: 1.0} if isinstance(self.objective, str) else self.objective
-
-    @model_validator(mode="after")
-    def _fits(self) -> Distill:
-        taught = set(self.terms) - {"ce"}
-        if not taught and self.terms["ce"] != 1.0:
-            raise ValueError("a sum of ce alone is objective: ce")
-        if self.top_k is not None and "kl" not in taught:
-            raise ValueError("top_k truncates the term kl, which objective does not have")
-        if self.top_k_tail and self.top_k is None:
-            raise ValueError("top_k_tail says what becomes of the tokens beyond top_k: give top_k")
-        if self.cache == "logits" and (taught - {"kl"} or self.top_k is not None):
-            raise ValueError("cache: logits holds draws of the teacher, from which only kl over all tokens can be told")
-        if self.intermediate is not None and (not taught or self.cache != "none" or self.compile):
-            raise ValueError("intermediate listens to the running teacher: not with ce alone, a cache, or compile")
-        if self.cache != "none" and not taught:
-            raise ValueError("cache keeps what the teacher answers, and ce alone does not ask it")
-        if self.teacher_device != "same" and (self.offload_teacher or self.intermediate is not None):
-            raise ValueError("teacher_device is another device: not with offload_teacher or intermediate")
-        return self
 
 
 class Score(Section):
@@ -258,7 +141,7 @@ class Score(Section):
         "single", description="which sets are compared: single layers, contiguous blocks, or one by one greedily"
     )
     depth_samples: Count = Field(64, description="samples that a removal is measured on")
-    depth_task: str | None = Field(None, description="multiple-choice file for depth: task")
+    depth_task: Place | None = Field(None, description="multiple-choice file for depth: task")
 
     @model_validator(mode="after")
     def _depth(self) -> Score:
@@ -272,14 +155,16 @@ class Score(Section):
 class Prune(Section):
     """What the student looks like: sizes by hand, or a budget that the planner meets."""
 
-    params: str | None = Field(None, description="total parameters, such as 4.5B; the nearest legal sizes are taken")
-    non_embedding_ratio: float | None = Field(None, gt=0, lt=1, description="share of non-embedding parameters to keep")
+    params: Written | None = Field(
+        None, description="total parameters, such as 4.5B; the nearest legal sizes are taken"
+    )
+    non_embedding_ratio: Real | None = Field(None, gt=0, lt=1, description="share of non-embedding parameters to keep")
     hidden: Count | None = None
     ffn: Count | None = None
     heads: Count | None = None
     kv_heads: Count | None = None
     layers: Count | None = Field(None, description="layers to keep, the least important dropped")
-    drop_layers: str | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
+    drop_layers: Written | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
     shape: Shape = Field(
         "trial",
         description="what a budget is spent on; trial: cut and refit every mix of depth and width on a few samples",
@@ -294,11 +179,11 @@ class Prune(Section):
     rotation: Rotation = Field(
         "auto", description="basis of hidden; auto: the principal one where norms allow it and activations score width"
     )
-    untie: bool = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
+    untie: Switch = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
     refit: Refit = Field("all", description="solve for the weights that read or write what was cut")
-    ridge: float = Field(1e-3, gt=0, description="ridge of the refit, relative to the mean of the Gram's diagonal")
+    ridge: Factor = Field(1e-3, description="ridge of the refit, relative to the mean of the Gram's diagonal")
     refit_samples: Count = Field(128, description="calibration samples of rotation and refit")
-    head_merge: float = Field(0.0, description="coefficient of the head residual merge; 0 is off")
+    head_merge: Real = Field(0.0, ge=-100, le=100, description="coefficient of the head residual merge; 0 is off")
     layer_merge: LayerMerge = Field("none", description="laco: add removed layers' differences to the one before")
 
     @model_validator(mode="after")
@@ -321,10 +206,12 @@ class Evaluate(Section):
     """What is measured of every model of the run."""
 
     samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
-    choices: tuple[str, ...] = Field((), description="multiple-choice files: JSON lines with context, choices, answer")
+    choices: tuple[Place, ...] = Field(
+        (), description="multiple-choice files: JSON lines with context, choices, answer"
+    )
     prompts: tuple[str, ...] = Field((), description="texts that the report shows completed")
-    completion_tokens: Count = 48
-    speed: bool = Field(True, description="measure prefill and decode speed and peak memory")
+    completion_tokens: Annotated[Count, Field(le=100_000)] = 48
+    speed: Switch = Field(True, description="measure prefill and decode speed and peak memory")
 
 
 class Step(Section):
@@ -344,9 +231,9 @@ def _unturned(prune: Prune) -> Prune:
 class Recipe(Section):
     """A whole run, from a teacher to a report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    model: str = Field(description="the teacher: a folder or a hub name")
-    seed: int = Field(0, ge=0)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    model: Place = Field(description="the teacher: a folder or a hub name")
+    seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = Field("auto", description="precision that weights are held in; auto: the checkpoint's own")
     data: Data

@@ -73,3 +73,17 @@ def test_a_missing_logger_is_named_with_its_extra(name: str, monkeypatch: pytest
     with pytest.raises(TrainError) as caught:
         journal.require([name])
     assert f"pip install 'halve[{name}]'" in caught.value.fix
+
+
+def test_a_logger_that_does_not_start_is_a_mistake_that_can_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(folder: Path, name: str) -> Any:
+        raise RuntimeError("No API key configured.")
+
+    monkeypatch.setitem(journal.LOGGERS, "tensorboard", fails)
+    with (
+        pytest.raises(TrainError, match=r"tensorboard does not start\n  why: No API key configured\.\n  fix: log in"),
+        open_journal(tmp_path / "metrics.jsonl", step=0, loggers=("tensorboard",)),
+    ):
+        pass

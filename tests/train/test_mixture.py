@@ -144,6 +144,12 @@ def test_a_part_that_is_too_small_for_its_share_gives_all_it_has(tmp_path: Path)
     assert int((ids[:, 0] >= 1000).sum()) == 3
 
 
+def test_more_calibration_samples_than_there_are_is_all_of_them(tmp_path: Path) -> None:
+    mixed = mixture(tmp_path, {30: 1.0, 3: 1.0})
+    assert torch.equal(mixed.calibration(10**15), mixed.calibration(3000))
+    assert len(mixed.calibration(10**15)) == 33
+
+
 def test_a_part_with_too_little_text_is_named(tmp_path: Path) -> None:
     texts = Texts(("web", "code"), (tokens(tmp_path, 100), tokens(tmp_path, 9)), (1.0, 1.0))
     assert len(texts.cut(9, seed=0, border=None)) == 2

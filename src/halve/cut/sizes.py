@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm, log
@@ -217,7 +218,8 @@ def budget_of(anatomy: Anatomy, prune: Prune) -> tuple[int, bool] | None:
     if prune.params is not None:
         return parse_count(prune.params), True
     if prune.non_embedding_ratio is not None:
-        return round(prune.non_embedding_ratio * anatomy.ledger.count(anatomy.sizes).non_embedding), False
+        kept = round(prune.non_embedding_ratio * anatomy.ledger.count(anatomy.sizes).non_embedding)
+        return max(1, kept), False
     return None
 
 
@@ -320,13 +322,14 @@ def parse_layers(text: str, layers: int) -> frozenset[int]:
     """Read `16-31` or `3,5,7-9` as layer numbers counted from 0."""
     chosen: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        numbers = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
+        first, last = (int(n) for n in (numbers[1], numbers[2] or numbers[1])) if numbers else (0, -1)
+        if last < first:
             raise PlanError(
                 f"cannot read {text!r} as layers", why=f"{part!r} is no range", fix="write 16-31 or 3,5,7-9"
             )
-        chosen |= set(range(int(first), int(last or first) + 1))
-    if not chosen or max(chosen) >= layers or len(chosen) >= layers:
+        chosen |= set(range(first, min(last, layers) + 1))
+    if max(chosen) >= layers or len(chosen) >= layers:
         raise PlanError(
             f"cannot drop layers {text}",
             why=f"the model has layers 0 to {layers - 1} and must keep one",

@@ -75,8 +75,8 @@ def run(
     tokenizer = next(iter(models.values())).tokenizer
     limits = [measure.context_length(model.config) for model in models.values()]
     limit = min((limit for limit in limits if limit is not None), default=None)
-    questions = _questions(recipe, tokenizer, limit)
-    prompts = _prompts(recipe, tokenizer, limit)
+    questions = encoded_choices(recipe, tokenizer, limit)
+    prompts = encoded_prompts(recipe, tokenizer, limit)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     packed = corpus.Samples(tokens, recipe.data.context, recipe.seed)
     samples_BS = packed.first(recipe.evaluate.samples)
@@ -127,8 +127,13 @@ def run(
     return {name: _headline(one.facts) for name, one in measured.items()}
 
 
-def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, tuple[Encoded, ...]]:
-    """The recipe's multiple-choice files as tokens, by file name without its ending."""
+def encoded_choices(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, tuple[Encoded, ...]]:
+    """The recipe's multiple-choice files as tokens, by file name without its ending.
+
+    Raises `CorpusError` for two files of one name and for an item that is longer than `limit`.
+    """
     questions: dict[str, tuple[Encoded, ...]] = {}
     for path in map(Path, recipe.evaluate.choices):
         name = path.name.split(".")[0]
@@ -142,7 +147,8 @@ def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | 
     return questions
 
 
-def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
+def encoded_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
+    """The recipe's prompts as tokens. Raises `CorpusError` for one that is empty or leaves its completion no room."""
     prompts = []
     for prompt in recipe.evaluate.prompts:
         ids: list[int] = tokenizer(prompt).input_ids

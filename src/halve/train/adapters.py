@@ -49,6 +49,12 @@ def require(anatomy: Anatomy, section: Correct) -> None:
             why="it is not installed; its adapters are an extra of halve",
             fix="pip install 'halve[lora]', or method: full or norms",
         )
+    if section.method == "lora" and section.lora_rank > (hidden := anatomy.sizes.hidden):
+        raise RecipeError(
+            f"correct.lora_rank {section.lora_rank} is larger than the model's hidden {hidden}",
+            why="no matrix that reads or writes hidden states has a higher rank than that",
+            fix=f"set correct.lora_rank to {hidden} or less; 16 is usual",
+        )
 
 
 def norms_alone(model: PreTrainedModel) -> None:

@@ -58,7 +58,7 @@ def open_journal(path: Path, *, step: int, loggers: Sequence[str] = (), name: st
     require(loggers)
     _truncate(path, step)
     with ExitStack() as open_ones, disk_guard(path), path.open("a", encoding="utf-8") as file:
-        logs = tuple(open_ones.enter_context(LOGGERS[one](path.parent, name)) for one in loggers)
+        logs = tuple(open_ones.enter_context(_opened(one, path.parent, name)) for one in loggers)
         yield Journal(file, logs)
 
 
@@ -82,6 +82,21 @@ def require(loggers: Sequence[str]) -> None:
                 why="it is not installed; it is an extra of halve",
                 fix=f"pip install 'halve[{name}]', or leave {name} out of loggers",
             )
+
+
+@contextmanager
+def _opened(logger: str, folder: Path, name: str) -> Iterator[Log]:
+    """A logger; what keeps it from starting, such as a login that is missing, is a mistake that can be mended."""
+    with ExitStack() as stack:
+        try:
+            log = stack.enter_context(LOGGERS[logger](folder, name))
+        except Exception as error:  # whatever a service's own package raises
+            raise TrainError(
+                f"the logger {logger} does not start",
+                why=str(error) or type(error).__name__,
+                fix=f"log in to it or set it up, or leave {logger} out of loggers",
+            ) from error
+        yield log
 
 
 @contextmanager

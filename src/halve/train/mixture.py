@@ -100,7 +100,9 @@ class Mixture:
         """At most `num_samples` samples in the mixture's shares, each part's spread as `Samples.calibration` does.
 
         They come in the order of draws: the first few have the same shares. A part that is too small gives all it has.
+        Nothing is gained by asking for more than a hundred times what all parts have.
         """
+        num_samples = min(num_samples, 100 * len(self))
         counts = shares(self.weights, num_samples)
         rows = [iter(part.calibration(n)) if n else iter(()) for part, n in zip(self.parts, counts, strict=True)]
         found = (next(rows[part], None) for part, _ in self._turns(0, num_samples))

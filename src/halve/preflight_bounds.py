@@ -1,0 +1,88 @@
+"""What a recipe asks of memory, processors, the tokenizer and the model's context, against what there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from halve.errors import RecipeError
+from halve.recipe import Correct, Recipe, Training
+from halve.rounds import rounds
+
+if TYPE_CHECKING:
+    from halve.checkpoint import Checkpoint
+
+_BYTES_OF_AN_ID = 8
+_PROCESSES_A_CORE = 16
+
+
+def of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
+    """Checks that raise a `HalveError` each."""
+    yield partial(_check_questions, recipe, teacher)
+    trainings: list[tuple[str, Training | None]] = [("correct", recipe.correct)]
+    for number, part in enumerate(rounds(recipe), 1):
+        trainings.append(("distill" if number == 1 else f"distill of round {number}", part.distill))
+    for name, training in trainings:
+        if training is not None and not (isinstance(training, Correct) and recipe.corrects_beside):
+            yield partial(_check_step, recipe, teacher, name, training)
+
+
+def check_workers(recipe: Recipe) -> None:
+    """Refuse more processes than a machine can start."""
+    most = _PROCESSES_A_CORE * (os.cpu_count() or 1)
+    if recipe.data.workers > most:
+        raise RecipeError(
+            f"data.workers {recipe.data.workers} is more than this machine can start",
+            why=f"it has {os.cpu_count()} processors, and more than {_PROCESSES_A_CORE} processes on each only wait",
+            fix=f"set data.workers to {os.cpu_count()}",
+        )
+
+
+def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
+    """Multiple-choice items and prompts fit the teacher's context."""
+    from halve import measure
+    from halve.choices import encode, load_items
+    from halve.stages import evaluate
+
+    evaluated, task = recipe.evaluate, recipe.score.depth_task
+    if not (evaluated.choices or evaluated.prompts or task):
+        return
+    limit = measure.context_length(teacher.config)
+    evaluate.encoded_prompts(recipe, teacher.tokenizer, limit)
+    evaluate.encoded_choices(recipe, teacher.tokenizer, limit)
+    if task is not None:
+        encode(teacher.tokenizer, load_items(task), max_tokens=limit)
+
+
+def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Training) -> None:
+    """No plan, only what no way of training does without: the ids of a step, the states that enter a layer."""
+    sizes = teacher.anatomy.sizes
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    context = max([recipe.data.context, *(phase.context or 0 for phase in training.phases)])
+    share = max(1, training.batch // ranks)
+    samples = min(training.micro_batch or share, share)
+    needed = max(share * context * _BYTES_OF_AN_ID, samples * context * 2 * sizes.hidden * sizes.layers)
+    there = _memory(recipe)
+    if needed > there:
+        raise RecipeError(
+            f"{name} cannot hold {samples:,} samples of {context:,} tokens at once",
+            why=f"its layers' inputs alone take {needed / 1e9:,.0f} GB, the device and main memory have"
+            f" {there / 1e9:,.0f} GB",
+            fix=f"set {name.split()[0]}.micro_batch to a small divisor of batch, or batch itself lower",
+        )
+
+
+def _memory(recipe: Recipe) -> int:
+    """Of the device and of the machine together: some states may wait there."""
+    import psutil
+
+    from halve.checkpoint import resolve_device
+
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if resolve_device(recipe.device) == "cuda":
+        import torch
+
+        there += sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return int(there)

@@ -1,0 +1,93 @@
+"""Kinds of values that a recipe's keys take, each with the bounds beyond which no run can mean anything."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+MOST = 10**15
+"""Of anything that is counted: a hundred times the tokens of the largest corpora."""
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _number(given: Any) -> Any:
+    """Numbers alone: pydantic would also read true as 1 and '7' as 7."""
+    if isinstance(given, bool | str):
+        raise ValueError("Input should be a number")
+    return given
+
+
+def _written(given: Any) -> Any:
+    """What is text to halve and may look like a number: params: 350000000, drop_layers: 3."""
+    return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+def _countable(count: int) -> int:
+    if count > MOST:
+        raise ValueError(f"no run counts beyond {MOST:.0e}")
+    return count
+
+
+def _moderate(factor: float) -> float:
+    if not 1e-9 <= factor <= 1e15:
+        raise ValueError("single precision holds factors from 1e-9 to 1e15 with room to spare, and no others")
+    return factor
+
+
+def _seed(seed: int) -> int:
+    if seed >= 2**63:
+        raise ValueError("a seed has 63 bits")
+    return seed
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+Switch = Annotated[bool, Field(strict=True)]
+Count = Annotated[Whole, Field(gt=0), AfterValidator(_countable)]
+CountFromZero = Annotated[Whole, Field(ge=0), AfterValidator(_countable)]
+Context = Annotated[Whole, Field(ge=2), AfterValidator(_countable)]
+"""Tokens of a sample: one alone predicts nothing."""
+Factor = Annotated[Real, Field(gt=0), AfterValidator(_moderate)]
+"""A weight or a scale, far from where single precision ends."""
+Seed = Annotated[Whole, Field(ge=0), AfterValidator(_seed)]
+Rate = Annotated[Real, Field(gt=0, le=10)]
+"""A learning rate."""
+Written = Annotated[str, BeforeValidator(_written), Field(min_length=1, max_length=10_000)]
+
+
+def _place(text: str) -> str:
+    """A path or a name of the hub that could be there."""
+    if not text.strip():
+        raise ValueError("a path or name has a character that is not blank")
+    if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", text):
+        raise ValueError("a path or name has no control characters and no halves of characters")
+    if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+        raise ValueError("a path has at most 4000 bytes, 255 between two slashes")
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            raise ValueError(f"there is no user {text.partition('/')[0][1:]}, whose home the path begins in") from None
+    return text
+
+
+def _source(text: str) -> str:
+    """A path, or a data set of the hub."""
+    if text.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+(/[\w.-]+)?(:[^:]+)?", text):
+        raise ValueError("a data set of the hub is hub:owner/name, hub:owner/name:split or hub:owner/name/config:split")
+    if text.startswith("hub:") and ".." in text:
+        raise ValueError("names of the hub hold no two dots in a row")
+    return text
+
+
+Place = Annotated[str, AfterValidator(_place)]
+TextSource = Annotated[Place, AfterValidator(_source)]
