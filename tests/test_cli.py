@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any
 
+import psutil
 import pytest
 import typer
 
@@ -162,7 +167,7 @@ def test_what_the_parser_refuses_exits_with_2(arguments: list[str], capsys: pyte
 
 
 def test_the_installed_command_exits_with_2_and_three_lines(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "halve.cli", "run", str(tmp_path / "none.yaml")]
+    command = [sys.executable, "-m", "halve", "run", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -176,8 +181,71 @@ def test_an_interrupt_exits_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupted)
-    assert main(["run", str(recipe)]) == 130
-    assert "goes on where it stopped" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--quiet"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        f"interrupted; the same command goes on where it stopped: halve run {recipe} --quiet"
+    ]
+
+
+@pytest.mark.parametrize("stage", ["correct", "score", "prune", "cache", "distill", "evaluate", "report"])
+@pytest.mark.parametrize(("number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "ended by SIGTERM")])
+def test_a_signal_in_any_stage_says_how_to_go_on(
+    stage: str,
+    number: int,
+    code: int,
+    word: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def asked_to_end(*_: Any, **__: Any) -> Path:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError("nothing happened")
+
+    monkeypatch.setattr(pipeline, "run", asked_to_end)
+    before = signal.getsignal(SIGTERM)
+    assert main([stage, str(recipe)]) == code
+    assert signal.getsignal(SIGTERM) is before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{word}; the same command goes on where it stopped: halve {stage} {recipe}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), (SIGTERM, 143)])
+def test_a_signal_while_text_is_tokenized_by_others(
+    number: int, code: int, tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C reaches every process of a terminal, SIGTERM the first alone; one of them speaks, and none stays."""
+    (tmp_path / "long.txt").write_text((corpus / "train.txt").read_text(encoding="utf-8") * 40, encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: tiny
+model: {tiny_llama}
+data: {{train: [long.txt], valid: [{corpus / "valid.txt"}], context: 32, workers: 2}}
+prune: {{ffn: 40}}
+""",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "halve", "score", str(recipe), "--out", "run", "--quiet"]
+    options: dict[str, Any] = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # whoever starts the tests in the background has them ignore Ctrl-C
+    process = psutil.Popen(command, **options, preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL))
+    end = time.monotonic() + 60
+    while not (children := [c for c in process.children() if "spawn_main" in " ".join(c.cmdline())]):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    if number == SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].endswith(f"goes on where it stopped: halve score {recipe} --out run --quiet")
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert not list((tmp_path / "run" / "score").glob("*"))
 
 
 def test_a_sigterm_exits_with_143(

@@ -11,7 +11,15 @@ layers 32, hidden 4096, ffn 11008, heads 32/32 x 128, vocab 32000
 Names are imported when they are first used, so that `import halve` alone imports no torch.
 """
 
-from __future__ import annotations
+import sys
+
+if (
+    sys.argv[:1] == ["-m"]
+    and not sys.flags.safe_path
+    and any(word.removeprefix("-m").partition(".")[0] == "halve" for word in sys.orig_argv)
+):
+    # `python -m halve` looks for every module in the working folder first, where anybody's torch.py may lie
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", ".", sys.path[0])]
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,20 @@
-"""`python -m halve`, as torchrun starts it."""
+"""The program `halve`, also as `python -m halve`, which is how torchrun starts it."""
 
 import sys
 
-from halve.cli import main
+from halve import fresh, interrupts
+
+
+def main() -> int:
+    """Run the command line in a process that finds no code in the working folder."""
+    fresh.shut_program()
+    try:
+        from halve.cli import main as command
+    except KeyboardInterrupt:
+        print(interrupts.farewell(interrupts.INTERRUPTED, sys.argv[1:]), file=sys.stderr)
+        return interrupts.INTERRUPTED
+    return command()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -18,6 +17,7 @@ import typer
 from rich.console import Console
 
 from halve.errors import HalveError, PlanError, Stopped
+from halve.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
 from halve.reading import load, on_spikes
 from halve.recipe import Prune, Recipe
 
@@ -46,20 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     first = _speaks()
     try:
-        with nullcontext() if first else redirect_stdout(io.StringIO()):
+        with heeded(), nullcontext() if first else redirect_stdout(io.StringIO()):
             app(args=words or ["--help"], prog_name="halve")
-    except Stopped as stopped:
+    except (Stopped, Terminated) as stopped:
         if first:
-            print(stopped, file=sys.stderr)
-        return 128 + signal.SIGTERM
+            print(stopped if isinstance(stopped, Stopped) else farewell(TERMINATED, words), file=sys.stderr)
+        return TERMINATED
     except HalveError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as finished:  # the parser prints its own errors and always ends so
         code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
-        if code == 130:
-            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        if code == INTERRUPTED and first:
+            print(farewell(code, words), file=sys.stderr)
         return code
     raise AssertionError("the parser ends with SystemExit")
 
@@ -391,7 +391,3 @@ def _speaks() -> bool:
 def _next(hint: str) -> None:
     if _speaks():
         print(f"next: {hint}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from halve import strict_yaml
 from halve.errors import RecipeError
+from halve.fresh import distrust
 from halve.recipe import Recipe
 
 _short = reprlib.Repr()
@@ -28,6 +29,7 @@ def load(path: str | Path) -> Recipe:
     Raises `RecipeError` naming the key and, for an unknown key, the nearest known one.
     """
     path = Path(path)
+    distrust(path.parent)
     try:
         with path.open("rb") as file:
             raw = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import errors, snapshot_download
 
 from halve.errors import CheckpointError
+from halve.fresh import distrust
 from halve.rundir import file_sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -59,6 +60,7 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        distrust(folder)
         return folder
     name = str(source)
     if folder.exists():

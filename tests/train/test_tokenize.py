@@ -20,6 +20,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from halve import fresh
 from halve.errors import CorpusError, DiskError
 from halve.train import corpus, tokenize
 from halve.train.corpus import Tokens, prepare
@@ -131,7 +132,7 @@ def test_only_so_many_batches_are_read_ahead() -> None:
 
 
 def test_a_short_text_starts_no_process(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "_pool", None)
+    monkeypatch.setattr(fresh, "pool", None)
     found = made(text, tmp_path / "cache", workers=1000)
     assert found.path.read_bytes() == made(text, tmp_path / "alone").path.read_bytes()
     with pytest.raises(TypeError, match="not callable"):

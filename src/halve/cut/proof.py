@@ -9,8 +9,6 @@ An axis that fails is refused, never cut.
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from halve import fresh
 from halve.anatomy import CUT_AXES, Anatomy, Arch
 from halve.anatomy.configs import quiet
 from halve.cut.plan import select
@@ -300,8 +299,6 @@ for axis in axes:
 def fresh_logits(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Tensor]:
     """The logits of saved twins as plain transformers computes them in a process that never saw halve."""
     save_file({"ids": fixed_ids(twin)}, scratch / "ids.st")
-    command = [sys.executable, "-c", _FRESH, str(scratch), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"plain transformers cannot open the result: {done.stderr.strip().splitlines()[-1]}")
+    if why := fresh.python(_FRESH, str(scratch), *names):
+        raise RuntimeError(f"plain transformers cannot open the result: {why}")
     return {name: load_file(scratch / f"{name}.st")["logits"] for name in names}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halve import measure, saving
+from halve import fresh, measure, saving
 from halve.anatomy import Anatomy, Arch
 from halve.card import name_of
 from halve.checkpoint import Checkpoint, resolve_device
@@ -272,7 +270,7 @@ import sys, torch, transformers
 from safetensors.torch import load_file, save_file
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False).eval()
 with torch.no_grad():
     logits = model(load_file(sys.argv[2])["ids"], use_cache=False).logits.float().contiguous()
 save_file({"logits": logits}, sys.argv[3])
@@ -284,9 +282,7 @@ def _check_reopens(student: PreTrainedModel, folder: Path, ids: Tensor) -> None:
     given, made = folder.with_name("ids.safetensors"), folder.with_name("logits.safetensors")
     save_file({"ids": ids.cpu().contiguous()}, given)
     try:
-        command = [sys.executable, "-c", _FRESH, str(folder), str(given), str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else ""
+        why = fresh.python(_FRESH, *(str(path.absolute()) for path in (folder, given, made)))
         if not why:
             with torch.inference_mode():
                 logits = student(ids.to(student.device), use_cache=False).logits.float().cpu()

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import connection
+from multiprocessing import connection, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from halve import fresh
 from halve.errors import CorpusError
 from halve.train.sources import Piece
 
@@ -93,7 +92,7 @@ def encoded(
         return
     waiting: deque[Future[Encoded]] = deque()
     with ExitStack() as stack:
-        pool = _pool(tokenizer, dtype, workers)
+        pool = fresh.pool(workers, _begin, tokenizer, dtype)
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         try:
             for batch in work:
@@ -143,22 +142,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 _own: dict[str, Any] = {}
 
 
-def _pool(tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], workers: int) -> ProcessPoolExecutor:
-    # spawn: a forked copy of a process whose tokenizer or torch has threads may hang
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(tokenizer, dtype))
-
-
 def _begin(tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of several already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     _own.update(tokenizer=tokenizer, dtype=dtype)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     """A killed parent closes no pipe that its children share: they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
+    parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
