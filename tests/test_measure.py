@@ -3,13 +3,16 @@
 import gzip
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halve import choices, measure
+from halve.checkpoint import Checkpoint
 from halve.choices import Item, encode, load_items, multiple_choice
 from halve.errors import CorpusError
 from halve.measure import Estimate
@@ -28,7 +31,7 @@ def tiny(seed: int = 0, vocab: int = 258) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is a token, `ab` is one more, and <s> begins a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}, "ab": 257}
@@ -132,12 +135,12 @@ def test_the_ratio_error_agrees_with_a_bootstrap() -> None:
     assert found.stderr == pytest.approx(bits.std().item(), rel=0.1)
 
 
-def test_target_bytes_are_those_of_the_predicted_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = tokenizer("xabé!").input_ids
+def test_target_bytes_are_those_of_the_predicted_text(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = byte_tokenizer("xabé!").input_ids
     assert len(ids) == 5  # x, ab, two bytes of é, !
-    separated = [*ids[:2], tokenizer.bos_token_id, *ids[2:]]
-    assert measure.target_bytes(tokenizer, torch.tensor([ids])).tolist() == [len("abé!".encode())]
-    assert measure.target_bytes(tokenizer, torch.tensor([separated])).tolist() == [len("abé!".encode())]
+    separated = [*ids[:2], byte_tokenizer.bos_token_id, *ids[2:]]
+    assert measure.target_bytes(byte_tokenizer, torch.tensor([ids])).tolist() == [len("abé!".encode())]
+    assert measure.target_bytes(byte_tokenizer, torch.tensor([separated])).tolist() == [len("abé!".encode())]
 
 
 # ---- multiple choice ---------------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def choice_score(model: LlamaForCausalLM, ids: list[int], start: int, num_bytes:
     return sum(log_probs[t - 1, ids[t]].item() for t in range(start, len(ids))) / num_bytes
 
 
-def test_answers_are_those_of_a_loop_over_single_sequences(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_answers_are_those_of_a_loop_over_single_sequences(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     random = torch.Generator().manual_seed(3)
     letters = "abcdxyz "
 
@@ -159,7 +162,7 @@ def test_answers_are_those_of_a_loop_over_single_sequences(tokenizer: PreTrained
     items = [Item(text(2, 9), (text(1, 6) + "x", text(1, 9) + "y", text(2, 4) + "z"), i % 3) for i in range(24)]
     want = []
     for item in items:
-        (encoded,) = encode(tokenizer, [item], max_tokens=CONTEXT)
+        (encoded,) = encode(byte_tokenizer, [item], max_tokens=CONTEXT)
         scores = [
             choice_score(tiny(), list(row), encoded.start, len(choice))
             for row, choice in zip(encoded.sequences, item.choices, strict=True)
@@ -167,26 +170,26 @@ def test_answers_are_those_of_a_loop_over_single_sequences(tokenizer: PreTrained
         want.append(max(range(3), key=scores.__getitem__) == item.answer)
     assert 0 < sum(want) < len(want)
     for batch_tokens in (1, 50, 4096):
-        assert multiple_choice(tiny(), tokenizer, items, batch_tokens=batch_tokens).tolist() == want
+        assert multiple_choice(tiny(), byte_tokenizer, items, batch_tokens=batch_tokens).tolist() == want
 
 
-def test_a_token_across_the_border_is_scored_with_every_choice(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_token_across_the_border_is_scored_with_every_choice(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     """`xa` + `b` merges into `x ab`: both choices are then scored from after the x."""
-    (encoded,) = encode(tokenizer, [Item("xa", ("b", "c"), 0)], max_tokens=None)
+    (encoded,) = encode(byte_tokenizer, [Item("xa", ("b", "c"), 0)], max_tokens=None)
     assert encoded.start == 1
     assert [len(row) for row in encoded.sequences] == [2, 3]
 
 
-def test_an_empty_context_begins_with_the_first_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    (encoded,) = encode(tokenizer, [Item("", ("x", "y"), 0)], max_tokens=None)
+def test_an_empty_context_begins_with_the_first_token(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    (encoded,) = encode(byte_tokenizer, [Item("", ("x", "y"), 0)], max_tokens=None)
     assert encoded.start == 1
-    assert {row[0] for row in encoded.sequences} == {tokenizer.bos_token_id}
+    assert {row[0] for row in encoded.sequences} == {byte_tokenizer.bos_token_id}
 
 
-def test_an_item_longer_than_the_context_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_item_longer_than_the_context_is_named(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     items = [Item("x", ("y", "z"), 0, "t.jsonl line 1"), Item("x" * 40, ("y", "z"), 0, "t.jsonl line 2")]
     with pytest.raises(CorpusError, match=r"t\.jsonl line 2 has 41 tokens, the model's context has 32"):
-        multiple_choice(tiny(), tokenizer, items)
+        multiple_choice(tiny(), byte_tokenizer, items)
 
 
 GOOD = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 1, "id": 7}).encode()
@@ -261,3 +264,31 @@ def test_speed_and_memory(samples: torch.Tensor, capfd: pytest.CaptureFixture[st
 def test_working_memory_grows_with_the_prompt(samples: torch.Tensor) -> None:
     short, long = (working_bytes(tiny(), samples[:rows, :12].reshape(1, -1)[:, :28]) for rows in (1, 5))
     assert short < long < 40 * short
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 5.0},
+        {"num_beams": 3},
+        {"stop_strings": ["a"]},
+        {"forced_bos_token_id": 7, "forced_eos_token_id": 8},
+        {"do_sample": True, "temperature": 9.0},
+        {"suppress_tokens": list(range(160))},
+        {"min_new_tokens": 40, "max_length": 3},
+    ],
+)
+def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(tiny_llama: Path, asked: dict[str, Any]) -> None:
+    model = Checkpoint.open(tiny_llama).load()
+    model.generation_config = GenerationConfig(**asked)
+    ids = torch.arange(40, 52)[None]
+    want = ids
+    with torch.no_grad():
+        for _ in range(8):
+            want = torch.cat([want, model(want).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(measure.greedy(model, ids, num_new_tokens=8), want)
+    assert model.generation_config.to_diff_dict().items() >= asked.items()
+    end = int(want[0, 14])
+    assert torch.equal(
+        measure.greedy(model, ids, num_new_tokens=8, end=end), want[:, : want[0].tolist().index(end, 12) + 1]
+    )

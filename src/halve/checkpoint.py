@@ -6,22 +6,20 @@ there, finite and of the shape that the config says. Every guard about models li
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from halve import soundness
+from halve import loading, soundness
 from halve.anatomy import Anatomy, discover
-from halve.anatomy.configs import quiet
+from halve.anatomy.configs import build, quiet
 from halve.errors import CheckpointError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
 from halve.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
@@ -104,26 +102,19 @@ class Checkpoint:
         `dtype="auto"` keeps the checkpoint's own precision. Raises `CheckpointError` for anything but sound,
         complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
         """
-        config, _sound = copy.deepcopy(self.config), self.headers
-        try:
-            with quiet():
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    self.files,
-                    config=config,
-                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,  # refused below, with both shapes
-                    output_loading_info=True,
-                )
-        except Exception as error:  # transformers raises many types here
-            raise CheckpointError(
-                f"cannot load {self.source}", why=str(error), fix="check that config.json belongs to these weights"
-            ) from error
-        _refuse_misfits(self.files, info)
-        _refuse_dead_weights(self.files, model)
+        _sound = self.config, self.headers
+        model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        loading.require_parameters(self.files, model, self.parameters)
         return model.eval().to(device)
+
+    def require_weights(self) -> None:
+        """Raise `CheckpointError` unless the files hold the model's tensors, all and no other, by their headers."""
+        loading.require(self.files, self.config, self.headers)
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names of the model's parameters, as its own code has them; a tied table stands once."""
+        return frozenset(name for name, _ in build(self.config, device="meta").named_parameters())
 
 
 def load_config(source: str | Path) -> transformers.PretrainedConfig:
@@ -156,6 +147,8 @@ def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if config._attn_implementation not in (None, "eager", "sdpa"):
+                config._attn_implementation = None  # how somebody's trainer ran it, not what the model is
     except Exception as error:  # transformers raises many types here
         raise CheckpointError(
             f"{folder / CONFIG} is not a valid {kind} config",
@@ -183,56 +176,9 @@ def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokeniz
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types here
         raise TokenizerError(
-            f"cannot load the tokenizer of {source}", why=str(error), fix="copy the tokenizer files again"
+            f"cannot load the tokenizer of {source}",
+            why=str(error),
+            fix="copy the tokenizer files again"
+            if (folder / TOKENIZER_FILES[0]).is_file()
+            else f"put the model's {TOKENIZER_FILES[0]} into the folder, or pip install sentencepiece tiktoken",
         ) from error
-
-
-def _refuse_misfits(folder: Path, info: Mapping[str, Any]) -> None:
-    if info["mismatched_keys"]:
-        name, found, wanted = sorted(info["mismatched_keys"])[0]
-        raise CheckpointError(
-            f"{folder} has {name} in shape {tuple(found)}",
-            why=f"by its config.json the shape is {tuple(wanted)}",
-            fix="take the config.json that belongs to these weights",
-        )
-    for key, what, why in (
-        ("missing_keys", "lacks", "it would be filled with random numbers"),
-        (
-            "unexpected_keys",
-            "has an extra tensor",
-            "by its config.json the model has no such weight; it would be lost",
-        ),
-    ):
-        if info[key]:
-            first, more = sorted(info[key])[0], len(info[key]) - 1
-            others = f" and {more} more" if more else ""
-            raise CheckpointError(
-                f"{folder} {what} {first}{others}",
-                why=why,
-                fix="take the config.json that belongs to these weights",
-            )
-
-
-def _refuse_dead_weights(folder: Path, model: transformers.PreTrainedModel) -> None:
-    """Refuse NaN and infinities anywhere, and zeros everywhere or in the whole embedding."""
-    embedding = model.get_input_embeddings().weight
-    living = False
-    for name, weight in model.named_parameters():
-        low, high = torch.aminmax(weight.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise CheckpointError(
-                f"{name} of {folder} is not finite",
-                why="it holds NaN or infinity",
-                fix="take a checkpoint from before the training run diverged",
-            )
-        zero = bool(low == 0) and bool(high == 0)
-        living |= weight.ndim > 1 and not zero
-        if zero and weight is embedding:
-            living = False
-            break
-    if not living:
-        raise CheckpointError(
-            f"the weights of {folder} are all zero",
-            why="the embedding, or every matrix, holds zeros alone, so it can teach nothing",
-            fix="take a trained checkpoint; this one may have been saved from an empty (meta) model",
-        )

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.errors import CorpusError
 from halve.head import Head, split
@@ -204,3 +204,27 @@ def require_context(config: PretrainedConfig, num_tokens: int, what: str) -> Non
             why="positions past the context were never trained, so that their likelihood means nothing",
             fix=f"set data.context to {limit} or less, or shorten the text",
         )
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel, prompt_1S: Int[Tensor, "1 seq"], *, num_new_tokens: int, end: int | list[int] | None = None
+) -> Int[Tensor, "1 longer"]:
+    """The prompt and the likeliest token after it, again and again, with the key-value cache; stops after `end`.
+
+    What the checkpoint's generation_config.json asks for (penalties, beams, forced tokens, stop strings) has no say.
+    """
+    own = model.generation_config
+    pad = end[0] if isinstance(end, list) else end
+    model.generation_config = GenerationConfig()
+    try:
+        made: Tensor = model.generate(
+            prompt_1S,
+            attention_mask=torch.ones_like(prompt_1S),
+            generation_config=GenerationConfig(
+                max_new_tokens=num_new_tokens, do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=pad
+            ),
+        )
+    finally:
+        model.generation_config = own
+    return made

@@ -69,7 +69,7 @@ def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any
 
 
 def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
-    yield lambda: teacher.headers
+    yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
     yield partial(_check_correction, recipe, teacher)

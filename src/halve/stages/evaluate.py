@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
@@ -211,10 +211,8 @@ def _non_embedding(model: PreTrainedModel) -> int:
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int) -> str:
     """What the model writes after the prompt, greedily."""
     end = model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
-    config = GenerationConfig(max_new_tokens=num_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
     ids_1S = torch.tensor([ids], device=model.device)
-    written = model.generate(ids_1S, attention_mask=torch.ones_like(ids_1S), generation_config=config)[0].tolist()
+    written = measure.greedy(model, ids_1S, num_new_tokens=num_new_tokens, end=end)[0].tolist()
     # decoded as a whole: a tokenizer may drop the space before the first token of what it decodes
     return _decode(tokenizer, written)[len(_decode(tokenizer, ids)) :]
 

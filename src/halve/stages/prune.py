@@ -245,14 +245,7 @@ def _check_cache(student: PreTrainedModel, ids: Tensor) -> None:
     """Greedy tokens made with the key-value cache are greedy without it, up to ties within rounding."""
     ids = ids.to(student.device)
     with torch.inference_mode():
-        made = student.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=16,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=None,
-        )
+        made = measure.greedy(student, ids, num_new_tokens=16)
         logits = student(made, use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
     chosen = logits.gather(-1, made[:, ids.shape[1] :, None])[..., 0]
     behind = float((logits.amax(-1) - chosen).max())
