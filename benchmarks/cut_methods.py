@@ -17,7 +17,8 @@ from halve.cut import apply, depth, layer_merge, refit, refit_scores, trial, wid
 from halve.cut.plan import select
 from halve.cut.rotate import student_anatomy
 from halve.cut.scores import Scores
-from halve.cut.sizes import budget_of, shapes, target
+from halve.cut.shapes import shapes
+from halve.cut.sizes import budget_of, target
 from halve.cut.surgery import trim
 from halve.recipe import DepthCriterion, DepthPattern, Method, Prune
 from halve.train.batch import Batch

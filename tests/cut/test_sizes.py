@@ -54,9 +54,9 @@ def test_a_budget_finds_the_papers_width() -> None:
     anatomy = discover(LLAMA_8B)
     arch, _ = target(anatomy, Prune(params="4.5B"))
     assert abs(anatomy.ledger.count(arch).params / 4.5e9 - 1) < 0.005
-    found = {(c.arch.hidden, c.arch.ffn) for c in candidates(anatomy, 4_500_000_000)}
-    assert (3072, 9216) in found
-    depths = [c.arch.layers for c in candidates(anatomy, 4_500_000_000) if c.arch.layers < 32]
+    found = [c.arch for c in candidates(anatomy, 4_500_000_000)]
+    assert (3072, 9216) in {(arch.hidden, arch.ffn) for arch in found}
+    depths = [arch.layers for arch in found if arch.layers < 32]
     assert depths == [16]
 
 

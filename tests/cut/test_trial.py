@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut.apply import turn
 from halve.cut.scores import random_scores
-from halve.cut.sizes import budget_of, check, shapes
+from halve.cut.shapes import shapes
+from halve.cut.sizes import budget_of, check
 from halve.cut.trial import HOPELESS, _descend, best, try_shapes
 from halve.cut.twins import random_twin
 from halve.errors import CorpusError

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import lcm, log
+from itertools import islice
+from math import lcm
+
+import numpy as np
+import numpy.typing as npt
 
 from halve.anatomy import Anatomy, Arch, Counts
 from halve.anatomy.configs import key, resized
 from halve.errors import PlanError
 from halve.recipe import Prune
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,12 @@ def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None
     if kept is not None:
         asked["layers"] = len(kept)
     after = before.at(**_implied(anatomy, asked))
-    check(anatomy, after)
+    check(anatomy, after, kept_layers=kept)
     return after, kept
 
 
-def check(anatomy: Anatomy, after: Arch) -> None:
-    """Refuse sizes that the model cannot be cut to."""
+def check(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] | None = None) -> None:
+    """Refuse sizes that the model cannot be cut to; of layers that are not named yet the first stand for those kept."""
     before = anatomy.sizes
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads"):
         old, new = getattr(before, axis), getattr(after, axis)
@@ -71,7 +77,17 @@ def check(anatomy: Anatomy, after: Arch) -> None:
             why=f"its code computes head_dim as hidden / heads: {after.hidden} / {after.heads} is not {after.head_dim}",
             fix=f"--hidden {after.heads * after.head_dim}, or --heads {max(1, after.hidden // after.head_dim)}",
         )
-    resized(anatomy.config, config_sizes(anatomy, after))
+    kept = tuple(range(after.layers)) if kept_layers is None else kept_layers
+    resized(anatomy.config, config_sizes(anatomy, after), kept_layers=kept)
+
+
+def is_legal(anatomy: Anatomy, after: Arch) -> bool:
+    """Whether `check` lets these sizes pass; the family's own validation is asked too."""
+    try:
+        check(anatomy, after)
+    except PlanError:
+        return False
+    return True
 
 
 def _grouped_in_ones(arch: Arch) -> bool:
@@ -123,7 +139,7 @@ def config_sizes(anatomy: Anatomy, arch: Arch) -> dict[str, int]:
 
 # ---- budgets
 
-_TOLERANCE = 0.05  # 2407.14679, Sec. 2.4 searches within 5 % of the budget
+TOLERANCE = 0.05  # 2407.14679, Sec. 2.4 searches within 5 % of the budget
 
 
 def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: int = 4096) -> list[Candidate]:
@@ -138,79 +154,23 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
         return counts.params if total else counts.non_embedding
 
     before = anatomy.sizes
-    ranked = []
-    for arch in _widths(anatomy):
+    found, away = [], []
+    for arch in _areas(anatomy):
         counts = anatomy.ledger.count(arch, context=context)
-        if (away := abs(size(counts) / budget - 1)) <= _TOLERANCE:
-            ranked.append((_rank(before, arch, away), Candidate(arch, counts)))
-    found = [candidate for _, candidate in sorted(ranked, key=lambda pair: pair[0])]
-    depths = [before.at(layers=n) for n in range(1, before.layers)] if "layers" not in anatomy.refusals else []
+        if abs(size(counts) / budget - 1) <= TOLERANCE:
+            found.append(Candidate(arch, counts))
+            away.append(abs(size(counts) / budget - 1))
+    kept = [[getattr(c.arch, axis) / getattr(before, axis) for c in found] for axis in ("hidden", "ffn")]
+    found = [found[i] for i in np.argsort(rank(np.array(away), np.array(kept)), kind="stable")]
+    depths = [before.at(layers=n) for n in range(1, before.layers)] if can(anatomy, "layers") else []
     depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in depths]
-    near = [c for c in depth if abs(size(c.counts) / budget - 1) <= _TOLERANCE]
-    return found + sorted(near, key=lambda c: abs(size(c.counts) - budget))[:1]
+    near = [c for c in depth if abs(size(c.counts) / budget - 1) <= TOLERANCE]
+    near.sort(key=lambda c: abs(size(c.counts) - budget))
+    return [*_legal(anatomy, found), *islice(_legal(anatomy, near), 1)]
 
 
-def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
-    """The ways to share a budget between depth and width, by what is cut beside layers; each the deepest first.
-
-        ffn                                     the residual stream and attention kept
-        ffn and groups of heads                 the residual stream kept
-        hidden, ffn and groups of heads
-        hidden and ffn                          attention kept, as 2408.11796 (Sec. 6) advises
-
-    At most one for each number of layers in each list, the one that shrinks its axes most evenly; a pure depth cut
-    is the last list's last. None is larger than the budget by more than twice the nearest's distance or one
-    percent, so that no shape wins by its size, and none smaller by more than twice that.
-    """
-    before = anatomy.sizes
-    depths = range(before.layers, 0, -1) if _can(anatomy, "layers") else [before.layers]
-    listed: list[list[tuple[float, Arch]]] = []
-    for axes, widths in _families(anatomy).items():
-        listed.append([])
-        for layers in depths:
-            fitting = [_fit_ffn(anatomy, width.at(layers=layers), budget, total=total) for width in widths]
-            ranked = [(_rank(before, arch, abs(over), axes), over, arch) for over, arch in fitting if arch != before]
-            if ranked:
-                listed[-1].append(min(ranked, key=lambda entry: entry[0])[1:])
-    near = max(0.01, 2 * min((abs(over) for family in listed for over, _ in family), default=0.0))
-    near = min(near, _TOLERANCE)
-    found = [[arch for over, arch in family if -2 * near <= over <= near] for family in listed]
-    return [family for family in found if family]
-
-
-def _families(anatomy: Anatomy) -> dict[tuple[str, ...], list[Arch]]:
-    """By the axes that are cut: every size of the others, ffn whole."""
-    before = anatomy.sizes
-    widths = list(dict.fromkeys(arch.at(ffn=before.ffn) for arch in [before, *_widths(anatomy)]))
-    if anatomy.coupled or not (_can(anatomy, "ffn") and _can(anatomy, "hidden")):
-        return {("hidden", "ffn"): widths}
-    if not _can(anatomy, "kv_heads") or before.kv_heads == 1:
-        return {("ffn",): [before], ("hidden", "ffn"): widths}
-    per_group = before.heads // before.kv_heads
-    groups = [{"heads": g * per_group, "kv_heads": g} for g in range(before.kv_heads - 1, 0, -1)]
-    return {
-        ("ffn",): [before],
-        ("ffn", "kv_heads"): [before.at(**group) for group in groups],
-        ("hidden", "ffn", "kv_heads"): [arch.at(**group) for arch in widths[1:] for group in groups],
-        ("hidden", "ffn"): widths,
-    }
-
-
-def _fit_ffn(anatomy: Anatomy, arch: Arch, budget: int, *, total: bool) -> tuple[float, Arch]:
-    """How far over a budget sizes are with the ffn that brings them nearest; their count is linear in it."""
-
-    def over(ffn: int) -> float:
-        counts = anatomy.ledger.count(arch.at(ffn=ffn))
-        return (counts.params if total else counts.non_embedding) / budget - 1
-
-    legal = [arch.ffn]
-    if _can(anatomy, "ffn") and over(arch.ffn) > 0:
-        step = _step(arch.ffn)
-        slope = (over(arch.ffn) - over(step)) / (arch.ffn - step)
-        below = max(1, int((arch.ffn - over(arch.ffn) / slope) // step))
-        legal += [below * step, min((below + 1) * step, arch.ffn)]
-    nearest = min(legal, key=lambda ffn: abs(over(ffn)))
-    return over(nearest), arch.at(ffn=nearest)
+def _legal(anatomy: Anatomy, found: Iterable[Candidate]) -> Iterator[Candidate]:
+    return (candidate for candidate in found if is_legal(anatomy, candidate.arch))
 
 
 def budget_of(anatomy: Anatomy, prune: Prune) -> tuple[int, bool] | None:
@@ -234,36 +194,48 @@ def near(anatomy: Anatomy, prune: Prune, *, context: int = 4096) -> list[Candida
     return [Candidate(arch, anatomy.ledger.count(arch, kept_layers=kept, context=context), kept)]
 
 
-def _rank(before: Arch, arch: Arch, away: float, axes: Sequence[str] = ("hidden", "ffn")) -> float:
-    """Distance from the budget beyond half a percent, then how unevenly the axes shrink."""
-    shrunk = [log(getattr(arch, axis) / getattr(before, axis)) for axis in axes]
-    return max(0.0, away - 0.005) * 20 + max(shrunk) - min(shrunk)
+def rank(away: Array, kept: Array) -> Array:
+    """The lower the better: distance from the budget beyond half a percent, then how unevenly the axes shrink.
+
+    `kept` has the share that is kept of each axis along its first dimension; further ones as `away`.
+    """
+    shrunk = np.log(kept)
+    uneven: Array = shrunk.max(0) - shrunk.min(0)
+    return np.maximum(0.0, away - 0.005) * 20 + uneven
 
 
-def _widths(anatomy: Anatomy) -> list[Arch]:
+def widths(anatomy: Anatomy) -> list[Arch]:
+    """Every hidden, the whole first, with the ffn whole; where heads are coupled to hidden, they follow."""
     before = anatomy.sizes
     # Widths stay multiples that kernels and quantization like, and that config validation accepts.
-    step = lcm(_step(before.hidden), before.head_dim if anatomy.coupled else before.heads)
-    hidden = [before.hidden, *range(before.hidden // step * step, 0, -step)] if _can(anatomy, "hidden") else []
-    ffn_step = _step(before.ffn)
-    ffn = [before.ffn, *range(before.ffn // ffn_step * ffn_step, 0, -ffn_step)] if _can(anatomy, "ffn") else []
+    step = lcm(step_of(before.hidden), before.head_dim if anatomy.coupled else before.heads)
+    smaller = range(before.hidden // step * step, 0, -step) if can(anatomy, "hidden") else ()
     archs = []
-    for h in dict.fromkeys(hidden or [before.hidden]):
-        coupled = {"heads": h // before.head_dim, "kv_heads": before.kv_heads} if anatomy.coupled else {}
+    for hidden in dict.fromkeys((before.hidden, *smaller)):
+        coupled = {"heads": hidden // before.head_dim, "kv_heads": before.kv_heads} if anatomy.coupled else {}
         if anatomy.coupled and _grouped_in_ones(before):
             coupled["kv_heads"] = coupled["heads"]
-        for f in dict.fromkeys(ffn or [before.ffn]):
-            arch = before.at(hidden=h, ffn=f, **coupled)
-            if arch != before and arch.heads % arch.kv_heads == 0:
-                archs.append(arch)
+        arch = before.at(hidden=hidden, **coupled)
+        if arch.heads % arch.kv_heads == 0:
+            archs.append(arch)
     return archs
 
 
-def _can(anatomy: Anatomy, axis: str) -> bool:
+def _areas(anatomy: Anatomy) -> list[Arch]:
+    """Every hidden with every ffn, but for the whole model."""
+    whole = anatomy.sizes.ffn
+    step = step_of(whole)
+    smaller = range(whole // step * step, 0, -step) if can(anatomy, "ffn") else ()
+    archs = (arch.at(ffn=ffn) for arch in widths(anatomy) for ffn in dict.fromkeys((whole, *smaller)))
+    return [arch for arch in archs if arch != anatomy.sizes]
+
+
+def can(anatomy: Anatomy, axis: str) -> bool:
+    """Whether the anatomy lets this axis be cut."""
     return axis not in anatomy.refusals
 
 
-def _step(size: int) -> int:
+def step_of(size: int) -> int:
     """A power of two, at most 128 and at most a thirty-second of the size, but 8 at least; 4 for sizes below 512."""
     if size < 512:
         return 4
@@ -277,10 +249,11 @@ def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
     found = candidates(anatomy, budget, total=total)
     if found:
         return found[0]
-    archs = _widths(anatomy)
+    archs = _areas(anatomy)
     counts = [anatomy.ledger.count(arch) for arch in archs]
     sizes = [c.params if total else c.non_embedding for c in counts]
-    near = sorted(range(len(archs)), key=lambda i: abs(sizes[i] - budget))[:3]
+    by_distance = sorted(range(len(archs)), key=lambda i: abs(sizes[i] - budget))
+    near = list(islice((i for i in by_distance if is_legal(anatomy, archs[i])), 3))
     word = "parameters" if total else "non-embedding parameters"
     teacher = anatomy.ledger.count(anatomy.sizes)
     now = format_count(teacher.params if total else teacher.non_embedding)

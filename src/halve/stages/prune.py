@@ -22,7 +22,8 @@ from halve.cut.plan import Plan
 from halve.cut.proof import Proof, prove
 from halve.cut.rotate import student_anatomy, turns
 from halve.cut.scores import Scores, random_scores
-from halve.cut.sizes import budget_of, shapes, target
+from halve.cut.shapes import to_try
+from halve.cut.sizes import target
 from halve.cut.trial import Tried, best, try_shapes
 from halve.errors import CheckpointError, PlanError
 from halve.progress import SILENT, Progress
@@ -82,7 +83,7 @@ def run(
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
     turned = turn(model, anatomy, asked, samples, micro_batch=recipe.score.micro_batch, progress=progress)
-    if asked.shape == "trial" and (listed := _shapes(anatomy, asked, proof, ranking)):
+    if listed := _shapes(anatomy, asked, proof, ranking):
         tried = try_shapes(
             model,
             anatomy,
@@ -147,20 +148,10 @@ def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof, ranking: Scores) -> li
 
     Layers go only where scores tell one from another: magnitudes do not.
     """
-    own = student_anatomy(anatomy, asked)
-    if (budget := budget_of(own, asked)) is None:
-        return []
-    listed = shapes(own, budget[0], total=budget[1])
-    all_alike = bool((ranking.layers == ranking.layers[0]).all())
-    proved = [
-        [
-            arch
-            for arch in family
-            if proof.refused(anatomy.sizes, arch) is None and not (all_alike and arch.layers < anatomy.sizes.layers)
-        ]
-        for family in listed
-    ]
-    return [family for family in proved if family]
+    refused = dict(proof.refusals)
+    if bool((ranking.layers == ranking.layers[0]).all()):
+        refused.setdefault("layers", "its scores are all alike")
+    return to_try(student_anatomy(anatomy, asked), asked, refused=refused)
 
 
 def _blind(asked: Prune) -> Prune:
