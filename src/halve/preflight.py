@@ -26,7 +26,7 @@ _FLOAT32_BYTES = 4
 def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
     """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
 
-    Looks at the teacher's config, file headers and tokenizer, the beginning of every corpus, the plan's
+    Looks at the teacher's config, file headers and tokenizer, the beginning of every file of text, the plan's
     sizes, the multiple-choice files, the device, and, with `out`, the run folder and the room on its disk.
     `teacher` is the recipe's model, where the caller has opened it.
     """
@@ -195,12 +195,8 @@ def _check_apart(teacher: Checkpoint) -> None:
 
 
 def _check_corpus(source: str, text_field: str) -> None:
-    """Read up to the first words; what is wrong further on is found when it is tokenized."""
-    if source.startswith(sources.HUB):
-        return
-    for piece in sources.read(source, text_field=text_field):
-        if piece.text.strip():
-            return
+    if not source.startswith(sources.HUB):
+        sources.probe(source, text_field=text_field)
 
 
 def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:

@@ -39,6 +39,9 @@ class Progress(Protocol):
     def task(self, name: str, total_tokens: int | None, *, done: int = 0) -> AbstractContextManager[Task]:
         """Begin work called `name` on `total_tokens` (None: unknown), `done` of them in an earlier run."""
 
+    def say(self, line: str) -> None:
+        """Tell in one line what was found or done."""
+
 
 class _SilentTask:
     def advance(self, tokens: int, **metrics: float) -> None:
@@ -51,6 +54,9 @@ class Silent:
     @contextmanager
     def task(self, name: str, total_tokens: int | None, *, done: int = 0) -> Iterator[Task]:
         yield _SilentTask()
+
+    def say(self, line: str) -> None:
+        return None
 
 
 SILENT: Progress = Silent()
@@ -81,6 +87,9 @@ class RichProgress:
         with Bar(*columns, console=self.console) as bar:
             task_id = bar.add_task(name, total=total_tokens, completed=done, metrics="", done=done)
             yield _BarTask(bar, task_id)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class _BarTask:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halve import rundir
 from halve.errors import CorpusError, DiskError
-from halve.train import corpus, sources, tokenize
+from halve.train import corpus, rows, sources, tokenize
 from halve.train.corpus import Samples, Tokens, prepare
 
 EOS = 0
@@ -97,7 +97,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
-    for name, text in {"b.txt": "2", "a/z.md": "1", "c.jsonl": jsonl("3"), "d.png": "\0"}.items():
+    for name, text in {"b.txt": "2", "a/z.txt": "1", "c.jsonl": jsonl("3"), "d.png": "\0"}.items():
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "in" / name).write_text(text)
     found = tokens_of(tmp_path / "in", cache=tmp_path / "cache")
@@ -113,7 +113,7 @@ def test_a_hub_data_set_stays_at_its_first_revision(tmp_path: Path, monkeypatch:
 
     revisions = iter(["abc", "def"])
     monkeypatch.setattr(sources, "hub_revision", lambda source: next(revisions))
-    monkeypatch.setattr(sources, "_extra", lambda *_: SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(sources, "extra", lambda *_: SimpleNamespace(load_dataset=load_dataset))
     for _ in range(2):
         assert tokens_of("hub:owner/name/de:test", cache=tmp_path) == [*ids("one"), EOS, *ids("two"), EOS]
     assert asked == [(("owner/name", "de"), {"split": "test", "revision": "abc", "streaming": True})]
@@ -147,8 +147,8 @@ def test_documents_begin_with_bos_where_there_is_no_eos(tmp_path: Path) -> None:
 @given(st.text(alphabet="ab \n", max_size=400), st.integers(3, 40))
 def test_pieces_lose_nothing_and_are_bounded(text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_CHARS", size)
-        pieces = list(sources._row({"text": text}, place="", text_field="text"))
+        patch.setattr(rows, "PIECE_CHARS", size)
+        pieces = list(rows.pieces({"text": text}, place="", text_field="text"))
     assert "".join(piece.text for piece in pieces) == text
     assert all(len(piece.text) <= size for piece in pieces)
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
@@ -297,7 +297,7 @@ def test_missing_text_and_missing_packages_are_said(tmp_path: Path, monkeypatch:
 
 
 def test_a_json_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr(rows, "LONGEST_LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text(jsonl("short", "x" * 1000))
     with pytest.raises(CorpusError, match="line 2 is too long"):
         tokens_of(tmp_path / "a.jsonl", cache=tmp_path)

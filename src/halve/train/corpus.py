@@ -115,7 +115,7 @@ def prepare(
     The file's name is a hash of the content, the tokenizer and `text_field`. Each document ends with the
     end-of-sequence token; where a tokenizer has none, each begins with its beginning-of-sequence token
     instead. Special tokens spelled out in the text become those tokens. Documents longer than a piece
-    (`sources.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the revision it had
+    (`rows.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the revision it had
     when it was first read into `cache`.
 
     Works in bounded memory, in `workers` processes that the result does not depend on. A killed call leaves what it
@@ -128,16 +128,22 @@ def prepare(
     if (known := reopen(note)) is not None:
         return known
 
+    documents = 0
+
     def pieces() -> Iterator[Piece]:
+        nonlocal documents
         for source in sources:
-            yield from text_sources.read(source, text_field=text_field, revision=revisions.get(source))
+            for piece in text_sources.read(source, text_field=text_field, revision=revisions.get(source)):
+                documents += piece.last
+                yield piece
 
     with _draft(path) as draft:
         if (known := reopen(note)) is None:  # another process may just have made it
             dtype = tokenize.token_dtype(tokenizer)
             written = _fill(draft, pieces(), tokenizer=tokenizer, dtype=dtype, workers=workers, progress=progress)
             facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources)}
-            size = {"count": written.count, "text_bytes": written.text_bytes}
+            size = {"count": written.count, "text_bytes": written.text_bytes, "documents": documents}
+            progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
             write_json(note, {"format": FORMAT, **size, **facts})  # counts once the token file is there too
             os.replace(draft.path, path)
             sync(path.parent)
