@@ -309,10 +309,11 @@ def run(
             why=f"recipe {recipe.name} has no {asked}",
             fix=f"add {asked.removeprefix('section ')} to the recipe, or run one of {', '.join(SECTIONS)}",
         )
-    from halve.checkpoint import Checkpoint
+    from halve.checkpoint import Checkpoint, resolve_device
     from halve.train import ranks
+    from halve.train.corpus import open_split
 
-    with ranks.joined(_kind(recipe)) as here, ExitStack() as stack:
+    with ranks.joined(resolve_device(recipe.device)) as here, ExitStack() as stack:
         if not here.leads:
             console = None
         opened: list[RunDir] = []
@@ -321,6 +322,9 @@ def run(
         teacher = Checkpoint.open(recipe.model)
         wanted, done, keys = here.lead(lambda: _what_to_do(recipe, teacher, folder, listed, only, cache))
         this = _Run(folder, cache, SILENT if console is None else RichProgress(console), teacher)
+        if any("valid" in stage.outside for stage in listed if stage.name in {*wanted} - {*done}):
+            how = {"cache": cache, "tokenizer": teacher.tokenizer, "progress": this.progress}
+            here.lead(lambda: str(open_split(recipe, "valid", **how).path))  # its faults are told before any work
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
                 _say(console, f"{stage.name}: done before")
@@ -356,12 +360,6 @@ def _carry_out(stage: Stage, run: _Run, keys: Mapping[str, str], here: Ranks) ->
         metrics = here.lead(lambda: stage.act(run, stage.recipe, work))
     inputs = {name: keys[name] for name in stage.after}
     here.lead(lambda: str(folder.commit(stage.name, key, metrics, seed=stage.recipe.seed, inputs=inputs)))
-
-
-def _kind(recipe: Recipe) -> str:
-    from halve.checkpoint import resolve_device
-
-    return resolve_device(recipe.device)
 
 
 def _say(console: Console | None, line: str) -> None:
