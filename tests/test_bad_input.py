@@ -131,6 +131,11 @@ def test_head_counts_that_do_not_divide(refused: Refused) -> None:
         (b" \n\n ", r"text\.txt is empty"),
         (b"some text\0more", r"text\.txt is binary\n  why: there is a NUL byte in line 1"),
         (b"line one\nna\xefve", r"text\.txt, line 2 is not UTF-8\n  why: byte \d+ is 0xef"),
+        (
+            b'{"text": "a"}\n{"text": "\\ud83d"}\n{"text": "b"}',
+            r"text\.txt, line 2: field 'text' holds half a character",
+        ),
+        (b'{"text": "a"}\n' * 2 + b"[" * 99_999, r"text\.txt, line 3 is not JSON\n  why: it is nested too deeply"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "valid"])

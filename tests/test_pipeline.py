@@ -5,6 +5,7 @@ The stages are stand-ins that write down that they were called; the real ones ru
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from io import StringIO
@@ -16,10 +17,10 @@ import pytest
 from rich.console import Console
 
 import halve
-import halve.stages
 from halve import pipeline
-from halve.errors import HalveError, RunError
+from halve.errors import CorpusError, HalveError, RunError
 from halve.recipe import Recipe
+from halve.train import sources
 
 MakeRecipe = Callable[..., Recipe]
 CORRECT = {"tokens": 640, "batch": 4}
@@ -55,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         (out / "report.html").touch()
 
     for name in ("correct", "score", "prune", "cache", "distill", "evaluate"):
-        monkeypatch.setattr(halve.stages, name, SimpleNamespace(run=stage), raising=False)
+        monkeypatch.setattr(importlib.import_module(f"halve.stages.{name}"), "run", stage)
     monkeypatch.setattr(halve, "report", SimpleNamespace(write=report), raising=False)
     return made
 
@@ -480,6 +481,25 @@ def test_a_mistake_is_found_before_the_first_stage(
     assert calls == []
 
 
+def test_held_out_text_is_read_to_its_end_before_the_first_stage(
+    calls: list[tuple[str, dict[str, Any]]],
+    make_recipe: MakeRecipe,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = tmp_path / "valid.txt"
+    text.write_text("The small cat sees the dog.\n" * 5000 + "\0")
+    recipe = make_recipe(data={"train": [str(corpus / "train.txt")], "valid": [str(text)], "context": 32})
+    (found,) = pipeline.check(recipe)
+    assert "is binary" in str(found)
+    monkeypatch.setattr(sources, "PROBED_CHARS", 1000)
+    assert pipeline.check(recipe) == ()
+    with pytest.raises(CorpusError, match="is binary"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert calls == []
+
+
 def test_check_finds_nothing_wrong_with_a_good_recipe(full: Callable[..., Recipe], tmp_path: Path) -> None:
     assert pipeline.check(full(), tmp_path / "run") == ()
     assert not (tmp_path / "run").exists()
@@ -500,9 +520,9 @@ def test_check_reports_every_mistake_at_once(
         "is not a run folder",
         "a sample has 4096 tokens, the model's context has 128",
         "cannot keep 3 query heads",
+        "choices.jsonl",
         "empty.txt is empty",
         "there is no corpus",
-        "choices.jsonl",
     ]
     assert len(found) == len(expected), found
     for message, error in zip(expected, found, strict=True):
