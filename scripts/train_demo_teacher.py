@@ -26,9 +26,9 @@ from halve import measure, saving
 from halve.checkpoint import Checkpoint, resolve_device
 from halve.choices import load_items, multiple_choice
 from halve.demo import baselines, corpus, task
+from halve.files import read_json, write_json
 from halve.progress import RichProgress
 from halve.recipe import Training
-from halve.rundir import read_json, write_json
 from halve.train import loop
 from halve.train.corpus import Samples, Tokens, prepare, reopen
 from halve.train.course import Course

@@ -20,6 +20,7 @@ import typer
 from halve import cli, pipeline
 from halve.cli import app, main
 from halve.errors import Stopped, TrainError
+from halve.files import file_sha256, sealed, write_json
 from halve.recipe import Recipe
 from halve.train.ranks import Elsewhere
 
@@ -95,6 +96,14 @@ distill: {{tokens: 1000, batch: 4}}
 def said(capsys: pytest.CaptureFixture[str]) -> Any:
     """The JSON on stdout; anything else there fails."""
     return json.loads(capsys.readouterr().out)
+
+
+def finished_stage(folder: Path, metrics: dict[str, Any], **contents: Any) -> None:
+    """A stage's folder as a run leaves it: JSON files and the manifest."""
+    for name, content in contents.items():
+        write_json(folder / f"{name}.json", content)
+    files = {path.name: {"sha256": file_sha256(path)} for path in folder.glob("*.json")}
+    write_json(folder / "manifest.json", sealed({"metrics": metrics, "files": files}))
 
 
 def assert_refused(code: int, capsys: pytest.CaptureFixture[str], *words: str) -> None:
@@ -427,8 +436,7 @@ def test_results_are_printed_as_a_table_and_as_json(
             "distilled": {"params": 500, "non_embedding_params": 400, "perplexity": estimate, "kl": estimate},
         },
     }
-    (tmp_path / "evaluate").mkdir()
-    (tmp_path / "evaluate" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    finished_stage(tmp_path / "evaluate", {}, results=results)
     asked: list[dict[str, Any]] = []
 
     def finished(loaded: Recipe, out: Path, **how: Any) -> Path:
@@ -450,8 +458,7 @@ def test_results_are_printed_as_a_table_and_as_json(
 def test_a_stage_prints_its_metrics_as_json(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "score").mkdir()
-    (tmp_path / "score" / "manifest.json").write_text(json.dumps({"metrics": {"samples": 8}}), encoding="utf-8")
+    finished_stage(tmp_path / "score", {"samples": 8})
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: tmp_path)
     assert main(["score", str(recipe), "--json"]) == 0
     assert said(capsys) == {"samples": 8}

@@ -25,8 +25,8 @@ from halve import pipeline
 from halve.cli import main
 from halve.errors import DiskError, RunError
 from halve.export import export
+from halve.files import file_sha256, read_json
 from halve.recipe import Recipe
-from halve.rundir import file_sha256, read_json
 from halve.train import checkpoints
 from halve.train.ranks import ALONE
 

@@ -6,6 +6,7 @@ The stages are stand-ins that write down that they were called; the real ones ru
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Callable
 from io import StringIO
@@ -169,6 +170,36 @@ def test_a_changed_recipe_runs_what_it_affects_again(
     calls.clear()
     pipeline.run(full(**changes), tmp_path / "run")
     assert {name for name, _ in calls} == again
+
+
+@pytest.mark.parametrize("changed", ["score", "prune", "distill", "correct"])
+def test_a_stage_takes_no_input_that_was_changed(
+    calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path, changed: str
+) -> None:
+    run = pipeline.run(full(), tmp_path / "run")
+    path = run / changed / "model" / "weights"
+    before = path.stat()
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    calls.clear()
+    pipeline.run(full(), run)
+    assert calls == [], "a finished run reads nothing"
+    for made in ("evaluate", {"score": "prune", "prune": "distill"}.get(changed, "distill-ce")):
+        shutil.rmtree(run / made)
+    with pytest.raises(RunError, match=f"{changed}/model/weights is not what halve wrote"):
+        pipeline.run(full(), run)
+    shutil.rmtree(run / changed)
+    pipeline.run(full(), run)
+    assert "evaluate" in [name for name, _ in calls]
+
+
+def test_a_new_name_changes_labels_alone(
+    calls: list[tuple[str, dict[str, Any]]], full: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pipeline.run(full(), tmp_path / "run")
+    calls.clear()
+    pipeline.run(full(name="other"), tmp_path / "run")
+    assert [name for name, _ in calls] == ["report"]
 
 
 # ---- further rounds

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from halve import plots, report, sections
 from halve.errors import RunError
+from halve.files import file_sha256, sealed, write_json
 from halve.plots import Series
 
 BEFORE = {"layers": 10, "hidden": 128, "ffn": 352, "heads": 8, "kv_heads": 4, "head_dim": 16, "vocab": 2048}
@@ -183,13 +184,24 @@ def make_run(folder: Path) -> Path:
             "inputs": {},
             "versions": {"python": "3.11.7", "halve": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
             "metrics": {},
-            "files": {"model/model.safetensors": {"size": 4_132_800, "sha256": "cd" * 32}},
         }
-        (folder / stage / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        write_json(folder / stage / "manifest.json", sealed(manifest))
     about = {"model": "ef" * 32, "samples": "01" * 32, "batch_agg": "l2", "seq_agg": "mean"}
     save_file(scores(), folder / "score/scores.safetensors", metadata={"format": "x", "about": json.dumps(about)})
+    for stage in files:
+        seal(folder / stage)
     (folder / ".distill.work").mkdir()
     return folder
+
+
+def seal(stage: Path) -> None:
+    """Write down what the files of a stage hold; its model is left out and stands there all the same."""
+    manifest = json.loads((stage / "manifest.json").read_text())
+    here = {path.name: path for path in stage.iterdir() if path.name != "manifest.json"}
+    found = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in here.items()}
+    found["model/model.safetensors"] = {"size": 4_132_800, "sha256": "cd" * 32}
+    manifest.pop("digest")
+    write_json(stage / "manifest.json", sealed({**manifest, "files": found}))
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +334,7 @@ def test_stages_stand_in_the_order_of_the_pipeline(run: Path, tmp_path: Path) ->
     for stage in ("cache", "prune-2", "cache-2", "distill-2-ce"):
         (tmp_path / "run" / stage).mkdir()
         shutil.copy(tmp_path / "run/score/manifest.json", tmp_path / "run" / stage)
+        seal(tmp_path / "run" / stage)
     first = ["correct", "score", "prune", "cache", "distill", "distill-ce", "distill-random_init"]
     assert list(report.read(tmp_path / "run").manifests) == [*first, "prune-2", "cache-2", "distill-2-ce", "evaluate"]
 
@@ -338,6 +351,7 @@ def test_a_run_that_only_prunes(run: Path, tmp_path: Path) -> None:
         one["choices"] = {}
         one["bits_per_byte"]["stderr"] = None  # one sample has no error
     (part / "evaluate/results.json").write_text(json.dumps(raw))
+    seal(part / "evaluate")
     report.write(part, tmp_path / "out")
     text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "The pruned model needs" in text
@@ -372,7 +386,7 @@ def test_a_hub_teacher_is_named_as_base_model(run: Path, tmp_path: Path) -> None
 def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
     part = shutil.copytree(run, tmp_path / "run")
     (part / "prune/plan.json").write_text("{")
-    with pytest.raises(RunError, match=r"cannot read .*plan\.json"):
+    with pytest.raises(RunError, match=r"plan\.json is not what halve wrote"):
         report.write(part, tmp_path / "out")
     with pytest.raises(RunError, match=r"cannot read .*recipe\.json"):
         report.write(tmp_path / "nothing", tmp_path / "out")

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from halve import rundir
+from halve import files, rundir
 from halve.errors import DiskError, RunError
+from halve.files import atomic_file, content_hashes, read_json, write_json
 from halve.recipe import Recipe
-from halve.rundir import RunDir, atomic_file, content_hashes, read_json, write_json
+from halve.rundir import RunDir
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -97,25 +98,25 @@ def test_other_errors_of_the_system_pass_the_guard(tmp_path: Path, monkeypatch: 
 
 def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    sha256 = rundir.file_sha256
+    sha256 = files.file_sha256
 
     def counted(path: Path) -> str:
         read.append(path.name)
         return sha256(path)
 
-    monkeypatch.setattr(rundir, "file_sha256", counted)
-    files, memo = [tmp_path / "a", tmp_path / "b"], tmp_path / "memo.json"
-    for path in files:
+    monkeypatch.setattr(files, "file_sha256", counted)
+    texts, memo = [tmp_path / "a", tmp_path / "b"], tmp_path / "memo.json"
+    for path in texts:
         path.write_text(path.name)
-    first = content_hashes(files, memo=memo)
-    assert first == [sha256(path) for path in files]
-    assert content_hashes(files, memo=memo) == first
-    files[1].write_text("changed")
-    assert content_hashes(files, memo=memo) == [first[0], sha256(files[1])]
+    first = content_hashes(texts, memo=memo)
+    assert first == [sha256(path) for path in texts]
+    assert content_hashes(texts, memo=memo) == first
+    texts[1].write_text("changed")
+    assert content_hashes(texts, memo=memo) == [first[0], sha256(texts[1])]
     assert read == ["a", "b", "b"]
-    files[0].unlink()
+    texts[0].unlink()
     with pytest.raises(RunError, match=r"cannot read .*a\n  why: No such file"):
-        content_hashes(files, memo=memo)
+        content_hashes(texts, memo=memo)
 
 
 # --- whose folder it is
@@ -144,17 +145,100 @@ def test_a_run_of_another_recipe_or_model_is_refused(tmp_path: Path, recipe: Rec
     RunDir.open(tmp_path, recipe).close()
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with pytest.raises(RunError, match="is not a run of recipe other on"):
-        RunDir.open(tmp_path, make_recipe(name="other"))
+        RunDir.open(tmp_path, make_recipe(name="other", seed=7))
     with pytest.raises(RunError, match="is not a run of recipe tiny on another/model"):
         RunDir.open(tmp_path, make_recipe(model="another/model"))
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
     RunDir.open(tmp_path, make_recipe(seed=7)).close()
 
 
-def test_a_marker_that_is_no_marker_is_refused(tmp_path: Path, recipe: Recipe) -> None:
-    (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(RunError, match="is not a run of recipe tiny"):
+def test_a_new_name_alone_goes_on_with_the_run(tmp_path: Path, recipe: Recipe, make_recipe: MakeRecipe) -> None:
+    other = make_recipe(name="other")
+    RunDir.open(tmp_path / "tiny", recipe).close()
+    assert rundir.equal_run(other, tmp_path) == tmp_path / "tiny"
+    assert rundir.equal_run(recipe, tmp_path) is None
+    assert rundir.equal_run(make_recipe(name="other", seed=1), tmp_path) is None
+    RunDir.open(tmp_path / "tiny", other).close()
+    assert read_json(tmp_path / "tiny" / "run.json")["recipe"] == "other"
+    assert read_json(tmp_path / "tiny" / "recipe.json")["name"] == "other"
+    RunDir.open(tmp_path / "tiny", make_recipe(name="other", seed=7)).close()
+    (tmp_path / "tiny" / "recipe.json").write_text("{")
+    assert rundir.equal_run(recipe, tmp_path) is None
+    with pytest.raises(RunError, match="is not a run of recipe tiny on"):
+        RunDir.open(tmp_path / "tiny", recipe)
+
+
+GARBAGE = ["", "{", "[]", "null", '"x"', "5", "{}", '{"format": 99}', '{"files": 5}', "[" * 5000, "\0" * 50]
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_a_marker_that_is_no_marker_is_refused(tmp_path: Path, recipe: Recipe, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"run\.json|is not a run") as found:
         RunDir.open(tmp_path, recipe)
+    assert "--out" in found.value.fix
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+@pytest.mark.parametrize("file", ["score/manifest.json", ".prune.work/.key.json", "recipe.json", "data/hashes.json"])
+def test_whatever_a_file_of_the_run_holds_is_an_error_or_is_ignored(
+    tmp_path: Path, recipe: Recipe, file: str, text: str
+) -> None:
+    source = tmp_path / "text"
+    source.write_text("words")
+    with RunDir.open(tmp_path / "run", recipe) as run:
+        (run.work("score", "k") / "file").write_text("abc")
+        run.commit("score", "k", {})
+        (run.work("prune", "k") / "half").write_text("done")
+        content_hashes([source], memo=run.path / "data/hashes.json")
+    (tmp_path / "run" / file).write_text(text)
+    with RunDir.open(tmp_path / "run", recipe) as run:
+        if "manifest" in file:
+            with pytest.raises(RunError, match=r"manifest\.json"):
+                run.is_done("score", "k")
+        else:
+            assert run.is_done("score", "k")
+        assert (run.work("prune", "k") / "half").exists() == ("key" not in file)
+        assert content_hashes([source], memo=run.path / "data/hashes.json") == [files.file_sha256(source)]
+
+
+def test_bytes_that_changed_behind_halves_back_are_seen(tmp_path: Path, recipe: Recipe) -> None:
+    with RunDir.open(tmp_path, recipe) as run:
+        (run.work("prune", "k") / "model").mkdir()
+        (run.work("prune", "k") / "model" / "weights").write_bytes(bytes(1000))
+        path = run.commit("prune", "k", {}) / "model" / "weights"
+        assert run.verify("prune") == 1
+        before = path.stat()
+        with path.open("r+b") as file:
+            file.seek(500)
+            file.write(b"\1")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert run.is_done("prune", "k"), "sizes tell nothing"
+        with pytest.raises(RunError, match=r"weights is not what halve wrote\n  why: its bytes have changed"):
+            run.verify("prune")
+        path.unlink()
+        with pytest.raises(RunError, match="No such file"):
+            run.verify("prune")
+
+
+def test_a_process_reads_a_file_once_for_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    digest = files.hashlib.file_digest
+
+    def counted(file: Any, kind: str) -> Any:
+        read.append(Path(file.name).name)
+        return digest(file, kind)
+
+    monkeypatch.setattr(files.hashlib, "file_digest", counted)
+    (tmp_path / "work").mkdir()
+    weights = tmp_path / "work" / "weights"
+    weights.write_bytes(bytes(100))
+    first = files.file_sha256(weights)
+    (tmp_path / "work").rename(tmp_path / "stage")
+    weights = tmp_path / "stage" / "weights"
+    assert files.file_sha256(weights) == first
+    assert content_hashes([weights], memo=tmp_path / "memo") == [first]
+    assert read == ["weights"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, recipe: Recipe) -> None:

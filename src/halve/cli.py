@@ -307,13 +307,13 @@ def _stage(
     section: str, following: str, loaded: Recipe, recipe: Path, out: Path | None, *, quiet: bool, json_: bool
 ) -> None:
     from halve import show
-    from halve.rundir import read_json
+    from halve.rundir import read_manifest
 
     folder = _run(loaded, out, only=section, quiet=quiet)
     if section == "evaluate":
         _show_results(folder, json_=json_)
     elif json_:
-        show.as_json(read_json(folder / section / "manifest.json")["metrics"])
+        show.as_json(read_manifest(folder / section)["metrics"])
     else:
         print(folder / section)
     if following and not json_:
@@ -357,9 +357,11 @@ def _prune(wishes: dict[str, Any]) -> Prune:
 
 def _show_results(folder: Path, *, json_: bool) -> None:
     from halve import show
-    from halve.rundir import read_json
+    from halve.files import read_object
+    from halve.rundir import read_manifest, sound
 
-    results = read_json(folder / "evaluate" / "results.json")
+    evaluated = folder / "evaluate"
+    results = read_object(sound(evaluated, read_manifest(evaluated), "results.json"))
     if json_:
         show.as_json(results)
         return

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from halve import saving
 from halve.card import name_of
 from halve.checkpoint import Checkpoint
 from halve.errors import RunError
+from halve.files import CHANGED, disk_guard, read_object, read_sealed, sync, sync_tree
 from halve.pipeline import Stage, stages
 from halve.recipe import Recipe
-from halve.rundir import MARKER, RECIPE, disk_guard, read_json, sync, sync_tree
+from halve.rundir import MARKER, RECIPE, RunDir
 from halve.train import checkpoints
 
 _SCRATCH = ".checkpoints"
@@ -55,6 +56,7 @@ def export(source: str | Path, out: str | Path) -> Path:
                     raise
                 # the run has written the next one meanwhile, and removed this
         if (source / stage.name / "model").is_dir():
+            RunDir.follow(source).verify(stage.name)
             return _copied(source / stage.name / "model", out)
     raise RunError(
         f"{source} has no student that has learned anything",
@@ -68,7 +70,11 @@ def _is_student(stage: Stage) -> bool:
 
 
 def _recipe(run: Path) -> Recipe:
-    return Recipe.model_validate(read_json(run / RECIPE))
+    try:
+        return Recipe.model_validate(read_object(run / RECIPE))
+    except ValidationError as error:
+        why = f"it is no recipe of this halve: {error.errors()[0]['msg']}"
+        raise RunError(f"cannot read {run / RECIPE}", why=why, fix=CHANGED) from error
 
 
 def _of_checkpoint(folder: Path, out: Path) -> Path:
@@ -102,7 +108,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(masters[key])
-    facts = json.loads((folder / checkpoints.FACTS).read_text())
+    facts = read_sealed(folder / checkpoints.FACTS)
     record = {
         "stage": stage.section,
         "base_model": name_of(recipe.model),

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halve.files import content_hashes
 from halve.recipe import Recipe
-from halve.rundir import content_hashes
 from halve.soundness import CONFIG, TOKENIZER_FILES
 from halve.train import sources
 

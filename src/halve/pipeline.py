@@ -353,6 +353,8 @@ def _what_to_do(
 def _carry_out(stage: Stage, run: _Run, keys: Mapping[str, str], here: Ranks) -> None:
     """One stage: where ranks train together all of them act, elsewhere the first alone; it begins and commits."""
     folder, key = run.folder, keys[stage.name]
+    if stage.section != "report":  # which reads little, and looks at that itself
+        here.lead(lambda: folder.verify(*stage.after))
     work = Path(here.lead(lambda: str(folder.work(stage.name, key))))
     if stage.section in _TOGETHER:
         metrics = stage.act(run, stage.recipe, work)

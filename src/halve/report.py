@@ -16,9 +16,10 @@ import jinja2
 from safetensors import safe_open
 
 from halve import charts, sections, strict_yaml
+from halve.files import atomic_file, read_json, read_object
 from halve.plots import figure
 from halve.rounds import named, parsed
-from halve.rundir import MANIFEST, RECIPE, atomic_file, read_json
+from halve.rundir import MANIFEST, RECIPE, read_manifest, sound
 from halve.sections import Section, Table
 
 STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
@@ -67,26 +68,28 @@ def write(run: Path, out: Path) -> None:
 def read(run: Path) -> Run:
     """Read a run folder, finished stages only."""
     run = Path(run)
-    manifests = {path.parent.name: read_json(path) for path in sorted(run.glob(f"[!.]*/{MANIFEST}"))}
+    manifests = {path.parent.name: read_manifest(path.parent) for path in sorted(run.glob(f"[!.]*/{MANIFEST}"))}
     manifests = {name: manifests[name] for name in sorted(manifests, key=_order) if name != "report"}
 
+    def file(stage: str, name: str) -> Path | None:
+        if name not in manifests.get(stage, {}).get("files", {}):
+            return None
+        return sound(run / stage, manifests[stage], name)
+
     def part(stage: str, name: str) -> Any:
-        path = run / stage / name
-        return read_json(path) if stage in manifests and path.exists() else None
+        path = file(stage, name)
+        return None if path is None else read_json(path)
 
     def cut(number: int) -> Cut:
         # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
-        stages = [stage for stage in (named("prune", number), named("score", number)) if stage in manifests]
-        files = [run / stage / "scores.safetensors" for stage in stages]
-        scores, about = next((_scores(path) for path in files if path.exists()), (None, {}))
+        files = [file(stage, "scores.safetensors") for stage in (named("prune", number), named("score", number))]
+        scores, about = next((_scores(path) for path in files if path is not None), (None, {}))
         return Cut(part(named("prune", number), "plan.json"), scores, about)
 
     logs = {
-        _model_name(stage): _lines(run / stage / "metrics.jsonl")
-        for stage in manifests
-        if (run / stage / "metrics.jsonl").exists()
+        _model_name(stage): _lines(path) for stage in manifests if (path := file(stage, "metrics.jsonl")) is not None
     }
-    recipe = read_json(run / RECIPE)
+    recipe = read_object(run / RECIPE)
     cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
     return Run(recipe, manifests, cuts, part("evaluate", "results.json"), logs)
 

@@ -10,26 +10,26 @@
 
 A stage is finished in one rename. Its manifest is written into the work folder first: from then on the
 stage counts as finished, and whoever opens the run next completes a rename that a kill cut short.
+
+A manifest holds the SHA-256 of every file, and a digest of itself. Whoever reads a file of a finished stage gets it
+from `sound` or has called `RunDir.verify`: what has changed behind halve's back is an error, not an input.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import math
 import os
 import platform
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from halve.errors import DiskError, RunError
+from halve.errors import RunError
+from halve.files import disk_guard, file_sha256, read_object, read_sealed, sealed, sync, sync_tree, write_json
 from halve.recipe import Recipe
 
 try:
@@ -37,137 +37,9 @@ try:
 except ImportError:  # not on Windows, where two runs in one folder go unnoticed
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1
+MARKER_FORMAT, FORMAT = 1, 2
 MARKER, RECIPE, MANIFEST, KEY, LOCK = "run.json", "recipe.json", "manifest.json", ".key.json", ".lock"
 HASHES = "hashes.json"  # beside the token files
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-# safetensors and shutil report the operating system's error inside their own messages
-_FULL_MESSAGE = re.compile(rf"(code: |os error |\[Errno )({errno.ENOSPC}|{errno.EDQUOT})\b")
-
-
-@contextmanager
-def disk_guard(path: Path) -> Iterator[None]:
-    """Turn "no space left" while writing to `path` into a `DiskError`; other errors pass."""
-    try:
-        yield
-    except DiskError:
-        raise
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number not in _FULL and not _FULL_MESSAGE.search(str(error)):
-            raise
-        raise DiskError(
-            f"no room left while writing {path}",
-            why=os.strerror(number or errno.ENOSPC),
-            fix="free some space and run the same command again, or choose another folder with --out",
-        ) from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; when the block ends it becomes `path`, whole or not at all.
-
-    The content is on the disk before the name is. A failed block leaves `path` as it was and no other file.
-    Raises `DiskError` when the device is full.
-    """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_guard(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield draft
-            sync(draft)
-            os.replace(draft, path)
-            sync(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-
-
-def sync(path: Path) -> None:
-    """Put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """`sync` everything under a folder, and the folder."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(root, name))
-        sync(Path(root))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data as JSON in one step; numbers that are not finite become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote. Raises `RunError` naming the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"cannot read {path}",
-            why=str(error),
-            fix="if the file was changed by hand, remove the folder it is in and run the recipe again",
-        ) from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
-    """`file_sha256` of each file; `memo` remembers those whose size and time of change are as they were."""
-    known: dict[str, Any] = read_json(memo) if memo.exists() else {}
-    found: dict[str, Any] = {}
-    for path in files:
-        try:
-            stamp = _stamp(path)
-            sha256 = _noted(known, path) or file_sha256(path)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise RunError(f"cannot read {path}", why=why, fix="correct that path in the recipe") from error
-        found[str(path)] = {"stamp": stamp, "sha256": sha256}
-    if any(known.get(path) != entry for path, entry in found.items()):
-        write_json(memo, known | found)
-    return [entry["sha256"] for entry in found.values()]
-
-
-def remembering(memo: Path) -> Callable[[Path], str]:
-    """`file_sha256`, or what `content_hashes` has noted of a file in `memo`; writes nothing."""
-    known: dict[str, Any] = read_json(memo) if memo.exists() else {}
-    return lambda path: _noted(known, path) or file_sha256(path)
-
-
-def _noted(known: Mapping[str, Any], path: Path) -> str | None:
-    entry = known.get(str(path), {})
-    return str(entry["sha256"]) if entry.get("stamp") == _stamp(path) else None
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 class RunDir:
@@ -182,8 +54,8 @@ class RunDir:
     def open(cls, folder: Path, recipe: Recipe) -> RunDir:
         """Open `folder` for `recipe`, making it if it is not there, and finish what a kill cut short.
 
-        Raises `RunError` for a folder that holds anything but a run of this recipe's name and model, and
-        for one that another process is running in.
+        Raises `RunError` for a folder that holds anything but a run of this recipe's name and model, or of this recipe
+        under another name, and for one that another process is running in.
         """
         check_folder(folder, recipe)
         try:
@@ -194,8 +66,8 @@ class RunDir:
             why = error.strerror or str(error)
             raise RunError(f"cannot make run folder {folder}", why=why, fix="choose another --out") from error
         try:
-            if not (folder / MARKER).exists():
-                write_json(folder / MARKER, {"format": FORMAT, **_identity(recipe)})
+            if not (folder / MARKER).exists() or read_object(folder / MARKER).get("recipe") != recipe.name:
+                write_json(folder / MARKER, {"format": MARKER_FORMAT, **_identity(recipe)})
             write_json(folder / RECIPE, recipe.model_dump(mode="json"))
             run = cls(folder, lock)
             for work in sorted(folder.glob(".*.work")):
@@ -228,12 +100,19 @@ class RunDir:
         return self.path / name
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """What a finished stage says of itself; None if it has not finished."""
-        path = self.stage(name) / MANIFEST
-        if not path.exists():
-            return None
-        manifest: dict[str, Any] = read_json(path)
-        return manifest
+        """What a finished stage says of itself; None if it has not finished. Raises `RunError` if it was changed."""
+        return read_manifest(self.stage(name)) if (self.stage(name) / MANIFEST).exists() else None
+
+    def verify(self, *names: str) -> int:
+        """Count the files of finished stages.
+
+        Raise `RunError` unless every one holds the bytes that its stage was finished with.
+
+        Within a process each file is hashed once, when it is first read or written.
+        """
+        manifests = {name: read_manifest(self.stage(name)) for name in names}
+        found = [sound(self.stage(name), one, file) for name, one in manifests.items() for file in one["files"]]
+        return len(found)
 
     def work(self, name: str, key: str) -> Path:
         """The work folder of a stage. It keeps what a killed run of the same key left, and nothing else."""
@@ -276,7 +155,7 @@ class RunDir:
                 for path in _artifacts(work)
             },
         }
-        write_json(work / MANIFEST, manifest)
+        write_json(work / MANIFEST, sealed(manifest))
         self._finish(name)
         return self.stage(name)
 
@@ -303,8 +182,40 @@ class RunDir:
         sync(self.path)
 
 
+def read_manifest(stage: Path) -> dict[str, Any]:
+    """What a finished stage says of itself. Raises `RunError` if that was changed."""
+    return read_sealed(stage / MANIFEST)
+
+
+def sound(stage: Path, manifest: Mapping[str, Any], file: str) -> Path:
+    """The path of a finished stage's file. Raises `RunError` unless its bytes are those of the manifest."""
+    path, entry = stage / file, manifest["files"].get(file, {})
+    try:
+        if file_sha256(path) == entry.get("sha256"):
+            return path
+        why = f"its bytes have changed since {stage.name} was finished"
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise RunError(
+        f"{path} is not what halve wrote",
+        why=why,
+        fix=f"remove {stage} and run the same command: what was there is made again",
+    )
+
+
+def equal_run(recipe: Recipe, folders: Path) -> Path | None:
+    """The folder, among those in `folders`, of a run of the same recipe under another name."""
+    for marker in sorted(folders.glob(f"*/{MARKER}")):
+        if marker.parent.name != recipe.name and _differs_in_name_alone(marker.parent, recipe):
+            return marker.parent
+    return None
+
+
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Raise `RunError` unless `folder` is new, empty, or a run of this recipe's name and model."""
+    """Raise `RunError` unless `folder` is new, empty, or a run of this recipe's name and model.
+
+    A run of the same recipe under another name is this recipe's run, too.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -318,14 +229,15 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
                 fix="choose a new or empty folder with --out",
             )
         return
-    marker = read_json(folder / MARKER)
-    found = {key: marker.get(key) for key in _identity(recipe)} if isinstance(marker, dict) else {}
-    if found != _identity(recipe):
-        raise RunError(
-            f"{folder} is not a run of recipe {recipe.name} on {recipe.model}",
-            why=f"it was started by recipe {found.get('recipe')} on {found.get('model')}",
-            fix="choose another folder with --out, or give that recipe",
-        )
+    marker = _marker(folder, recipe)
+    found = {key: marker.get(key) for key in _identity(recipe)}
+    if found == _identity(recipe) or (found["model"] == recipe.model and _differs_in_name_alone(folder, recipe)):
+        return
+    raise RunError(
+        f"{folder} is not a run of recipe {recipe.name} on {recipe.model}",
+        why=f"it was started by recipe {found['recipe']} on {found['model']}",
+        fix="choose another folder with --out, or give that recipe",
+    )
 
 
 def versions() -> dict[str, str]:
@@ -339,6 +251,34 @@ def versions() -> dict[str, str]:
 
 def _identity(recipe: Recipe) -> dict[str, str]:
     return {"recipe": recipe.name, "model": recipe.model}
+
+
+def _marker(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    try:
+        marker = read_object(folder / MARKER)
+    except RunError as error:
+        whole = json.dumps({"format": MARKER_FORMAT, **_identity(recipe)})
+        raise RunError(
+            error.what,
+            why=error.why,
+            fix=f"choose another folder with --out, or, if this is that recipe's run, write {whole} into that file",
+        ) from error
+    if marker.get("format") != MARKER_FORMAT:
+        raise RunError(
+            f"{folder} is not a run folder of this halve",
+            why=f"the format of {MARKER} is {marker.get('format')!r}, this halve reads {MARKER_FORMAT}",
+            fix="choose another folder with --out, or the halve that made it",
+        )
+    return marker
+
+
+def _differs_in_name_alone(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run's recipe, as it was last run, is this one but for its name."""
+    try:
+        known = read_object(folder / RECIPE)
+    except RunError:
+        return False
+    return {**known, "name": recipe.name} == recipe.model_dump(mode="json")
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -359,7 +299,10 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _has_key(work: Path, key: str) -> bool:
-    return (work / KEY).is_file() and read_json(work / KEY).get("key") == key
+    """Whether a work folder was begun for this key; one whose key cannot be read was begun for none."""
+    with suppress(RunError):
+        return (work / KEY).is_file() and read_object(work / KEY).get("key") == key
+    return False
 
 
 def _artifacts(work: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from halve.anatomy.configs import quiet
 from halve.card import model_card
 from halve.errors import CheckpointError
-from halve.rundir import disk_guard, sync, sync_tree
+from halve.files import disk_guard, sync, sync_tree
 from halve.soundness import CONFIG, GENERATION, TOKENIZER_FILES
 
 RECORD, CARD = "halve.json", "README.md"

@@ -19,8 +19,8 @@ from typing import Any
 from huggingface_hub import errors, snapshot_download
 
 from halve.errors import CheckpointError
+from halve.files import file_sha256
 from halve.fresh import distrust
-from halve.rundir import file_sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from halve.checkpoint import Checkpoint
 from halve.cut.scores import Scores, samples_fingerprint
 from halve.errors import AnatomyError
+from halve.files import read_json
 from halve.head import split
 from halve.progress import SILENT
 from halve.recipe import Recipe
-from halve.rundir import read_json
 from halve.stages import correct, distill, prune, score
 from halve.train import documents, objectives
 from halve.train.course import open_course

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from halve import rundir
+from halve import files, rundir
 from halve.errors import CorpusError, DiskError
 from halve.train import corpus, rows, sources, tokenize
 from halve.train.corpus import Samples, Tokens, prepare
@@ -186,15 +186,15 @@ def test_same_content_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_a_run_has_hashed_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, cache = tmp_path / "a.txt", tmp_path / "cache"
     text.write_text("hello")
-    rundir.content_hashes([text], memo=cache / rundir.HASHES)
+    files.content_hashes([text], memo=cache / rundir.HASHES)
     read = []
 
     def hashed(path: Path) -> str:
         read.append(path)
         return file_sha256(path)
 
-    file_sha256 = rundir.file_sha256
-    monkeypatch.setattr(rundir, "file_sha256", hashed)
+    file_sha256 = files.file_sha256
+    monkeypatch.setattr(files, "file_sha256", hashed)
     first = prepare([str(text)], tokenizer=TOKENIZER, text_field="text", cache=cache)
     assert read == []
     assert first.fingerprint == prepare([str(text)], tokenizer=TOKENIZER, text_field="text", cache=tmp_path).fingerprint

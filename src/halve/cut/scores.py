@@ -31,8 +31,8 @@ from halve.cut.importance import (
     network,
 )
 from halve.errors import RunError
+from halve.files import atomic_file
 from halve.recipe import Aggregator, FfnPoint, Method
-from halve.rundir import atomic_file
 
 FORMAT: Final = "halve-scores-1"
 WIDTH_AXES: Final = ("hidden", "ffn", "heads")

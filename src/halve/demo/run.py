@@ -15,9 +15,9 @@ from halve import pipeline, strict_yaml
 from halve.demo.corpus import read_modules, standard_library, write_prose
 from halve.demo.task import build_items, write_items
 from halve.errors import CorpusError
+from halve.files import atomic_file
 from halve.reading import parse
 from halve.recipe import Recipe
-from halve.rundir import atomic_file
 
 HERE = Path(__file__).parent
 TEACHER = HERE / "teacher"

@@ -51,7 +51,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     record = {
         "stage": "correct",
         "base_model": name_of(recipe.model),
-        "teacher": teacher.fingerprint,
+        "teacher": here().lead(lambda: teacher.fingerprint),
         "seed": recipe.seed,
         "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),

@@ -75,7 +75,7 @@ def run(
     assert variant in VARIANTS
     training, device = recipe.distill, resolve_device(recipe.device)
     text = open_text(recipe, training, teacher, student, cache=cache, progress=progress)
-    digest = teacher.fingerprint
+    digest = here().lead(lambda: teacher.fingerprint)  # of gigabytes, which one rank reads
     corrects = recipe.corrects_beside and variant != "ce"
     if corrects:
         taught = _by_learner(recipe, training, teacher, device=device)
@@ -112,7 +112,7 @@ def run(
         "stage": "distill",
         "base_model": name_of(recipe.model),
         "teacher": digest,
-        "student": student.fingerprint,
+        "student": here().lead(lambda: student.fingerprint),
         "seed": recipe.seed,
         "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),

@@ -31,9 +31,9 @@ from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
 from halve.choices import Encoded, answer_encoded, encode, load_items
 from halve.errors import CorpusError
+from halve.files import write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.rundir import write_json
 from halve.speed import Speed, compare_speed, weight_bytes
 from halve.train import corpus
 

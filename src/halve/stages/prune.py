@@ -26,9 +26,9 @@ from halve.cut.shapes import to_try
 from halve.cut.sizes import target
 from halve.cut.trial import Tried, best, try_shapes
 from halve.errors import CheckpointError, PlanError
+from halve.files import read_json, write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune, Recipe
-from halve.rundir import read_json, write_json
 from halve.stages.removal import DEPTH, choose_layers, compares
 from halve.train import corpus
 from halve.train.mixture import open_mixture

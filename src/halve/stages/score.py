@@ -12,9 +12,9 @@ from halve.cut import calibration, width
 from halve.cut.rotate import student_anatomy
 from halve.cut.scores import samples_fingerprint
 from halve.cut.sizes import target
+from halve.files import write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.rundir import write_json
 from halve.stages.removal import DEPTH, choose_layers
 from halve.train.mixture import open_mixture
 

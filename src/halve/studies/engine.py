@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve import pipeline
+from halve.files import atomic_file, read_object, write_json
 from halve.recipe import Recipe
 from halve.rounds import named
-from halve.rundir import MANIFEST, atomic_file, read_json, write_json
+from halve.rundir import MANIFEST, read_manifest, sound
 from halve.studies import page
 from halve.studies.arms import Setting, cell, correction
 from halve.studies.declare import Arm, Claim, Metric, Study
@@ -50,7 +51,7 @@ def run(study: Study, setting: Setting, *, seeds: Sequence[int], out: Path, comm
             teacher = _teacher(setting, seed=seed, out=out, say=say) if arm.teacher == "corrected" else setting.model
             recipe = cell(study, arm, setting, seed=seed, sizes=sizes, teacher=teacher)
             folder = pipeline.run(recipe, _folder(out, recipe), cache=out / "data")
-            found = {"folder": folder, "recipe": recipe, "results": read_json(folder / "evaluate" / "results.json")}
+            found = {"folder": folder, "recipe": recipe, "results": _results(folder / "evaluate")}
             done[name].append(found)
             which = f"{study.name} {count}/{len(own) * len(seeds)}: {name}, seed {seed}"
             say(f"{which}: {_figures(arm, found)}, {time.monotonic() - began:.0f} s")
@@ -61,6 +62,10 @@ def run(study: Study, setting: Setting, *, seeds: Sequence[int], out: Path, comm
         with atomic_file(place / name) as draft:
             draft.write_text(text, encoding="utf-8")
     return results
+
+
+def _results(evaluated: Path) -> dict[str, Any]:
+    return read_object(sound(evaluated, read_manifest(evaluated), "results.json"))
 
 
 def collect(
@@ -111,7 +116,7 @@ def collect(
             "heldout_tokens": first["results"]["samples"]["tokens"],
         },
         "machine": first["results"]["machine"],
-        "versions": read_json(manifests[0])["versions"],
+        "versions": read_manifest(firsts[0]["folder"] / "evaluate")["versions"],
         "metrics": list(study.metrics),
         "plot": list(study.plot),
         "arms": [

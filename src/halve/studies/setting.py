@@ -10,7 +10,7 @@ from typing import Any
 from halve.card import name_of
 from halve.demo import run as demo
 from halve.errors import RecipeError
-from halve.rundir import atomic_file
+from halve.files import atomic_file
 from halve.studies.arms import Setting
 
 

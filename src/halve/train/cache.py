@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halve.errors import TrainError
+from halve.files import atomic_file, read_sealed, sealed, write_json
 from halve.head import Head
 from halve.recipe import Cache
-from halve.rundir import atomic_file, read_json, write_json
 from halve.train import draws
 from halve.train.batch import Batch
 from halve.train.divergences import Sampled
@@ -112,7 +112,7 @@ def write_index(
     _save({name: value.cpu().contiguous() for name, value in weights.items()}, folder / HEAD)
     _save({name: torch.tensor(listed, dtype=torch.int64) for name, listed in numbers.items()}, folder / SAMPLES)
     facts = asdict(Facts(ce, head.scale, head.softcap, drawn))
-    write_json(folder / INDEX, {"format": FORMAT, "bound": asdict(bound), "each": each, "facts": facts})
+    write_json(folder / INDEX, sealed({"format": FORMAT, "bound": asdict(bound), "each": each, "facts": facts}))
 
 
 def size(folder: Path) -> int:
@@ -137,7 +137,7 @@ class Store:
         """Open a cache that was written to its end. Raises `TrainError`."""
         if not (folder / INDEX).is_file():
             raise TrainError(f"there is no cache in {folder}", why=f"it has no {INDEX}", fix=_AGAIN)
-        index = read_json(folder / INDEX)
+        index = read_sealed(folder / INDEX)
         if index.get("format") != FORMAT:
             why = f"its format is {index.get('format')}, this halve reads {FORMAT}"
             raise TrainError(f"cannot read the cache in {folder}", why=why, fix=_AGAIN)

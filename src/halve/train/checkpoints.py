@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from halve.errors import RunError
-from halve.rundir import disk_guard, read_json, sync, sync_tree
+from halve.files import disk_guard, plain, read_sealed, sealed, sync, sync_tree
 from halve.train.ranks import ALONE, Ranks
 from halve.train.step import Trained
 
@@ -143,7 +143,7 @@ class Keeper:
         known: list[dict[str, Any]] = []
         for kept in reversed(complete(self.work)):
             try:
-                facts: dict[str, Any] = read_json(kept / FACTS)
+                facts: dict[str, Any] = read_sealed(kept / FACTS)
             except RunError as error:
                 known.append({"folder": kept.name, "why": str(error.why)})
                 continue
@@ -198,7 +198,7 @@ def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: i
             except CheckpointException as error:  # what really happened, on the first rank that it happened to
                 raise next(iter(error.failures.values()))[0] from None
             if ranks.leads:
-                (draft / FACTS).write_text(json.dumps(facts))
+                (draft / FACTS).write_text(json.dumps(sealed(plain(facts))))
                 sync_tree(draft)
                 shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
                 os.replace(draft, final)

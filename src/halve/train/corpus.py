@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halve.errors import CorpusError
+from halve.errors import CorpusError, RunError
+from halve.files import disk_guard, file_sha256, read_sealed, remembering, sealed, sync, write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
-from halve.rundir import HASHES, disk_guard, read_json, remembering, sync, write_json
+from halve.rundir import HASHES
 from halve.train import sources as text_sources
 from halve.train import tokenize
 from halve.train.batch import Batch
 from halve.train.documents import positions
+from halve.train.ranks import here
 from halve.train.sources import HUB, Piece
 from halve.train.tokenize import Border
 
@@ -39,7 +41,7 @@ try:
 except ImportError:  # not on Windows, where two processes must not tokenize the same text at once
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1
+FORMAT = 2
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
 MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
 
@@ -144,7 +146,8 @@ def prepare(
             facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources)}
             size = {"count": written.count, "text_bytes": written.text_bytes, "documents": documents}
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
-            write_json(note, {"format": FORMAT, **size, **facts})  # counts once the token file is there too
+            stamp = {"format": FORMAT, "sha256": file_sha256(draft.path)}
+            write_json(note, sealed({**stamp, **size, **facts}))  # counts once the token file is there too
             os.replace(draft.path, path)
             sync(path.parent)
             known = reopen(note)
@@ -174,7 +177,9 @@ class _Draft:
 
     def resume(self, itemsize: int) -> _Mark:
         """Where an earlier call stopped; what it wrote beyond its last mark is dropped."""
-        mark = _Mark(**read_json(self.mark)) if self.mark.exists() else _Mark()
+        mark = _Mark()
+        with suppress(RunError):  # one that cannot be read marks nothing
+            mark = _Mark(**read_sealed(self.mark)) if self.mark.exists() else mark
         if os.fstat(self.file.fileno()).st_size < mark.count * itemsize:
             mark = _Mark()
         self.file.truncate(mark.count * itemsize)
@@ -248,7 +253,7 @@ def _fill(
             task.advance(num_tokens)
             if mark.batches % MARK_BATCHES == 0:
                 draft.sync()
-                write_json(draft.mark, asdict(mark))
+                write_json(draft.mark, sealed(asdict(mark)))
     draft.sync()
     return mark
 
@@ -258,9 +263,15 @@ def reopen(note: Path) -> Tokens | None:
     path = note.with_suffix(".tokens")
     if not (note.exists() and path.exists()):
         return None
-    facts = read_json(note)
-    if facts.get("format") != FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
+    facts = read_sealed(note)
+    if facts["format"] != FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
         return None
+    if here().leads and file_sha256(path) != facts["sha256"]:
+        raise RunError(
+            f"{path} is not what halve wrote",
+            why="its bytes have changed since the text was tokenized",
+            fix="remove that file and run the same command: the text is tokenized again",
+        )
     return Tokens(
         path=path,
         count=facts["count"],
@@ -376,7 +387,7 @@ def _pinned(source: str, cache: Path) -> str:
     """The revision of a hub data set that this cache began with; the present one the first time."""
     note = cache / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.hub.json"
     if note.exists():
-        return str(read_json(note)["revision"])
+        return str(read_sealed(note)["revision"])
     revision = text_sources.hub_revision(source)
-    write_json(note, {"source": source, "revision": revision})
+    write_json(note, sealed({"source": source, "revision": revision}))
     return revision

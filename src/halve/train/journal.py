@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from halve.errors import TrainError
-from halve.rundir import atomic_file, disk_guard
+from halve.files import atomic_file, disk_guard
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Takes a step and its figures."""

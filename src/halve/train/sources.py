@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halve.errors import CorpusError
-from halve.rundir import file_sha256
+from halve.files import file_sha256
 from halve.textfiles import DAMAGED, ending, extra, open_packed, reason, shown
 from halve.train import folders
 from halve.train.rows import Piece as Piece
