@@ -20,11 +20,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python scripts/make_docs.py --check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
 
-# What is generated from the code; families takes minutes and is needed when a quirk or a proof changes.
+# What is generated from the code. The walk through all families takes an hour, goes on where it stopped, and is needed
+# when a quirk, discovery or the proof changes.
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/make_docs.py
 families: $(VENV)/.installed-dev
-	$(BIN)/python scripts/make_docs.py families
+	$(BIN)/python scripts/families.py
 
 # What needs a GPU: exact losses, their memory, resume, speed, the memory plan. Without one it says so.
 gpu-check: $(VENV)/.installed-dev

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import ALSO, NO_GROUPS, PROVED, config
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 
-from halve.anatomy import CUT_AXES, Expr, discover
+import halve.cut.proof as proof_module
+from halve.anatomy import CUT_AXES, Anatomy, Expr, discover
 from halve.cut.proof import SAME, fresh_logits, prove
 from halve.cut.surgery import trim
 from halve.cut.twins import logits, random_twin, twin_plan
@@ -40,7 +43,9 @@ def test_trimmed_twins_of_all_families_reopen_in_a_fresh_process(tmp_path: Path)
     found = fresh_logits(tmp_path, list(expected), twin)
     assert len(expected) == 5 * len(PROVED) - len(NO_GROUPS)
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() < SAME, name
+        logits_there = found[name]
+        assert isinstance(logits_there, Tensor), logits_there
+        assert (logits_there - value).abs().max() < SAME, name
 
 
 def test_a_proof_reopens_in_a_fresh_process_by_itself() -> None:
@@ -107,3 +112,67 @@ def test_hybrids_are_refused_by_axis() -> None:
     # dense and sparse layers by index arithmetic: a twin of fewer layers is another model, and is refused
     proof = prove(discover(AutoConfig.for_model("jamba", num_hidden_layers=8, num_experts=4)), reopen=False)
     assert {"hidden", "ffn", "heads", "kv_heads"} <= set(proof.refusals)
+
+
+def small_config(family: str, **changes: object) -> PretrainedConfig:
+    return AutoConfig.for_model(family, vocab_size=128, pad_token_id=None, bos_token_id=1, eos_token_id=2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "twin"),
+    [
+        # a rotary part of 64 channels does not fit in the small heads of the first twin
+        ("gptj", {"n_layer": 2, "n_embd": 256, "n_head": 2, "n_inner": 96}, "float64, heads of the family's size"),
+        # its mask holds the least float64, which its float32 softmax cannot
+        ("xglm", {"num_layers": 2, "d_model": 64, "attention_heads": 4, "ffn_dim": 96}, "float32"),
+        ("llama", {"num_hidden_layers": 2}, "float64"),
+    ],
+)
+def test_a_twin_that_does_not_run_takes_no_axis_away(family: str, changes: dict[str, Any], twin: str) -> None:
+    proof = prove(discover(small_config(family, **changes)), reopen=False)
+    assert {check.twin for check in proof.checks if check.passed and check.axis == "ffn"} == {twin}
+    assert not {"layers", "ffn"} & set(proof.refusals)
+
+
+def test_code_that_wants_hidden_to_be_heads_times_head_dim_is_proved_on_such_a_twin() -> None:
+    """Helium's output projection is hidden x hidden: without a word in quirks layers and ffn are cut all the same."""
+    changes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    anatomy = discover(small_config("helium", intermediate_size=96, head_dim=16, **changes))
+    naive = replace(anatomy, coupled=False)
+    proof = prove(naive, reopen=False)
+    assert {check.twin for check in proof.checks if check.passed and check.axis == "layers"} == {
+        "float64, hidden = heads x head_dim"
+    }
+
+
+def test_a_refusal_has_its_check_on_every_twin() -> None:
+    proof = prove(discover(AutoConfig.for_model("bloom", hidden_size=64, n_head=4, n_layer=2)), reopen=False)
+    failed = [check for check in proof.checks if check.axis == "heads"]
+    assert not any(check.passed for check in failed)
+    assert len({check.twin for check in failed}) == len(failed) == 2  # coupled code has square twins only
+    assert proof.refusals["heads"].endswith("(on every twin: 2 tried)")
+
+
+def test_an_axis_that_does_not_reopen_takes_no_other_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = proof_module.fresh_logits
+
+    def one_breaks(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Tensor | str]:
+        (scratch / "ffn" / "model.safetensors").write_bytes(b"")
+        return whole(scratch, names, twin)
+
+    monkeypatch.setattr(proof_module, "fresh_logits", one_breaks)
+    proof = prove(discover(config("llama", num_hidden_layers=2)), seed=1)
+    assert "reopens in plain transformers" in proof.refusals["ffn"]
+    assert {"layers", "hidden", "heads", "kv_heads"}.isdisjoint(proof.refusals)
+
+
+def test_twins_of_mixtures_are_small() -> None:
+    """256 experts of a width of their own: the twin has four, and numbers in its shapes are those of four."""
+    sizes = {"num_hidden_layers": 2, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512}
+    anatomy = discover(AutoConfig.for_model("qwen3_moe", **sizes))
+    twin = anatomy.twin()
+    model = random_twin(twin, seed=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 200_000
+    for name, parameter in model.named_parameters():
+        assert tuple(expr.size(twin.sizes.sizes) for expr in twin.params[name]) == tuple(parameter.shape), name
+    assert {check.axis for check in prove(anatomy, reopen=False).checks if check.passed} >= {"layers", "heads"}

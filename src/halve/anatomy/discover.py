@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,9 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from halve.anatomy import configs
 from halve.anatomy.arch import Arch, Layer, Ledger, Shape
 from halve.anatomy.axes import Expr
-from halve.anatomy.quirks import KEYS, Quirk, quirk
-from halve.anatomy.solve import TWIN_POINT, small, solve, tie
+from halve.anatomy.quirks import COUPLED, KEYS, Quirk, quirk
+from halve.anatomy.solve import TWIN_POINT, alike, small, solve, solve_twin, tie
 from halve.errors import AnatomyError, HalveError
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,23 @@ class Anatomy:
             routed_share=configs.routed_share(self.config),
         )
 
-    def twin(self) -> Anatomy:
+    def twin(self, *, square: bool = False, own_heads: bool = False) -> Anatomy:
         """The anatomy of a tiny model of the same architecture, with the expressions of this one.
 
-        Its config keeps every option of this one; sizes and windows are small, layers are the representatives.
+        Its config keeps every option of this one; sizes and windows are small, experts few, layers are the
+        representatives. `square`: hidden = heads x head_dim, whatever the code allows. `own_heads`: heads as wide as
+        the family's own.
         """
-        point = tie(TWIN_POINT, coupled=self.coupled)
-        if configs.key(self.config, "kv_heads") is None:
+        point = dict(TWIN_POINT)
+        if own_heads:
+            point["head_dim"] = self.sizes.head_dim
+        point = tie(point, coupled=self.coupled or square)
+        if not self.grouped:
             point["kv_heads"] = point["heads"]
-        config = small(self.config, point, self.representatives)
-        names = {n for n in self.params if self.layer_of(n) in (None, *self.representatives)}
+        shrink, params = solve_twin(
+            self.config, self.representatives, self.layers_path, self._represented(self.params), coupled=self.coupled
+        )
+        config = small(self.config, point, self.representatives, shrink=shrink)
 
         def rename(name: str) -> str:
             layer = self.layer_of(name)
@@ -122,13 +132,20 @@ class Anatomy:
             self,
             config=config,
             sizes=Arch.of({**point, "layers": len(self.representatives)}),
-            params={rename(n): shape for n, shape in self.params.items() if n in names},
-            modules={
-                rename(n): e for n, e in self.modules.items() if self.layer_of(n) in (None, *self.representatives)
-            },
-            norms=tuple(rename(n) for n in self.norms if self.layer_of(n) in (None, *self.representatives)),
+            params={rename(name): shape for name, shape in params.items()},
+            modules={rename(name): expr for name, expr in self._represented(self.modules).items()},
+            norms=tuple(rename(name) for name in self._represented(dict.fromkeys(self.norms))),
             representatives=tuple(range(len(self.representatives))),
         )
+
+    def _represented(self, named: Mapping[str, V]) -> dict[str, V]:
+        layers = (None, *self.representatives)
+        return {name: value for name, value in named.items() if self.layer_of(name) in layers}
+
+    @property
+    def grouped(self) -> bool:
+        """Whether key and value heads are an axis of their own: some weight is made of them."""
+        return any("kv_heads" in expr.axes for shape in self.params.values() for expr in shape)
 
 
 def discover(config: PretrainedConfig) -> Anatomy:
@@ -152,14 +169,14 @@ def _discover(config: PretrainedConfig) -> Anatomy:
     model = configs.build(config, device="meta")
     layers_path = _layers_path(model, configs.num_layers(config))
     representatives = _representatives(model, config, layers_path)
-    coupled, exprs = solve(config, representatives, layers_path)
     special = quirk(config.model_type)
+    coupled, exprs = solve(config, representatives, layers_path, coupled=special.coupled)
     shapes: dict[str, Shape | None] = {}
     kinds = _kinds(model, config, layers_path)
     for name, parameter in model.named_parameters():
-        shapes[name] = _shape_of(name, parameter, exprs, kinds, layers_path, special)
+        shapes[name] = _shape_of(name, parameter, exprs, kinds, layers_path, coupled, special)
     params = {name: shape for name, shape in shapes.items() if shape is not None}
-    sizes = _sizes(config, exprs)
+    sizes = _sizes(config, params)
     head = _name_of(model, model.get_output_embeddings().weight) if model.get_output_embeddings() else ""
     anatomy = Anatomy(
         family=config.model_type,
@@ -178,7 +195,7 @@ def _discover(config: PretrainedConfig) -> Anatomy:
     )
     _verify(anatomy, model)
     unknown = [name for name, shape in shapes.items() if shape is None]
-    return replace(anatomy, refusals=_refusals(anatomy, unknown, special))
+    return replace(anatomy, refusals=_refusals(anatomy, unknown))
 
 
 # ---- layers
@@ -222,21 +239,32 @@ def _shape_of(
     exprs: Mapping[str, Shape | None],
     kinds: list[int],
     layers_path: str,
+    coupled: bool,
     special: Quirk,
 ) -> Shape | None:
     for suffix, layout in special.layout.items():
         if name.endswith("." + suffix):
-            return tuple(Expr.parse(dim) for dim in layout.split(","))
+            return parse_shape(layout)
     prefix = layers_path + "."
     if name.startswith(prefix):
         number, rest = name[len(prefix) :].split(".", 1)
         name = f"{prefix}{kinds[int(number)]}.{rest}"
     shape = exprs.get(name)
-    return shape if shape is not None and len(shape) == parameter.ndim else None
+    if shape is None or len(shape) != parameter.ndim:
+        return None
+    for suffix, layout in COUPLED.items() if coupled else ():
+        if name.endswith("." + suffix) and alike(guess := parse_shape(layout), shape):
+            return guess
+    return shape
 
 
-def _sizes(config: PretrainedConfig, exprs: Mapping[str, Shape | None]) -> Arch:
-    """The sizes as the config states or implies them; a feed-forward width that is left to the code is solved for."""
+def parse_shape(layout: str) -> Shape:
+    """The dimensions that commas separate."""
+    return tuple(Expr.parse(dim) for dim in layout.split(","))
+
+
+def _sizes(config: PretrainedConfig, params: Mapping[str, Shape]) -> Arch:
+    """The sizes as the config states or implies them."""
     values: dict[str, int] = {}
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
         name = configs.key(config, axis)
@@ -250,7 +278,8 @@ def _sizes(config: PretrainedConfig, exprs: Mapping[str, Shape | None]) -> Arch:
                 why=f"none of {', '.join(KEYS[axis])} holds a number",
                 fix="halve reads decoder-only language models with attention",
             )
-    values.setdefault("kv_heads", values["heads"])
+    if not any("kv_heads" in expr.axes for shape in params.values() for expr in shape):
+        values["kv_heads"] = values["heads"]  # whatever the config says, every query head has its own
     values.setdefault("head_dim", values["hidden"] // values["heads"])
     values.setdefault("ffn", 4 * values["hidden"])
     return Arch.of(values)
@@ -308,7 +337,7 @@ def _embeddings(model: PreTrainedModel, head: str) -> tuple[str, ...]:
 # ---- what cannot be cut, and why
 
 
-def _refusals(anatomy: Anatomy, unknown: list[str], special: Quirk) -> dict[str, str]:
+def _refusals(anatomy: Anatomy, unknown: list[str]) -> dict[str, str]:
     made_of = {axis for shape in anatomy.params.values() for expr in shape for axis in expr.axes}
     refusals = {
         "head_dim": "pairs of rotary channels belong together: known, and not cut",
@@ -316,17 +345,21 @@ def _refusals(anatomy: Anatomy, unknown: list[str], special: Quirk) -> dict[str,
         "experts": "experts are not cut yet",
         "expert_ffn": "experts are not cut yet",
     }
-    if configs.num_experts(anatomy.config):
-        mixture = f"a mixture of {configs.num_experts(anatomy.config)} experts: "
-        refusals["ffn"] = mixture + "their neurons are not cut yet"
+    if experts := configs.num_experts(anatomy.config):
+        mixture = f"a mixture of {experts} experts: "
+        in_experts = {
+            axis for shape in anatomy.params.values() if len(shape) == 3 for expr in shape for axis in expr.axes
+        }
+        if "ffn" in in_experts or "ffn" not in made_of:
+            refusals["ffn"] = mixture + "their neurons are not cut yet"
         refusals["hidden"] = mixture + "channels that their routers read are not scored yet"
     for axis in ("ffn", "heads", "hidden"):
         if axis not in made_of and axis not in refusals:
             refusals[axis] = f"no weight is made of {axis} alone, as far as shapes can tell"
-    if anatomy.coupled and not special.layout:
+    if anatomy.coupled and "heads" not in made_of:
         for axis in ("heads", "hidden"):
             refusals[axis] = "hidden = heads x head_dim in this family's code, and shapes cannot tell the two apart"
-    if configs.key(anatomy.config, "kv_heads") is None:
+    if not anatomy.grouped:
         refusals["kv_heads"] = "every query head has its own key and value head: cut heads"
     if unknown:
         for axis in ("hidden", "ffn", "heads", "kv_heads"):

@@ -18,63 +18,78 @@ class Quirk:
     layout: Mapping[str, str] = field(default_factory=dict)
     scaled_embedding: bool = False
     """The code multiplies embeddings by sqrt(hidden), so that a cut of `hidden` changes the factor."""
+    coupled: bool = False
+    """The code runs only where hidden = heads x head_dim, though it builds elsewhere."""
 
 
-# In these families hidden = heads x head_dim is built into the code, and a dimension of that
-# length may be the one or the other.
+def _projections(read: tuple[str, ...], rows: str, write: tuple[str, ...]) -> dict[str, str]:
+    """Matrices whose rows are made of heads, with their biases, and such whose columns are."""
+    return {
+        **{f"{name}.weight": f"{rows}, hidden" for name in read},
+        **{f"{name}.bias": rows for name in read},
+        **{f"{name}.weight": "hidden, heads head_dim" for name in write},
+    }
+
+
+_BLOCKS = "heads head_dim + heads head_dim + heads head_dim"
+# In some families hidden = heads x head_dim is built into the code, and a dimension of that length may be the one or
+# the other. The first guess there, by names that many share; it holds where it has the shape that was solved for.
+COUPLED: Mapping[str, str] = {
+    **_projections(
+        ("q_proj", "k_proj", "v_proj", "query", "key", "value", "Wq", "Wk", "Wv", "q_attn"),
+        "heads head_dim",
+        (
+            "o_proj",
+            "out_proj",
+            "self_attn.dense",
+            "attention.dense",
+            "attention.output.dense",
+            "attn.c_proj",
+            "attn.Wo",
+        ),
+    ),
+    **_projections(("query_key_value",), "heads 3 head_dim", ()),
+    **_projections(("Wqkv", "qkv_proj"), _BLOCKS, ()),
+}
+# Conv1D stores its weight the other way round.
 _COUPLED_GPT2 = {
-    "attn.c_attn.weight": "hidden, heads head_dim + heads head_dim + heads head_dim",
-    "attn.c_attn.bias": "heads head_dim + heads head_dim + heads head_dim",
+    "attn.c_attn.weight": f"hidden, {_BLOCKS}",
+    "attn.c_attn.bias": _BLOCKS,
     "attn.c_proj.weight": "heads head_dim, hidden",
-}
-_COUPLED_NEOX = {
-    "attention.query_key_value.weight": "heads 3 head_dim, hidden",
-    "attention.query_key_value.bias": "heads 3 head_dim",
-    "attention.dense.weight": "hidden, heads head_dim",
-}
-_COUPLED_BLOOM = {
-    "self_attention.query_key_value.weight": "heads 3 head_dim, hidden",
-    "self_attention.query_key_value.bias": "heads 3 head_dim",
-    "self_attention.dense.weight": "hidden, heads head_dim",
-}
-_COUPLED_STABLELM = {
-    "self_attn.q_proj.weight": "heads head_dim, hidden",
-    "self_attn.q_proj.bias": "heads head_dim",
-    "self_attn.o_proj.weight": "hidden, heads head_dim",
-}
-_COUPLED_OPT = {
-    "self_attn.q_proj.weight": "heads head_dim, hidden",
-    "self_attn.q_proj.bias": "heads head_dim",
-    "self_attn.k_proj.weight": "heads head_dim, hidden",
-    "self_attn.k_proj.bias": "heads head_dim",
-    "self_attn.v_proj.weight": "heads head_dim, hidden",
-    "self_attn.v_proj.bias": "heads head_dim",
-    "self_attn.out_proj.weight": "hidden, heads head_dim",
 }
 
 QUIRKS: Mapping[str, Quirk] = {
-    "bloom": Quirk(layout=_COUPLED_BLOOM),
+    "biogpt": Quirk(scaled_embedding=True),
+    "bitnet": Quirk(layout={"self_attn.attn_sub_norm.weight": "heads head_dim"}, coupled=True),
     "gemma": Quirk(scaled_embedding=True),
     "gemma2": Quirk(scaled_embedding=True),
     "gemma3_text": Quirk(scaled_embedding=True),
     "gpt2": Quirk(layout=_COUPLED_GPT2),
-    "gpt_neox": Quirk(layout=_COUPLED_NEOX),
-    "opt": Quirk(layout=_COUPLED_OPT),
-    "stablelm": Quirk(layout=_COUPLED_STABLELM),
+    "helium": Quirk(coupled=True),
+    "openai-gpt": Quirk(layout=_COUPLED_GPT2),
+    "vaultgemma": Quirk(scaled_embedding=True),
 }
 
 # The names that configs give to an axis, the usual one first. transformers' own `attribute_map` resolves most.
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
-    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
-    "heads": ("num_attention_heads", "n_head"),
+    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dff", "dim_ff"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim",),
     "vocab": ("vocab_size",),
 }
 # Sizes that must equal another axis and have a key of their own.
 FOLLOWERS: Mapping[str, str] = {"word_embed_proj_dim": "hidden"}
+# What a twin has few of or makes narrow, where these are no axes: experts, those that a token goes to, their neurons.
+TWIN_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "n_group"), 2),
+    "topk_group": 1,
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "moe_hidden_size"), 24),
+}
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Lists of layer numbers, renumbered when layers go; lists with one entry a layer are found by their length.
 INDEX_LISTS = ("mlp_only_layers",)

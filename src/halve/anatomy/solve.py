@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from halve.anatomy import configs
 from halve.anatomy.arch import Shape
 from halve.anatomy.axes import Expr, Term
+from halve.anatomy.quirks import TWIN_SIZES
 from halve.errors import AnatomyError, PlanError
 
 # Sizes to build at. Heads divide hidden, groups divide heads, head_dim stays even after partial rotation; together
@@ -47,31 +49,81 @@ def tie(point: Mapping[str, int], *, coupled: bool) -> dict[str, int]:
     return {**point, "hidden": point["heads"] * point["head_dim"]} if coupled else dict(point)
 
 
-def small(config: PretrainedConfig, point: Mapping[str, int], layers: tuple[int, ...]) -> PretrainedConfig:
-    """A twin's config: other sizes and few layers, token ids inside the vocabulary, windows that are felt."""
+def alike(one: Shape, other: Shape) -> bool:
+    """Whether two shapes are the same wherever hidden = heads x head_dim."""
+    points = [tie(point, coupled=True) for point in _POINTS]
+    return all([expr.size(p) for expr in one] == [expr.size(p) for expr in other] for p in points)
+
+
+def small(
+    config: PretrainedConfig, point: Mapping[str, int], layers: tuple[int, ...], *, shrink: bool = False
+) -> PretrainedConfig:
+    """A twin's config: other sizes and few layers, token ids inside the vocabulary, windows that are felt.
+
+    With `shrink`, experts are few and narrow as well: sizes that are no axes, and that shapes of the model itself
+    need as they are.
+    """
     sizes = {axis: size for axis, size in point.items() if configs.key(config, axis) or axis == "head_dim"}
     twin = configs.resized(config, sizes, kept_layers=layers)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(twin, name, None)
+        try:
+            setattr(twin, name, None)
+        except StrictDataclassError:  # the family wants a number
+            setattr(twin, name, 0)
     if isinstance(getattr(twin, "sliding_window", None), int):
         twin.sliding_window = 5
+    for name, most in TWIN_SIZES.items() if shrink else ():
+        value = getattr(twin, name, None)
+        if isinstance(value, int) and value > most:
+            setattr(twin, name, most)
     return twin
 
 
-def solve(config: PretrainedConfig, layers: tuple[int, ...], layers_path: str) -> tuple[bool, dict[str, Shape | None]]:
-    """Each parameter's dimensions as sums of products of axes; None for a parameter with one that is not."""
+def solve_twin(
+    config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, given: Mapping[str, Shape], *, coupled: bool
+) -> tuple[bool, dict[str, Shape]]:
+    """Whether a twin's experts can be few, and its shapes: those given, with the numbers of a model of few experts."""
+    point = tie(TWIN_POINT, coupled=coupled)
+    if small(config, point, layers, shrink=True).to_dict() == small(config, point, layers).to_dict():
+        return False, dict(given)
     try:
-        exprs = _solve_at(config, layers, layers_path, coupled=False)
-    except (AnatomyError, PlanError):  # the family's own validation ties hidden to the heads
-        return True, _solve_at(config, layers, layers_path, coupled=True)
-    made_of = {axis for shape in exprs.values() if shape for expr in shape for axis in expr.axes}
-    if {"heads", "head_dim"} <= made_of:
-        return False, exprs
+        solved = _solve_at(config, layers, layers_path, coupled=coupled, shrink=True)
+    except (AnatomyError, PlanError):
+        return False, dict(given)
+    return True, {name: _with_numbers(shape, solved.get(name)) for name, shape in given.items()}
+
+
+def _with_numbers(given: Shape, solved: Shape | None) -> Shape:
+    """The given dimensions with the solved ones' numbers, where they are made of the same axes."""
+    if solved is None or len(solved) != len(given):
+        return given
+    return tuple(new if _numberless(old) == _numberless(new) else old for old, new in zip(given, solved, strict=True))
+
+
+def _numberless(expr: Expr) -> list[tuple[str, ...]]:
+    return [tuple(factor if isinstance(factor, str) else "" for factor in term) for term in expr.terms]
+
+
+def solve(
+    config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, *, coupled: bool
+) -> tuple[bool, dict[str, Shape | None]]:
+    """Each parameter's dimensions as sums of products of axes; None for a parameter with one that is not.
+
+    The first value says whether hidden = heads x head_dim: as it is known to be (`coupled`), or as shapes show.
+    """
+    if not coupled:
+        try:
+            exprs = _solve_at(config, layers, layers_path, coupled=False)
+        except (AnatomyError, PlanError):  # the family's own validation ties hidden to the heads
+            return True, _solve_at(config, layers, layers_path, coupled=True)
+        terms = [term for shape in exprs.values() if shape for expr in shape for term in expr.terms]
+        if any("heads" in term and len(term) > 1 for term in terms):
+            return False, exprs
     return True, _solve_at(config, layers, layers_path, coupled=True)
 
 
 def _solve_at(
-    config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, *, coupled: bool
+    config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, *, coupled: bool, shrink: bool = False
 ) -> dict[str, Shape | None]:
     points = [tie(point, coupled=coupled) for point in _POINTS]
     monomials = [Expr.parse(text) for text in (_COUPLED_MONOMIALS if coupled else _MONOMIALS)]
@@ -81,7 +133,7 @@ def _solve_at(
     assert np.linalg.matrix_rank(matrix) == len(monomials)
     built = []
     for point in points:
-        model = configs.build(small(config, point, layers), device="meta")
+        model = configs.build(small(config, point, layers, shrink=shrink), device="meta")
         built.append({name: tuple(p.shape) for name, p in model.named_parameters()})
     solved: dict[tuple[int, ...], Expr | None] = {}
     exprs: dict[str, Shape | None] = {}
@@ -107,5 +159,10 @@ def _expression(lengths: tuple[int, ...], matrix: np.ndarray, monomials: list[Ex
         return None
     terms: list[Term] = []
     for count, monomial in zip(counts.tolist(), monomials, strict=True):
-        terms += [(count,)] if not monomial.axes and count else list(monomial.terms) * count
+        if count and not monomial.axes:
+            terms.append((count,))
+        elif count > 1 and monomial.axes <= {"heads", "kv_heads"}:
+            terms.append((*monomial.terms[0], count))  # channels of a head whose size is the family's own
+        else:
+            terms += list(monomial.terms) * count
     return Expr(tuple(terms))

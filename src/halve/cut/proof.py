@@ -1,9 +1,11 @@
-"""The proof of an anatomy, on a tiny random twin, before any weight is touched.
+"""The proof of an anatomy, on tiny random twins, before any weight is touched.
 
 For every axis: permuting its entries everywhere leaves the logits alone, leaving out any one parameter does not;
 trimming gives the logits of the full twin with the same entries masked; dropping layers equals skipping them; the
 trimmed twin saves, reopens in plain transformers in a fresh process and has the planned number of parameters.
-An axis that fails is refused, never cut.
+No one twin runs in every family: some code works in float32 only, where hidden = heads x head_dim, or with heads of
+its own size. Twins are tried in turn; an axis is proved by one on which all of its checks pass, and refused, never
+cut, where it fails on each.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from halve.anatomy import CUT_AXES, Anatomy, Arch
 from halve.anatomy.configs import quiet
 from halve.cut.plan import select
 from halve.cut.surgery import take, trim
-from halve.cut.twins import RandomScores, fixed_ids, logits, masked, random_twin, skipping, twin_plan
+from halve.cut.twins import KINDS, Kind, RandomScores, fixed_ids, logits, masked, random_twin, skipping, twin_plan
 from halve.errors import AnatomyError, HalveError
 
 # Logits of the twins are of order one. Norms and softmax of most families compute in float32 whatever the model is
@@ -42,14 +44,17 @@ class Check:
     passed: bool
     measure: float
     detail: str = ""
+    twin: str = ""
+    """The kind of twin that it was made on."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the twin showed. Axes that the anatomy refuses by itself have no checks."""
+    """What the twins showed. Axes that the anatomy refuses by itself have no checks."""
 
     family: str
     checks: tuple[Check, ...]
+    """Of an axis that is proved all of one twin, of another the first that failed on each."""
     refusals: Mapping[str, str]
     """Every axis that must not be cut, with the reason: the anatomy's own and those that failed here."""
 
@@ -98,38 +103,66 @@ def _on_one_thread(anatomy: Anatomy, *, seed: int, reopen: bool) -> Proof:
 
 
 def _prove(anatomy: Anatomy, *, seed: int, reopen: bool) -> Proof:
-    twin = anatomy.twin()
-    refusals = dict(anatomy.refusals)
-    checks: list[Check] = []
+    left: list[str] = [axis for axis in CUT_AXES if axis not in anatomy.refusals]
+    proved: list[Check] = []
+    failed: dict[str, list[Check]] = {axis: [] for axis in left}
+    for kind in KINDS:
+        if not left:
+            break
+        for axis, checks in _try(anatomy, kind, left, seed=seed, reopen=reopen).items():
+            if all(check.passed for check in checks):
+                proved += checks
+                left.remove(axis)
+            else:
+                failed[axis].append(next(check for check in checks if not check.passed))
+    reasons = {axis: _reason(failed[axis]) for axis in left}
+    refused = {**anatomy.refusals, **reasons}
+    for axis, other in (("hidden", "heads"), ("heads", "hidden")) if anatomy.coupled else ():
+        if other in refused:
+            reasons.setdefault(axis, f"it is cut with {other} or not at all, and {other}: {refused[other]}")
+    shown = [check for axis in left for check in failed[axis]]
+    return Proof(anatomy.family, (*proved, *shown), {**reasons, **anatomy.refusals})
+
+
+def _try(anatomy: Anatomy, kind: Kind, axes: list[str], *, seed: int, reopen: bool) -> dict[str, list[Check]]:
+    """The checks of these axes on one twin, by axis and each up to the first that fails; none for a twin of no use."""
+    if not kind.differs(anatomy):
+        return {}
     try:
-        model = random_twin(twin, seed=seed)
+        twin = kind.twin(anatomy)
+        model = random_twin(twin, seed=seed, dtype=kind.dtype)
         reference = logits(model, twin)
+        if not reference.isfinite().all():
+            raise ValueError("its logits are not finite")
     except Exception as error:  # a family's own code may raise anything at sizes that it was not written for
-        reason = f"the twin does not run: {_say(error)}"
-        return Proof(anatomy.family, (), {**dict.fromkeys(CUT_AXES, reason), **refusals})
-    for axis in CUT_AXES:
-        if axis in refusals:
-            continue
+        return {axis: [Check(axis, "the twin runs", False, float("nan"), _say(error), str(kind))] for axis in axes}
+    found: dict[str, list[Check]] = {}
+    for axis in axes:
+        found[axis] = []
         try:
-            found = [*_check_axis(axis, model, twin, reference, seed)]
+            for check in _check_axis(axis, model, twin, reference, seed):
+                found[axis].append(check)
+                if not check.passed:
+                    break
         except Exception as error:
-            found = [Check(axis, "the twin cannot be cut", False, float("nan"), _say(error))]
-        checks += found
+            found[axis].append(Check(axis, "the twin can be cut", False, float("nan"), _say(error)))
     if reopen:
-        checks += _check_reopen([axis for axis in CUT_AXES if _passed(axis, checks)], model, twin, seed)
-    for failed in (found for found in checks if not found.passed):
-        refusals.setdefault(failed.axis, f"the proof failed: {failed.name}: {failed.detail or f'{failed.measure:.2g}'}")
-    return Proof(anatomy.family, tuple(checks), refusals)
+        for check in _check_reopen([a for a in axes if all(c.passed for c in found[a])], model, twin, seed):
+            found[check.axis].append(check)
+    return {axis: [replace(check, twin=str(kind)) for check in checks] for axis, checks in found.items()}
+
+
+def _reason(failed: list[Check]) -> str:
+    """What an axis failed by: its check on the twin that ran furthest, of those the first."""
+    order = ["the twin runs", "the twin can be cut"]
+    furthest = max(failed, key=lambda check: order.index(check.name) if check.name in order else len(order))
+    tried = f" (on every twin: {len(failed)} tried)" if len(failed) > 1 else ""
+    return f"the proof failed: {furthest.name}: {furthest.detail or f'{furthest.measure:.2g}'}{tried}"
 
 
 def _say(error: Exception) -> str:
     what = error.what if isinstance(error, HalveError) else f"{type(error).__name__}: {error}"
     return " ".join(what.split())[:200]
-
-
-def _passed(axis: str, checks: list[Check]) -> bool:
-    own = [check for check in checks if check.axis == axis]
-    return bool(own) and all(check.passed for check in own)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
@@ -275,8 +308,9 @@ def _check_reopen(axes: list[str], model: PreTrainedModel, twin: Anatomy, seed: 
             failed = [Check(axis, "reopens in plain transformers", False, float("nan"), str(error)) for axis in axes]
             return [*checks, *failed]
         for axis in axes:
-            gap = _gap(found[axis], expected[axis])
-            checks.append(Check(axis, "reopens in plain transformers", gap < SAME, gap))
+            there = found[axis]
+            gap, problem = (float("nan"), there) if isinstance(there, str) else (_gap(there, expected[axis]), "")
+            checks.append(Check(axis, "reopens in plain transformers", gap < SAME, gap, problem))
     return checks
 
 
@@ -288,17 +322,33 @@ transformers.utils.logging.disable_progress_bar()
 scratch, *axes = sys.argv[1:]
 ids = load_file(f"{scratch}/ids.st")["ids"]
 for axis in axes:
-    model = transformers.AutoModelForCausalLM.from_pretrained(f"{scratch}/{axis}", attn_implementation="eager").eval()
-    model.config._experts_implementation = "eager"
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits.contiguous()
-    save_file({"logits": logits}, f"{scratch}/{axis}.st")
+    try:
+        folder = f"{scratch}/{axis}"
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        model.config._experts_implementation = "eager"
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.contiguous()
+        save_file({"logits": logits}, f"{scratch}/{axis}.st")
+    except Exception as error:
+        with open(f"{scratch}/{axis}.error", "w") as file:
+            file.write(f"{type(error).__name__}: {error}")
 """
 
 
-def fresh_logits(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Tensor]:
-    """The logits of saved twins as plain transformers computes them in a process that never saw halve."""
+def fresh_logits(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Tensor | str]:
+    """The logits of saved twins as plain transformers computes them in a process that never saw halve.
+
+    In their place what it raised on a twin that it does not open.
+    """
     save_file({"ids": fixed_ids(twin)}, scratch / "ids.st")
     if why := fresh.python(_FRESH, str(scratch), *names):
         raise RuntimeError(f"plain transformers cannot open the result: {why}")
-    return {name: load_file(scratch / f"{name}.st")["logits"] for name in names}
+    found: dict[str, Tensor | str] = {}
+    for name in names:
+        error = scratch / f"{name}.error"
+        found[name] = " ".join(error.read_text().split())[:200] if error.exists() else _saved(scratch / f"{name}.st")
+    return found
+
+
+def _saved(path: Path) -> Tensor:
+    return load_file(path)["logits"]

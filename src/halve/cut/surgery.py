@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
@@ -37,11 +37,12 @@ def trim(
             parameter.data = value.to(parameter.device).clone()
         _copy_buffers(model, student, plan, anatomy)
     student.tie_weights()
-    factors = _norm_factors(plan, anatomy, gains or {})
-    _scale_norms(student, factors, plan, anatomy)
+    _scale_norms(student, gains or {}, plan, anatomy)
     if (scale := _embedding_factor(plan, anatomy)) != 1.0:
         with torch.no_grad():
             student.get_input_embeddings().weight.mul_(scale)
+        if anatomy.tied and anatomy.final_norm is not None:
+            _scale_output(student.get_submodule(anatomy.final_norm), 1 / scale)
     student.generation_config = model.generation_config
     return student.eval()
 
@@ -77,26 +78,30 @@ def _embedding_factor(plan: Plan, anatomy: Anatomy) -> float:
     return sqrt(plan.before.hidden / plan.after.hidden) if anatomy.scaled_embedding else 1.0
 
 
-def _norm_factors(plan: Plan, anatomy: Anatomy, gains: Mapping[str, float]) -> dict[str, float]:
-    factors = dict(gains)
-    if anatomy.tied and anatomy.final_norm is not None and (scale := _embedding_factor(plan, anatomy)) != 1.0:
-        factors[anatomy.final_norm] = factors.get(anatomy.final_norm, 1.0) / scale
-    return factors
-
-
-def _scale_norms(student: PreTrainedModel, factors: Mapping[str, float], plan: Plan, anatomy: Anatomy) -> None:
+def _scale_norms(student: PreTrainedModel, gains: Mapping[str, float], plan: Plan, anatomy: Anatomy) -> None:
     for new_name in anatomy.norms:
         layer = anatomy.layer_of(new_name)
         if layer is not None and layer not in plan.layers:
             continue
         here = new_name if layer is None else anatomy.in_layer(new_name, plan.layers.index(layer))
-        factor = factors.get(new_name, 1.0)
+        factor = gains.get(new_name, 1.0)
         if factor == 1.0:
             continue
-        module = student.get_submodule(here)
-        weight = getattr(module, "weight", None)
-        if weight is None:
-            continue  # a norm without parameters cannot carry a gain
-        offset = norm_kind(module).offset
+        _scale_weight(student.get_submodule(here), factor)
+
+
+def _scale_weight(module: nn.Module, factor: float) -> None:
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return  # a norm without parameters cannot carry a gain
+    offset = norm_kind(module).offset
+    with torch.no_grad():
+        weight.copy_((weight.double() + offset) * factor - offset)
+
+
+def _scale_output(module: nn.Module, factor: float) -> None:
+    """All that a norm gives out, its bias as well."""
+    _scale_weight(module, factor)
+    if isinstance(bias := getattr(module, "bias", None), Tensor):
         with torch.no_grad():
-            weight.copy_((weight.double() + offset) * factor - offset)
+            bias.mul_(factor)

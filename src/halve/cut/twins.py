@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,17 +15,53 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
 from halve.anatomy.configs import build, quiet
+from halve.anatomy.solve import TWIN_POINT
 from halve.cut.plan import Plan, select
 from halve.cut.sizes import check
 
 
-def random_twin(twin: Anatomy, *, seed: int) -> PreTrainedModel:
-    """A float64 model with every parameter and saved buffer drawn at order one, so that no weight hides.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of twin."""
+
+    dtype: torch.dtype
+    square: bool
+    """hidden = heads x head_dim, though the family's code may not ask for it."""
+    own_heads: bool
+    """Heads as wide as the family's own, where rotary or latent parts have fixed sizes."""
+
+    def twin(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy of this twin of a model."""
+        return anatomy.twin(square=self.square, own_heads=self.own_heads)
+
+    def differs(self, anatomy: Anatomy) -> bool:
+        """Whether it is another twin than those before it: coupled code has no other than square ones."""
+        own = self.own_heads and anatomy.sizes.head_dim == TWIN_POINT["head_dim"]
+        return not own and not (self.square and anatomy.coupled)
+
+    def __str__(self) -> str:
+        words = [str(self.dtype).removeprefix("torch.")]
+        words += ["hidden = heads x head_dim"] if self.square else []
+        words += ["heads of the family's size"] if self.own_heads else []
+        return ", ".join(words)
+
+
+KINDS = tuple(
+    Kind(dtype, square, own_heads)
+    for dtype in (torch.float64, torch.float32)
+    for own_heads in (False, True)
+    for square in (False, True)
+)
+"""In the order in which they are tried; the first is right for most families."""
+
+
+def random_twin(twin: Anatomy, *, seed: int, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A model with every parameter and saved buffer drawn at order one, so that no weight hides.
 
     Matrices have variance 1.5 / fan-in, norm weights lie in [0.5, 1.5], biases are normal: with usual starting values
     (norms of one, biases of zero) a forgotten norm or bias would pass.
     """
-    model = build(twin.config, device="cpu", dtype=torch.float64, initialize=True)
+    model = build(twin.config, device="cpu", dtype=dtype, initialize=True)
     model.config._attn_implementation = "eager"
     model.config._experts_implementation = "eager"  # the fused kernels know no float64
     generator = torch.Generator().manual_seed(seed)

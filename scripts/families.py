@@ -1,0 +1,243 @@
+"""Walk every decoder-only family of the installed transformers and write what the proof of each axis found.
+
+    python scripts/families.py              go on where the last walk stopped, then write docs/reference/families.md
+    python scripts/families.py NAME ...     these families again, then the page
+
+A family is proved in a process of its own, with at most 120 seconds and 2 GB of memory; what it needs beyond that
+is its finding. Results stand in docs/reference/families.json, each with the fingerprint of the code that found it:
+a walk passes over what this code found before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = (ROOT / "docs" / "reference" / name for name in ("families.md", "families.json"))
+SOURCES = ("anatomy/*.py", *(f"cut/{name}.py" for name in ("proof", "twins", "surgery", "plan", "sizes", "taps")))
+SECONDS, BYTES = 120.0, 2 * 10**9
+AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
+
+# Not families of decoder-only language models, though transformers lists them under causal language models.
+OTHER_TASKS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
+# Default configs that the family's own code does not build, or that say nothing of its checkpoints.
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    "diffllama": {"num_key_value_heads": 8},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Walk, and give the exit code."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    code = fingerprint()
+    wanted = arguments or [name for name in families() if results.get(name, {}).get("code") != code]
+    for name in wanted:
+        results[name] = {**in_a_process(name), "code": code}
+        _write(RESULTS, json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        print(f"{name}: {summary(results[name])}", flush=True)
+    _write(PAGE, page(results))
+    return 0
+
+
+def fingerprint() -> str:
+    """Of transformers and of the code that decides what a walk finds."""
+    import transformers
+
+    digest = hashlib.sha256(transformers.__version__.encode())
+    for pattern in SOURCES:
+        for path in sorted((ROOT / "src" / "halve").glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def families() -> list[str]:
+    """By model type, each config class once: wrappers whose text part is a family of its own are left to that one."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    others = {name for task in OTHER_TASKS for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")}
+    found = {}
+    for name in names:
+        if name not in others:
+            try:
+                config = AutoConfig.for_model(name)
+            except Exception:  # a family's own code may raise anything; the walk then says what
+                found[name] = name
+                continue
+            text = config.get_text_config()
+            if text is config or text.model_type not in names:
+                found.setdefault(config.model_type, config.model_type)
+    return sorted(found)
+
+
+# ---- one family
+
+
+def in_a_process(name: str) -> dict[str, Any]:
+    """What the proof finds, or what stopped it."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    started, most = time.monotonic(), 0
+    child = context.Process(target=_send, args=(name, send))
+    child.start()
+    send.close()
+    stopped = ""
+    while not receive.poll(0.1):
+        if not child.is_alive():
+            break
+        most = max(most, _resident(child.pid))
+        if most > BYTES:
+            stopped = f"it takes more than {BYTES // 10**9} GB"
+        elif time.monotonic() - started > SECONDS:
+            stopped = f"it takes more than {SECONDS:.0f} seconds"
+        if stopped:
+            _end(child.pid)
+            break
+    try:
+        result: dict[str, Any] = {"stopped": stopped} if stopped else receive.recv()
+    except EOFError:
+        result = {"stopped": "its process died"}
+    child.join()
+    return {**result, "seconds": round(time.monotonic() - started, 1), "gigabytes": round(most / 1e9, 2)}
+
+
+def _resident(pid: int | None) -> int:
+    try:
+        process = psutil.Process(pid)
+        return sum(part.memory_info().rss for part in (process, *process.children(recursive=True)))
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _end(pid: int | None) -> None:
+    try:
+        process = psutil.Process(pid)
+        for part in (*process.children(recursive=True), process):
+            part.kill()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _send(name: str, connection: multiprocessing.connection.Connection) -> None:
+    connection.send(findings(name))
+
+
+def findings(name: str) -> dict[str, Any]:
+    """The verdict on every axis of a family's default architecture."""
+    import torch
+    from transformers import AutoConfig
+
+    from halve.anatomy import discover
+    from halve.anatomy.configs import quiet
+    from halve.cut.proof import prove
+    from halve.errors import HalveError
+
+    torch.set_num_threads(1)  # the twins are tiny: threads would wait for each other
+    try:
+        with quiet():
+            config = AutoConfig.for_model(name, **CHANGES.get(name, {}))
+            anatomy = discover(config)
+            proof = prove(anatomy)
+    except HalveError as error:
+        return {"stopped": f"{error.what}: {error.why}"}
+    except Exception as error:  # a family's own code may raise anything
+        return {"stopped": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    return {
+        "coupled": anatomy.coupled,
+        "grouped": anatomy.grouped,
+        "refused": {axis: proof.refusals[axis] for axis in AXES if axis in proof.refusals},
+    }
+
+
+# ---- what is made of the findings
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One line."""
+    told = result.get("stopped") or "; ".join(f"{a}: {why}" for a, why in result["refused"].items()) or "every axis"
+    return f"{told} ({result['seconds']} s, {result['gigabytes']} GB)"
+
+
+def cells(result: Mapping[str, Any]) -> dict[str, str]:
+    """By axis: yes, no, what it is cut together with, or nothing where the family has no such axis."""
+    if "stopped" in result:
+        return dict.fromkeys(AXES, "no")
+    together = {"hidden": "with heads", "heads": "with hidden"} if result["coupled"] else {}
+    found = {axis: "no" if axis in result["refused"] else together.get(axis, "yes") for axis in AXES}
+    return found if result["grouped"] else {**found, "kv_heads": ""}
+
+
+def complete(result: Mapping[str, Any]) -> bool:
+    """Whether every axis that the family has is proved."""
+    return "no" not in cells(result).values()
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table, and the failing check of every axis that is refused."""
+    nothing = [name for name, result in results.items() if not {"yes", "with heads"} & set(cells(result).values())]
+    whole = [name for name, result in results.items() if complete(result)]
+    rows, notes = [], []
+    for name, result in results.items():
+        rows.append(f"| {' | '.join([name, *cells(result).values()])} |")
+        reasons: dict[str, list[str]] = {"stopped": []} if "stopped" in result else {}
+        for axis, reason in result.get("refused", {}).items():
+            if cells(result)[axis] == "no":
+                reasons.setdefault(reason, []).append(axis)
+        notes += [
+            f"- `{name}`: {' and '.join(axes) + ': ' if axes else ''}{_text(result['stopped'] if not axes else reason)}"
+            for reason, axes in reasons.items()
+        ]
+    table = "\n".join([f"| {' | '.join(['family', *AXES])} |", "|---" * (len(AXES) + 1) + "|", *rows])
+    return (
+        "<!-- Generated by scripts/families.py; edits here are lost. -->\n\n# Families\n\n"
+        f"Of {len(results)} families of decoder-only language models in transformers, {len(whole)} can be cut along"
+        f" every axis that they have, {len(results) - len(whole) - len(nothing)} along some,"
+        f" {len(nothing)} along none.\n\n"
+        "Nothing here is promised by a list: each cell is what the proof of that axis found on random twins of the"
+        " family's default architecture (see [axes and proof](../concepts/axes-and-proof.md)), with at most"
+        f" {SECONDS:.0f} seconds and {BYTES // 10**9} GB. What decides for a model is its own proof:"
+        " `halve inspect MODEL`.\n\n"
+        "*with heads*, *with hidden*: the family's code computes head_dim as hidden / heads, so the two are cut"
+        " together. Nothing under kv_heads: every query head has its own key and value head, and they are cut with it."
+        " transformers opens every student: that is part of the proof. What other runtimes open, `halve inspect` and"
+        " `halve plan` say.\n\n"
+        f"{table}\n\n## Why not\n\n" + "\n".join(notes) + "\n"
+    )
+
+
+def _text(reason: str) -> str:
+    """A reason that a Markdown list can hold."""
+    return " ".join(reason.split()).replace("<", "&lt;").replace("*", "\\*")
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    # imported once, before the walk forks: a family's process then starts with everything at hand
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    import halve.cut.proof  # noqa: F401
+
+    sys.exit(main(sys.argv[1:]))
