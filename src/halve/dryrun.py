@@ -223,7 +223,7 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
         tokens[name], flops[name] = training.tokens, _over_phases(training, recipe.data.context, per_token)
 
     if recipe.correct and recipe.corrects_before:
-        add("correct", recipe.correct, watch.correcting(found[0].before.config, recipe.correct))
+        add("correct", recipe.correct, watch.correcting(found[0].before, recipe.correct))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         score, distill = named("score", number), named("distill", number)
         tokens[score] = part.score.samples * part.data.context
@@ -239,7 +239,7 @@ def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], d
             for baseline in part.distill.baselines:
                 add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
             if recipe.correct and recipe.corrects_beside:
-                corrected = watch.correcting(teacher.before.config, recipe.correct)(recipe.data.context)
+                corrected = watch.correcting(teacher.before, recipe.correct)(recipe.data.context)
                 learned = min(recipe.correct.tokens, part.distill.tokens)
                 for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
                     flops[name] += learned * corrected

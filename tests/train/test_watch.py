@@ -24,7 +24,7 @@ from train.test_loop import (
     weights,
 )
 
-from halve.anatomy import discover
+from halve.anatomy import configs, discover
 from halve.errors import TrainError
 from halve.reading import on_spikes
 from halve.recipe import Correct, Distill, Recipe
@@ -160,11 +160,15 @@ def test_spikes_without_end_stop_even_where_they_are_skipped(tmp_path: Path) -> 
     assert f"after {watch.MOST} others" in caught.value.why
 
 
-def test_work_of_distillation_counts_both_models_and_heads() -> None:
-    student, teacher = tiny(hidden_size=8).config, tiny().config
+def test_work_of_distillation_counts_both_models_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = discover(tiny(hidden_size=8).config), discover(tiny().config)
 
-    def forward(config: Any) -> int:
-        anatomy = discover(config)
+    def unasked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a step may build no model to count its work")
+
+    monkeypatch.setattr(configs, "build", unasked)
+
+    def forward(anatomy: Any) -> int:
         return anatomy.ledger.count(anatomy.sizes, context=CONTEXT).flops_per_token
 
     def work(**keys: Any) -> float:
@@ -172,8 +176,7 @@ def test_work_of_distillation_counts_both_models_and_heads() -> None:
 
     assert watch.learning(student)(CONTEXT) == 3 * forward(student)
     assert work() == 3 * forward(student) + forward(teacher)
-    anatomy = discover(teacher)
-    matrices = anatomy.ledger.count(anatomy.sizes, context=0).flops_per_token
+    matrices = teacher.ledger.count(teacher.sizes, context=0).flops_per_token
     assert watch.correcting(teacher, Correct(tokens=1))(CONTEXT) == 3 * forward(teacher)
     assert watch.correcting(teacher, Correct(tokens=1, method="norms"))(CONTEXT) == 3 * forward(teacher) - matrices
     assert work(cache="hidden") == 3 * forward(student) + 2 * VOCAB * 16

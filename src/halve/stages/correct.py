@@ -45,7 +45,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
         metrics=out / "metrics.jsonl",
         progress=progress,
         heldout=objectives.heldout_loss(text.heldout, micro_batch=training.micro_batch or training.batch),
-        flops=watch.correcting(model.config, training),
+        flops=watch.correcting(teacher.anatomy, training),
         name="correct",
     )
     record = {

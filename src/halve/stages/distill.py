@@ -104,7 +104,7 @@ def run(
         heldout=_figures(training, taught, text.heldout, vocab=vocab),
         extra=extra,
         beside=taught.by if isinstance(taught.by, Correction) else None,
-        flops=_flops(training, teacher, model, variant=variant),
+        flops=_flops(training, teacher, student, variant=variant),
         name="distill" if variant == "student" else f"distill-{variant}",
     )
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -160,10 +160,10 @@ def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) 
     return figures
 
 
-def _flops(training: Distill, teacher: Checkpoint, student: PreTrainedModel, *, variant: str) -> watch.Work:
+def _flops(training: Distill, teacher: Checkpoint, student: Checkpoint, *, variant: str) -> watch.Work:
     if variant == "ce" or not objectives.teacher_terms(training):
-        return watch.learning(student.config)
-    return watch.distilling(student.config, teacher.config, training)
+        return watch.learning(student.anatomy)
+    return watch.distilling(student.anatomy, teacher.anatomy, training)
 
 
 def _by_model(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:

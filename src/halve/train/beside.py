@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from halve.anatomy import discover
 from halve.errors import TrainError
 from halve.head import Body, Head
 from halve.recipe import Correct, Distill
@@ -110,5 +111,5 @@ def correction(
     between = [parameter for layer in blocks.layers(model) for parameter in layer.parameters()]
     trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared, between=between))
     steps = min(1 + bisect_left(range(1, course.steps + 1), section.tokens, key=course.tokens), course.steps)
-    work = watch.correcting(model.config, section)
+    work = watch.correcting(discover(model.config), section)
     return Correction(trained, learner, section, steps, lambda: loop.autocast(shared, device), device, work)

@@ -175,8 +175,9 @@ class _UnderWay:
         line |= {"loss": found.loss, "grad_norm": found.norm, "lr": lr}
         if self.beside is not None:
             line |= self.beside.step(parts, step=step)
-        seconds, tokens = time.perf_counter() - began, self.course.tokens(step) - self.course.tokens(step - 1)
+        tokens = self.course.tokens(step) - self.course.tokens(step - 1)
         per_token = _work(self.flops, self.beside, batch.ids.shape[1], step)
+        seconds = time.perf_counter() - began  # the last thing: what a step costs is on its clock
         return line | _speed(per_token, tokens, seconds, waited, self.device, training, ranks)
 
     def measure(self, step: int) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
-from halve.anatomy import discover
+from halve.anatomy import Anatomy
 from halve.recipe import Correct, Distill
 
 HORIZON = 64
@@ -91,12 +90,12 @@ Work = Callable[[int], float]
 """FLOPs of a token of training by the context's length."""
 
 
-def learning(student: PretrainedConfig) -> Work:
+def learning(student: Anatomy) -> Work:
     """FLOPs a token of a model in training: three times its forward pass, `3 (2N + a) + 6 V H`."""
     return lambda context: 3.0 * _forward(student, context)
 
 
-def correcting(teacher: PretrainedConfig, section: Correct) -> Work:
+def correcting(teacher: Anatomy, section: Correct) -> Work:
     """FLOPs a token of a correction: three times the forward pass.
 
     Where matrices stay frozen they have no gradient of their own, and count twice; attention has no weights.
@@ -106,7 +105,7 @@ def correcting(teacher: PretrainedConfig, section: Correct) -> Work:
     return lambda context: 3.0 * _forward(teacher, context) - _forward(teacher, 0)
 
 
-def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: Distill) -> Work:
+def distilling(student: Anatomy, teacher: Anatomy, training: Distill) -> Work:
     """FLOPs a token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
 
     Of a teacher whose hidden states are cached the head alone counts, of one whose logits are, nothing.
@@ -117,8 +116,7 @@ def distilling(student: PretrainedConfig, teacher: PretrainedConfig, training: D
         if training.cache == "logits":
             return own(context)
         if training.cache == "hidden":
-            sizes = discover(teacher).sizes
-            return own(context) + 2.0 * sizes.vocab * sizes.hidden
+            return own(context) + 2.0 * teacher.sizes.vocab * teacher.sizes.hidden
         return own(context) + _forward(teacher, context)
 
     return work
@@ -148,8 +146,7 @@ def peak_memory_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _forward(config: PretrainedConfig, context: int) -> float:
-    anatomy = discover(config)
+def _forward(anatomy: Anatomy, context: int) -> float:
     return float(anatomy.ledger.count(anatomy.sizes, context=context).flops_per_token)
 
 
