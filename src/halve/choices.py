@@ -12,7 +12,6 @@ Shape suffixes: `N` choices of a batch, `S` tokens, `M` scored tokens, `D` hidde
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halve import plain_json
 from halve.errors import CorpusError
 from halve.head import Head, split
 from halve.measure import context_length, row_chunks, token_log_probs
@@ -93,7 +93,7 @@ def _parse(line: bytes, source: str) -> Item:
         )
 
     try:
-        raw: Any = json.loads(line.decode("utf-8"))
+        raw: Any = plain_json.parse(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise broken(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:

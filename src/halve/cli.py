@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from halve.errors import HalveError, PlanError, Stopped
+from halve import flags
+from halve.errors import HalveError, PlanError, Stopped, of_the_system
+from halve.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
 from halve.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
 from halve.reading import load, on_spikes
 from halve.recipe import Prune, Recipe
@@ -29,16 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder (a config alone is enough) or a hub name.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Out = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/ and the recipe's name.")]
-OnSpike = Annotated[
-    Literal["stop", "skip", "rewind"] | None,
-    typer.Option(help="What a loss that is not finite or leaps leads to, in place of the recipe's on_spike."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (refusal := of_the_system(error)) is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
     except SystemExit as finished:  # the parser prints its own errors and always ends so
         code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
         if code == INTERRUPTED and first:
@@ -67,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 @app.command()
 def demo(
     long: Annotated[bool, typer.Option("--long", help="About an hour on the same, instead of minutes.")] = False,
-    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
-    corpus: Annotated[
-        Path | None, typer.Option(help="Text to distil on where the standard library's sources are missing.")
-    ] = None,
+    out: flags.DemoOut = Path("runs/demo"),
+    corpus: flags.Corpus = None,
     json_: AsJson = False,
 ) -> None:
     """The whole pipeline on the embedded teacher, offline, on a CPU."""
@@ -110,8 +105,8 @@ def plan(
     kv_heads: Annotated[int | None, typer.Option(help="Key-value groups to keep in every layer.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers to keep.")] = None,
     drop_layers: Annotated[str | None, typer.Option(help="Layers to drop, such as 16-31.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of context that FLOPs are counted at.")] = 4096,
-    most: Annotated[int, typer.Option(help="Candidates to list.")] = 10,
+    context: Annotated[int, typer.Option(min=1, max=10**9, help="Tokens of context that FLOPs are counted at.")] = 4096,
+    most: Annotated[int, typer.Option(min=1, help="Candidates to list.")] = 10,
     json_: AsJson = False,
 ) -> None:
     """Legal architectures near a budget, or sizes by hand; exact counts, no weights read."""
@@ -149,11 +144,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, tokens, cost, memory, disk; do nothing.")
     ] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="With --dry-run: how many ranks will train.")] = 1,
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="With --dry-run: the share of the peak rate to count hours with.")
-    ] = 0.4,
-    card: Annotated[float, typer.Option(min=1.0, help="With --dry-run: memory of one GPU, in GB.")] = 80.0,
+    ranks: flags.Ranks = 1,
+    mfu: flags.Mfu = 0.4,
+    card: flags.Card = 80.0,
     on_spike: OnSpike = None,
     quiet: Quiet = False,
     json_: AsJson = False,
@@ -197,8 +190,8 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run folder, or a checkpoint in it.")],
-    out: Annotated[Path, typer.Option(help="The new model folder.")],
+    source: flags.Exported,
+    out: flags.NewFolder,
     json_: AsJson = False,
 ) -> None:
     """The student of a run, also while it is being trained, as an ordinary model folder."""
@@ -217,16 +210,14 @@ def export(
 def study(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. See --list.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the studies.")] = False,
-    out: Annotated[Path, typer.Option(help="Where runs and results go; studies share what they can.")] = Path(
-        "runs/studies"
-    ),
-    model: Annotated[str | None, typer.Option(help="A teacher instead of the demo's.")] = None,
-    train: Annotated[list[str] | None, typer.Option(help="Its text to distill on; may be repeated.")] = None,
-    valid: Annotated[list[str] | None, typer.Option(help="Its held-out text; may be repeated.")] = None,
-    choices: Annotated[Path | None, typer.Option(help="Multiple-choice items, for depth-sets.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an arm is distilled on.")] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a sample.")] = None,
+    out: flags.StudyOut = Path("runs/studies"),
+    model: flags.Teacher = None,
+    train: flags.Train = None,
+    valid: flags.Valid = None,
+    choices: flags.Choices = None,
+    seeds: flags.Seeds = 3,
+    tokens: flags.Tokens = None,
+    context: flags.Context = None,
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
@@ -347,7 +338,9 @@ def _prune(wishes: dict[str, Any]) -> Prune:
     try:
         return Prune.model_validate(wishes)
     except ValueError as error:
-        message = str(error).splitlines()[-2].strip().removeprefix("Value error, ").split(" [type")[0]
+        lines = [line.strip() for line in str(error).splitlines()]
+        key = f"{lines[1].replace('_', '-')}: " if lines[1] in wishes else ""
+        message = key + lines[2 if key else -2].removeprefix("Value error, ").split(" [type")[0]
         raise PlanError(
             "these flags make no plan",
             why=message,

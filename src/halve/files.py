@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from halve import plain_json
 from halve.errors import DiskError, RunError
 
 CHANGED = "remove the folder it is in and run the same command: what was there is made again"
@@ -88,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read what `write_json` wrote. Raises `RunError` naming the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return plain_json.parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read {path}", why=str(error), fix=CHANGED) from error
 
@@ -174,7 +175,7 @@ def remembering(memo: Path) -> Callable[[Path], str]:
 
 def _remembered(memo: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
-        known = json.loads(memo.read_text(encoding="utf-8"))
+        known = plain_json.parse(memo.read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
     return {}
 

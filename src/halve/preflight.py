@@ -64,6 +64,7 @@ def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any
 
     if out is not None:
         yield partial(check_folder, out, recipe)
+        yield partial(preflight_bounds.check_place, out)
     yield partial(resolve_device, recipe.device)
     yield partial(preflight_bounds.check_workers, recipe)
 

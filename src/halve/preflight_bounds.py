@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve.errors import RecipeError
+from halve.errors import RecipeError, RunError
 from halve.recipe import Correct, Recipe, Training
 from halve.rounds import rounds
 
@@ -37,6 +38,17 @@ def check_workers(recipe: Recipe) -> None:
             f"data.workers {recipe.data.workers} is more than this machine can start",
             why=f"it has {os.cpu_count()} processors, and more than {_PROCESSES_A_CORE} processes on each only wait",
             fix=f"set data.workers to {os.cpu_count()}",
+        )
+
+
+def check_place(out: Path) -> None:
+    """Refuse a run folder that cannot be made where it is asked for."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(
+            f"cannot make run folder {out}",
+            why=f"{nearest} is no folder that may be written to",
+            fix="choose another --out",
         )
 
 

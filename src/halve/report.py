@@ -6,7 +6,6 @@ that has not finished is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import jinja2
 from safetensors import safe_open
 
-from halve import charts, sections, strict_yaml
+from halve import charts, plain_json, sections, strict_yaml
 from halve.files import atomic_file, read_json, read_object
 from halve.plots import figure
 from halve.rounds import named, parsed
@@ -109,13 +108,13 @@ def _model_name(stage: str) -> str:
 
 def _scores(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, framework="numpy") as file:
-        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        about = plain_json.parse((file.metadata() or {}).get("about", "{}"))
         axes = [axis for axis in ("layers", "hidden", "ffn", "heads", "kv_heads") if axis in file.keys()]  # noqa: SIM118
         return {axis: file.get_tensor(axis) for axis in axes}, about
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [plain_json.parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _view(run: Run) -> dict[str, Any]:

@@ -8,7 +8,6 @@ remote code, kernels from the hub, missing and truncated files.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import errors, snapshot_download
 
+from halve import plain_json
 from halve.errors import CheckpointError
 from halve.files import file_sha256
 from halve.fresh import distrust
@@ -170,7 +170,7 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = plain_json.parse(text)
         header.pop("__metadata__", None)
         tensors = {
             name: TensorHeader(
@@ -238,7 +238,7 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = plain_json.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}", why=str(error), fix=_AGAIN) from error
     if not isinstance(value, dict):

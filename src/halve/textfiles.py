@@ -7,7 +7,6 @@ import errno
 import gzip
 import importlib
 import io
-import json
 import lzma
 import os
 import stat
@@ -85,14 +84,6 @@ def open_packed(path: Path) -> io.BufferedIOBase:
             return io.BufferedReader(_ZstdFile(path, extra("zstandard", path)), _CHUNK_BYTES)
         case _:
             return path.open("rb")
-
-
-def json_value(text: str) -> Any:
-    """What a JSON text says. Raises `ValueError`, also where it is nested deeper than Python can follow."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def half_pair(text: str) -> int | None:

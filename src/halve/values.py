@@ -64,8 +64,8 @@ Rate = Annotated[Real, Field(gt=0, le=10)]
 Written = Annotated[str, BeforeValidator(_written), Field(min_length=1, max_length=10_000)]
 
 
-def _place(text: str) -> str:
-    """A path or a name of the hub that could be there."""
+def place(text: str) -> str:
+    """The text, if it is a path or a name of the hub that could be there. Raises `ValueError`."""
     if not text.strip():
         raise ValueError("a path or name has a character that is not blank")
     if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", text):
@@ -89,5 +89,5 @@ def _source(text: str) -> str:
     return text
 
 
-Place = Annotated[str, AfterValidator(_place)]
+Place = Annotated[str, AfterValidator(place)]
 TextSource = Annotated[Place, AfterValidator(_source)]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from halve import plain_json
 from halve.anatomy import Anatomy, Arch
 from halve.cut.importance import rank
 from halve.recipe import Gain
@@ -76,7 +76,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_json(plain_json.parse(Path(path).read_text(encoding="utf-8")))
 
 
 def select(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halve import plain_json
 from halve.anatomy import Anatomy
 from halve.cut import baselines
 from halve.cut.importance import (
@@ -221,7 +222,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            about = plain_json.parse((file.metadata() or {}).get("about", "{}"))
             if about.get("format") != FORMAT:
                 raise _broken(path, f"its format is {about.get('format')}, not {FORMAT}")
             return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -22,9 +22,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from halve import plain_json
 from halve.errors import CorpusError
 from halve.rundir import MARKER
-from halve.textfiles import DAMAGED, ending, json_value, open_packed, reason, shown, status
+from halve.textfiles import DAMAGED, ending, open_packed, reason, shown, status
 
 Kind = Literal["text", "JSON lines", "CSV", "parquet"]
 
@@ -156,7 +157,7 @@ def _is_object(line: bytes) -> bool:
     if not _OBJECT.match(line):
         return False
     try:
-        return isinstance(json_value(line.decode()), dict)
+        return isinstance(plain_json.parse(line.decode()), dict)
     except ValueError:
         return False
 

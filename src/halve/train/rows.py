@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from halve import plain_json
 from halve.errors import CorpusError
-from halve.textfiles import extra, half_pair, json_value
+from halve.textfiles import extra, half_pair
 from halve.train.folders import delimiter
 
 PIECE_CHARS = 1 << 16
@@ -43,7 +44,7 @@ def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Itera
     for number, line in _lines(path, file):
         place = f"{path}, line {number}"
         try:
-            row = json_value(line) if line.strip() else None
+            row = plain_json.parse(line) if line.strip() else None
         except ValueError as error:
             raise _no_json(path, number, line, why=str(error)) from error
         if row is None:

@@ -1,0 +1,67 @@
+"""What the command's flags take: the same bounds as the recipe's keys have."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from halve import values
+from halve.errors import RecipeError
+
+
+def place(given: Any) -> Any:
+    """Raise `RecipeError` for a path or name, or one of a list, that could not be there."""
+    for one in given if isinstance(given, list) else [] if given is None else [given]:
+        try:
+            values.place(str(one))
+        except ValueError as error:
+            raise RecipeError(f"cannot use {str(one)[:80]!r} as a path", why=str(error), fix="give another") from None
+    return given
+
+
+def finite(given: float) -> float:
+    """Refuse what is no number: no range leaves it out, since it compares with nothing."""
+    if not math.isfinite(given):
+        raise typer.BadParameter(f"{given} is no finite number.")
+    return given
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder (a config alone is enough) or a hub name.", callback=place)
+]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", callback=place)]
+Out = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/ and the recipe's name.", callback=place)]
+OnSpike = Annotated[
+    Literal["stop", "skip", "rewind"] | None,
+    typer.Option(help="What a loss that is not finite or leaps leads to, in place of the recipe's on_spike."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Ranks = Annotated[int, typer.Option(min=1, max=10**6, help="With --dry-run: how many ranks will train.")]
+Mfu = Annotated[
+    float,
+    typer.Option(
+        min=0.01, max=1.0, callback=finite, help="With --dry-run: the share of the peak rate to count hours with."
+    ),
+]
+Card = Annotated[
+    float, typer.Option(min=1.0, max=1e6, callback=finite, help="With --dry-run: memory of one GPU, in GB.")
+]
+Exported = Annotated[str, typer.Argument(metavar="SOURCE", help="A run folder, or a checkpoint in it.", callback=place)]
+NewFolder = Annotated[Path, typer.Option(help="The new model folder.", callback=place)]
+DemoOut = Annotated[Path, typer.Option(help="The run folder.", callback=place)]
+Corpus = Annotated[
+    Path | None,
+    typer.Option(help="Text to distil on where the standard library's sources are missing.", callback=place),
+]
+StudyOut = Annotated[Path, typer.Option(help="Where runs and results go; studies share what they can.", callback=place)]
+Teacher = Annotated[str | None, typer.Option(help="A teacher instead of the demo's.", callback=place)]
+Train = Annotated[list[str] | None, typer.Option(help="Its text to distill on; may be repeated.", callback=place)]
+Valid = Annotated[list[str] | None, typer.Option(help="Its held-out text; may be repeated.", callback=place)]
+Choices = Annotated[Path | None, typer.Option(help="Multiple-choice items, for depth-sets.", callback=place)]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="How many seeds.")]
+Tokens = Annotated[int | None, typer.Option(min=1, max=values.MOST, help="Tokens that an arm is distilled on.")]
+Context = Annotated[int | None, typer.Option(min=2, max=values.MOST, help="Tokens in a sample.")]
