@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from halve.anatomy.configs import resized
+from halve.cli import main
 from halve.dryrun import Forecast, forecast
 from halve.head import split
 from halve.reading import parse
@@ -134,3 +135,50 @@ def test_the_work_is_what_is_counted(tmp_path: Path) -> None:
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(objective(*split(student), batch)[0])
     assert planned.flops["distill"] == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A recipe that distills a mixture of experts."""
+    config("mixtral", num_local_experts=4, num_hidden_layers=2).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("some words\n" * 100, encoding="utf-8")
+    path = tmp_path / "mixture.yaml"
+    path.write_text(
+        "{name: mixture, model: teacher, data: {train: [text.txt], valid: [text.txt], context: 16},"
+        " prune: {layers: 1}, distill: {tokens: 1000, batch: 4}}",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_mixture_is_planned_by_the_command(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(mixture), "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    assert "activations and loss" in page
+    assert "no plan could be made" not in page
+
+
+@pytest.mark.parametrize("failing", ["halve.train.rehearsal._play", "halve.dryrun.forecast"])
+def test_a_plan_that_cannot_be_made_stops_nothing(
+    failing: str, mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise IndexError("a family's own code\nlooked at contents")
+
+    ran: list[Path] = []
+    (mixture.parent / "evaluate").mkdir()
+    (mixture.parent / "evaluate" / "results.json").write_text(
+        '{"reference": "teacher", "models": {}}', encoding="utf-8"
+    )
+    monkeypatch.setattr(failing, broken)
+    monkeypatch.setattr("halve.pipeline.run", lambda *_, **__: ran.append(mixture) or mixture.parent)
+    assert main(["run", str(mixture)]) == 0
+    assert ran
+    said = capsys.readouterr().err
+    if failing.endswith("forecast"):
+        assert "no plan could be made: IndexError: a family's own code looked at contents\n" in said
+        return
+    assert "plan: distill holds over " in said
+    assert main(["run", str(mixture), "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    assert "no plan could be made of activations: IndexError: a family's own code looked at contents" in page

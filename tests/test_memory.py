@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import config
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel
 
 from halve.anatomy import discover
 from halve.dryrun import Forecast, forecast
@@ -43,7 +43,14 @@ def llama(hidden: int, ffn: int, layers: int, *, tied: bool = False) -> LlamaCon
     )
 
 
-def sized(one: LlamaConfig) -> Sized:
+def mixture(hidden: int, ffn: int) -> MixtralConfig:
+    base = llama(hidden, ffn, 5).to_dict()
+    own = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    kept = {key: base[key] for key in (*own, "vocab_size", "max_position_embeddings")}
+    return MixtralConfig(**kept, num_local_experts=4, num_experts_per_tok=2)
+
+
+def sized(one: PretrainedConfig) -> Sized:
     anatomy = discover(one)
     return Sized(one, anatomy.sizes, anatomy.ledger.count(anatomy.sizes))
 
@@ -100,13 +107,24 @@ CASES: dict[str, dict[str, Any]] = {
 def test_the_plan_is_what_is_measured(tmp_path: Path, kind: str, precision: str) -> None:
     training, tied = section(precision=precision, **CASES[kind]), kind in ("one pass", "recomputed")
     its, own = llama(192, 512, 6, tied=tied), llama(160, 384, 6, tied=tied)
-    half = precision == "bfloat16"
+    assert_measured(its, own, training, tmp_path)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_mixture_of_experts_is_planned(tmp_path: Path, recompute: str) -> None:
+    """Its experts' products are grouped, in float32, too; ffn is the experts'."""
+    training = section(precision="float32", activation_checkpointing=recompute)
+    assert_measured(mixture(192, 256), mixture(160, 192), training, tmp_path)
+
+
+def assert_measured(its: PretrainedConfig, own: PretrainedConfig, training: Distill, folder: Path) -> None:
+    half = training.precision == "bfloat16"
     place = Place(cuda=False, half=half)
     planned = Distillation(training, sized(own), sized(its), place, CONTEXT, torch.bfloat16).memory()
     dtype = torch.bfloat16 if half else torch.float32
     teacher: PreTrainedModel = AutoModelForCausalLM.from_config(its, dtype=dtype).eval().requires_grad_(False)
     student: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
-    found = measured(student, teacher, training, tmp_path)
+    found = measured(student, teacher, training, folder)
     assert planned.total_bytes == pytest.approx(found, rel=WITHIN)
 
 
@@ -242,3 +260,23 @@ def test_ranks_mfu_and_card_are_asked_for(tmp_path: Path) -> None:
 def _model(one: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(one)
     return model
+
+
+def test_code_that_looks_at_contents_leaves_the_rest_of_the_plan(tmp_path: Path) -> None:
+    """JetMoE reads how many tokens each expert has, which nobody knows beforehand."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "head_dim": 16}
+    config("jetmoe", **sizes).save_pretrained(tmp_path / "teacher")
+    raw: dict[str, Any] = {
+        "name": "unknown",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 16},
+        "prune": {"layers": 1},
+        "distill": {"tokens": 1000, "batch": 4},
+    }
+    found = forecast(parse(raw, folder=tmp_path, source="test"), compare=True)
+    memory = found.memory["distill"]
+    assert "DataDependent" in memory.unknown
+    assert not memory.fits(1e15)
+    assert memory.masters_bytes == 4 * found.student_counts.params
+    assert memory.passing_bytes == 0
+    assert memory.moment_bytes == 2 * memory.masters_bytes

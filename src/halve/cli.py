@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -367,15 +367,20 @@ def _show_results(folder: Path, *, json_: bool) -> None:
 
 
 def _say_plan(recipe: Recipe) -> None:
-    """What a run will take, before it starts; what cannot be planned, the run itself refuses."""
+    """What a run will take, before it starts. It only informs, so that nothing in it stops the run."""
     if not _speaks():
         return
     from halve import show
     from halve.dryrun import forecast
 
-    with suppress(HalveError):
+    try:
         found = forecast(recipe, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-        print(f"{show.plan_in_a_line(found)}; more by --dry-run", file=sys.stderr)
+        line = f"{show.plan_in_a_line(found)}; more by --dry-run"
+    except HalveError:  # the run itself refuses it, in three lines
+        return
+    except Exception as error:
+        line = f"no plan could be made: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+    print(line, file=sys.stderr)
 
 
 def _speaks() -> bool:

@@ -44,15 +44,17 @@ class Memory:
     teacher_bytes: int
     gathered_bytes: int
     passing_bytes: int
+    unknown: str = ""
+    """Why `passing_bytes` could not be rehearsed, where that is so; they are 0 then."""
 
     @property
     def total_bytes(self) -> int:
         """The sum."""
-        return sum(asdict(self).values())
+        return sum(value for value in asdict(self).values() if isinstance(value, int))
 
     def fits(self, card: float = CARD_BYTES) -> bool:
-        """Whether a card of so many bytes holds it with `SPARE` to spare."""
-        return self.total_bytes < (1 - SPARE) * card
+        """Whether a card of so many bytes holds it with `SPARE` to spare; what is not known does not."""
+        return not self.unknown and self.total_bytes < (1 - SPARE) * card
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ class Distillation:
         its = _learning(section, self.teacher, played, self.place, batch=self.training)
         fuller = max(own, its, key=lambda one: one.gradient_bytes + one.gathered_bytes + one.passing_bytes)
         held = its.masters_bytes + its.moment_bytes
-        return replace(fuller, masters_bytes=own.masters_bytes, moment_bytes=own.moment_bytes, teacher_bytes=held)
+        unknown = own.unknown or its.unknown
+        kept = {"masters_bytes": own.masters_bytes, "moment_bytes": own.moment_bytes, "teacher_bytes": held}
+        return replace(fuller, **kept, unknown=unknown)
 
     def settings(self) -> tuple[Setting, ...]:
         """Other ways to carry it out: optimizer, recomputation, where the teacher is."""
@@ -198,7 +202,8 @@ def _learning(training: Training, model: Sized, found: Rehearsal, place: Place, 
         moment_bytes=round(_moments(training, found) / place.shards),
         teacher_bytes=0,
         gathered_bytes=0 if place.ranks == 1 else round(_gathered(model, 2 if place.half else 4)),
-        passing_bytes=round(max(passing, scratch)),
+        passing_bytes=0 if found.problem else round(max(passing, scratch)),
+        unknown=found.problem,
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halve.cut.proof import Proof
     from halve.cut.sizes import Candidate
     from halve.dryrun import Forecast
+    from halve.memory import Memory
 
 
 def as_json(value: Any) -> None:
@@ -178,9 +179,13 @@ def forecast(found: Forecast) -> None:
 def plan_in_a_line(found: Forecast) -> str:
     """The same before a run, in one line."""
     most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
-    parts = [] if most is None else [f"{most[0]} holds {bytes_(most[1].total_bytes)} a rank"]
+    parts = [] if most is None else [f"{most[0]} holds {_held(most[1])} a rank"]
     parts += [f"{sum(found.flops.values()):.3g} FLOP, {found.gpu_hours:,.2g} hours of an H100 at {found.mfu:.0%} MFU"]
     return f"plan: {'; '.join(parts)}; disk {bytes_(found.disk.total_bytes)}"
+
+
+def _held(memory: Memory) -> str:
+    return f"{'over ' if memory.unknown else ''}{bytes_(memory.total_bytes)}"
 
 
 def _memory(found: Forecast) -> None:
@@ -195,10 +200,17 @@ def _memory(found: Forecast) -> None:
     rows = []
     for stage, m in found.memory.items():
         held = (m.masters_bytes, m.gradient_bytes, m.moment_bytes, m.teacher_bytes, m.gathered_bytes, m.passing_bytes)
-        fits = ("yes" if m.fits(found.card_bytes) else "no",) if place.cuda else ()
-        rows.append((stage, *map(bytes_, (*held, m.total_bytes)), *fits))
+        verdict = "?" if m.unknown else "yes" if m.fits(found.card_bytes) else "no"
+        cells = [*map(bytes_, (*held, m.total_bytes))]
+        if m.unknown:
+            cells[-2:] = "?", _held(m)
+        rows.append((stage, *cells, *((verdict,) if place.cuda else ())))
     columns = ("stage", *names, *((f"fits {card}",) if place.cuda else ()))
     table(f"memory on {where}, {precision}", columns, rows)
+    for unknown in dict.fromkeys(filter(None, (m.unknown for m in found.memory.values()))):
+        print(f"no plan could be made of activations: {unknown}")
+    if any(m.unknown for m in found.memory.values()):
+        return
     if not place.cuda or (found.fits and place.ranks > 1):
         return
     ways = dict.fromkeys((one.recompute, one.teacher) for one in found.settings)

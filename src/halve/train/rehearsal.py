@@ -9,8 +9,10 @@ row). What differs are the factors of the head's products, and they are given as
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +25,7 @@ from transformers import PretrainedConfig
 
 from halve.anatomy import discover
 from halve.anatomy.configs import build, resized
+from halve.errors import HalveError
 from halve.head import Body, Head, parts
 from halve.recipe import Correct, Distill, Training
 from halve.train import adapters, blocks, chunked, divergences, intermediate, objectives
@@ -59,7 +62,7 @@ class Rehearsal:
     `first` is the most bytes during a step's first micro-batch, its growing gradients included; `later` the most
     during the others, beside gradients. `kept` are the bytes that wait for the way back when the loss is known.
     `trained` parameters move; `matrices` of them are in matrices between hidden states, the largest of which has
-    `largest`.
+    `largest`. Where the family's code cannot be gone through without contents, `problem` says why, and bytes are 0.
     """
 
     first: int
@@ -68,6 +71,7 @@ class Rehearsal:
     trained: int
     matrices: int
     largest: int
+    problem: str = ""
 
 
 class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -80,7 +84,8 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the operation run, and count what it made."""
-        result = func(*args, **(kwargs or {}))
+        grouped = func is torch.ops.aten._grouped_mm.default
+        result = _grouped(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -104,22 +109,32 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= num_bytes
 
 
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
+    """What a mixture's experts make of their tokens, or their gradients: `torch._grouped_mm` by its shapes.
+
+    PyTorch's own rule for tensors without contents refuses all but bfloat16, which its kernels do not.
+    """
+    if a.ndim == b.ndim == 2:
+        assert offs is not None, "groups of columns are told by their ends"
+        return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+    groups = a.shape[:1] if a.ndim == b.ndim else ()
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
 def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> Rehearsal:
     """Go through two micro-batches of so many samples.
 
     A deep student is played by two shallow ones: what a pass takes grows by the same with every layer. Raises what
     `intermediate.match` raises.
     """
-    depth = discover(cast.student).sizes.layers
-    by_number = isinstance(training, Distill) and training.intermediate is not None and training.intermediate.layers
-    if depth <= 2 * _FEW or by_number:
-        played = _play(cast, training, samples=samples, context=context)
-    else:
-        few, more = (
-            _play(_shallow(cast, layers), training, samples=samples, context=context) for layers in (_FEW, 2 * _FEW)
-        )
-        steps = (depth - 2 * _FEW) / _FEW
-        played = _Played(*(round(b + steps * (b - a)) for a, b in zip(few, more, strict=True)))
+    problem = ""
+    try:
+        with _quietly():
+            played = _played(cast, training, samples=samples, context=context)
+    except HalveError:
+        raise
+    except Exception as error:  # a family's code may look at contents, which are not there
+        played, problem = _Played(0, 0, 0), " ".join(f"{type(error).__name__}: {error}".split())[:200]
     model = _learner(cast, training)
     matrices = [
         p.numel() for layer in blocks.layers(model) for p in layer.parameters() if p.requires_grad and p.ndim == 2
@@ -129,13 +144,37 @@ def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> R
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         matrices=sum(matrices),
         largest=max(matrices, default=0),
+        problem=problem,
     )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep PyTorch from logging what a family's code could not do without contents: `problem` says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Played(NamedTuple):
     first: int
     later: int
     kept: int
+
+
+def _played(cast: Cast, training: Training, *, samples: int, context: int) -> _Played:
+    depth = discover(cast.student).sizes.layers
+    by_number = isinstance(training, Distill) and training.intermediate is not None and training.intermediate.layers
+    if depth <= 2 * _FEW or by_number:
+        return _play(cast, training, samples=samples, context=context)
+    few, more = (
+        _play(_shallow(cast, layers), training, samples=samples, context=context) for layers in (_FEW, 2 * _FEW)
+    )
+    steps = (depth - 2 * _FEW) / _FEW
+    return _Played(*(round(b + steps * (b - a)) for a, b in zip(few, more, strict=True)))
 
 
 def _play(cast: Cast, training: Training, *, samples: int, context: int) -> _Played:
