@@ -184,7 +184,7 @@ def check_teacher(prepared: Path, folder: Path, *, device: str) -> bool:
     num_bytes = measure.target_bytes(tokenizer, ids)
     bits = measure.bits_per_byte(nll, num_bytes, num_targets=CONTEXT - 1)
     items = load_items(prepared / "items.jsonl")
-    accuracy = measure.proportion(multiple_choice(model, tokenizer, items))
+    accuracy = measure.proportion(multiple_choice(model, tokenizer, items).right)
     bound = read_json(prepared / "baselines.json")
     chance = 1 / len(items[0].choices)
     figures: dict[str, Any] = {

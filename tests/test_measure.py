@@ -164,25 +164,25 @@ def test_answers_are_those_of_a_loop_over_single_sequences(byte_tokenizer: PreTr
     for item in items:
         (encoded,) = encode(byte_tokenizer, [item], max_tokens=CONTEXT)
         scores = [
-            choice_score(tiny(), list(row), encoded.start, len(choice))
-            for row, choice in zip(encoded.sequences, item.choices, strict=True)
+            choice_score(tiny(), list(row), start, len(choice))
+            for row, start, choice in zip(encoded.sequences, encoded.starts, item.choices, strict=True)
         ]
         want.append(max(range(3), key=scores.__getitem__) == item.answer)
     assert 0 < sum(want) < len(want)
     for batch_tokens in (1, 50, 4096):
-        assert multiple_choice(tiny(), byte_tokenizer, items, batch_tokens=batch_tokens).tolist() == want
+        assert multiple_choice(tiny(), byte_tokenizer, items, batch_tokens=batch_tokens).right.tolist() == want
 
 
 def test_a_token_across_the_border_is_scored_with_every_choice(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     """`xa` + `b` merges into `x ab`: both choices are then scored from after the x."""
     (encoded,) = encode(byte_tokenizer, [Item("xa", ("b", "c"), 0)], max_tokens=None)
-    assert encoded.start == 1
+    assert encoded.starts == (1, 1)
     assert [len(row) for row in encoded.sequences] == [2, 3]
 
 
 def test_an_empty_context_begins_with_the_first_token(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     (encoded,) = encode(byte_tokenizer, [Item("", ("x", "y"), 0)], max_tokens=None)
-    assert encoded.start == 1
+    assert encoded.starts == (1, 1)
     assert {row[0] for row in encoded.sequences} == {byte_tokenizer.bos_token_id}
 
 

@@ -54,7 +54,10 @@ def results() -> dict[str, Any]:
             "nll": estimate(nll, 0.031),
             "perplexity": estimate(math.exp(nll), 0.031 * math.exp(nll)),
             "bits_per_byte": estimate(nll / 3.1 / math.log(2), 0.0142),
-            "choices": {"next_line": estimate(accuracy, 0.021) | {"items": 360}},
+            "choices": {
+                "next_line": estimate(accuracy, 0.021)
+                | {"items": 360, "acc": estimate(accuracy - 0.0625, 0.021), "acc_norm": None}
+            },
             "speed": {
                 "prefill_tokens_per_second": 21_400.0 if small else 12_100.0,
                 "decode_tokens_per_second": 412.3 if small else 287.9,
@@ -339,6 +342,15 @@ def test_stages_stand_in_the_order_of_the_pipeline(run: Path, tmp_path: Path) ->
     assert list(report.read(tmp_path / "run").manifests) == [*first, "prune-2", "cache-2", "distill-2-ce", "evaluate"]
 
 
+def test_the_accuracies_of_the_harness_stand_beside_ours() -> None:
+    found = sections.quality(results())
+    assert found is not None
+    assert found.table.head[-2:] == ("Next line, %", "Next line acc, %")  # no acc_norm where there is none
+    ours, acc = found.table.rows[0].cells[-2:]
+    assert (ours.value, acc.value) == ("81.2", "75.0")
+    assert "lm-evaluation-harness" in found.note
+
+
 def test_a_run_that_only_prunes(run: Path, tmp_path: Path) -> None:
     part = shutil.copytree(run, tmp_path / "run")
     for stage in ("correct", "distill", "distill-ce", "distill-random_init"):
@@ -372,7 +384,7 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     assert yaml.safe_load(embedded)["distill"]["baselines"] == ["ce", "random_init"]
     assert "someone" not in card
     tables = [line for line in body.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {7, 5}
+    assert {line.count("|") for line in tables} == {8, 5}
 
 
 def test_a_hub_teacher_is_named_as_base_model(run: Path, tmp_path: Path) -> None:

@@ -207,7 +207,8 @@ class Evaluate(Section):
 
     samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
     choices: tuple[Place, ...] = Field(
-        (), description="multiple-choice files: JSON lines with context, choices, answer"
+        (),
+        description="multiple-choice files: JSON lines with context, choices, answer or contexts, ending, answer",
     )
     prompts: tuple[str, ...] = Field((), description="texts that the report shows completed")
     completion_tokens: Annotated[Count, Field(le=100_000)] = 48

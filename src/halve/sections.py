@@ -14,6 +14,7 @@ from typing import Any
 from halve import plots
 from halve.plots import Interval, Number, figure
 from halve.rounds import parsed
+from halve.show import accuracies
 
 LABELS = {
     "teacher": "Teacher",
@@ -248,27 +249,24 @@ def quality(results: Facts | None) -> Section | None:
         return None
     models = results["models"]
     reference: str = results["reference"]
-    tasks = list(next(iter(models.values()))["choices"])
+    first = next(iter(models.values()))
+    tasks, columns = list(first["choices"]), list(accuracies(first))
     rows = []
     for name, one in models.items():
         cells = [estimate(one["perplexity"]), estimate(one["bits_per_byte"])]
         cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
-        cells += [estimate(one["choices"].get(task), percent=True) for task in tasks]
+        cells += [estimate(accuracies(one).get(column), percent=True) for column in columns]
         rows.append(Row(label(name), tuple(cells), color(name), name == subject(results)))
-    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(tasks))
+    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(columns))
     samples = results["samples"]
     note = (
         f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
         f"KL in nats per token, from the {_lower(label(reference))}. ± is one standard error."
     ) + controls(models)
-    first = next(iter(models.values()))
+    note += " acc and acc_norm are by lm-evaluation-harness's rules." * (len(columns) > len(tasks))
     found = [
         _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
-        _dot_plot(
-            {name: one.get("kl") for name, one in models.items()},
-            "KL to the teacher",
-            "Nats per token; 0 is the teacher itself.",
-        ),
+        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token, 0 its own."),
         _dot_plot(
             {name: one.get("agreement") for name, one in models.items()},
             "Same first choice as the teacher",

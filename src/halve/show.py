@@ -228,12 +228,12 @@ def _memory(found: Forecast) -> None:
 def results(found: Mapping[str, Any]) -> None:
     """The evaluate stage's table: every model with standard errors."""
     models = found["models"]
-    tasks = sorted({name for model in models.values() for name in model.get("choices", {})})
+    tasks = sorted({name for model in models.values() for name in accuracies(model)})
     rows = []
     for name, model in models.items():
         cells = [_estimate(model.get(key)) for key in ("perplexity", "bits_per_byte", "kl", "agreement")]
-        accuracies = [_estimate(model.get("choices", {}).get(task)) for task in tasks]
-        rows.append((name, f"{model['params']:,}", f"{model['non_embedding_params']:,}", *cells, *accuracies))
+        cells += [_estimate(accuracies(model).get(task)) for task in tasks]
+        rows.append((name, f"{model['params']:,}", f"{model['non_embedding_params']:,}", *cells))
     columns = (
         "model",
         "params",
@@ -244,6 +244,17 @@ def results(found: Mapping[str, Any]) -> None:
         "agreement",
     )
     table("held-out text (± standard error)", (*columns, *tasks), rows)
+
+
+def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What the evaluate stage found on multiple choice, by what the column is called."""
+    found = {}
+    for task, ours in model.get("choices", {}).items():
+        found[task] = ours
+        for rule in ("acc", "acc_norm"):
+            if ours.get(rule):
+                found[f"{task} {rule}"] = ours[rule]
+    return found
 
 
 def study(found: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ def expected_mse(made: Made, removed: Collection[int], samples: Tensor, **_: Any
 
 
 def expected_task(made: Made, removed: Collection[int], *, tokenizer: Any, items: Any, **_: Any) -> float:
-    return 1 - choices.multiple_choice(trimmed(made, removed), tokenizer, items).double().mean().item()
+    return 1 - choices.multiple_choice(trimmed(made, removed), tokenizer, items).right.double().mean().item()
 
 
 EXPECTED = {"nll": expected_nll, "logit_mse": expected_mse, "task": expected_task}

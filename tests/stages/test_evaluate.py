@@ -100,6 +100,7 @@ def test_the_table_is_what_measure_says(
     embedding = config.vocab_size * config.hidden_size  # tied: one table
     assert pruned["params"] - pruned["non_embedding_params"] == embedding
     assert pruned["choices"]["nouns"]["items"] == 12
+    assert {"value", "stderr"} == set(pruned["choices"]["nouns"]["acc"]) == set(pruned["choices"]["nouns"]["acc_norm"])
     share = pruned["choices"]["nouns"]["value"]
     assert pruned["choices"]["nouns"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 12))
 

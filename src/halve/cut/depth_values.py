@@ -215,8 +215,8 @@ def task(
 ) -> Compare:
     """Share of multiple-choice items that the model without the set answers wrongly: one minus its accuracy.
 
-    2408.11796 chooses its depth by a downstream task (Winogrande) rather than by loss. Items are scored as in
-    `halve.choices`.
+    2408.11796 chooses its depth by a downstream task (Winogrande) rather than by loss: items with a context for each
+    option and one ending. Items are scored as in `halve.choices`.
     """
     layers, (_, head) = removal.find(model, anatomy), split(model)
     encoded = choices.encode(tokenizer, items, max_tokens=context_length(model.config))
@@ -238,7 +238,7 @@ def task(
             progress=progress,
         )
         finite(torch.stack([torch.cat(found).sum() for found in nats]), (*sets, ()))
-        right = [choices.right_answers(encoded, batches, found) for found in nats]
+        right = [choices.answers(encoded, batches, found).right for found in nats]
         *values, whole = (1 - answers.double().mean().item() for answers in right)
         return Compared(tuple(values), passes, whole)
 

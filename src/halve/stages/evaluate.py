@@ -7,7 +7,7 @@
     machine       device, threads
     speed_test    prompt_tokens, new_tokens, repeats, batch
     models        name -> params, non_embedding_params, weight_bytes, dtype, nll, perplexity, bits_per_byte,
-                  kl, agreement, choices {file: estimate and items}, speed {prefill_tokens_per_second,
+                  kl, agreement, choices {file: estimate, items, acc, acc_norm}, speed {prefill_tokens_per_second,
                   decode_tokens_per_second, peak_memory_bytes}
     differences   subject, and against {name -> nll, kl, agreement, choices}: subject minus that model,
                   sample by sample (item by item), with the standard error of the pairs
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
-from halve.choices import Encoded, answer_encoded, encode, load_items
+from halve.choices import Answers, Encoded, answer_encoded, encode, load_items
 from halve.errors import CorpusError
 from halve.files import write_json
 from halve.progress import SILENT, Progress
@@ -47,7 +47,7 @@ class _Measured:
 
     facts: dict[str, Any]
     per_sample: dict[str, Tensor]
-    choices: dict[str, Tensor]
+    choices: dict[str, Answers]
     completions: tuple[str, ...]
     shapes: tuple[object, ...]
     """The kind of model and its parameters' shapes: models that share them run at the same speed."""
@@ -190,12 +190,20 @@ def _measure(
         "perplexity": measure.perplexity(nll).as_dict(),
         "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=samples_BS.shape[1] - 1).as_dict(),
         **{name: measure.average(values).as_dict() for name, values in per_sample.items()},
-        "choices": {
-            name: {**measure.proportion(right).as_dict(), "items": len(right)} for name, right in choices.items()
-        },
+        "choices": {name: _accuracies(answers) for name, answers in choices.items()},
     }
     shapes = (model.config.model_type, *((name, p.shape, p.dtype) for name, p in model.named_parameters()))
     return _Measured(facts, per_sample, choices, completions, shapes)
+
+
+def _accuracies(answers: Answers) -> dict[str, Any]:
+    """Ours, and those of lm-evaluation-harness beside it."""
+    theirs = {"acc": answers.acc, "acc_norm": answers.acc_norm}
+    return {
+        **measure.proportion(answers.right).as_dict(),
+        "items": len(answers.right),
+        **{name: None if right is None else measure.proportion(right).as_dict() for name, right in theirs.items()},
+    }
 
 
 def _non_embedding(model: PreTrainedModel) -> int:
@@ -260,8 +268,8 @@ def _differences(measured: Mapping[str, _Measured], subject: str) -> dict[str, A
                 if metric in theirs.per_sample
             },
             "choices": {
-                task: measure.difference(right.double(), theirs.choices[task].double()).as_dict()
-                for task, right in ours.choices.items()
+                task: measure.difference(answers.right.double(), theirs.choices[task].right.double()).as_dict()
+                for task, answers in ours.choices.items()
             },
         }
     return {"subject": subject, "against": against}
