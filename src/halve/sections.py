@@ -266,7 +266,7 @@ def quality(results: Facts | None) -> Section | None:
     note += " acc and acc_norm are by lm-evaluation-harness's rules." * (len(columns) > len(tasks))
     found = [
         _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
-        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token, 0 its own."),
+        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token; 0: the same."),
         _dot_plot(
             {name: one.get("agreement") for name, one in models.items()},
             "Same first choice as the teacher",
