@@ -143,7 +143,7 @@ def test_both_kinds_of_items_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("[" * 100_000, "it is not JSON: it is nested too deeply"),
+        ("[" * 100_000, "it is not JSON: it is nested deeper"),
         ('{"context": "\\ud83d", "choices": ["b", "c"], "answer": 0}', "half a surrogate pair"),
         ('{"context": "a", "choices": ["b", "c\\udc00"], "answer": 0}', "half a surrogate pair"),
         ('{"context": "a", "choices": ["b", "c"], "answer": ' + "9" * 6000 + "}", "it is not JSON: Exceeds the limit"),

@@ -188,8 +188,8 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (DEEP, "line 2 is not JSON\n  why: it is nested too deeply"),
-        ('{"a": ' + DEEP + "]" * len(DEEP) + ', "text": "x"}', "line 2 is not JSON\n  why: it is nested too deeply"),
+        (DEEP, "line 2 is not JSON\n  why: it is nested deeper"),
+        ('{"a": ' + DEEP + "]" * len(DEEP) + ', "text": "x"}', "line 2 is not JSON\n  why: it is nested deeper"),
         (
             '{"text": "A star \\ud83d and"}',
             r"line 2: field 'text' holds half a character\n  why: character 7 is \\ud83d",
