@@ -22,13 +22,13 @@ from halve.cut import heads, layer_merge
 from halve.cut.gain import constant_gains, fit_gains
 from halve.cut.iterative import select_iteratively
 from halve.cut.plan import Importance, Plan, select
-from halve.cut.refit import refit, solved_norms
+from halve.cut.refit import refit
 from halve.cut.refit_scores import score_by_refit
 from halve.cut.rotate import principal_basis, rotate, stream_moment, tie, turns
 from halve.cut.scores import Scores
 from halve.cut.surgery import trim
 from halve.progress import SILENT, Progress
-from halve.recipe import Prune, Refit
+from halve.recipe import Prune
 
 FEW_SAMPLES = 32
 """For what has one unknown a norm or a channel: gains, and the final norm of a head that stays tied."""
@@ -129,7 +129,7 @@ def cut(
         assert rescore is not None, "cutting in steps needs a function that scores"
 
         def gains_of(part: PreTrainedModel, part_anatomy: Anatomy, plan: Plan) -> dict[str, float]:
-            return _gains(part, part_anatomy, plan, few_BS, micro_batch, SILENT, "none")
+            return _gains(part, part_anatomy, plan, few_BS, micro_batch, SILENT)
 
         plan = select_iteratively(
             source,
@@ -145,7 +145,7 @@ def cut(
         plan = select(own, after, scores, gain=prune.gain, kept_layers=kept_layers)
     if planned is not None:
         planned(plan)
-    gains = _gains(source, own, plan, few_BS, micro_batch, progress, prune.refit)
+    gains = _gains(source, own, plan, few_BS, micro_batch, progress)
     merged = source
     if prune.head_merge:
         merged = heads.merge(merged, plan, own, ranking, coefficient=prune.head_merge)
@@ -187,23 +187,17 @@ def _gains(
     samples_BS: Tensor,
     micro_batch: int,
     progress: Progress,
-    refit: Refit,
 ) -> dict[str, float]:
-    """What makes up for fewer channels in the norms, but for those whose readers a refit will solve for."""
+    """What makes up for fewer channels in the norms. A refit of what reads them starts from there, too."""
     if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
         return {}
-    done = solved_norms(model, anatomy) if refit == "all" else frozenset()
-    if done.issuperset(anatomy.norms):
-        return {}
     if plan.gain == "constant":
-        gains = constant_gains(anatomy, plan)
-    else:
+        return constant_gains(anatomy, plan)
 
-        def batches() -> Iterator[Tensor]:
-            with progress.task("fit norm gains", samples_BS.numel()) as task:
-                for part_BS in torch.split(samples_BS, micro_batch):
-                    yield part_BS
-                    task.advance(part_BS.numel())
+    def batches() -> Iterator[Tensor]:
+        with progress.task("fit norm gains", samples_BS.numel()) as task:
+            for part_BS in torch.split(samples_BS, micro_batch):
+                yield part_BS
+                task.advance(part_BS.numel())
 
-        gains = fit_gains(model, anatomy, plan, batches())
-    return {name: gain for name, gain in gains.items() if name not in done}
+    return fit_gains(model, anatomy, plan, batches())

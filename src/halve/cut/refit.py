@@ -35,7 +35,6 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy
 from halve.cut.gram import Gram, raised, ridge
 from halve.cut.plan import Plan
-from halve.cut.rotate import readers_of_norms
 from halve.cut.sites import Site, find_sites, input_dim
 from halve.cut.surgery import take
 from halve.cut.walk import (
@@ -77,19 +76,6 @@ def refit(
     tokens than channels.
     """
     return _Refit(student, teacher, plan, anatomy, samples_BS, strength, everything, micro_batch).run(progress)
-
-
-def solved_norms(model: PreTrainedModel, anatomy: Anatomy) -> frozenset[str]:
-    """The norms over hidden whose every reader `refit` solves for with `everything`.
-
-    Not among them: norms behind a sub-layer, those that experts read, and the final norm of a head that is tied.
-    """
-    sites = (site for layer in find_sites(model, anatomy).layers for site in layer if site.kind == "read")
-    solved = {name for site in sites for name in site.modules}
-    if not anatomy.tied:
-        solved.add(anatomy.head.rpartition(".")[0])
-    readers = readers_of_norms(model, anatomy)
-    return frozenset(norm for norm, names in readers.items() if names and solved.issuperset(names))
 
 
 class _Refit:
