@@ -19,6 +19,7 @@ from rich.console import Console
 
 import halve
 from halve import pipeline
+from halve.checkpoint import Checkpoint
 from halve.errors import CorpusError, HalveError, RunError
 from halve.recipe import Recipe
 from halve.train import sources
@@ -41,13 +42,22 @@ ALL = [
 ]
 
 
+def _folders(arguments: Any) -> Any:
+    """Arguments with the folders of opened models instead of the models."""
+    if isinstance(arguments, Checkpoint):
+        return arguments.folder
+    if isinstance(arguments, dict):
+        return {name: _folders(value) for name, value in arguments.items()}
+    return arguments
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """The calls of stages, as (stage's folder, arguments)."""
     made: list[tuple[str, dict[str, Any]]] = []
 
     def stage(recipe: Recipe, *, out: Path, **arguments: Any) -> dict[str, Any]:
-        made.append((out.name.removeprefix(".").removesuffix(".work"), arguments))
+        made.append((out.name.removeprefix(".").removesuffix(".work"), _folders(arguments)))
         (out / "model").mkdir(exist_ok=True)
         (out / "model" / "weights").write_text(str(len(made)))
         return {"calls": len(made)}
@@ -81,7 +91,7 @@ def test_stages_run_in_order_and_get_what_they_need(
     run = tmp_path / "run"
     corrected, cut = run / "correct" / "model", run / "prune" / "model"
     assert all(arguments["cache"] == run / "data" for name, arguments in calls if name != "report")
-    assert got["correct"]["teacher"] == recipe.model
+    assert got["correct"]["teacher"] == Path(recipe.model)
     assert got["score"]["teacher"] == got["prune"]["teacher"] == got["distill"]["teacher"] == corrected
     assert got["prune"]["scores"] == run / "score" / "scores.safetensors"
     assert got["prune-random"]["scores"] is None
@@ -94,7 +104,7 @@ def test_stages_run_in_order_and_get_what_they_need(
     }
     assert got["evaluate"]["reference"] == "corrected"
     assert got["evaluate"]["models"] == {
-        "teacher": recipe.model,
+        "teacher": Path(recipe.model),
         "corrected": corrected,
         "pruned": cut,
         "distilled": run / "distill" / "model",
@@ -112,7 +122,7 @@ def test_a_short_recipe_has_few_stages(
     pipeline.run(recipe, tmp_path / "run")
     assert [name for name, _ in calls] == ["score", "prune", "evaluate", "report"]
     got = dict(calls)
-    assert got["score"]["teacher"] == got["prune"]["teacher"] == recipe.model
+    assert got["score"]["teacher"] == got["prune"]["teacher"] == Path(recipe.model)
     assert got["evaluate"]["reference"] == "teacher"
     assert list(got["evaluate"]["models"]) == ["teacher", "pruned"]
 
@@ -250,7 +260,7 @@ def test_each_round_cuts_the_last_student_and_learns_from_whom_it_says(
         "distill-3-random_prune": (made["distill-2"], made["prune-3-random"]),
     }
     assert list(got["evaluate"]["models"].items()) == [
-        ("teacher", recipe.model),
+        ("teacher", Path(recipe.model)),
         ("corrected", made["correct"]),
         ("pruned", made["prune"]),
         ("distilled", made["distill"]),
@@ -279,7 +289,7 @@ def test_a_round_gets_its_own_sizes_and_an_uncorrected_teacher(
     assert seen == {".prune.work": (40, None), ".prune-2.work": (None, 24)}
     got = dict(calls)
     assert got["score-2"]["teacher"] == tmp_path / "run" / "prune" / "model", "nothing was distilled in round 1"
-    assert got["distill-2"]["teacher"] == recipe.model
+    assert got["distill-2"]["teacher"] == Path(recipe.model)
     assert list(got["evaluate"]["models"]) == ["teacher", "pruned", "pruned-2", "distilled-2"]
 
 
@@ -640,4 +650,4 @@ def test_a_cache_is_made_alone(
     recipe = full(distill={"cache": "logits"}, correct=None)
     pipeline.run(recipe, tmp_path / "other", only="cache")
     assert [name for name, _ in calls] == ["cache"]
-    assert calls[0][1]["teacher"] == recipe.model
+    assert calls[0][1]["teacher"] == Path(recipe.model)
