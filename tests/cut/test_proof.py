@@ -23,6 +23,7 @@ def test_every_axis_is_proved(family: str) -> None:
     proof = prove(discover(config(family)), reopen=False)
     wanted = set(CUT_AXES) - ({"kv_heads"} if family in NO_GROUPS else set())
     assert {check.axis for check in proof.checks} == wanted
+    assert {check.axis for check in proof.checks if check.name == "it can be scored"} == wanted
     assert [check for check in proof.checks if not check.passed] == []
 
 
@@ -87,6 +88,30 @@ def test_a_family_whose_heads_have_places_is_refused() -> None:
     proof = prove(discover(AutoConfig.for_model("bloom", hidden_size=64, n_head=4, n_layer=2)), reopen=False)
     assert "the proof failed" in proof.refusals["heads"]
     assert "layers" not in proof.refusals
+    assert any(check.axis == "layers" and check.name == "it can be scored" for check in proof.checks)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_5_text", {"num_hidden_layers": 4}),  # one layer in four has heads
+        ("youtu", {"num_hidden_layers": 2}),  # values are not as wide as head_dim says
+        ("openai-gpt", {"n_layer": 2}),  # its neurons are a multiple of hidden
+    ],
+)
+def test_what_is_proved_can_be_scored(family: str, changes: dict[str, Any]) -> None:
+    proof = prove(discover(AutoConfig.for_model(family, **changes)), reopen=False)
+    scored = {check.axis for check in proof.checks if check.name == "it can be scored" and check.passed}
+    assert {"layers", "hidden", "heads"} <= scored
+    assert scored == {axis for axis in CUT_AXES if axis not in proof.refusals}
+
+
+def test_an_axis_that_cannot_be_scored_is_refused() -> None:
+    anatomy = discover(config("llama", num_hidden_layers=2))
+    modules = {name: expr for name, expr in anatomy.modules.items() if not name.endswith("1.mlp.down_proj")}
+    proof = prove(replace(anatomy, modules=modules), reopen=False)
+    assert "it can be scored: no module of layer 1 reads it" in proof.refusals["ffn"]
+    assert set(CUT_AXES) - set(proof.refusals) == {"layers", "hidden", "heads", "kv_heads"}
 
 
 def test_mixtures_prove_what_is_not_refused() -> None:
@@ -104,10 +129,10 @@ def test_the_twin_hides_nothing() -> None:
 
 
 def test_hybrids_are_refused_by_axis() -> None:
-    """Layers of several makes: what permutes is proved, the gated queries of qwen3_next are not guessed."""
-    teacher = AutoConfig.for_model("qwen3_next", num_hidden_layers=4, num_experts=4, num_experts_per_tok=2)
+    """Layers of several makes: attention is cut where there is some, also with a gate beside every query."""
+    teacher = AutoConfig.for_model("qwen3_next", num_hidden_layers=4)
     proof = prove(discover(teacher), reopen=False)
-    assert "the proof failed" in proof.refusals["heads"]
+    assert {"layers", "heads", "kv_heads"}.isdisjoint(proof.refusals)
     assert "mixture" in proof.refusals["ffn"]
     # dense and sparse layers by index arithmetic: a twin of fewer layers is another model, and is refused
     proof = prove(discover(AutoConfig.for_model("jamba", num_hidden_layers=8, num_experts=4)), reopen=False)

@@ -71,7 +71,7 @@ class Anatomy:
         return f"{self.layers_path}.{layer}{name[start:]}"
 
     def readers(self, axis: str) -> tuple[tuple[str, ...], ...]:
-        """For every layer, the modules whose input is made of this axis.
+        """For every layer, the modules whose input is made of this axis and no other.
 
         ffn: down projections; heads: output projections; hidden: what reads the residual stream, such as q, k, v,
         gate and up. Modules outside the layers (the output embedding) are left out.
@@ -79,7 +79,7 @@ class Anatomy:
         found: list[list[str]] = [[] for _ in range(self.sizes.layers)]
         for name, expr in self.modules.items():
             layer = self.layer_of(name)
-            if layer is not None and axis in expr.axes:
+            if layer is not None and axis in expr.axes and len(expr.terms) == 1:
                 found[layer].append(name)
         return tuple(tuple(names) for names in found)
 

@@ -57,6 +57,8 @@ _COUPLED_GPT2 = {
     "attn.c_attn.bias": _BLOCKS,
     "attn.c_proj.weight": "heads head_dim, hidden",
 }
+# Every head's query is followed by its gate.
+_GATED_QUERIES = _projections(("self_attn.q_proj",), "heads 2 head_dim", ())
 
 QUIRKS: Mapping[str, Quirk] = {
     "biogpt": Quirk(scaled_embedding=True),
@@ -67,6 +69,12 @@ QUIRKS: Mapping[str, Quirk] = {
     "gpt2": Quirk(layout=_COUPLED_GPT2),
     "helium": Quirk(coupled=True),
     "openai-gpt": Quirk(layout=_COUPLED_GPT2),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        Quirk(
+            layout={"self_attn.q_proj.weight": "heads 2 head_dim, hidden", "self_attn.q_proj.bias": "heads 2 head_dim"}
+        ),
+    ),
     "vaultgemma": Quirk(scaled_embedding=True),
 }
 
@@ -87,6 +95,10 @@ TWIN_SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "n_group"), 2),
     "topk_group": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 24),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "moe_hidden_size"), 24),
 }

@@ -1,8 +1,9 @@
 """The proof of an anatomy, on tiny random twins, before any weight is touched.
 
 For every axis: permuting its entries everywhere leaves the logits alone, leaving out any one parameter does not;
-trimming gives the logits of the full twin with the same entries masked; dropping layers equals skipping them; the
-trimmed twin saves, reopens in plain transformers in a fresh process and has the planned number of parameters.
+trimming gives the logits of the full twin with the same entries masked; dropping layers equals skipping them; one
+pass of importance can score it; the trimmed twin saves, reopens in plain transformers in a fresh process and has the
+planned number of parameters.
 No one twin runs in every family: some code works in float32 only, where hidden = heads x head_dim, or with heads of
 its own size. Twins are tried in turn; an axis is proved by one on which all of its checks pass, and refused, never
 cut, where it fails on each.
@@ -26,6 +27,7 @@ from halve.anatomy import CUT_AXES, Anatomy, Arch
 from halve.anatomy.configs import quiet
 from halve.cut.plan import select
 from halve.cut.surgery import take, trim
+from halve.cut.taps import measure
 from halve.cut.twins import KINDS, Kind, RandomScores, fixed_ids, logits, masked, random_twin, skipping, twin_plan
 from halve.errors import AnatomyError, HalveError
 
@@ -175,6 +177,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def _check_axis(axis: str, model: PreTrainedModel, twin: Anatomy, reference: Tensor, seed: int) -> Iterator[Check]:
     if axis == "layers":
         yield _check_layers(model, twin, seed)
+        yield _check_scores(axis, model, twin)
         return
     permutations = _permutations(axis, twin, seed)
     carriers = [name for name, shape in twin.params.items() if any(_moved(axis, twin) & e.axes for e in shape)]
@@ -183,6 +186,7 @@ def _check_axis(axis: str, model: PreTrainedModel, twin: Anatomy, reference: Ten
     yield Check(axis, "permuting it leaves the logits", gap < SAME, gap)
     yield _check_controls(axis, model, twin, reference, permutations, carriers)
     yield _check_trim(axis, model, twin, seed)
+    yield _check_scores(axis, model, twin)
 
 
 def _moved(axis: str, twin: Anatomy) -> frozenset[str]:
@@ -285,7 +289,23 @@ def _check_layers(model: PreTrainedModel, twin: Anatomy, seed: int) -> Check:
     return Check("layers", "dropping equals skipping", worst < SAME, worst, which if worst >= SAME else "")
 
 
-# ---- 4. the result is an ordinary model
+# ---- 4. there is something to choose by
+
+
+def _check_scores(axis: str, model: PreTrainedModel, twin: Anatomy) -> Check:
+    """One pass of importance over the twin gives every entry of the axis a number."""
+    own = {axis, "heads"} if axis == "kv_heads" else {axis}
+    others: dict[str, str] = {other: "not asked for here" for other in CUT_AXES if other not in own}
+    try:
+        statistics = measure(model, replace(twin, refusals=others), fixed_ids(twin), micro_batch=2)
+        scores = statistics.scores(batch_agg="l2", seq_agg="mean", model="", samples="").by_axis()
+    except HalveError as error:
+        return Check(axis, "it can be scored", False, float("nan"), error.why)
+    problem = "" if axis in scores and bool(scores[axis].isfinite().all()) else "it got no finite scores"
+    return Check(axis, "it can be scored", not problem, 0.0, problem)
+
+
+# ---- 5. the result is an ordinary model
 
 
 def _check_reopen(axes: list[str], model: PreTrainedModel, twin: Anatomy, seed: int) -> list[Check]:

@@ -19,7 +19,7 @@ from halve.anatomy import Anatomy, Arch
 from halve.cut.gram import Gram
 from halve.cut.selection import removal_order
 from halve.cut.sites import input_dim
-from halve.cut.taps import find_points, on_input
+from halve.cut.taps import find_points, on_input, width
 from halve.cut.walk import (
     Call,
     States,
@@ -41,16 +41,16 @@ class _Choice:
     cells: tuple[int, ...]
 
 
-def _choices(before: Arch, after: Arch) -> dict[str, _Choice]:
+def _choices(before: Arch, after: Arch, head_channels: int) -> dict[str, _Choice]:
     """What there is to choose, by the axis whose input matrix tells."""
     per_group, kept = before.heads // before.kv_heads, after.heads // after.kv_heads
     found = {}
     if after.ffn < before.ffn:
         found["ffn"] = _Choice(1, after.ffn, (0,) * before.ffn)
     if per_group == 1 and after.heads < before.heads:
-        found["heads"] = _Choice(before.head_dim, after.heads, (0,) * before.heads)
+        found["heads"] = _Choice(head_channels, after.heads, (0,) * before.heads)
     elif kept < per_group:
-        found["heads"] = _Choice(before.head_dim, kept, tuple(head // per_group for head in range(before.heads)))
+        found["heads"] = _Choice(head_channels, kept, tuple(head // per_group for head in range(before.heads)))
     return found
 
 
@@ -72,7 +72,7 @@ def score_by_refit(
     only one layer's Gram matrices are held. Layers that are not listed score zero.
     """
     before, points = anatomy.sizes, find_points(model, anatomy)
-    choices = _choices(before, after)
+    choices = _choices(before, after, width(anatomy, "heads") // before.heads)
     scores = {axis: torch.zeros(before.layers, len(choice.cells)) for axis, choice in choices.items()}
     if not choices:
         return scores
@@ -88,8 +88,9 @@ def score_by_refit(
                 calls[len(ids_BS)] = record_calls(model, anatomy, ids_BS)[0]
             states[rows] = first_states(model, anatomy, ids_BS)
         for layer, module in enumerate(modules):
-            wanted = choices if layer in layers else {}
-            names = {axis: dict(points[axis])[layer] for axis in wanted}
+            named = {axis: dict(points[axis]) for axis in choices}
+            wanted = {axis: one for axis, one in choices.items() if layer in layers and layer in named[axis]}
+            names = {axis: named[axis][layer] for axis in wanted}
             grams = {axis: Gram(len(one.cells) * one.size, device=model.device) for axis, one in wanted.items()}
             with ExitStack() as hooks:
                 for axis in wanted:

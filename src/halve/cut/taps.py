@@ -87,7 +87,7 @@ def measure(
         point_layers={axis: tuple(tap.layer for tap in found) for axis, found in taps.items()},
         block_sums=heard.block_sums,
         num_samples=len(samples_BS),
-        head_dim=anatomy.sizes.head_dim,
+        head_dim=width(anatomy, "heads") // anatomy.sizes.heads,
         kv_heads=anatomy.sizes.kv_heads,
         ffn_point=ffn_point,
     )
@@ -160,9 +160,9 @@ def on_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Float64[Tens
 
 
 def width(anatomy: Anatomy, axis: str) -> int:
-    """Channels at this axis' points; heads are scored channel by channel first."""
-    sizes = anatomy.sizes
-    return {"hidden": sizes.hidden, "ffn": sizes.ffn, "heads": sizes.heads * sizes.head_dim}[axis]
+    """Channels at this axis' points; heads are scored channel by channel first, each having as many as values have."""
+    exprs = {anatomy.modules[name] for names in anatomy.readers(axis) for name in names}
+    return max((expr.size(anatomy.sizes.sizes) for expr in exprs), default=0)
 
 
 def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Point, ...]]:
@@ -177,8 +177,8 @@ def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Poi
 def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
     """Every tensor that modules inside the layers read of each axis: its layer, and all modules that read it.
 
-    Watches the model read two tokens. An axis that the anatomy refuses and that has no point is left out.
-    Raises `AnatomyError` where a point of another axis is missing.
+    Watches the model read two tokens. Layers that have no such axis have no points, and an axis that the anatomy
+    refuses is left out where it has none. Raises `AnatomyError` where a point of another axis is missing.
     """
     read: dict[str, list[Tensor]] = {}
     names = {name for axis in WIDTH_AXES for layer in anatomy.readers(axis) for name in layer}
@@ -224,7 +224,7 @@ def first_outputs(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap] 
             if layer is not None and "ffn" in output_expr(anatomy, name).axes:
                 hooks.enter_context(on_output(model.get_submodule(name), partial(note, layer, name)))
         _two_tokens(model)
-    if missing := [layer for layer in range(anatomy.sizes.layers) if layer not in called]:
+    if missing := [layer for layer in _layers_with(anatomy, "ffn") if layer not in called]:
         raise _unscorable(anatomy, "ffn", f"no module of layer {missing[0]} makes it")
     sizes, found = anatomy.sizes.sizes, []
     for layer, name in sorted(called.items()):
@@ -252,15 +252,26 @@ def _unscorable(anatomy: Anatomy, axis: str, problem: str) -> AnatomyError:
 
 
 def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str | None:
+    having = _layers_with(anatomy, axis)
+    if not having:
+        return "no layer has it"
     for layer, readers in enumerate(anatomy.readers(axis)):
-        if not readers:
+        if not readers and layer in having:
             return f"no module of layer {layer} reads it"
         for name in readers:
             if len(read[name]) != 1:
                 return f"{name} is called {len(read[name])} times in a forward pass"
             if read[name][0].shape[-1] != width(anatomy, axis):
                 return f"{name} reads {read[name][0].shape[-1]} channels, not {width(anatomy, axis)}"
+            if anatomy.modules[name].terms[0][0] != axis:
+                return f"{name} reads {anatomy.modules[name]}: what belongs to one entry does not lie together"
     return None
+
+
+def _layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
+    """The layers that have weights made of an axis: hybrids have layers without heads, mixtures some without ffn."""
+    owners = (anatomy.layer_of(name) for name, shape in anatomy.params.items() if any(axis in e.axes for e in shape))
+    return frozenset(layer for layer in owners if layer is not None)
 
 
 def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Iterator[tuple[int, tuple[str, ...]]]:

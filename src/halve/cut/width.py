@@ -231,7 +231,7 @@ def _by_inputs(
         by_layer[axis] = channels_LC
     if "heads" in by_layer:
         channels_LC = by_layer["heads"]
-        by_layer["heads"] = channels_LC.view(len(channels_LC), -1, anatomy.sizes.head_dim).sum(-1)
+        by_layer["heads"] = channels_LC.view(len(channels_LC), anatomy.sizes.heads, -1).sum(-1)
     return _scores(job, by_layer, (heard.block_sums / len(job.samples_BS)).float(), own_groups_LG=None, outside_D=None)
 
 
