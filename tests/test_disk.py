@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,11 +90,45 @@ def test_the_plan_is_what_a_run_takes(
     assert disk.model_bytes + disk.cache_bytes == pytest.approx(measured, rel=WITHIN)
 
 
-def test_text_takes_two_or_four_bytes_a_token(make_recipe: MakeRecipe) -> None:
-    assert forecast(make_recipe(distill=STEPS)).disk.text_bytes == 2 * 12 * 128
+def test_text_takes_as_much_as_its_files_and_of_a_hub_what_is_trained_on(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(distill=STEPS)
+    files = sum(Path(source).stat().st_size for source in (*recipe.data.train_sources, *recipe.data.valid))
+    assert forecast(recipe).disk.text_bytes == files
+    from_hub = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": ("hub:some/text",)})})
+    valid = sum(Path(source).stat().st_size for source in recipe.data.valid)
+    assert forecast(from_hub).disk.text_bytes == valid + 2 * 12 * 128
 
 
-@pytest.mark.parametrize("keep", [1, 5, 20])
-def test_what_check_asks_for_is_never_less_than_the_plan(make_recipe: MakeRecipe, teacher: Path, keep: int) -> None:
-    recipe = make_recipe(model=str(teacher), distill=STEPS | {"checkpoint_every": 1, "keep_checkpoints": keep})
-    assert preflight._bytes_needed(recipe) >= forecast(recipe).disk.total_bytes
+def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+def test_check_asks_for_what_is_planned(
+    make_recipe: MakeRecipe, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(model=str(teacher), device="cpu", distill=STEPS)
+    planned = forecast(recipe).disk.total_bytes
+    free_bytes(monkeypatch, planned)
+    assert preflight.check(recipe, tmp_path / "run") == ()
+    free_bytes(monkeypatch, planned - 1)
+    (error,) = preflight.check(recipe, tmp_path / "run")
+    assert str(error).splitlines()[0] == f"{tmp_path / 'run'} needs about {planned / 1e6:.1f} MB"
+
+
+def test_what_a_run_has_written_is_not_asked_for_again(
+    make_recipe: MakeRecipe, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than half of the disk is filled by the run itself."""
+    run = tmp_path / "run"
+    recipe = make_recipe(model=str(teacher), device="cpu", prune={"ffn": 256, "refit": "none"}, distill=STEPS)
+    pipeline.run(recipe, run, only="score")
+    before = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    left = forecast(recipe).disk.total_bytes - before
+    (run / "prune").mkdir()
+    (run / "prune" / "half of a model").write_bytes(bytes(left // 2))
+    free_bytes(monkeypatch, left - left // 2)
+    assert preflight.check(recipe, run) == ()
+    free_bytes(monkeypatch, left - left // 2 - 1)
+    (error,) = preflight.check(recipe, run)
+    assert " more\n" in str(error)
+    assert len(str(error).splitlines()) == 3

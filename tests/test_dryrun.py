@@ -166,12 +166,9 @@ def test_a_plan_that_cannot_be_made_stops_nothing(
         raise IndexError("a family's own code\nlooked at contents")
 
     ran: list[Path] = []
-    (mixture.parent / "evaluate").mkdir()
-    (mixture.parent / "evaluate" / "results.json").write_text(
-        '{"reference": "teacher", "models": {}}', encoding="utf-8"
-    )
     monkeypatch.setattr(failing, broken)
-    monkeypatch.setattr("halve.pipeline.run", lambda *_, **__: ran.append(mixture) or mixture.parent)
+    monkeypatch.setattr("halve.pipeline.run", lambda *_, **__: [ran.append(mixture), mixture.parent][1])
+    monkeypatch.setattr("halve.cli._show_results", lambda *_, **__: None)
     assert main(["run", str(mixture)]) == 0
     assert ran
     said = capsys.readouterr().err

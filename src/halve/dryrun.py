@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, cast
-
-import torch
-from transformers import PretrainedConfig
+from typing import Any
 
 from halve.anatomy import Arch, Counts
-from halve.anatomy.configs import resized
 from halve.anatomy.runtimes import runtimes
 from halve.checkpoint import Checkpoint
-from halve.cut.sizes import config_sizes
 from halve.disk import Disk, planned
-from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting
+from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
 from halve.train import watch
-from halve.train.answers import token_bytes
 from halve.train.ranks import require_shares
 from halve.train.schedule import spans
 
@@ -127,16 +121,7 @@ def forecast(
         place=place,
         card_bytes=card_bytes,
         mfu=mfu,
-        disk=planned(
-            recipe,
-            teacher=before.params,
-            students=[one.counts.params for one in made],
-            itemsize=_teacher_dtype(recipe, whole.config).itemsize,
-            vocab=whole.sizes.vocab,
-            memory=memory,
-            place=place,
-            cache_bytes=cache_bytes(recipe, found),
-        ),
+        disk=planned(recipe, found, cuda=place.cuda),
         schedule=_schedule(recipe),
         tried=any(_is_tried(part) for part in rounds(recipe)),
     )
@@ -149,8 +134,9 @@ def _is_tried(recipe: Recipe) -> bool:
 
 def _made(shape: Shape, context: int) -> Round:
     kept, layers = shape.kept_layers, range(shape.before.sizes.layers)
-    counts = shape.student.ledger.count(shape.after, kept_layers=kept, context=context)
-    return Round(shape.after, counts, () if kept is None else tuple(i for i in layers if i not in kept))
+    return Round(
+        shape.after, shape.counts(context=context), () if kept is None else tuple(i for i in layers if i not in kept)
+    )
 
 
 def _place(recipe: Recipe, ranks: int) -> Place:
@@ -183,7 +169,7 @@ def _memory(
             _sized(shape, shape.before.sizes) if learns_from_previous(recipe, number) else teacher,
             place,
             _longest(part.distill, recipe),
-            _teacher_dtype(recipe, teacher.config),
+            dtype_of(recipe, teacher.config),
         )
         corrects = recipe.correct is not None and recipe.corrects_beside
         memory[name] = one.with_correction(recipe.correct) if corrects and recipe.correct else one.memory()
@@ -199,19 +185,8 @@ def _longest(training: Training, recipe: Recipe) -> int:
 def _sized(shape: Shape, arch: Arch) -> Sized:
     """The model before a round's cut, or after it."""
     if arch == shape.before.sizes:
-        anatomy, config, kept = shape.before, shape.before.config, None
-    else:
-        anatomy, kept = shape.student, shape.kept_layers
-        layers = tuple(range(arch.layers)) if kept is None else kept
-        config = resized(anatomy.config, config_sizes(anatomy, arch), kept_layers=layers)
-    return Sized(config, arch, anatomy.ledger.count(arch, kept_layers=kept))
-
-
-def _teacher_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
-    if recipe.dtype != "auto":
-        return cast(torch.dtype, getattr(torch, recipe.dtype))
-    own = config.dtype
-    return own if isinstance(own, torch.dtype) else torch.float32
+        return Sized(shape.before.config, arch, shape.before.ledger.count(arch))
+    return Sized(shape.config(), arch, shape.counts())
 
 
 def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], dict[str, int]]:
@@ -268,22 +243,6 @@ def _over_phases(training: Training, context: int, per_token: Callable[[int], fl
     ends = [*(span.tokens_before for span in found[1:]), training.tokens]
     parts = zip(found, ends, strict=True)
     return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))
-
-
-def cache_bytes(recipe: Recipe, found: tuple[Shape, ...]) -> int:
-    """What caches take at most: samples that are drawn more than once are kept once, in 16 bits but for float32."""
-    total = 0
-    for number, part in enumerate(rounds(recipe), 1):
-        if part.distill is not None:
-            teacher = found[number - 1 if learns_from_previous(recipe, number) else 0].before.sizes
-            total += part.distill.tokens * token_bytes(
-                part.distill.cache,
-                hidden=teacher.hidden,
-                vocab=teacher.vocab,
-                samples=part.distill.cache_samples,
-                half=part.distill.precision != "float32",
-            )
-    return total
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

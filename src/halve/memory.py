@@ -15,13 +15,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from halve.anatomy import Arch, Counts
-from halve.recipe import Correct, Distill, Training
-from halve.train.rehearsal import Cast, Rehearsal, rehearse
+from halve.recipe import Correct, Distill, Recipe, Training
+from halve.train.rehearsal import Cast, Learned, Rehearsal, rehearse
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -174,6 +174,14 @@ _TEACHERS: dict[str, dict[str, Any]] = {
 }
 
 
+def dtype_of(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
+    """The precision that a recipe loads a model in."""
+    if recipe.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, recipe.dtype))
+    own = config.dtype
+    return own if isinstance(own, torch.dtype) else torch.float32
+
+
 def correcting(training: Correct, teacher: Sized, place: Place, *, context: int) -> Memory:
     """What correcting the teacher before anything else takes."""
     cast = Cast(teacher.config, None, place.half, cuda=place.cuda, in_shards=place.ranks > 1)
@@ -199,7 +207,7 @@ def _learning(training: Training, model: Sized, found: Rehearsal, place: Place, 
     return Memory(
         masters_bytes=round(4 * model.counts.params / place.shards),
         gradient_bytes=round(gradients),
-        moment_bytes=round(_moments(training, found) / place.shards),
+        moment_bytes=0 if training.offload_optimizer else round(moments(training, found) / place.shards),
         teacher_bytes=0,
         gathered_bytes=0 if place.ranks == 1 else round(_gathered(model, 2 if place.half else 4)),
         passing_bytes=0 if found.problem else round(max(passing, scratch)),
@@ -207,9 +215,10 @@ def _learning(training: Training, model: Sized, found: Rehearsal, place: Place, 
     )
 
 
-def _moments(training: Training, found: Rehearsal) -> float:
+def moments(training: Training, found: Learned) -> float:
+    """Bytes of an optimizer's moments, wherever they are."""
     if training.offload_optimizer:
-        return 0.0
+        return 8.0 * found.trained
     if training.optimizer == "adamw8bit":
         return 2 * _QUANTIZED * found.trained
     if training.optimizer == "muon":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from halve.train import sources
 
 if TYPE_CHECKING:
     from halve.checkpoint import Checkpoint
-
-_FLOAT32_BYTES = 4
 
 
 def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
@@ -201,65 +198,26 @@ def _check_corpus(source: str, text_field: str) -> None:
 
 
 def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
-    needed = _bytes_needed(recipe, teacher)
+    """The disk plan's bytes, less those that an earlier start of the run has written, are free."""
+    from halve.checkpoint import resolve_device
+    from halve.disk import planned
+
+    needed = planned(recipe, shapes(recipe, teacher), cuda=resolve_device(recipe.device) == "cuda").total_bytes
+    left = needed - _written(out)
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
-    if free < needed:
+    if free < left:
+        written = f" {_in_words(needed - left)} of {_in_words(needed)} are written." if left < needed else ""
         raise DiskError(
-            f"{out} needs about {_in_words(needed)}",
-            why=f"{_in_words(free)} are free there",
+            f"{out} needs about {_in_words(left)}{' more' if written else ''}",
+            why=f"{_in_words(free)} are free there.{written}" if written else f"{_in_words(free)} are free there",
             fix="free some space, choose another folder with --out, or drop some of distill.baselines",
         )
 
 
-def _bytes_needed(recipe: Recipe, teacher: Checkpoint) -> int:
-    """An upper bound: every model as large as the teacher, the checkpoints that are kept and one in writing, tokens as
-    large as the text, caches.
-    """
-    headers = teacher.headers.values()
-    weights = sum(header.num_bytes for header in headers)
-    count = sum(_volume(header.shape) for header in headers)
-    models, trained = 1 + recipe.corrects_before, int(recipe.corrects_before)
-    for part in rounds(recipe):
-        models += 1
-        if part.distill is not None:
-            models += 1 + len(part.distill.baselines) + ("random_prune" in part.distill.baselines)
-            if recipe.corrects_beside:
-                models += 1 + len(set(part.distill.baselines) - {"ce"})
-            trained = 1 + recipe.corrects_beside
-    text = 0
-    with suppress(HalveError):
-        for source in (*recipe.data.train_sources, *recipe.data.valid):
-            if not source.startswith(sources.HUB):
-                text += sum(path.stat().st_size for path in sources.files(source))
-    trainings = [recipe.correct, *(part.distill for part in rounds(recipe))]
-    states = 1 + max((training.keep_checkpoints for training in trainings if training is not None), default=0)
-    return models * weights + trained * states * 3 * _FLOAT32_BYTES * count + text + _cache_bytes(recipe, teacher)
-
-
-def _cache_bytes(recipe: Recipe, teacher: Checkpoint) -> int:
-    """The same of caches: no teacher is wider than the first, and no sample is kept twice."""
-    from halve.checkpoint import resolve_device
-    from halve.train.answers import token_bytes
-    from halve.train.loop import is_half
-
-    caching = [part.distill for part in rounds(recipe) if part.distill is not None and part.distill.cache != "none"]
-    if not caching:
-        return 0
-    sizes, device = teacher.anatomy.sizes, resolve_device(recipe.device)
-
-    def each(one: Distill) -> int:
-        half = is_half(one, device)
-        return token_bytes(one.cache, hidden=sizes.hidden, vocab=sizes.vocab, samples=one.cache_samples, half=half)
-
-    return sum(one.tokens * each(one) for one in caching)
+def _written(out: Path) -> int:
+    """Bytes of the files in a run folder."""
+    return sum(path.lstat().st_size for path in out.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _in_words(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _volume(shape: tuple[int, ...]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from halve.recipe import Recipe
 
 if TYPE_CHECKING:
-    from halve.anatomy import Anatomy, Arch
+    from transformers import PretrainedConfig
+
+    from halve.anatomy import Anatomy, Arch, Counts
     from halve.checkpoint import Checkpoint
 
 
@@ -25,6 +27,18 @@ class Shape:
     """What the student's sizes are those of: rotation may give it a head of its own."""
     after: Arch
     kept_layers: tuple[int, ...] | None
+
+    def counts(self, *, context: int = 4096) -> Counts:
+        """What the student costs."""
+        return self.student.ledger.count(self.after, kept_layers=self.kept_layers, context=context)
+
+    def config(self) -> PretrainedConfig:
+        """The student's; the first layers stand for those kept where they are not named yet."""
+        from halve.anatomy.configs import resized
+        from halve.cut.sizes import config_sizes
+
+        kept = tuple(range(self.after.layers)) if self.kept_layers is None else self.kept_layers
+        return resized(self.student.config, config_sizes(self.student, self.after), kept_layers=kept)
 
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -68,9 +82,8 @@ def shapes(recipe: Recipe, teacher: Checkpoint) -> tuple[Shape, ...]:
     that are kept. Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     from halve.anatomy import discover
-    from halve.anatomy.configs import resized
     from halve.cut.rotate import student_anatomy
-    from halve.cut.sizes import config_sizes, target
+    from halve.cut.sizes import target
 
     anatomy = teacher.anatomy
     found: list[Shape] = []
@@ -79,6 +92,5 @@ def shapes(recipe: Recipe, teacher: Checkpoint) -> tuple[Shape, ...]:
         after, kept = target(own, part.prune)
         found.append(Shape(anatomy, own, after, kept))
         if len(found) <= len(recipe.then):
-            layers = range(after.layers) if kept is None else kept
-            anatomy = discover(resized(own.config, config_sizes(own, after), kept_layers=tuple(layers)))
+            anatomy = discover(found[-1].config())
     return tuple(found)

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -55,22 +55,29 @@ class Cast:
     in_shards: bool = False
 
 
-@dataclass(frozen=True)
-class Rehearsal:
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a training moves: so many parameters; `matrices` of them are in matrices between hidden states, the largest
+    of which has `largest`.
+    """
+
+    trained: int
+    matrices: int
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal(Learned):
     """What a step takes beside the weights of both and the optimizer's moments.
 
     `first` is the most bytes during a step's first micro-batch, its growing gradients included; `later` the most
-    during the others, beside gradients. `kept` are the bytes that wait for the way back when the loss is known.
-    `trained` parameters move; `matrices` of them are in matrices between hidden states, the largest of which has
-    `largest`. Where the family's code cannot be gone through without contents, `problem` says why, and bytes are 0.
+    during the others, beside gradients. `kept` are the bytes that wait for the way back when the loss is known. Where
+    the family's code cannot be gone through without contents, `problem` says why, and bytes are 0.
     """
 
     first: int
     later: int
     kept: int
-    trained: int
-    matrices: int
-    largest: int
     problem: str = ""
 
 
@@ -135,17 +142,17 @@ def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> R
         raise
     except Exception as error:  # a family's code may look at contents, which are not there
         played, problem = _Played(0, 0, 0), " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    model = _learner(cast, training)
+    return Rehearsal(**played._asdict(), **asdict(learned(cast.student, training)), problem=problem)
+
+
+def learned(config: PretrainedConfig, training: Training) -> Learned:
+    """What a training moves of a model."""
+    model = _learner(Cast(config, None, half=False), training)
     matrices = [
         p.numel() for layer in blocks.layers(model) for p in layer.parameters() if p.requires_grad and p.ndim == 2
     ]
-    return Rehearsal(
-        **played._asdict(),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        matrices=sum(matrices),
-        largest=max(matrices, default=0),
-        problem=problem,
-    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Learned(trained=trained, matrices=sum(matrices), largest=max(matrices, default=0))
 
 
 @contextmanager
