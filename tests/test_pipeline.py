@@ -281,6 +281,7 @@ def test_a_round_gets_its_own_sizes_and_an_uncorrected_teacher(
 
     def prune(recipe: Recipe, *, out: Path, **arguments: Any) -> dict[str, Any]:
         seen[out.name] = (recipe.prune.ffn, recipe.prune.hidden)
+        (out / "model").mkdir()
         return {}
 
     monkeypatch.setattr(halve.stages, "prune", SimpleNamespace(run=prune))
