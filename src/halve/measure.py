@@ -79,49 +79,66 @@ def perplexity(nll: Float[Tensor, " samples"]) -> Estimate:
     return Estimate(value, value * mean.stderr)
 
 
-def bits_per_byte(nll: Float[Tensor, " samples"], num_bytes: Int[Tensor, " samples"], *, num_targets: int) -> Estimate:
+def bits_per_byte(
+    nll: Float[Tensor, " samples"], num_bytes: Int[Tensor, " samples"], *, num_targets: int | Int[Tensor, " samples"]
+) -> Estimate:
     """Bits that the model needs for one byte of text, comparable between tokenizers.
 
         bpb = sum_b nats_b / (ln 2 * sum_b bytes_b),   nats_b = nll_b * num_targets
 
     The standard error is that of a ratio of means, from the residuals nats_b / ln 2 - bpb * bytes_b.
-    `num_bytes` comes from `target_bytes`, `num_targets` is the number of predictions in a sample.
+    `num_bytes` comes from `target_bytes`, `num_targets` is the number of predictions in a sample, or in each.
     """
-    bits_B = nll.double() * (num_targets / math.log(2))
+    bits_B = nll.double() * num_targets / math.log(2)
     bytes_B = num_bytes.double()
     value = (bits_B.sum() / bytes_B.sum()).item()
     residual = average(bits_B - value * bytes_B)
     return Estimate(value, residual.stderr / bytes_B.mean().item())
 
 
-def target_bytes(tokenizer: PreTrainedTokenizerBase, samples: Int[Tensor, "samples seq"]) -> Int[Tensor, " samples"]:
+def target_bytes(
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Int[Tensor, "samples seq"],
+    predicted: Bool[Tensor, "samples predictions"] | None = None,
+) -> Int[Tensor, " samples"]:
     """UTF-8 bytes of the text that each sample's predicted tokens (all but the first) stand for.
 
-    The whole sample decoded less its first token decoded, without special tokens: separators between
-    documents cost bits and count no bytes. Exact but for a character that a sample's border cuts in two.
+    The whole sample, up to its last prediction, decoded less its first token decoded, without special tokens:
+    separators between documents cost bits and count no bytes. Exact but for a character that a sample's border cuts
+    in two. Of tokens before the last prediction only special ones may be left out of `predicted`.
     """
 
     def size(ids: list[int]) -> int:
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(str(text).encode("utf-8", errors="replace"))
 
-    return torch.tensor([size(row) - size(row[:1]) for row in samples.tolist()])
+    rows = samples.tolist()
+    if predicted is not None:
+        rows = [row[: 2 + max(which.nonzero()).item()] for row, which in zip(rows, predicted, strict=True)]
+    return torch.tensor([size(row) - size(row[:1]) for row in rows])
 
 
 @torch.no_grad()
 def language_modeling(
-    model: PreTrainedModel, samples: Int[Tensor, "samples seq"], *, micro_batch: int
+    model: PreTrainedModel,
+    samples: Int[Tensor, "samples seq"],
+    *,
+    micro_batch: int,
+    predicted: Bool[Tensor, "samples predictions"] | None = None,
 ) -> Float[Tensor, " samples"]:
     """Mean negative log-likelihood of each sample's tokens after its first, in nats per token (float64, CPU).
 
+    `predicted` says which of them are measured, by default all.
     Raises `CorpusError` if the samples are longer than the model's context.
     """
     require_context(model.config, samples.shape[1], "a held-out sample")
     body, head = split(model)
     nll = []
-    for ids_BS in torch.split(samples, micro_batch):
-        ids_BS = ids_BS.to(model.device)
-        nll.append(sample_nll(head, body(ids_BS), ids_BS).cpu())
+    for start in range(0, len(samples), micro_batch):
+        rows = slice(start, start + micro_batch)
+        ids_BS = samples[rows].to(model.device)
+        nats_BT = token_nll(head, body(ids_BS), ids_BS)
+        nll.append(_mean(nats_BT.cpu(), None if predicted is None else predicted[rows]))
     return torch.cat(nll)
 
 
@@ -130,12 +147,27 @@ def sample_nll(
     head: Head, hidden: Float[Tensor, "samples seq hidden"], ids: Int[Tensor, "samples seq"]
 ) -> Float[Tensor, " samples"]:
     """Mean nats of each sample's tokens after its first, from the last hidden states (float64, on their device)."""
+    return token_nll(head, hidden, ids).mean(1)
+
+
+@torch.no_grad()
+def token_nll(
+    head: Head, hidden: Float[Tensor, "samples seq hidden"], ids: Int[Tensor, "samples seq"]
+) -> Float[Tensor, "samples predictions"]:
+    """Nats of each token after a sample's first, from the last hidden states (float64, on their device)."""
     targets_N = ids[:, 1:].flatten()
     rows_ND = hidden[:, :-1].flatten(0, 1)
     nats_N = torch.empty(targets_N.shape, dtype=torch.float64, device=targets_N.device)
     for rows in row_chunks(len(targets_N), head.weight.shape[0]):
         nats_N[rows] = -token_log_probs(head.logits(rows_ND[rows]), targets_N[rows]).double()
-    return nats_N.view(len(ids), -1).mean(1)
+    return nats_N.view(len(ids), -1)
+
+
+def _mean(values_BT: Tensor, predicted_BT: Tensor | None) -> Tensor:
+    """The mean over each sample's predictions."""
+    if predicted_BT is None:
+        return values_BT.mean(-1)
+    return torch.where(predicted_BT, values_BT, 0.0).sum(-1) / predicted_BT.sum(-1)
 
 
 @torch.no_grad()
@@ -145,13 +177,14 @@ def divergence(
     samples: Int[Tensor, "samples seq"],
     *,
     micro_batch: int,
+    predicted: Bool[Tensor, "samples predictions"] | None = None,
 ) -> Divergence:
     """Measure a student against a teacher on the same samples: nll, KL(teacher || student), top-1 agreement.
 
         KL = sum_v p_t(v) (log p_t(v) - log p_s(v)),   float32 log-softmax over the full vocabulary
 
-    Only positions that predict a token of the sample count. Where one vocabulary is padded further than the
-    other, both distributions are taken over the entries that they share.
+    Only positions that predict a token of the sample count, and of these only those of `predicted`, if given. Where
+    one vocabulary is padded further than the other, both distributions are taken over the entries that they share.
 
     Raises `CorpusError` if the samples are longer than either model's context.
     """
@@ -160,7 +193,9 @@ def divergence(
     (body_s, head_s), (body_t, head_t) = split(student), split(teacher)
     shared = min(head_s.weight.shape[0], head_t.weight.shape[0])
     parts: list[Tensor] = []
-    for ids_BS in torch.split(samples, micro_batch):
+    for start in range(0, len(samples), micro_batch):
+        part = slice(start, start + micro_batch)
+        ids_BS = samples[part]
         hidden_s = body_s(ids_BS.to(student.device))[:, :-1].flatten(0, 1)
         hidden_t = body_t(ids_BS.to(teacher.device))[:, :-1].flatten(0, 1)
         targets = ids_BS[:, 1:].flatten().to(student.device)
@@ -172,7 +207,7 @@ def divergence(
             log_t = head_t.logits(hidden_t[rows])[:, :shared].to(student.device).log_softmax(-1)
             figures[1, rows] = (log_t.exp() * (log_t - log_s)).sum(-1).double()
             figures[2, rows] = (log_t.argmax(-1) == log_s.argmax(-1)).double()
-        parts.append(figures.view(3, len(ids_BS), -1).mean(2).cpu())
+        parts.append(_mean(figures.view(3, len(ids_BS), -1).cpu(), None if predicted is None else predicted[part]))
     nll, kl, agreement = torch.cat(parts, dim=1)
     return Divergence(nll, kl, agreement)
 

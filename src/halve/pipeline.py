@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Stage", "check", "run", "stages"]
 
 SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
-_EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context")
+_EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
 _TOGETHER = ("correct", "distill")
 """Sections whose stages several ranks carry out together; the others' are carried out by one while the rest wait."""
 _INPUTS = ("teacher", "train", "valid")

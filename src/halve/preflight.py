@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from halve import preflight_bounds
 from halve.errors import DiskError, HalveError, RecipeError
-from halve.recipe import Distill, Phase, Recipe, Training
+from halve.recipe import Boundary, Distill, Phase, Recipe, Training
 from halve.rounds import Shape, learns_from_previous, rounds, shapes
 from halve.rundir import check_folder
 from halve.train import sources
@@ -78,7 +78,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[]
         for phase in training.phases:
             yield partial(_check_phase, recipe, teacher, name, phase)
     if recipe.data.documents == "apart":
-        yield partial(_check_apart, teacher)
+        yield partial(_check_apart, teacher, recipe.data.boundary)
     yield from preflight_bounds.of_the_teacher(recipe, teacher)
 
 
@@ -93,9 +93,11 @@ def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
 
 def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
     from halve import measure
+    from halve.train import tokenize
 
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     teacher.require_tokenizer()
+    tokenize.marks(teacher.tokenizer, recipe.data.boundary)
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
@@ -183,12 +185,12 @@ def _check_phase(recipe: Recipe, teacher: Checkpoint, section: str, phase: Phase
         )
 
 
-def _check_apart(teacher: Checkpoint) -> None:
+def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
     """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart."""
     from halve.cut.twins import random_twin
     from halve.train import documents, tokenize
 
-    documents.require_border(tokenize.border(teacher.tokenizer))
+    documents.require_border(tokenize.border(teacher.tokenizer, boundary))
     documents.require_apart(random_twin(teacher.anatomy.twin(), seed=0))
 
 

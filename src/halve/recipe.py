@@ -70,6 +70,7 @@ Refit = Literal["none", "outputs", "all"]
 Selection = Literal["auto", "rank", "refit"]
 Shape = Literal["width", "trial"]
 LayerMerge = Literal["none", "laco"]
+Boundary = Literal["auto", "bos", "eos", "both", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -114,6 +115,9 @@ class Data(Section):
         "text", min_length=1, description="the field of JSON lines, parquet and hub rows that holds the text"
     )
     context: Context = Field(512, description="tokens in one packed sample")
+    boundary: Boundary = Field(
+        "auto", description="special tokens: in front of documents and samples (bos), behind documents (eos), or both"
+    )
     documents: Literal["joined", "apart"] = Field(
         "joined", description="apart: in training, attention and prediction end at a document's border"
     )

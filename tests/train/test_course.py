@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from halve import pipeline
+from halve.checkpoint import Checkpoint
 from halve.errors import RecipeError
 from halve.head import Body, Head
 from halve.recipe import Phase, Recipe, Training
@@ -306,8 +307,10 @@ def test_phases_of_correction_and_of_later_rounds_are_checked_too(make_recipe: M
 
 
 def test_weights_and_documents_count_where_they_are_read(mixed: MakeRecipe, tmp_path: Path, corpus: Path) -> None:
+    opened = Checkpoint.open(mixed().model)
+
     def keys(recipe: Recipe) -> dict[str, str]:
-        return pipeline._keys(recipe, pipeline.stages(recipe), memo=tmp_path / "hashes.json")
+        return pipeline._keys(recipe, opened, pipeline.stages(recipe), memo=tmp_path / "hashes.json")
 
     def heavier(recipe: Recipe) -> Recipe:
         assert isinstance(recipe.data.train, dict)
@@ -321,6 +324,7 @@ def test_weights_and_documents_count_where_they_are_read(mixed: MakeRecipe, tmp_
     students = {"distill", "evaluate", "report"}
     assert changed(mixed(workers=3)) == set()
     assert changed(mixed(documents="apart")) == students
+    assert changed(mixed(boundary="none")) == students | {"score", "prune"}
     assert changed(mixed({"from_tokens": 512, "lr": 5e-4})) == students
     assert changed(heavier(mixed())) == students | {"score", "prune"}
 

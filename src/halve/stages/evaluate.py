@@ -36,6 +36,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.speed import Speed, compare_speed, weight_bytes
 from halve.train import corpus
+from halve.train.batch import Batch
 
 FORWARD_TOKENS = 4096  # in one forward pass of the samples; no figure depends on it
 NEW_TOKENS, REPEATS = 32, 5
@@ -79,8 +80,9 @@ def run(
     prompts = encoded_prompts(recipe, tokenizer, limit)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     packed = corpus.Samples(tokens, recipe.data.context, recipe.seed)
-    samples_BS = packed.first(recipe.evaluate.samples)
-    num_bytes = measure.target_bytes(tokenizer, samples_BS)
+    heldout = packed.heldout(recipe.evaluate.samples)
+    samples_BS = heldout.ids
+    num_bytes = measure.target_bytes(tokenizer, samples_BS, heldout.predicted)
 
     device = resolve_device(recipe.device)
 
@@ -93,9 +95,8 @@ def run(
         for name in models:
             model = teacher if name == reference else load(name)
             texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
-            measured[name] = _measure(
-                model, None if name == reference else teacher, samples_BS, num_bytes, questions, texts
-            )
+            against = None if name == reference else teacher
+            measured[name] = _measure(model, against, heldout, num_bytes, questions, texts)
             task.advance(samples_BS.numel(), perplexity=measured[name].facts["perplexity"]["value"])
             del model
     del teacher
@@ -105,7 +106,7 @@ def run(
         "samples": {
             "count": len(samples_BS),
             "context": samples_BS.shape[1],
-            "tokens": samples_BS[:, 1:].numel(),
+            "tokens": heldout.labels().numel(),
             "bytes": int(num_bytes.sum()),
             "fingerprint": tokens.fingerprint,
         },
@@ -169,16 +170,18 @@ def encoded_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: i
 def _measure(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    samples_BS: Int[Tensor, "samples seq"],
+    heldout: Batch,
     num_bytes: Int[Tensor, " samples"],
     questions: Mapping[str, Sequence[Encoded]],
     completions: tuple[str, ...],
 ) -> _Measured:
+    samples_BS, which = heldout.ids, heldout.predicted
     micro_batch = max(1, FORWARD_TOKENS // samples_BS.shape[1])
+    num_targets = samples_BS.shape[1] - 1 if which is None else which.sum(1)
     if teacher is None:
-        per_sample = {"nll": measure.language_modeling(model, samples_BS, micro_batch=micro_batch)}
+        per_sample = {"nll": measure.language_modeling(model, samples_BS, micro_batch=micro_batch, predicted=which)}
     else:
-        found = measure.divergence(model, teacher, samples_BS, micro_batch=micro_batch)
+        found = measure.divergence(model, teacher, samples_BS, micro_batch=micro_batch, predicted=which)
         per_sample = {"nll": found.nll, "kl": found.kl, "agreement": found.agreement}
     choices = {name: answer_encoded(model, items) for name, items in questions.items()}
     nll = per_sample["nll"]
@@ -188,7 +191,7 @@ def _measure(
         "weight_bytes": weight_bytes(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "perplexity": measure.perplexity(nll).as_dict(),
-        "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=samples_BS.shape[1] - 1).as_dict(),
+        "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=num_targets).as_dict(),
         **{name: measure.average(values).as_dict() for name, values in per_sample.items()},
         "choices": {name: _accuracies(answers) for name, answers in choices.items()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,13 @@ def run(
     device = resolve_device(recipe.device)
     model = teacher.load(dtype=recipe.dtype, device=device)
     tokenizer = teacher.tokenizer
-    heldout = _samples(recipe, "valid", CHECK_SAMPLES, cache, tokenizer, progress)
-    before_nll = measure.language_modeling(model, heldout, micro_batch=MICRO_BATCH)
-    samples = _samples(recipe, "train", max(asked.refit_samples, recipe.score.samples), cache, tokenizer, progress)
+    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
+    nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
+    before_nll = nll(model)
+    samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress).calibration(
+        max(asked.refit_samples, recipe.score.samples)
+    )
     calibration.check(samples, vocab=anatomy.sizes.vocab)
 
     def planned(plan: Plan) -> None:
@@ -97,7 +102,8 @@ def run(
         )
         after, kept_layers = best(tried).arch, best(tried).kept_layers
         if compares(recipe.score) and (remove := anatomy.sizes.layers - after.layers):
-            few = _samples(recipe, "train", recipe.score.depth_samples, cache, tokenizer, progress)
+            text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
+            few = text.calibration(recipe.score.depth_samples)
             choice = choose_layers(
                 recipe, model, anatomy, few, remove=remove, tokenizer=tokenizer, scores=ranking, progress=progress
             )
@@ -128,9 +134,9 @@ def run(
     }
     student = done.student
     saving.save_model(student, out / "model", extra_from=teacher.files, record=record)
-    after_nll = measure.language_modeling(student, heldout, micro_batch=MICRO_BATCH)
+    after_nll = nll(student)
     counts = done.anatomy.ledger.count(done.plan.after, kept_layers=done.plan.layers)
-    _check(student, counts.params, out / "model", heldout[:1, : min(32, heldout.shape[1])], after_nll)
+    _check(student, counts.params, out / "model", heldout.ids[:1, :32], after_nll)
     return {
         "params": counts.params,
         "non_embedding": counts.non_embedding,
@@ -204,13 +210,6 @@ def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
         )
 
     return rescore
-
-
-def _samples(recipe: Recipe, split: Any, count: int, cache: Path, tokenizer: Any, progress: Progress) -> Tensor:
-    if split == "train":
-        return open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress).calibration(count)
-    tokens = corpus.open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)
-    return corpus.Samples(tokens, recipe.data.context, recipe.seed).first(count)
 
 
 def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll: Tensor) -> None:

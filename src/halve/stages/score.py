@@ -15,6 +15,7 @@ from halve.cut.sizes import target
 from halve.files import write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
+from halve.stages.boundary import warn_of_borders
 from halve.stages.removal import DEPTH, choose_layers
 from halve.train.mixture import open_mixture
 
@@ -33,7 +34,8 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     has: `samples` beside `samples_asked` in the returned figures. `cache` is the run's folder of token files.
 
     Raises `CorpusError` for samples that say nothing and `PlanError` for sizes that are not legal, before weights are
-    read, and `CheckpointError` where activations are not finite.
+    read, and `CheckpointError` where activations are not finite. Warns of a teacher that does not know what stands
+    between documents (`BoundaryWarning`).
     """
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     anatomy = teacher.anatomy
@@ -45,6 +47,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     calibration.check(samples_BS, vocab=anatomy.sizes.vocab)
     device = resolve_device(recipe.device)
     model = teacher.load(dtype=recipe.dtype, device=device)
+    warn_of_borders(model, samples_BS, samples.parts[0].tokens.marks, tokenizer)
     start = time.perf_counter()
     scores = width.score(
         model,

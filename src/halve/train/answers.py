@@ -52,7 +52,7 @@ class Needed:
         for step, some in itertools.groupby(numbers, key=self.steps.__getitem__):
             batch = course.batch(step)
             rows = [batch.numbers.index(number) for number in some]
-            yield from _rows(batch, rows).split(micro_batch)
+            yield from batch.rows(rows).split(micro_batch)
 
 
 def drawn(recipe: Recipe, training: Distill) -> str:
@@ -131,8 +131,3 @@ def _by_sample(states_ND: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     counted_BS = batch.counted()
     sizes = [batch.ids.shape[1] - 1] * len(batch) if counted_BS is None else counted_BS.sum(1).tolist()
     return torch.split(states_ND, sizes)
-
-
-def _rows(batch: Batch, rows: list[int]) -> Batch:
-    positions = None if batch.positions is None else batch.positions[rows]
-    return Batch(batch.ids[rows], tuple(batch.numbers[row] for row in rows), positions)

@@ -5,7 +5,7 @@ Shapes: B batch, S seq, N tokens that are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,32 +20,53 @@ class Batch:
     """Samples `ids` and the `numbers` they have in their corpus, by which a teacher's answers can be kept.
 
     `positions` are those of the tokens in their own documents, where attention ends at a document's border; None
-    where a sample is read as one text.
+    where a sample is read as one text. `predicted` says which tokens after the first are predictions; None if all are.
     """
 
     ids: Int[Tensor, "batch seq"]
     numbers: tuple[int, ...]
     positions: Int[Tensor, "batch seq"] | None = None
+    predicted: Bool[Tensor, "batch predictions"] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def to(self, device: str | torch.device) -> Batch:
         """The same on a device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(self.ids.to(device), self.numbers, positions)
+        return self._each(lambda part: part.to(device), self.numbers)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most so many samples."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def __getitem__(self, rows: slice) -> Batch:
-        positions = None if self.positions is None else self.positions[rows]
-        return Batch(self.ids[rows], self.numbers[rows], positions)
+        return self._each(lambda part: part[rows], self.numbers[rows])
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """Batches of one kind as one."""
+        numbers = tuple(number for batch in batches for number in batch.numbers)
+
+        def all_of(parts: Sequence[Tensor | None]) -> Tensor | None:
+            return torch.cat(found) if (found := [part for part in parts if part is not None]) else None
+
+        positions, predicted = all_of([one.positions for one in batches]), all_of([one.predicted for one in batches])
+        return cls(torch.cat([one.ids for one in batches]), numbers, positions, predicted)
+
+    def rows(self, places: Sequence[int]) -> Batch:
+        """Some of its samples, in this order."""
+        return self._each(lambda part: part[list(places)], tuple(self.numbers[place] for place in places))
+
+    def _each(self, change: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) -> Batch:
+        parts = (None if part is None else change(part) for part in (self.positions, self.predicted))
+        return Batch(change(self.ids), numbers, *parts)
 
     def counted(self) -> Bool[Tensor, "batch predictions"] | None:
-        """Which positions but the last predict a token of their own document; None if all do."""
-        return None if self.positions is None else self.positions[:, 1:] > 0
+        """Which positions but the last predict a token that counts, of their own document; None if all do."""
+        if self.positions is None:
+            return self.predicted
+        own_BT = self.positions[:, 1:] > 0
+        return own_BT if self.predicted is None else own_BT & self.predicted
 
     def labels(self) -> Int[Tensor, " tokens"]:
         """The token that follows each counted position."""

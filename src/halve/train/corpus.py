@@ -10,38 +10,34 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from halve.errors import CorpusError, RunError
-from halve.files import disk_guard, file_sha256, read_sealed, remembering, sealed, sync, write_json
+from halve.files import file_sha256, read_sealed, remembering, sealed, sync, write_json
 from halve.progress import SILENT, Progress
-from halve.recipe import Recipe
+from halve.recipe import Boundary, Recipe
 from halve.rundir import HASHES
 from halve.train import sources as text_sources
 from halve.train import tokenize
 from halve.train.batch import Batch
 from halve.train.documents import positions
+from halve.train.drafts import Draft, Mark, draft_of
 from halve.train.ranks import here
 from halve.train.sources import HUB, Piece
-from halve.train.tokenize import Border
+from halve.train.tokenize import UNMARKED, Border, Marks
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes must not tokenize the same text at once
-    fcntl = None  # type: ignore[assignment]
-
-FORMAT = 2
+FORMAT = 3
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
 MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
 
@@ -54,7 +50,8 @@ class Tokens:
     count: int
     dtype: str
     fingerprint: str
-    text_bytes: int  # of UTF-8, without the separators between documents
+    text_bytes: int  # of UTF-8, without the tokens around documents
+    marks: Marks = UNMARKED
 
     def __len__(self) -> int:
         return self.count
@@ -64,18 +61,18 @@ class Tokens:
         """The ids, memory-mapped and read-only."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
-    def rows(self, indices: Iterable[int], length: int) -> NDArray[Any]:
-        """Rows of a corpus that is cut into rows of `length` ids.
+    def rows(self, indices: Iterable[int], length: int, *, every: int | None = None) -> NDArray[Any]:
+        """Rows of `length` ids, of which one begins `every` so many; by default where the one before ends.
 
         Read one by one: a page fault of the memory map would bring in hundreds of kilobytes around each.
         """
         dtype = np.dtype(self.dtype)
-        size = length * dtype.itemsize
+        every = length if every is None else every
         raw = bytearray()
         with self.path.open("rb", buffering=0) as file:
             for index in indices:
-                file.seek(index * size)
-                raw += file.read(size)
+                file.seek(index * every * dtype.itemsize)
+                raw += file.read(length * dtype.itemsize)
         return np.frombuffer(raw, dtype=dtype).reshape(-1, length)
 
 
@@ -96,6 +93,7 @@ def open_split(
     return prepare(
         sources,
         tokenizer=tokenizer,
+        boundary=data.boundary,
         text_field=data.text_field,
         cache=cache,
         workers=data.workers,
@@ -109,23 +107,24 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     text_field: str,
     cache: Path,
+    boundary: Boundary = "auto",
     workers: int = 1,
     progress: Progress = SILENT,
 ) -> Tokens:
     """Tokenise sources into one file in `cache`, or open the file made of the same content before.
 
-    The file's name is a hash of the content, the tokenizer and `text_field`. Each document ends with the
-    end-of-sequence token; where a tokenizer has none, each begins with its beginning-of-sequence token
-    instead. Special tokens spelled out in the text become those tokens. Documents longer than a piece
-    (`rows.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the revision it had
-    when it was first read into `cache`.
+    The file's name is a hash of the content, the tokenizer, `text_field` and the tokens around documents, which
+    `boundary` chooses (see `tokenize.marks`). Special tokens spelled out in the text become those tokens. Documents
+    longer than a piece (`rows.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the
+    revision it had when it was first read into `cache`.
 
     Works in bounded memory, in `workers` processes that the result does not depend on. A killed call leaves what it
     has tokenized, and the next one goes on from there; of several at once one works and the others wait for it. Raises
     `CorpusError` as `sources.read` does and when a tokenizing process dies, and `DiskError`.
     """
     revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
-    key = _key(sources, revisions, tokenizer=tokenizer, text_field=text_field, memo=cache / HASHES)
+    marks = tokenize.marks(tokenizer, boundary)
+    key = _key(sources, revisions, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
     path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
     if (known := reopen(note)) is not None:
         return known
@@ -139,11 +138,12 @@ def prepare(
                 documents += piece.last
                 yield piece
 
-    with _draft(path) as draft:
+    with draft_of(path) as draft:
         if (known := reopen(note)) is None:  # another process may just have made it
             dtype = tokenize.token_dtype(tokenizer)
-            written = _fill(draft, pieces(), tokenizer=tokenizer, dtype=dtype, workers=workers, progress=progress)
-            facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources)}
+            how = {"tokenizer": tokenizer, "marks": marks, "dtype": dtype, "workers": workers}
+            written = _fill(draft, pieces(), **how, progress=progress)
+            facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources), "marks": asdict(marks)}
             size = {"count": written.count, "text_bytes": written.text_bytes, "documents": documents}
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
             stamp = {"format": FORMAT, "sha256": file_sha256(draft.path)}
@@ -155,105 +155,36 @@ def prepare(
     return known
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """How far a draft is known to be on the disk."""
-
-    batches: int = 0
-    count: int = 0
-    text_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A token file in the making, which this process alone may write."""
-
-    path: Path
-    file: IO[bytes]
-
-    @property
-    def mark(self) -> Path:
-        return _mark_of(self.path)
-
-    def resume(self, itemsize: int) -> _Mark:
-        """Where an earlier call stopped; what it wrote beyond its last mark is dropped."""
-        mark = _Mark()
-        with suppress(RunError):  # one that cannot be read marks nothing
-            mark = _Mark(**read_sealed(self.mark)) if self.mark.exists() else mark
-        if os.fstat(self.file.fileno()).st_size < mark.count * itemsize:
-            mark = _Mark()
-        self.file.truncate(mark.count * itemsize)
-        return mark
-
-    def sync(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[_Draft]:
-    """The draft of `path`; stays for the next call where a kill or a full disk ends this one after a mark."""
-    draft = path.with_name(f".{path.name}.draft")
-    with disk_guard(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(draft)
-        try:
-            yield _Draft(draft, file)
-            _mark_of(draft).unlink(missing_ok=True)
-        except CorpusError as error:
-            if not isinstance(error, tokenize.DeadWorkerError):  # the text has to change, and its draft with it
-                _mark_of(draft).unlink(missing_ok=True)
-            raise
-        finally:
-            if not _mark_of(draft).exists():
-                draft.unlink(missing_ok=True)
-            file.close()
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """Open a file for appending once no other process has it open so."""
-    while True:
-        file = path.open("ab")
-        with suppress(OSError):  # a file system without locks, such as some network mounts
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # whoever held the lock has finished or dropped this file
-
-
-def _mark_of(draft: Path) -> Path:
-    return draft.with_suffix(".mark.json")
-
-
 def _fill(
-    draft: _Draft,
+    draft: Draft,
     pieces: Iterable[Piece],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    marks: Marks,
     dtype: np.dtype[Any],
     workers: int,
     progress: Progress,
-) -> _Mark:
+) -> Mark:
     """Write what is missing of a token file; gives its size."""
-    mark = draft.resume(dtype.itemsize)
-    between = tokenize.border(tokenizer)
-    if mark.count == 0 and between is not None and not between.ends:
-        draft.file.write(np.array([between.token], dtype=dtype).tobytes())
-        mark = _Mark(0, 1, 0)
+    mark, between = draft.resume(dtype.itemsize), marks.between
+    if mark.count == 0 and marks.bos is not None:
+        draft.file.write(np.array([marks.bos], dtype=dtype).tobytes())
+        mark = Mark(0, 1, 0)
     # text that was tokenized before is read again, which takes a hundredth of the time
     left = itertools.islice(tokenize.batches(pieces), mark.batches, None)
-    made = tokenize.encoded(left, tokenizer=tokenizer, dtype=dtype, workers=workers)
+    made = tokenize.encoded(left, tokenizer=tokenizer, between=between, dtype=dtype, workers=workers)
     with closing(made), progress.task("tokenize", None, done=mark.count) as task:
         for one in made:
             draft.file.write(one.ids)
             num_tokens = len(one.ids) // dtype.itemsize
-            mark = _Mark(mark.batches + 1, mark.count + num_tokens, mark.text_bytes + one.text_bytes)
+            mark = Mark(mark.batches + 1, mark.count + num_tokens, mark.text_bytes + one.text_bytes)
             task.advance(num_tokens)
             if mark.batches % MARK_BATCHES == 0:
                 draft.sync()
                 write_json(draft.mark, sealed(asdict(mark)))
+    if marks.follows is not None:  # no document follows the last one
+        mark = replace(mark, count=mark.count - 1)
+        draft.file.truncate(mark.count * dtype.itemsize)
     draft.sync()
     return mark
 
@@ -278,6 +209,7 @@ def reopen(note: Path) -> Tokens | None:
         dtype=facts["dtype"],
         fingerprint=facts["fingerprint"],
         text_bytes=facts["text_bytes"],
+        marks=Marks(**facts["marks"]),
     )
 
 
@@ -287,9 +219,15 @@ class Samples:
 
     Every epoch is a fresh permutation of all samples, so that which samples step `n` sees is a pure function
     of (seed, n, batch): a run resumes from its step number. Predictions stay inside a sample: `context`
-    tokens make `context - 1` of them. The tokens after the last whole sample are not used. With a `border` the
-    documents of a sample are apart: batches carry positions that begin anew with each. Texts of different `stream`
-    have orders of their own.
+    tokens make `context - 1` of them. The tokens after the last whole sample are not used.
+
+    Where documents have a token in front (`Marks.bos`) every sample begins with it, also one that begins inside a
+    document: it holds `context - 1` tokens of the text behind it, each predicted once. Of a sample that begins with a
+    document the token is the text's own; its last token is predicted in the next sample. The token in front of a
+    document is not predicted where another one marks the end of the document before (see `Marks.follows`).
+
+    With a `border` the documents of a sample are apart: batches carry positions that begin anew with each. Texts of
+    different `stream` have orders of their own.
 
     Raises `CorpusError` if there are fewer tokens than one sample.
     """
@@ -301,6 +239,12 @@ class Samples:
     stream: int = 0
 
     def __post_init__(self) -> None:
+        if self._step == 0:
+            raise CorpusError(
+                "a sample of one token holds no text",
+                why="every sample begins with the token that stands in front of documents",
+                fix="set data.context to 2 or more, or data.boundary to eos",
+            )
         if self.tokens.count < self.context:
             raise CorpusError(
                 f"the corpus has fewer tokens than one sample: {self.tokens.count} of {self.context}",
@@ -309,7 +253,12 @@ class Samples:
             )
 
     def __len__(self) -> int:
-        return self.tokens.count // self.context
+        return (self.tokens.count - self.context) // self._step + 1
+
+    @property
+    def _step(self) -> int:
+        """Tokens of the text from one sample to the next."""
+        return self.context if self.tokens.marks.bos is None else self.context - 1
 
     def batch(self, step: int, batch: int) -> Batch:
         """The `batch` samples that optimizer step `step` (from 0) sees."""
@@ -333,8 +282,9 @@ class Samples:
 
     def numbered(self, numbers: Sequence[int]) -> Batch:
         """Samples by their place in the corpus, as a batch."""
-        ids_BS = self.take(numbers)
-        return Batch(ids_BS, tuple(numbers), None if self.border is None else positions(ids_BS, self.border))
+        ids_BS, counted_BT = self._read(numbers)
+        places_BS = None if self.border is None else positions(ids_BS, self.border)
+        return Batch(ids_BS, tuple(numbers), places_BS, counted_BT)
 
     def heldout(self, num_samples: int) -> Batch:
         """At most `num_samples` samples, spread evenly over the corpus and independent of the seed, as a batch."""
@@ -360,7 +310,25 @@ class Samples:
 
     def take(self, indices: Iterable[int]) -> Int64[Tensor, "samples context"]:
         """Samples by their place in the corpus."""
-        return torch.from_numpy(self.tokens.rows(indices, self.context).astype(np.int64))
+        return self._read(indices)[0]
+
+    def _read(
+        self, indices: Iterable[int]
+    ) -> tuple[Int64[Tensor, "samples context"], Bool[Tensor, "samples predictions"] | None]:
+        """Samples by their place, and which of their tokens after the first are predicted; None if all are."""
+        rows = self.tokens.rows(indices, self.context, every=self._step).astype(np.int64)
+        ids_BS, marks = torch.from_numpy(rows), self.tokens.marks
+        if marks.bos is None:
+            return ids_BS, None
+        inside_B1 = ids_BS[:, :1] != marks.bos
+        moved_BS = ids_BS.roll(1, dims=1)
+        moved_BS[:, 0] = marks.bos
+        ids_BS = torch.where(inside_B1, moved_BS, ids_BS)
+        counted_BT = torch.ones_like(ids_BS[:, 1:], dtype=torch.bool)
+        counted_BT[:, -1:] = inside_B1
+        if marks.follows is not None:
+            counted_BT &= ids_BS[:, 1:] != marks.follows
+        return ids_BS, counted_BT
 
 
 def _key(
@@ -368,6 +336,7 @@ def _key(
     revisions: dict[str, str],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    marks: Marks,
     text_field: str,
     memo: Path,
 ) -> str:
@@ -378,6 +347,7 @@ def _key(
             text_sources.fingerprint(source, revision=revisions.get(source), sha256=sha256) for source in sources
         ],
         "tokenizer": tokenize.fingerprint(tokenizer),
+        "marks": asdict(marks),
         "text_field": text_field,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

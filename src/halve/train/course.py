@@ -100,7 +100,7 @@ def open_course(
 
     Raises `CorpusError` for text that is too little or unfit, and `TrainError` where documents cannot be told apart.
     """
-    between = require_border(border(tokenizer)) if recipe.data.documents == "apart" else None
+    between = _border(recipe, tokenizer)
     texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     planned = schedule.spans(training, recipe.data.context)
     first, *later = _mixtures(texts, planned, batch=training.batch, seed=recipe.seed, between=between)
@@ -123,9 +123,14 @@ def open_heldout(
     progress: Progress = SILENT,
 ) -> Batch:
     """The held-out samples that a training is measured on while it runs: in `data.context`, documents as in it."""
-    between = require_border(border(tokenizer)) if recipe.data.documents == "apart" else None
+    between = _border(recipe, tokenizer)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     return corpus.Samples(tokens, recipe.data.context, recipe.seed, between).heldout(training.eval_samples)
+
+
+def _border(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Border | None:
+    """What documents are told apart by, where they are to be."""
+    return require_border(border(tokenizer, recipe.data.boundary)) if recipe.data.documents == "apart" else None
 
 
 def _mixtures(

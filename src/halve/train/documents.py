@@ -59,12 +59,12 @@ def require_apart(model: PreTrainedModel) -> None:
 
 
 def require_border(border: Border | None) -> Border:
-    """Raise `TrainError` for a tokenizer that marks neither a document's end nor its beginning."""
+    """Raise `TrainError` where neither a document's end nor its beginning is marked."""
     if border is None:
         raise TrainError(
             "documents cannot be kept apart",
-            why="the tokenizer has neither an end-of-sequence nor a beginning-of-sequence token to tell them by",
-            fix="set data.documents to joined, or give the tokenizer an eos_token",
+            why="neither an end-of-sequence nor a beginning-of-sequence token stands between them to tell them by",
+            fix="set data.documents to joined, data.boundary to auto, or give the tokenizer an eos_token",
         )
     return border
 

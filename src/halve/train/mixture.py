@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.train.batch import Batch
 from halve.train.corpus import Samples, Tokens, prepare
-from halve.train.documents import positions
 from halve.train.tokenize import Border
 
 
@@ -115,13 +114,14 @@ class Mixture:
         return list(itertools.accumulate((len(part) for part in self.parts[:-1]), initial=self.offset))
 
     def _at(self, places: Sequence[tuple[int, int]]) -> Batch:
-        starts, border = self._starts(), self.parts[0].border
-        ids_BS = torch.empty((len(places), self.context), dtype=torch.int64)
+        starts = self._starts()
+        rows: list[int] = []
+        read: list[Batch] = []
         for part in sorted({part for part, _ in places}):
-            rows = [row for row, (one, _) in enumerate(places) if one == part]
-            ids_BS[rows] = self.parts[part].take([places[row][1] for row in rows])
-        numbers = tuple(starts[part] + place for part, place in places)
-        return Batch(ids_BS, numbers, None if border is None else positions(ids_BS, border))
+            rows += (own := [row for row, (one, _) in enumerate(places) if one == part])
+            read.append(self.parts[part].numbered([places[row][1] for row in own]))
+        found = Batch.joined(read).rows(sorted(range(len(rows)), key=rows.__getitem__))
+        return replace(found, numbers=tuple(starts[part] + place for part, place in places))
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def open_texts(
         prepare(
             sources,
             tokenizer=tokenizer,
+            boundary=data.boundary,
             text_field=data.text_field,
             cache=cache,
             workers=data.workers,

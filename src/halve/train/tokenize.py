@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from halve import fresh
-from halve.errors import CorpusError
+from halve.errors import CorpusError, TokenizerError
+from halve.recipe import Boundary
 from halve.train.sources import Piece
 
 if TYPE_CHECKING:
@@ -35,10 +36,45 @@ _AHEAD = 2  # batches a process that are read before they are needed
 
 @dataclass(frozen=True)
 class Border:
-    """The token that stands between documents: the last of each (`ends`) or, lacking such a token, the first."""
+    """The token that documents are told apart by: the last of each (`ends`), or the first."""
 
     token: int
     ends: bool
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The tokens around documents: `bos` in front of each and of every sample, `eos` behind each; None where none is.
+
+    Where both are one id, one such token stands between two documents.
+    """
+
+    bos: int | None = None
+    eos: int | None = None
+
+    @property
+    def between(self) -> tuple[int, ...]:
+        """What stands behind a document, with what stands in front of the next.
+
+        >>> Marks(bos=1, eos=2).between, Marks(bos=1).between, Marks(bos=0, eos=0).between, Marks().between
+        ((2, 1), (1,), (0,), ())
+        """
+        return tuple(dict.fromkeys(token for token in (self.eos, self.bos) if token is not None))
+
+    @property
+    def border(self) -> Border | None:
+        """What tells documents apart: their first token where they have one, so that each is read behind it."""
+        if self.bos is not None:
+            return Border(self.bos, ends=False)
+        return None if self.eos is None else Border(self.eos, ends=True)
+
+    @property
+    def follows(self) -> int | None:
+        """The token that is told by the one before it, which marks the end, and is therefore no prediction."""
+        return self.bos if len(self.between) > 1 else None
+
+
+UNMARKED = Marks()
 
 
 class DeadWorkerError(CorpusError):
@@ -52,13 +88,29 @@ class Encoded(NamedTuple):
     text_bytes: int
 
 
-def border(tokenizer: PreTrainedTokenizerBase) -> Border | None:
-    """The end-of-sequence token; where a tokenizer has none, its beginning-of-sequence token; else None."""
-    if tokenizer.eos_token_id is not None:
-        return Border(int(tokenizer.eos_token_id), ends=True)
-    if tokenizer.bos_token_id is not None:
-        return Border(int(tokenizer.bos_token_id), ends=False)
-    return None
+def marks(tokenizer: PreTrainedTokenizerBase, boundary: Boundary) -> Marks:
+    """The tokens that a recipe's `data.boundary` puts around documents.
+
+    `auto`: the beginning-of-sequence token in front if the tokenizer puts one in front of text, the end-of-sequence
+    token behind if it has one; where that gives neither, the beginning-of-sequence token in front if there is one.
+    Raises `TokenizerError` for a token that the tokenizer does not have.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if boundary == "auto":
+        return Marks(bos if eos is None or _puts_in_front(tokenizer, bos) else None, eos)
+    for token, kind, wanted in ((bos, "beginning", ("bos", "both")), (eos, "end", ("eos", "both"))):
+        if boundary in wanted and token is None:
+            raise TokenizerError(
+                f"data.boundary {boundary} needs a token that the tokenizer does not have",
+                why=f"it has no {kind}-of-sequence token",
+                fix="set data.boundary to auto, which takes what there is",
+            )
+    return Marks(bos if boundary in ("bos", "both") else None, eos if boundary in ("eos", "both") else None)
+
+
+def border(tokenizer: PreTrainedTokenizerBase, boundary: Boundary = "auto") -> Border | None:
+    """The token that documents are told apart by; None where there is none."""
+    return marks(tokenizer, boundary).border
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -76,9 +128,14 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encoded(
-    work: Iterable[list[Piece]], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], workers: int
+    work: Iterable[list[Piece]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: np.dtype[Any],
+    workers: int,
+    between: Sequence[int] = (),
 ) -> Generator[Encoded, None, None]:
-    """The batches of `work` as token ids, in their order.
+    """The batches of `work` as token ids, in their order; the tokens `between` follow each document.
 
     With `workers` above one that many processes are started, unless there is less than a batch for each; at most two
     batches for each of them are read ahead. Raises `DeadWorkerError` when one of them dies.
@@ -88,11 +145,11 @@ def encoded(
     work = chain(first, work)
     if workers == 1 or len(first) < workers:
         for batch in work:
-            yield encode(batch, tokenizer=tokenizer, dtype=dtype)
+            yield encode(batch, tokenizer=tokenizer, between=between, dtype=dtype)
         return
     waiting: deque[Future[Encoded]] = deque()
     with ExitStack() as stack:
-        pool = fresh.pool(workers, _begin, tokenizer, dtype)
+        pool = fresh.pool(workers, _begin, tokenizer, between, dtype)
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         try:
             for batch in work:
@@ -109,15 +166,17 @@ def encoded(
             ) from error
 
 
-def encode(batch: list[Piece], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any]) -> Encoded:
-    """Tokenize pieces; the border's token follows each that is a document's last."""
-    texts, between = [piece.text for piece in batch], border(tokenizer)
+def encode(
+    batch: list[Piece], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], between: Sequence[int] = ()
+) -> Encoded:
+    """Tokenize pieces; the tokens `between` follow each that is a document's last."""
+    texts = [piece.text for piece in batch]
     rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     ids: list[int] = []
     for row, piece in zip(rows, batch, strict=True):
         ids.extend(row)
-        if piece.last and between is not None:
-            ids.append(between.token)
+        if piece.last:
+            ids.extend(between)
     return Encoded(np.array(ids, dtype=dtype).tobytes(), sum(len(text.encode()) for text in texts))
 
 
@@ -137,14 +196,20 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
+def _puts_in_front(tokenizer: PreTrainedTokenizerBase, bos: int | None) -> bool:
+    """Whether text that a tokenizer is given comes back with the beginning-of-sequence token in front."""
+    dressed, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return bos is not None and dressed[:1] == [bos] and plain[:1] != [bos]
+
+
 # ---- inside a tokenizing process -----------------------------------------------------------------------------
 
 _own: dict[str, Any] = {}
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any]) -> None:
+def _begin(tokenizer: PreTrainedTokenizerBase, between: Sequence[int], dtype: np.dtype[Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of several already
-    _own.update(tokenizer=tokenizer, dtype=dtype)
+    _own.update(tokenizer=tokenizer, between=between, dtype=dtype)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -157,4 +222,4 @@ def _end_with_parent() -> None:
 
 
 def _encode_here(batch: list[Piece]) -> Encoded:
-    return encode(batch, tokenizer=_own["tokenizer"], dtype=_own["dtype"])
+    return encode(batch, **_own)

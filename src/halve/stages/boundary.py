@@ -1,0 +1,108 @@
+"""What a teacher makes of the tokens around documents: one that it never learned is left out, or warned about.
+
+Legend: B samples, S tokens of a sample, T predictions of a sample (S - 1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halve import measure
+from halve.checkpoint import Checkpoint, resolve_device
+from halve.head import split
+from halve.recipe import Boundary, Recipe
+from halve.files import read_sealed, sealed, write_json
+from halve.train import tokenize
+from halve.train.tokenize import Marks
+
+ABSURD = 1.5
+"""Nats over those of guessing evenly among all tokens, beyond which a model is sure that a token never comes."""
+_SAMPLES = 8
+_DOCUMENTS = (
+    "Once there was a small boat that wanted to see the sea. It sailed all night. In the morning it was there. The end.",
+    "The council met on Tuesday and approved the plans for the new bridge. There being no other business, it adjourned.",
+    "def double(x):\n    return 2 * x\n\n\nprint(double(21))\n",
+    "Question: How many legs does a spider have?\nAnswer: Eight.",
+    "Thank you for your order. It will arrive on Friday.\n\nKind regards,\nThe bookshop",
+    "1. Peel the apples.\n2. Cut them into slices.\n3. Bake them for half an hour.\n",
+)
+
+
+class BoundaryWarning(UserWarning):
+    """The teacher does not know what stands between the recipe's documents."""
+
+
+def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, say: Callable[[str], None]) -> Boundary:
+    """`data.boundary` with what `auto` leaves to the recipe's teacher decided.
+
+    Where the tokenizer puts a token in front of documents, the token behind them is not needed to tell them apart. It
+    is left out if the teacher never learned it: after each of a few plain documents it finds the end absurd. Such a
+    token costs tens of nats wherever it comes and spoils what is read behind it. Asked once; `cache` keeps the answer.
+    """
+    marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
+    if recipe.data.boundary != "auto" or marks.eos is None or marks.follows is None:
+        return recipe.data.boundary
+    what = f"{teacher.fingerprint} {tokenize.fingerprint(teacher.tokenizer)}"
+    note = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.end.json"
+    if not note.exists():
+        model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
+        nats, even = end_nats(model, teacher.tokenizer, marks), math.log(split(model)[1].weight.shape[0])
+        write_json(note, sealed({"nats": nats, "even": even}))
+        if nats > ABSURD * even:
+            token = teacher.tokenizer.convert_ids_to_tokens(marks.eos)
+            say(
+                f"data.boundary: the teacher never learned {token} (at least {nats:.1f} nats at a document's end,"
+                f" guessing evenly {even:.1f}); it is left out"
+            )
+    found = read_sealed(note)
+    return "bos" if found["nats"] > ABSURD * found["even"] else "auto"
+
+
+@torch.no_grad()
+def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: Marks) -> float:
+    """The fewest nats that the token behind a document costs a model, of a few plain documents."""
+    assert marks.eos is not None
+    (body, head), front = split(model), [] if marks.bos is None else [marks.bos]
+    found = []
+    for text in _DOCUMENTS:
+        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids_1S = torch.tensor([[*front, *ids, marks.eos]], device=model.device)
+        found.append(float(measure.token_nll(head, body(ids_1S), ids_1S)[0, -1]))
+    return min(found)
+
+
+@torch.no_grad()
+def warn_of_borders(
+    model: PreTrainedModel, samples_BS: Int[Tensor, "samples seq"], marks: Marks, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Warn with `BoundaryWarning` where a teacher's loss around the borders of documents is out of all proportion.
+
+    Looked at are, in the first few samples, the token behind a document and the first of the next one.
+    """
+    (body, head), ids_BS = split(model), samples_BS[:_SAMPLES].to(model.device)
+    before_BT, targets_BT = ids_BS[:, :-1], ids_BS[:, 1:]
+    special = torch.tensor([*marks.between], dtype=torch.long, device=ids_BS.device)
+    last_BT, first_BT = targets_BT == marks.eos, torch.isin(before_BT, special) & ~torch.isin(targets_BT, special)
+    first_BT[:, 0] &= marks.bos is None  # a sample may begin inside a document
+    nats_BT = torch.cat([measure.token_nll(head, body(ids_1S), ids_1S) for ids_1S in ids_BS.split(1)])
+    absurd = ABSURD * math.log(head.weight.shape[0])
+    for borders_BT, which in ((last_BT, "at the end of documents"), (first_BT, "for the first token of documents")):
+        nats = float(nats_BT[borders_BT].mean()) if borders_BT.any() else 0.0
+        if nats > absurd:
+            others = float(nats_BT[~(last_BT | first_BT)].mean())
+            tokens = " ".join(tokenizer.convert_ids_to_tokens(list(marks.between)))
+            warnings.warn(
+                f"the teacher loses {nats:.1f} nats {which}, {others:.1f} elsewhere: it was not trained on documents"
+                f" with {tokens or 'nothing'} between them; set data.boundary to what it was trained on",
+                BoundaryWarning,
+                stacklevel=2,
+            )
