@@ -15,7 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,12 +288,11 @@ def run(
 ) -> Path:
     """Carry out a recipe in the folder `out`, whatever is done of it already, and return the folder.
 
-    Where torchrun or the like has started several processes with the same command, they carry it out together
-    (see `train.ranks`), in one folder that all of them see.
+    Processes that torchrun or the like has started carry it out together, in one folder that all see (`train.ranks`).
 
     `only` names one of `SECTIONS` and carries out its stages alone, those of later rounds as far as their inputs are
-    there. `cache` holds token files and hashes of inputs, by default `out/data`; runs may share one. `console` shows
-    progress; without one nothing is said. A killed run goes on where it was; a finished run changes nothing.
+    there. `cache` holds token files and hashes of inputs, by default `out/data`; runs may share one. Without a
+    `console` nothing is said. A killed run goes on where it was; a finished run changes nothing.
 
     Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are not
     there, and every error of `check` before the first stage.
@@ -310,6 +310,7 @@ def run(
             fix=f"add {asked.removeprefix('section ')} to the recipe, or run one of {', '.join(SECTIONS)}",
         )
     from halve.checkpoint import Checkpoint, resolve_device
+    from halve.stages.boundary import bounded, settled
     from halve.train import ranks
     from halve.train.corpus import open_split
 
@@ -322,16 +323,20 @@ def run(
         teacher = Checkpoint.open(recipe.model)
         wanted, done, keys = here.lead(lambda: _what_to_do(recipe, teacher, folder, listed, only, cache))
         this = _Run(folder, cache, SILENT if console is None else RichProgress(console), teacher)
+        if len(done) < len(wanted):
+            boundary = here.lead(partial(settled, recipe, teacher, cache=cache, progress=this.progress))
+            recipe = bounded(recipe, boundary)
+            listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
         if any("valid" in stage.outside for stage in listed if stage.name in {*wanted} - {*done}):
             how = {"cache": cache, "tokenizer": teacher.tokenizer, "progress": this.progress}
             here.lead(lambda: str(open_split(recipe, "valid", **how).path))  # its faults are told before any work
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
-                _say(console, f"{stage.name}: done before")
+                this.progress.say(f"{stage.name}: done before")
                 continue
             began = time.monotonic()
             _carry_out(stage, this, keys, here)
-            _say(console, f"{stage.name}: done in {time.monotonic() - began:.1f} s")
+            this.progress.say(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
     return out
 
 
@@ -362,11 +367,6 @@ def _carry_out(stage: Stage, run: _Run, keys: Mapping[str, str], here: Ranks) ->
         metrics = here.lead(lambda: stage.act(run, stage.recipe, work))
     inputs = {name: keys[name] for name in stage.after}
     here.lead(lambda: str(folder.commit(stage.name, key, metrics, seed=stage.recipe.seed, inputs=inputs)))
-
-
-def _say(console: Console | None, line: str) -> None:
-    if console is not None:
-        console.print(line)
 
 
 def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> list[Stage]:

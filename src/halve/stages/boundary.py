@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
-from halve.head import split
-from halve.recipe import Boundary, Recipe
 from halve.files import read_sealed, sealed, write_json
+from halve.head import split
+from halve.progress import Progress
+from halve.recipe import Boundary, Recipe
 from halve.train import tokenize
 from halve.train.tokenize import Marks
 
@@ -28,8 +29,8 @@ ABSURD = 1.5
 """Nats over those of guessing evenly among all tokens, beyond which a model is sure that a token never comes."""
 _SAMPLES = 8
 _DOCUMENTS = (
-    "Once there was a small boat that wanted to see the sea. It sailed all night. In the morning it was there. The end.",
-    "The council met on Tuesday and approved the plans for the new bridge. There being no other business, it adjourned.",
+    "Once there was a small boat that wanted to see the sea. It sailed all night. Then it was there. The end.",
+    "The council met on Tuesday and approved the plans for the new bridge. There was no other business.",
     "def double(x):\n    return 2 * x\n\n\nprint(double(21))\n",
     "Question: How many legs does a spider have?\nAnswer: Eight.",
     "Thank you for your order. It will arrive on Friday.\n\nKind regards,\nThe bookshop",
@@ -41,7 +42,7 @@ class BoundaryWarning(UserWarning):
     """The teacher does not know what stands between the recipe's documents."""
 
 
-def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, say: Callable[[str], None]) -> Boundary:
+def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progress) -> Boundary:
     """`data.boundary` with what `auto` leaves to the recipe's teacher decided.
 
     Where the tokenizer puts a token in front of documents, the token behind them is not needed to tell them apart. It
@@ -59,12 +60,17 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, say: Callable[[
         write_json(note, sealed({"nats": nats, "even": even}))
         if nats > ABSURD * even:
             token = teacher.tokenizer.convert_ids_to_tokens(marks.eos)
-            say(
+            progress.say(
                 f"data.boundary: the teacher never learned {token} (at least {nats:.1f} nats at a document's end,"
                 f" guessing evenly {even:.1f}); it is left out"
             )
     found = read_sealed(note)
     return "bos" if found["nats"] > ABSURD * found["even"] else "auto"
+
+
+def bounded(recipe: Recipe, boundary: Boundary) -> Recipe:
+    """The recipe with another `data.boundary`."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"boundary": boundary})})
 
 
 @torch.no_grad()
@@ -90,10 +96,11 @@ def warn_of_borders(
     """
     (body, head), ids_BS = split(model), samples_BS[:_SAMPLES].to(model.device)
     before_BT, targets_BT = ids_BS[:, :-1], ids_BS[:, 1:]
-    special = torch.tensor([*marks.between], dtype=torch.long, device=ids_BS.device)
-    last_BT, first_BT = targets_BT == marks.eos, torch.isin(before_BT, special) & ~torch.isin(targets_BT, special)
+    special = torch.tensor(marks.between, dtype=torch.long, device=ids_BS.device)
+    last_BT = targets_BT == (-1 if marks.eos is None else marks.eos)
+    first_BT = torch.isin(before_BT, special) & ~torch.isin(targets_BT, special)
     first_BT[:, 0] &= marks.bos is None  # a sample may begin inside a document
-    nats_BT = torch.cat([measure.token_nll(head, body(ids_1S), ids_1S) for ids_1S in ids_BS.split(1)])
+    nats_BT = torch.cat([measure.token_nll(head, body(ids_1S), ids_1S) for ids_1S in torch.split(ids_BS, 1)])
     absurd = ABSURD * math.log(head.weight.shape[0])
     for borders_BT, which in ((last_BT, "at the end of documents"), (first_BT, "for the first token of documents")):
         nats = float(nats_BT[borders_BT].mean()) if borders_BT.any() else 0.0
