@@ -190,6 +190,6 @@ def test_a_sample_holds_more_than_the_token_in_front(tmp_path: Path) -> None:
 def test_multiple_choice_gets_no_second_bos() -> None:
     (item,) = encode(ADDS, [Item("a", ("b", "c"), 0)], max_tokens=None)
     assert [row.count(BOS) for row in item.sequences] == [1, 1]
-    assert item.start == 2
+    assert item.starts == (2, 2)
     (item,) = encode(ADDS, [Item("", ("b", "c"), 0)], max_tokens=None)
     assert [row[:1] + row[1:].count(BOS) * (0,) for row in item.sequences] == [(BOS,), (BOS,)]
