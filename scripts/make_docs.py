@@ -272,7 +272,7 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
         "Each repeats one table or figure of the Minitron papers (arXiv 2407.14679 and 2408.11796) in small: a real"
         " teacher of 1.5M parameters, minutes instead of days, every arm with several seeds. What holds here may not"
         " hold at scale and the other way round: a verdict says what this teacher and this text say of the claim.\n\n"
-        "Held: the effect is there and its standard error over the seeds is at most half of it. Reversed: so is the"
+        "Held: Student's t over the seeds tells the effect from zero at 5 % (two-sided). Reversed: so is the"
         " opposite. Inconclusive: the seeds cannot tell.\n\n"
         f"{page.index(listed)}{more}\n\n"
         "```sh\nhalve study --list\nhalve study all\nhalve study aggregators --seeds 5 --tokens 500000\n```\n\n"

@@ -45,7 +45,7 @@ def markdown(results: Results, *, plot: str) -> str:
         arms_table(results),
         "## Verdicts",
         "The effect is above zero where the claim holds; its error is that of the differences seed by seed."
-        " Inconclusive: the error exceeds half of the effect.",
+        " Inconclusive: Student's t over the seeds does not tell the effect from zero at 5 %.",
         claims_table(results),
     ]
     parts += [f"- {one['text']}: {one['tie']}." for one in results["claims"] if _is_tie(one)]
