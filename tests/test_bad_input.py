@@ -169,7 +169,7 @@ def test_a_folder_that_is_not_a_run(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_run_of_another_recipe(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": "other", "model": "m"}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"format": 1, "recipe": "other", "model": "m"}))
     refused(r"is not a run of recipe tiny on .*\n  why: it was started by recipe other on m")
 
 

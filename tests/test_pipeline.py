@@ -53,7 +53,7 @@ def _folders(arguments: Any) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """The calls of stages, as (stage's folder, arguments)."""
+    """The calls of stages, as (stage's folder, arguments); a model by the folder that it lies in."""
     made: list[tuple[str, dict[str, Any]]] = []
 
     def stage(recipe: Recipe, *, out: Path, **arguments: Any) -> dict[str, Any]:
@@ -335,13 +335,31 @@ def test_a_changed_round_runs_again_with_those_after_it(
     assert {name for name, _ in calls} == again
 
 
-def test_the_number_of_layers_counts_for_the_scores(
-    calls: list[tuple[str, dict[str, Any]]], make_recipe: MakeRecipe, tmp_path: Path
+@pytest.mark.parametrize(
+    ("score", "prune", "again"),
+    [
+        ({}, {"ffn": 40, "layers": 2}, False),
+        ({}, {"non_embedding_ratio": 0.5}, False),
+        ({}, {"hidden": 24}, False),
+        ({"depth": "angular"}, {"ffn": 40, "layers": 2}, False),  # single layers tell any number of them
+        ({"depth": "angular"}, {"ffn": 40}, True),  # none goes, and none is measured
+        ({"depth_pattern": "greedy"}, {"ffn": 48, "layers": 3}, False),
+        ({"depth_pattern": "greedy"}, {"ffn": 40, "layers": 2}, True),
+    ],
+)
+def test_another_size_keeps_the_scores_unless_they_depend_on_it(
+    calls: list[tuple[str, dict[str, Any]]],
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    score: dict[str, Any],
+    prune: dict[str, Any],
+    again: bool,
 ) -> None:
-    pipeline.run(make_recipe(), tmp_path / "run")
+    how = {"samples": 8, "micro_batch": 4, **score}
+    pipeline.run(make_recipe(score=how), tmp_path / "run")
     calls.clear()
-    pipeline.run(make_recipe(prune={"ffn": 40, "layers": 2}), tmp_path / "run")
-    assert [name for name, _ in calls] == ["score", "prune", "evaluate", "report"]
+    pipeline.run(make_recipe(score=how, prune=prune), tmp_path / "run")
+    assert [name for name, _ in calls] == [*(["score"] if again else []), "prune", "evaluate", "report"]
 
 
 def test_the_task_of_the_depth_scores_counts_by_its_content(

@@ -5,16 +5,68 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.files import content_hashes
 from halve.recipe import Recipe
+from halve.rounds import shapes
 from halve.soundness import CONFIG, TOKENIZER_FILES
 from halve.train import sources
 
 if TYPE_CHECKING:
     from halve.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """What of a stage its key is made of."""
+
+    name: str
+    section: str
+    """The command that runs this stage alone; but for cache, the recipe's section."""
+    recipe: Recipe
+    """The run's recipe; from the second round on that round's."""
+    reads: tuple[str, ...]
+    """That recipe's fields that its result depends on; `-section.field` leaves a field out again."""
+    after: tuple[str, ...]
+    """The stages whose artifacts it takes."""
+    outside: tuple[str, ...]
+    """What else it takes: teacher, train, valid, choices, depth_task."""
+    number: int
+    """The round it belongs to; what looks at the whole run belongs to the first."""
+
+
+def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, memo: Path) -> dict[str, str]:
+    """The keys of stages, each after those it needs, by their names; `memo` remembers hashes of what is outside."""
+    outside = {name: content(recipe, name, memo, teacher=teacher) for stage in stages for name in stage.outside}
+    removed = _removed(recipe, teacher)
+    keys: dict[str, str] = {}
+    for stage in stages:
+        parts: dict[str, Any] = {
+            "stage": stage.name,
+            "recipe": fields(stage.recipe, stage.reads),
+            "after": [keys[name] for name in stage.after],
+            "outside": [outside[name] for name in stage.outside],
+        }
+        if stage.section == "score" and removed:
+            parts["removed"] = removed[stage.number - 1]
+        keys[stage.name] = hashed(parts)
+    return keys
+
+
+def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
+    """By round, what its scores depend on of the number of layers that go; empty where they depend on nothing."""
+    from halve.stages.removal import compares, read_of
+
+    if not compares(recipe.score):
+        return []
+    numbers = [
+        0 if shape.kept_layers is not None else shape.before.sizes.layers - shape.after.layers
+        for shape in shapes(recipe, teacher)
+    ]
+    return [read_of(recipe.score, number) for number in numbers]
 
 
 def hashed(parts: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.errors import RunError
-from halve.keys import content, fields, hashed
+from halve.keys import Keyed, keys_of
 from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
 from halve.recipe import HOW, Distill, Recipe
@@ -41,26 +41,12 @@ _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "da
 _TOGETHER = ("correct", "distill")
 """Sections whose stages several ranks carry out together; the others' are carried out by one while the rest wait."""
 _INPUTS = ("teacher", "train", "valid")
-_NUM_LAYERS = ("prune.layers", "prune.drop_layers", "prune.params", "prune.non_embedding_ratio")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Keyed):
     """One step of a run: a folder of its own, what it depends on, and the function that does it."""
 
-    name: str
-    section: str
-    """The command that runs this stage alone; but for cache, the recipe's section."""
-    recipe: Recipe
-    """The run's recipe; from the second round on that round's."""
-    reads: tuple[str, ...]
-    """That recipe's fields that its result depends on; `-section.field` leaves a field out again."""
-    after: tuple[str, ...]
-    """The stages whose artifacts it takes."""
-    outside: tuple[str, ...]
-    """What else it takes: teacher, train, valid, choices, depth_task."""
-    number: int
-    """The round it belongs to; what looks at the whole run belongs to the first."""
     act: _Act
 
 
@@ -144,7 +130,7 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         listed.append(Stage(name, section, recipe, (*_EVERYWHERE, *reads), after, outside, number, act))
 
     # the aggregators are chosen when scores are used: their file holds the raw statistics of all
-    reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task", *_NUM_LAYERS)
+    reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task")
     add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
     reads = ("prune", "score", "-score.depth_task")
     add(prune, "prune", _prune(cut, score), reads, (*whole, score))
@@ -344,7 +330,7 @@ def _what_to_do(
     recipe: Recipe, teacher: Checkpoint, folder: RunDir, listed: Sequence[Stage], only: str | None, cache: Path
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """The names of the stages that are asked for, of those of them that are done, and the keys of all."""
-    keys = _keys(recipe, teacher, listed, memo=cache / HASHES)
+    keys = keys_of(recipe, teacher, listed, memo=cache / HASHES)
     wanted = [stage for stage in listed if only in (None, stage.section)]
     if only is not None:
         wanted = _possible(folder, wanted, keys)
@@ -384,17 +370,3 @@ def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) 
                 fix=f"halve {missing[0].partition('-')[0]} with the same recipe and --out first, or halve run",
             )
     return possible
-
-
-def _keys(recipe: Recipe, teacher: Checkpoint, listed: Sequence[Stage], *, memo: Path) -> dict[str, str]:
-    outside = {name: content(recipe, name, memo, teacher=teacher) for stage in listed for name in stage.outside}
-    keys: dict[str, str] = {}
-    for stage in listed:
-        parts = {
-            "stage": stage.name,
-            "recipe": fields(stage.recipe, stage.reads),
-            "after": [keys[name] for name in stage.after],
-            "outside": [outside[name] for name in stage.outside],
-        }
-        keys[stage.name] = hashed(parts)
-    return keys

@@ -139,6 +139,27 @@ def test_layers_that_the_trial_takes_out_go_by_the_recipe_s_criterion(
     assert tuple(choice["kept"]) == Plan.load(tmp_path / "plan.json").layers
 
 
+@pytest.mark.parametrize("criterion", ["bi", "angular"])
+def test_one_score_of_single_layers_is_good_for_any_number_of_them(
+    make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path, criterion: str
+) -> None:
+    teacher = Checkpoint.open(tiny_llama)
+    few = {"samples": 8, "micro_batch": 4, "depth": criterion, "depth_samples": 4}
+    score.run(make_recipe(score=few), teacher=teacher, cache=tmp_path / "data", out=tmp_path)
+    kept = {}
+    for layers in (3, 2):
+        out = tmp_path / str(layers)
+        out.mkdir()
+        recipe = make_recipe(score=few, prune={"layers": layers})
+        prune.run(recipe, teacher=teacher, scores=tmp_path / "scores.safetensors", cache=tmp_path / "data", out=out)
+        choice = json.loads((out / "depth.json").read_text())
+        kept[layers] = Plan.load(out / "plan.json").layers
+        assert (choice["criterion"], tuple(choice["kept"])) == (criterion, kept[layers])
+        hurt = {one["layers"][0]: one["value"] for one in choice["removals"]}
+        assert set(kept[layers]) == set(sorted(hurt, key=lambda layer: hurt[layer])[-layers:])
+    assert set(kept[2]) < set(kept[3])
+
+
 def test_layers_stay_where_no_score_tells_them_apart(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = make_recipe(prune={"non_embedding_ratio": 0.5}, score={"samples": 64, "method": "magnitude"})
     score.run(recipe, teacher=Checkpoint.open(tiny_llama), cache=tmp_path / "data", out=tmp_path)

@@ -11,7 +11,6 @@ import pytest
 
 from halve.checkpoint import Checkpoint
 from halve.cut.depth import DepthChoice
-from halve.cut.plan import select
 from halve.cut.scores import Scores
 from halve.errors import CorpusError, PlanError, RecipeError
 from halve.recipe import Recipe
@@ -39,16 +38,12 @@ def test_any_method(make_recipe: Make, tiny_llama: Path, tmp_path: Path, method:
     assert "depth" not in metrics
 
 
-def test_by_default_the_layers_are_those_that_a_plan_chooses(
+def test_by_default_scores_are_those_of_any_number_of_layers(
     make_recipe: Make, tiny_llama: Path, tmp_path: Path
 ) -> None:
     metrics = run(make_recipe(prune={"layers": 2}), tiny_llama, tmp_path)
-    scores = Scores.load(tmp_path / "scores.safetensors")
-    anatomy = Checkpoint.open(tiny_llama).anatomy
-    choice = chosen(tmp_path)
-    assert choice.kept == select(anatomy, anatomy.sizes.at(layers=2), scores, gain="none").layers
-    assert (choice.criterion, choice.pattern, choice.passes) == ("bi", "single", 0)
-    assert metrics["depth"]["kept"] == choice.kept
+    assert not (tmp_path / "depth.json").exists()
+    assert len(metrics["block_importance"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -59,7 +54,7 @@ def test_layers_by_criterion_and_pattern(
 ) -> None:
     about = {"samples": 4, "depth": criterion, "depth_pattern": pattern, "depth_samples": 2}
     run(make_recipe(score=about, prune={"layers": 2}), tiny_llama, tmp_path)
-    choice = chosen(tmp_path)
+    choice = chosen(tmp_path).of(2)
     assert (choice.criterion, choice.pattern, len(choice.kept)) == (criterion, pattern, 2)
     assert len(choice.removals) == compared
 

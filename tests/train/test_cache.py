@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halve.checkpoint import Checkpoint
 from halve.errors import DiskError, TrainError
+from halve.files import sealed
 from halve.recipe import Recipe
 from halve.stages import cache as stage
 from halve.train import answers, cache, chunked, course, divergences, objectives, teachers
@@ -241,7 +242,7 @@ def test_damage_is_told(made: Any, tmp_path: Path) -> None:
         store = Store.open(folder)
         with pytest.raises(TrainError, match="cannot read the cache in"):
             CachedHidden(store, store.head("cpu")).answer(batch)
-    (folder / cache.INDEX).write_text(json.dumps({"format": 0}))
+    (folder / cache.INDEX).write_text(json.dumps(sealed({"format": 0})))
     with pytest.raises(TrainError, match="its format is 0"):
         Store.open(folder)
 

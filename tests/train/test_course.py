@@ -18,6 +18,7 @@ from halve import pipeline
 from halve.checkpoint import Checkpoint
 from halve.errors import RecipeError
 from halve.head import Body, Head
+from halve.keys import keys_of
 from halve.recipe import Phase, Recipe, Training
 from halve.train import loop, objectives, schedule
 from halve.train.batch import Batch
@@ -310,7 +311,7 @@ def test_weights_and_documents_count_where_they_are_read(mixed: MakeRecipe, tmp_
     opened = Checkpoint.open(mixed().model)
 
     def keys(recipe: Recipe) -> dict[str, str]:
-        return pipeline._keys(recipe, opened, pipeline.stages(recipe), memo=tmp_path / "hashes.json")
+        return keys_of(recipe, opened, pipeline.stages(recipe), memo=tmp_path / "hashes.json")
 
     def heavier(recipe: Recipe) -> Recipe:
         assert isinstance(recipe.data.train, dict)

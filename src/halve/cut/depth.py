@@ -17,7 +17,7 @@ No layer is protected from removal, the first and the last neither.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -61,6 +61,18 @@ class DepthChoice:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    def of(self, remove: int) -> DepthChoice:
+        """The choice of another number of layers, which single layers tell; sets are of the number they were made for.
+
+        >>> removals = (Removal((0,), 3.0), Removal((1,), 1.0), Removal((2,), 2.0))
+        >>> DepthChoice("bi", "single", (0, 2), removals, 1.0, None).of(2).kept
+        (0,)
+        """
+        if self.pattern != "single":
+            return self
+        removed = _union(sorted(self.removals, key=_least)[:remove])
+        return replace(self, kept=tuple(layer for layer in range(len(self.removals)) if layer not in removed))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DepthChoice:

@@ -68,8 +68,6 @@ def run(
     proof.demand(anatomy.sizes, after)
     turns(anatomy, asked)  # refuses a rotation that the family does not allow before weights are read
     ranking = _ranking(anatomy, recipe, teacher, scores)
-    if kept_layers is None and scores is not None:
-        kept_layers = _chosen_layers(scores.with_name(DEPTH))
     tried: tuple[Tried, ...] = ()
     device = resolve_device(recipe.device)
     model = teacher.load(dtype=recipe.dtype, device=device)
@@ -101,14 +99,17 @@ def run(
             progress=progress,
         )
         after, kept_layers = best(tried).arch, best(tried).kept_layers
-        if compares(recipe.score) and (remove := anatomy.sizes.layers - after.layers):
+    by_sets = compares(recipe.score) if tried else kept_layers is None
+    if scores is not None and by_sets and (remove := anatomy.sizes.layers - after.layers):
+        choice = None if tried else _compared(scores.with_name(DEPTH), remove)
+        if choice is None:
             text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
             few = text.calibration(recipe.score.depth_samples)
             choice = choose_layers(
                 recipe, model, anatomy, few, remove=remove, tokenizer=tokenizer, scores=ranking, progress=progress
             )
-            write_json(out / DEPTH, choice.to_json())
-            kept_layers = choice.kept
+        write_json(out / DEPTH, choice.to_json())
+        kept_layers = choice.kept
     done = cut(
         model,
         anatomy,
@@ -185,9 +186,9 @@ def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Checkpoint, scores: Path
     )
 
 
-def _chosen_layers(path: Path) -> tuple[int, ...] | None:
-    """What the score stage found when it compared sets of layers."""
-    return DepthChoice.from_json(read_json(path)).kept if path.exists() else None
+def _compared(path: Path, remove: int) -> DepthChoice | None:
+    """What the score stage found, if it compared layers."""
+    return DepthChoice.from_json(read_json(path)).of(remove) if path.exists() else None
 
 
 def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:

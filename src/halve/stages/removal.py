@@ -20,6 +20,16 @@ def compares(score: Score) -> bool:
     return (score.depth, score.depth_pattern) != ("bi", "single")
 
 
+def read_of(score: Score, remove: int) -> int | bool | None:
+    """What the score stage's comparison depends on of the number of layers that go; None where it compares nothing.
+
+    Block importance comes with every score, and single layers that were compared tell any number of layers.
+    """
+    if not compares(score):
+        return None
+    return remove > 0 if score.depth_pattern == "single" else remove
+
+
 def choose_layers(
     recipe: Recipe,
     model: PreTrainedModel,

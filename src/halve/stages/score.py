@@ -16,7 +16,7 @@ from halve.files import write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.stages.boundary import warn_of_borders
-from halve.stages.removal import DEPTH, choose_layers
+from halve.stages.removal import DEPTH, choose_layers, read_of
 from halve.train.mixture import open_mixture
 
 SCORES = "scores.safetensors"
@@ -25,9 +25,10 @@ SCORES = "scores.safetensors"
 def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.scores`).
 
-    Where the recipe removes layers without naming them, also `out/depth.json`: the layers that stay and every set
-    that was compared (`halve.cut.depth.DepthChoice`), measured on the first `score.depth_samples` places of the same
-    spread. Where a trial will say how many go, the prune stage compares them.
+    Where the recipe removes layers without naming them, by more than their block importance, also `out/depth.json`:
+    every set that was compared (`halve.cut.depth.DepthChoice`), measured on the first `score.depth_samples` places of
+    the same spread. Single layers that were compared tell any number of them: another size needs no new scores. Where a
+    trial will say how many go, the prune stage compares them.
 
     The samples are spread evenly over the training text at places that the seed moves, a mixture's parts in their
     shares, packed to `data.context` tokens, documents joined. A corpus that has fewer than `score.samples` gives all it
@@ -74,11 +75,11 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
         "axes": sorted(scores.by_axis()),
         "block_importance": scores.layers.tolist(),
     }
-    if remove:
+    if remove and (number := read_of(recipe.score, remove)) is not None:
         few_BS = samples.calibration(recipe.score.depth_samples)
         choice = choose_layers(
-            recipe, model, anatomy, few_BS, remove=remove, tokenizer=tokenizer, scores=scores, progress=progress
+            recipe, model, anatomy, few_BS, remove=int(number), tokenizer=tokenizer, scores=scores, progress=progress
         )
         write_json(out / DEPTH, choice.to_json())
-        figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "kept", "passes", "whole")}
+        figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "passes", "whole")}
     return figures
