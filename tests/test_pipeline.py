@@ -311,7 +311,7 @@ THIRD = {name for name in ROUNDS if "-3" in name}
     ("changes", "again"),
     [
         ({"then": [{**THEN[0], "prune": {"ffn": 24}}, THEN[1]]}, SECOND - {"score-2"} | THIRD | ALWAYS),
-        ({"then": [{**THEN[0], "prune": {"layers": 2}}, THEN[1]]}, SECOND | THIRD | ALWAYS),
+        ({"then": [{**THEN[0], "prune": {"layers": 2}}, THEN[1]]}, SECOND - {"score-2"} | THIRD | ALWAYS),
         ({"then": [{**THEN[0], "distill": {**DISTILL, "lr": 2e-4}}, THEN[1]]}, {"distill-2"} | THIRD | ALWAYS),
         ({"then": [THEN[0], {**THEN[1], "prune": {"hidden": 16}}]}, THIRD - {"score-3"} | ALWAYS),
         (
