@@ -26,6 +26,8 @@ from halve.train.corpus import Samples
 
 MICRO_BATCH = 16
 PLAIN, RANDOM, RANDOM_DEPTH, OURS = "minitron", "random", "random-depth", "halve"
+INNER = "-inner"
+"""What a method is called that cuts heads and ffn and keeps hidden: halve's own shape at 50 %, and the fairer one."""
 
 # ---- the methods
 
@@ -66,6 +68,13 @@ class Depth:
         return _by_depth(self, ratio, setting, timed)
 
 
+_INNER: tuple[tuple[str, str, Method], ...] = (
+    (PLAIN, "2407.14679", "activation"),
+    (RANDOM, "uniform random entries", "random"),
+    ("wanda", "2306.11695", "wanda"),
+    ("taylor", "2305.11627", "taylor"),
+    ("flap", "2312.11983", "fluctuation"),
+)
 METHODS: dict[str, Width | Depth] = {
     OURS: Width("halve's default: shape by trial, rotation, refit of everything", prune=DEFAULT, ours=True),
     "halve-width": Width(
@@ -79,13 +88,17 @@ METHODS: dict[str, Width | Depth] = {
     "flap": Width("2312.11983: fluctuation", method="fluctuation"),
     "osscar": Width("2403.12983: selection with refit", prune=OSSCAR),
     "osscar-inner": Width("the same in heads and ffn, which its paper cuts", prune=OSSCAR, keep_hidden=True),
+    **{
+        f"{name}{INNER}": Width(f"{source} in heads and ffn, hidden kept", method=method, keep_hidden=True)
+        for name, source, method in _INNER
+    },
     "slicegpt": Width("2401.15024: PCA rotation, one basis", prune={**NOTHING, "rotation": "pca", "untie": True}),
     "shortgpt": Depth("2403.03853: BI", "bi", "single"),
     "gromov": Depth("2403.17887: angular distance of blocks", "angular", "block"),
     "shortened-ppl": Depth("2402.02834: perplexity", "nll", "single"),
     "shortened-taylor": Depth("2402.02834: Taylor", "taylor", "single"),
     "sleb": Depth("2402.09025: greedy", "nll", "greedy"),
-    "laco": Depth("2402.11187: layer merge, pairs of neighbors", "angular", "single", laco=True),
+    "laco": Depth("2402.11187: layer merge, three layers at a time", "angular", "single", laco=True),
     RANDOM_DEPTH: Depth("uniform random layers", "random", "single"),
 }
 
@@ -98,6 +111,8 @@ class Setting:
     anatomy: Anatomy
     calibration_BS: Tensor
     heldout: Batch
+    choosing: Batch
+    """Other held-out samples, that learning rates are chosen on."""
     train: Samples
     seed: int
     refit_samples: int
@@ -168,7 +183,7 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
             anatomy,
             setting.calibration_BS[:16],
             layers=after.layers,
-            combine=2,  # its default of four at a time, two apart, is for models of 30 layers and more
+            combine=3,  # its default of four at a time, two apart, is for models of 30 layers and more; two is removal
             interval=1,
             micro_batch=MICRO_BATCH,
         )

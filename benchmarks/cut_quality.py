@@ -27,7 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cut_methods import METHODS, MICRO_BATCH, OURS, PLAIN, RANDOM, RANDOM_DEPTH, Setting, depth_arch, make_student
+from cut_methods import (
+    INNER,
+    METHODS,
+    MICRO_BATCH,
+    OURS,
+    PLAIN,
+    RANDOM,
+    RANDOM_DEPTH,
+    Setting,
+    depth_arch,
+    make_student,
+)
 from transformers import PreTrainedModel
 
 from halve import measure
@@ -40,6 +51,7 @@ from halve.demo.run import TEACHER
 from halve.head import split
 from halve.recipe import Data, Distill, Prune, Recipe
 from halve.train import corpus, loop, objectives
+from halve.train.batch import Batch
 from halve.train.course import Course
 from halve.train.teachers import Live
 
@@ -47,14 +59,14 @@ RATIOS = (0.7, 0.5, 0.3)
 TARGETS = {0.7: 0.5, 0.5: 0.55, 0.3: 0.7}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SWEPT = 0.5
-CONTROLS = (PLAIN, RANDOM, RANDOM_DEPTH)
+CONTROLS = (PLAIN, PLAIN + INNER, RANDOM, RANDOM_DEPTH)
 
 # ---- measuring
 
 
-def kl(student: PreTrainedModel, setting: Setting) -> float:
+def kl(student: PreTrainedModel, setting: Setting, heldout: Batch) -> float:
     """Mean KL(teacher || student) on held-out text."""
-    found = measure.divergence(student, setting.model, setting.heldout.ids, micro_batch=MICRO_BATCH)
+    found = measure.divergence(student, setting.model, heldout.ids, micro_batch=MICRO_BATCH)
     return float(found.kl.mean())
 
 
@@ -145,26 +157,33 @@ def run_one(
     line = {**key, "params": student.num_parameters(), "layers": anatomy.sizes.layers, "hidden": anatomy.sizes.hidden}
     line |= {"ffn": anatomy.sizes.ffn, "non_embedding": anatomy.ledger.count(anatomy.sizes).non_embedding}
     if lr is None:
-        line |= {"kl": kl(student, setting), **timed}
+        line |= {"kl": kl(student, setting, setting.heldout), **timed}
     else:
-        curve = retrain(copy.deepcopy(student), setting, lr=lr, tokens=tokens)
-        line |= {"kl": curve[-1][1], "curve": curve}
+        trained = copy.deepcopy(student)
+        curve = retrain(trained, setting, lr=lr, tokens=tokens)
+        line |= {"kl": curve[-1][1], "curve": curve, "choice_kl": kl(trained, setting, setting.choosing)}
     book.add(line)
     return line
 
 
-def carry_out(book: Book, settings: Sequence[Setting], tokens: int) -> None:
-    """Everything, the cheapest first."""
+def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_alone: bool) -> None:
+    """Everything, the cheapest first; `starts_alone` leaves out what trains."""
     first, students = settings[0], Students()
     if book.find(kind="forward") is None:
         book.add({"kind": "forward", "seconds": forward_seconds(first), "tokens": first.calibration_BS.numel()})
     for ratio in RATIOS:
         for name in METHODS:
             run_one(book, students, first, name, ratio, None, tokens)
+    if starts_alone:
+        for setting in settings[1:]:
+            for ratio in RATIOS:
+                for name in METHODS:
+                    run_one(book, students, setting, name, ratio, None, tokens)
+        return
     best: dict[str, float] = {}
     for name in METHODS:
         swept = [run_one(book, students, first, name, SWEPT, lr, tokens) for lr in RATES]
-        best[name] = min(swept, key=lambda line: line["kl"])["lr"]
+        best[name] = min(swept, key=lambda line: line["choice_kl"])["lr"]
     for ratio in RATIOS:
         for name in METHODS:
             run_one(book, students, first, name, ratio, best[name], tokens)
@@ -203,10 +222,10 @@ def starts(book: Book, name: str, ratio: float) -> list[float]:
 
 
 def finals(book: Book, name: str, ratio: float) -> dict[int, dict[str, Any]]:
-    """The best-rate retrained line of every seed."""
+    """The retrained line of every seed at the rate that other samples than the reported ones chose."""
     lines = [line for line in book.lines if _is(line, "retrained", name, ratio)]
     result: dict[int, dict[str, Any]] = {}
-    for line in sorted(lines, key=lambda line: -line["kl"]):
+    for line in sorted(lines, key=lambda line: -line["choice_kl"]):
         result[line["seed"]] = line
     return result
 
@@ -230,18 +249,31 @@ def _shapes(book: Book, name: str, ratio: float, whole: int) -> list[str]:
     return list(found)
 
 
+def plain(book: Book, ratio: float) -> str:
+    """Plain Minitron in the shape in which it starts closer."""
+    return min((PLAIN, PLAIN + INNER), key=lambda name: statistics.mean(starts(book, name, ratio)))
+
+
 def report(book: Book, about: str, tokens: int, whole: int) -> str:
     """The tables and the verdicts on the targets, as markdown."""
     forward = book.find(kind="forward")
     assert forward is not None
+    trained = book.find(kind="retrained") is not None
     columns = " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " |"
     rule = "|---|---|" + "---|" * len(RATIOS)
-    lines = [about, "", "## Straight after the cut", "", "KL to the teacher, and its share of plain Minitron's.", ""]
+    lines = [
+        about,
+        "",
+        "## Straight after the cut",
+        "",
+        "KL to the teacher, and its share of plain Minitron's in its better shape.",
+        "",
+    ]
     lines += [f"| method | at 50 %: layers x hidden x ffn, all parameters | {columns}", rule]
     for name in METHODS:
         cells = []
         for ratio in RATIOS:
-            found, plain_kl = starts(book, name, ratio), starts(book, PLAIN, ratio)
+            found, plain_kl = starts(book, name, ratio), starts(book, plain(book, ratio), ratio)
             share = statistics.mean(a / b for a, b in zip(found, plain_kl, strict=False))  # by seed
             cells.append(f"{spell(found)} ({share:.2f})")
         line = next(line for line in book.lines if _is(line, "start", name, SWEPT))
@@ -250,9 +282,10 @@ def report(book: Book, about: str, tokens: int, whole: int) -> str:
     lines += ["", "Shapes that a method chose for itself, layers x hidden x ffn and the share that they keep:", ""]
     for name in (OURS, "osscar-inner"):
         lines += [f"- {name}, {ratio:.0%}: {', '.join(_shapes(book, name, ratio, whole))}" for ratio in RATIOS]
-    lines += ["", f"## After {tokens:,} tokens of distillation, and the best rate", ""]
-    lines += [f"| method | rate | {columns}", rule]
-    for name in METHODS:
+    if trained:
+        lines += ["", f"## After {tokens:,} tokens of distillation, and the best rate", ""]
+        lines += [f"| method | rate | {columns}", rule]
+    for name in METHODS if trained else ():
         rate = next(iter(finals(book, name, SWEPT).values()))["lr"]
         cells = [spell([line["kl"] for line in finals(book, name, ratio).values()]) for ratio in RATIOS]
         lines.append(f"| {name} | {rate:g} | " + " | ".join(cells) + " |")
@@ -260,7 +293,7 @@ def report(book: Book, about: str, tokens: int, whole: int) -> str:
     others = [name for name, method in METHODS.items() if not method.ours]
     for ratio in RATIOS:
         share = statistics.mean(
-            a / b for a, b in zip(starts(book, OURS, ratio), starts(book, PLAIN, ratio), strict=True)
+            a / b for a, b in zip(starts(book, OURS, ratio), starts(book, plain(book, ratio), ratio), strict=True)
         )
         nearest = min(others, key=lambda name: statistics.mean(starts(book, name, ratio)))
         lines.append(
@@ -268,8 +301,10 @@ def report(book: Book, about: str, tokens: int, whole: int) -> str:
             f" {'reached' if share <= TARGETS[ratio] else 'missed'};"
             f" best baseline {nearest} {spell(starts(book, nearest, ratio))}, ours {spell(starts(book, OURS, ratio))}"
         )
-        plain, mine = finals(book, PLAIN, ratio), finals(book, OURS, ratio)
-        needed = [tokens_to(mine[seed]["curve"], plain[seed]["kl"]) for seed in mine.keys() & plain.keys()]
+        if not trained:
+            continue
+        theirs, mine = finals(book, plain(book, ratio), ratio), finals(book, OURS, ratio)
+        needed = [tokens_to(mine[seed]["curve"], theirs[seed]["kl"]) for seed in mine.keys() & theirs.keys()]
         beaten = min(others, key=lambda name: min(line["kl"] for line in finals(book, name, ratio).values()))
         lines.append(
             f"- {ratio:.0%}, retrained: plain Minitron's final KL after {max(needed):,.0f} of {tokens:,} tokens"
@@ -303,6 +338,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=49152, help="tokens of retraining")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--starts", action="store_true", help="straight after the cut alone; nothing trains")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", SingularGramWarning)
@@ -310,7 +346,7 @@ def main() -> None:
     began = time.perf_counter()
     settings = [make_setting(args, seed) for seed in range(args.seeds)]
     book = Book(args.out / "results.jsonl")
-    carry_out(book, settings, args.tokens)
+    carry_out(book, settings, args.tokens, starts_alone=args.starts)
     book.add({"kind": "time", "seconds": time.perf_counter() - began})
     anatomy = settings[0].anatomy
     whole = anatomy.ledger.count(anatomy.sizes).non_embedding
@@ -339,11 +375,13 @@ def make_setting(args: argparse.Namespace, seed: int) -> Setting:
     tokens = corpus.open_split(recipe, "train", cache=cache, tokenizer=tokenizer)
     heldout = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer)
     samples = corpus.Samples(tokens, args.context, seed)
+    spread = corpus.Samples(heldout, args.context, 0).heldout(64)
     return Setting(
         model=model,
         anatomy=teacher.anatomy,
         calibration_BS=samples.calibration(args.samples),
-        heldout=corpus.Samples(heldout, args.context, 0).heldout(32),
+        heldout=spread[::2],
+        choosing=spread[1::2],
         train=samples,
         seed=seed,
         refit_samples=args.refit_samples,
