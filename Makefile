@@ -7,7 +7,7 @@ VENV ?= .venv
 DEMO ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs families gpu-check
+.PHONY: demo test fuzz docs families gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/halve demo $(DEMO)
@@ -19,6 +19,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
+
+# Many more of the bad inputs of which the tests try a few; CASES of each kind.
+CASES ?= 100
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/fuzz --cases $(CASES)
 
 # What is generated from the code. The walk through all families takes an hour, goes on where it stopped, and is needed
 # when a quirk, discovery or the proof changes.

@@ -23,6 +23,11 @@ torch.set_num_threads(1)
 # programs that tests start; they import what lies beside them
 collect_ignore = ["train/ranks_driver.py", "train/cache_driver.py"]
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=3, help="spoiled worlds of each area in tests/fuzz")
+
+
 END = "<|endoftext|>"
 # fmt: off
 _NOUNS = ("cat", "dog", "tree", "river", "house", "stone", "bird", "cloud", "child", "king", "road", "lamp")

@@ -102,6 +102,32 @@ def test_a_file_without_its_header_is_refused(model_copy: Path, keep_bytes: int)
         Checkpoint.open(model_copy).load()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-32]},
+        {"shape": [10**10, 10**10]},
+        {"shape": [32.0]},
+        {"shape": "32"},
+        {"shape": [33]},
+        {"dtype": "bogus"},
+        {"dtype": 5},
+        {"data_offsets": [-4, 124]},
+        {"data_offsets": [128, 0]},
+    ],
+)
+def test_headers_that_say_what_cannot_be_are_refused(model_copy: Path, change: dict[str, Any]) -> None:
+    path = model_copy / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is (not a safetensors file|too long)"):
+        soundness.read_headers(model_copy)
+
+
 def test_a_header_that_is_not_json_is_refused(model_copy: Path) -> None:
     (model_copy / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"abcd")
     with pytest.raises(CheckpointError, match="is not a safetensors file\n  why: its header cannot be read"):

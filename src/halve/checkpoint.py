@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from halve import loading, soundness
-from halve.anatomy import Anatomy, discover
+from halve.anatomy import Anatomy, discover, plausible
 from halve.anatomy.configs import build, quiet
 from halve.errors import CheckpointError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
@@ -136,6 +136,7 @@ def resolve_device(device: Device) -> str:
 
 def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
     raw = soundness.read_config(folder)
+    plausible.require_layers(raw, folder / CONFIG)
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         own_code = "; the code it brings is never run" if "auto_map" in raw else ""
@@ -161,6 +162,7 @@ def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
             why=f"transformers has no causal language model of type {kind}",
             fix="give a model that generates text",
         )
+    plausible.require(config, folder / CONFIG)
     return config
 
 

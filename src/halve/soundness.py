@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors, snapshot_download
+from safetensors import SafetensorError, safe_open
 
 from halve import plain_json
 from halve.errors import CheckpointError
@@ -192,7 +193,11 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
             why=f"it has {size} bytes and its header promises {expected}",
             fix=_AGAIN,
         )
-    return tensors
+    try:
+        with safe_open(path, framework="numpy"):  # its own rules for shapes, types and places
+            return tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file", why=str(error), fix=_AGAIN) from error
 
 
 def _refuse_code(value: Any, path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Whether a config can be that of a decoder-only language model at all, before anything is built from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from halve.anatomy.configs import key
+from halve.anatomy.quirks import KEYS
+from halve.errors import CheckpointError
+
+MOST_LAYERS = 10_000
+MOST = 10_000_000
+"""Of anything else that an axis counts; the widest models there are stay far below."""
+
+_WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
+
+
+def require_layers(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse more layers than any model has: configs make lists of that length as soon as they are read."""
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            require_layers(value, path)
+        elif name in KEYS["layers"] and isinstance(value, int) and value > MOST_LAYERS:
+            raise _refusal(path, name, value, f"a model has between 1 and {MOST_LAYERS:,}")
+
+
+def require(config: PretrainedConfig, path: Path) -> None:
+    """Refuse sizes that no model has, windows that see nothing, and a text part that transformers did not read.
+
+    Raises `CheckpointError` naming the config's own key.
+    """
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise _refusal(path, "several parts that read text", config.model_type, str(error)) from error
+    if not isinstance(text, PretrainedConfig):
+        raise _refusal(path, "text_config", f"a {type(text).__name__}", f"{config.model_type} has no such part")
+    if config.is_encoder_decoder:
+        raise _refusal(path, "is_encoder_decoder", True, "halve reads decoder-only language models")
+    for axis in KEYS:
+        try:
+            name = key(text, axis)
+            size = getattr(text, name) if name else None
+        except Exception:  # transformers has a type of its own for a size that each layer has another of
+            continue
+        most = MOST_LAYERS if axis == "layers" else MOST
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise _refusal(path, str(name), size, f"a model has between 1 and {most:,}")
+    for name in _WINDOWS:
+        window = getattr(text, name, None)
+        if isinstance(window, int) and window < 1 and _has_layers(text, "sliding_attention", "chunked_attention"):
+            raise _refusal(path, name, window, "a window sees one token at least")
+    if getattr(text, "sliding_window", 1) is None and _has_layers(text, "sliding_attention"):
+        raise _refusal(path, "sliding_window", None, "layer_types has layers with such a window")
+
+
+def _has_layers(config: PretrainedConfig, *kinds: str) -> bool:
+    return any(kind in kinds for kind in getattr(config, "layer_types", None) or ())
+
+
+def _refusal(path: Path, name: str, value: Any, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has {name}: {value!r:.60}",
+        why=why,
+        fix="take the config.json that belongs to the model",
+    )
