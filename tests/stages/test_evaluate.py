@@ -165,3 +165,13 @@ def test_bad_choices_are_refused_before_weights_are_read(
     twice = {"choices": [str(choices), str(choices)]}
     with pytest.raises(CorpusError, match="two multiple-choice files are called nouns"):
         evaluated(make_recipe(evaluate=twice), {"teacher": tiny_llama}, "teacher", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [(5, [5]), ([5, 6], [5, 6]), ("0", [0]), ([None, 7], [7]), (None, [0]), ({}, [0])]
+)
+def test_what_ends_a_text_are_tokens(tiny_llama: Path, given: Any, found: list[int]) -> None:
+    teacher = Checkpoint.open(tiny_llama)
+    model = teacher.load()
+    model.generation_config.eos_token_id = given
+    assert evaluate.ends(model, teacher.tokenizer) == found
