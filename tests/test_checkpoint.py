@@ -478,3 +478,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint.resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert checkpoint.resolve_device("auto") == checkpoint.resolve_device("cuda") == "cuda"
+
+
+def test_a_tokenizer_that_cannot_read_text_is_refused(model_copy: Path) -> None:
+    raw = json.loads((model_copy / "tokenizer.json").read_text())
+    raw["model"] |= {"unk_token": "<unk>", "vocab": {"a": 0}, "merges": []}
+    raw["added_tokens"] = []
+    (model_copy / "tokenizer.json").write_text(json.dumps(raw))
+    (model_copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(TokenizerError, match=r"cannot (read text|load the tokenizer)"):
+        Checkpoint.open(model_copy).require_tokenizer()
+
+
+def test_what_a_tokenizer_says_of_lengths_has_no_say(model_copy: Path) -> None:
+    raw = json.loads((model_copy / "tokenizer_config.json").read_text())
+    (model_copy / "tokenizer_config.json").write_text(json.dumps({**raw, "model_max_length": "x"}))
+    assert Checkpoint.open(model_copy).tokenizer("the cat " * 100).input_ids

@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from halve import loading, soundness
 from halve.anatomy import Anatomy, discover, plausible
@@ -25,6 +26,9 @@ from halve.recipe import Device, Dtype
 from halve.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 
 __all__ = ["Checkpoint", "load_config", "resolve_device"]
+
+_PROBE = "The quick brown fox, 0123!\n\tna\u00efve \u6f22\u5b57 \U0001f600 \x01"
+"""Characters of every width: a tokenizer that lacks what it stands on fails at one of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +87,7 @@ class Checkpoint:
         return soundness.fingerprint(self.files)
 
     def require_tokenizer(self) -> None:
-        """Raise `TokenizerError` if the tokenizer makes ids that the model has no embedding for.
+        """Raise `TokenizerError` if the tokenizer reads no text or makes ids that the model has no embedding for.
 
         A model may have more rows than the tokenizer has ids (a padded vocabulary), never fewer.
         """
@@ -95,6 +99,12 @@ class Checkpoint:
                 why=f"its largest id is {largest}, the model's vocabulary has {vocab} entries",
                 fix="use the tokenizer that the model was trained with",
             )
+        try:
+            self.tokenizer(_PROBE)
+        except Exception as error:  # the library's own type of error is Exception itself
+            raise TokenizerError(
+                f"the tokenizer of {self.source} cannot read text", why=str(error), fix="copy the tokenizer files again"
+            ) from error
 
     def load(self, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
         """A new model in evaluation mode, every weight of it read from the checkpoint.
@@ -175,7 +185,7 @@ def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokeniz
         )
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types here
         raise TokenizerError(
             f"cannot load the tokenizer of {source}",
@@ -184,3 +194,6 @@ def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokeniz
             if (folder / TOKENIZER_FILES[0]).is_file()
             else f"put the model's {TOKENIZER_FILES[0]} into the folder, or pip install sentencepiece tiktoken",
         ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):  # said of text that is too long, and of no use here
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
+    return tokenizer

@@ -61,6 +61,7 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     evaluated, task = recipe.evaluate, recipe.score.depth_task
     if not (evaluated.choices or evaluated.prompts or task):
         return
+    teacher.require_tokenizer()
     limit = measure.context_length(teacher.config)
     evaluate.encoded_prompts(recipe, teacher.tokenizer, limit)
     evaluate.encoded_choices(recipe, teacher.tokenizer, limit)
