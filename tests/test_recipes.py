@@ -140,6 +140,16 @@ def test_hyperparameters_are_those_of_table_4(name: str, schedule: tuple[float, 
     assert (recipe.score.samples, recipe.score.batch_agg, recipe.score.seq_agg) == (1024, "l2", "mean")
 
 
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+def test_the_papers_cut_is_plain(path: Path) -> None:
+    """Entries are taken out and nothing is made up for: no other basis, no refit, no gains of norms, no merging."""
+    recipe = load(path)
+    for prune in (recipe.prune, *(step.prune for step in recipe.then)):
+        assert (prune.rotation, prune.refit, prune.gain) == ("none", "none", "none")
+        assert (prune.head_merge, prune.layer_merge, prune.steps) == (0, "none", 1)
+        assert (prune.params, prune.non_embedding_ratio) == (None, None), "sizes by hand, so that nothing is tried"
+
+
 def test_llama_width_has_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = dry_run(on_config("llama-3.1-minitron-4b-width.yaml", LLAMA_3_1_8B, tmp_path), capsys)
     # a teacher's layer: 33,554,432 + 8,388,608 + 176,160,768 + 8,192

@@ -133,9 +133,10 @@ class _LineTask:
         self.console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
-def _rate(tokens: float, seconds: float) -> str:
+def _rate(tokens: int | float, seconds: float) -> str:
     return f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
 
 
 def _spell(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    told = {name: f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}" for name, value in metrics.items()}
+    return "  ".join(f"{name} {value}" for name, value in told.items())

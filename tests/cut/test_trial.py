@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from families import config
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from halve.anatomy import Anatomy, Arch, discover
-from halve.cut.apply import turn
+from halve.cut import trial
+from halve.cut.apply import cut, turn
 from halve.cut.scores import random_scores
 from halve.cut.shapes import shapes
 from halve.cut.sizes import budget_of, check
 from halve.cut.trial import HOPELESS, _descend, best, try_shapes
 from halve.cut.twins import random_twin
 from halve.errors import CorpusError
+from halve.progress import RichProgress
 from halve.recipe import Prune
 
 LLAMA = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6}
@@ -151,6 +155,35 @@ def test_layers_that_do_nothing_are_found_and_dropped() -> None:
     assert chosen.kl == pytest.approx(0, abs=0.05)
     assert chosen.kl < 0.5 * max(one.kl for one in tried)
     assert chosen.to_json()["arch"]["layers"] == chosen.arch.layers
+
+
+def test_a_shape_in_two_lists_is_cut_once_and_the_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    anatomy = discover(config("llama", **LLAMA))
+    model = random_twin(anatomy, seed=0).requires_grad_(False)
+    one, other = anatomy.sizes.at(layers=3), anatomy.sizes.at(ffn=128)
+    cuts: list[Arch] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        cuts.append(kwargs["after"])
+        return cut(*args, **kwargs)
+
+    monkeypatch.setattr(trial, "cut", counted)
+    screen = io.StringIO()
+    samples, prune = _samples(anatomy, 24), Prune(non_embedding_ratio=0.5)
+    tried = try_shapes(
+        model,
+        anatomy,
+        random_scores(anatomy, 0),
+        prune,
+        [[one], [other], [one]],
+        samples,
+        turned=turn(model, anatomy, prune, samples, micro_batch=24),
+        micro_batch=24,
+        progress=RichProgress(Console(file=screen, width=200), every_s=0.0),
+    )
+    assert cuts == [one, other] == [shape.arch for shape in tried]
+    assert "layers 3  hidden 192  ffn 384  heads 6  kv_heads 3" in screen.getvalue()
+    assert f"tried 2 of 2 shapes; chosen: {best(tried).arch} (KL" in screen.getvalue()
 
 
 def test_too_few_samples_are_refused() -> None:

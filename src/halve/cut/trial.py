@@ -64,7 +64,7 @@ def try_shapes(
 
     Within each list in `shapes` (see `sizes.shapes`, deepest first) KL falls and then rises with every layer that makes
     room for width: of each the middle is measured, and from there the trial goes down, the best list first; lists that
-    begin too high are left.
+    begin too high are left. A shape that stands in two lists is cut once.
 
     Layers go by `scores.layers`. A third of the samples, 8 at most, is measured on; of the others 8 at most are
     fitted. Neurons are ranked, not selected by refit, and whatever merges heads or layers is left out.
@@ -90,9 +90,11 @@ def try_shapes(
         }
     )
     cost = fit_BS[: asked.refit_samples].numel()
-    tried: list[Tried] = []
+    tried: dict[Arch, Tried] = {}
 
     def measured(arch: Arch) -> float:
+        if arch in tried:  # it stands in another list, too
+            return tried[arch].kl
         kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
         student = cut(
             model,
@@ -106,16 +108,20 @@ def try_shapes(
             micro_batch=micro_batch,
         ).student
         kl = float(measure.divergence(student, model, measured_BS, micro_batch=micro_batch).kl.mean())
-        tried.append(Tried(arch, kept, kl))
-        task.advance(cost, kl=kl)
+        tried[arch] = Tried(arch, kept, kl)
+        sizes = {axis: float(getattr(arch, axis)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")}
+        task.advance(cost, kl=kl, **sizes)
         return kl
 
-    with progress.task("try shapes", sum(map(len, shapes)) * cost) as task:
+    distinct = {arch for family in shapes for arch in family}
+    with progress.task("try shapes", len(distinct) * cost) as task:
         begun = [measured(family[len(family) // 2]) for family in shapes]
         for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
-            if kl <= HOPELESS * min(one.kl for one in tried):
+            if kl <= HOPELESS * min(one.kl for one in tried.values()):
                 _descend(family, kl, measured)
-    return tuple(tried)
+    found = best(tuple(tried.values()))
+    progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {found.arch} (KL {found.kl:.4g})")
+    return tuple(tried.values())
 
 
 def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], float]) -> None:
