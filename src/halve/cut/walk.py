@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,20 +55,41 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def record_calls(
     model: PreTrainedModel, anatomy: Anatomy, ids_BS: Int64[Tensor, "batch seq"]
 ) -> tuple[list[Call], Float[Tensor, "batch seq hidden"]]:
-    """One pass: how every layer is called on samples of this shape, and the first layer's input."""
+    """How every layer is called on samples of this shape, and the first layer's input.
+
+    Of each class of layers the first is run, which shows in what form it gives its output; the others hand their input
+    on in that form, since no call depends on it.
+    """
     calls: list[Call] = []
     inputs: list[Tensor] = []
+    given: dict[type[nn.Module], Any] = {}
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {name: value for name, value in kwargs.items() if args or value is not first_input(args, kwargs)}
-        inputs.append(first_input(args, kwargs))
+    def note(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x_BSD = first_input(args, kwargs)
+        rest = {name: value for name, value in kwargs.items() if args or value is not x_BSD}
+        inputs.append(x_BSD)
         calls.append(Call(args[1:], rest))
+        if type(module) not in given:
+            given[type(module)] = run(*args, **kwargs)
+            return given[type(module)]
+        form = given[type(module)]
+        return x_BSD if isinstance(form, Tensor) else (x_BSD, *form[1:])
 
-    with ExitStack() as hooks:
+    with ExitStack() as replaced:
         for module in layer_modules(model, anatomy):
-            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            own = module.__dict__.get("forward")
+            replaced.callback(_restore, module, own)
+            module.forward = partial(note, module, module.forward)  # type: ignore[method-assign]
         model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
     return calls, inputs[0]
+
+
+def _restore(module: nn.Module, own: Any) -> None:
+    """Give a module the forward back that it had of its own, or its class's."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
 
 
 @torch.no_grad()
