@@ -79,7 +79,7 @@ def record_calls(
         for module in layer_modules(model, anatomy):
             own = module.__dict__.get("forward")
             replaced.callback(_restore, module, own)
-            module.forward = partial(note, module, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(note, module, module.forward)
         model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
     return calls, inputs[0]
 
