@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from halve import checkpoint, saving, soundness
+from halve.card import license_of
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError, DiskError, RecipeError, TokenizerError
 
@@ -277,7 +280,25 @@ def test_a_hub_name_asks_for_safetensors_and_json_alone(tiny_llama: Path, monkey
     assert Checkpoint.open("own/er").config.model_type == "llama"
     Checkpoint.open("own/er").load()
     assert asked[0]["allow_patterns"] == ["config.json"]
-    assert not any("bin" in p or "pt" in p or "py" in p for p in asked[1]["allow_patterns"])
+    wanted = ["config.json", "model-1.safetensors", "tokenizer.model", "LICENSE", "README.md", "tekken.json"]
+    others = [
+        "pytorch_model.bin",
+        "modeling.py",
+        "LICENSE.py",
+        "consolidated.safetensors",
+        "original/params.json",
+        "a/b.txt",
+    ]
+    assert filtered([*wanted, *others, CHAT], asked[-1]) == [*wanted, CHAT]
+
+
+CHAT = "additional_chat_templates/tool_use.jinja"
+
+
+def filtered(names: list[str], asked: dict[str, Any]) -> list[str]:
+    """What the hub's client takes of a repository."""
+    allowed, ignored = asked["allow_patterns"], asked["ignore_patterns"]
+    return list(filter_repo_objects(names, allow_patterns=allowed, ignore_patterns=ignored))
 
 
 # --- tokenizers
@@ -301,6 +322,37 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_not_its_own(tiny_llama: Pat
 
 
 # --- saving
+
+
+TERMS = ("LICENSE", "License-Gemma.txt", "NOTICE", "USE_POLICY.md", "tekken.json", "sentencepiece.bpe.model", CHAT)
+
+
+def test_terms_of_use_and_every_template_go_with_the_model(model_copy: Path, tmp_path: Path) -> None:
+    (model_copy / CHAT).parent.mkdir()
+    for name in (*TERMS, "LICENSE.py", "notes.txt", f"{CHAT}.bak"):
+        (model_copy / name).write_text(name)
+    card = "---\nlicense: other\nlicense: [broken\nlicense_name: llama3.1\nlicense_link: LICENSE\n---\nlicense: mit\n"
+    (model_copy / "README.md").write_text(card)
+    made = model_copy
+    for name in ("pruned", "distilled"):  # one student from the other
+        saving.save_model(Checkpoint.open(made).load(), tmp_path / name, extra_from=made, record={"stage": "prune"})
+        made = tmp_path / name
+    assert all((made / name).read_text() == name for name in TERMS)
+    assert not any((made / name).exists() for name in ("LICENSE.py", "notes.txt", f"{CHAT}.bak"))
+    front = yaml.safe_load((made / "README.md").read_text().split("---\n")[1])
+    assert {key: front[key] for key in front if key.startswith("license")} == {
+        "license": "other",
+        "license_name": "llama3.1",
+        "license_link": "LICENSE",
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no front", "---\n", "---\nlicense: 5\n---\n", "---\nlicense:\n", "\udcff---\nlicense: mit"]
+)
+def test_a_card_without_a_license_names_none(model_copy: Path, tmp_path: Path, text: str) -> None:
+    (model_copy / "README.md").write_text(text, errors="surrogateescape")
+    assert license_of(model_copy) == {}
 
 
 def test_a_saved_model_reopens_in_a_fresh_process(tiny_llama: Path, tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ def make_run(folder: Path) -> Path:
 def seal(stage: Path) -> None:
     """Write down what the files of a stage hold; its model is left out and stands there all the same."""
     manifest = json.loads((stage / "manifest.json").read_text())
-    here = {path.name: path for path in stage.iterdir() if path.name != "manifest.json"}
+    listed = (path for path in stage.rglob("*") if path.is_file() and path.name != "manifest.json")
+    here = {path.relative_to(stage).as_posix(): path for path in listed}
     found = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in here.items()}
     found["model/model.safetensors"] = {"size": 4_132_800, "sha256": "cd" * 32}
     manifest.pop("digest")
@@ -385,6 +386,17 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     assert "someone" not in card
     tables = [line for line in body.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {8, 5}
+
+
+def test_the_card_names_the_students_license(run: Path, tmp_path: Path) -> None:
+    part = shutil.copytree(run, tmp_path / "run")
+    (part / "distill" / "model").mkdir()
+    (part / "distill" / "model" / "README.md").write_text("---\nlicense: other\nlicense_name: 'llama3: 1'\n---\n")
+    seal(part / "distill")
+    report.write(part, tmp_path / "out")
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert (front["license"], front["license_name"]) == ("other", "llama3: 1")
+    assert front["tags"] == ["halve", "pruning", "distillation"]
 
 
 def test_a_hub_teacher_is_named_as_base_model(run: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
 
 
 def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9]):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9] + TOKENIZER_FILES[-2:]):
         raise TokenizerError(
             f"{source} has no tokenizer",
             why="neither tokenizer.json nor another vocabulary is in the folder",

@@ -15,6 +15,7 @@ import jinja2
 from safetensors import safe_open
 
 from halve import charts, plain_json, sections, strict_yaml
+from halve.card import CARD, license_of
 from halve.files import atomic_file, read_json, read_object
 from halve.plots import figure
 from halve.rounds import named, parsed
@@ -50,6 +51,7 @@ class Run:
     cuts: tuple[Cut, ...]
     results: Mapping[str, Any] | None
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
+    license: Mapping[str, str]
 
 
 def write(run: Path, out: Path) -> None:
@@ -89,8 +91,10 @@ def read(run: Path) -> Run:
         _model_name(stage): _lines(path) for stage in manifests if (path := file(stage, "metrics.jsonl")) is not None
     }
     recipe = read_object(run / RECIPE)
+    cards = [card for stage in manifests if (card := file(stage, f"model/{CARD}")) is not None]
+    license = license_of(cards[0].parent) if cards else {}
     cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
-    return Run(recipe, manifests, cuts, part("evaluate", "results.json"), logs)
+    return Run(recipe, manifests, cuts, part("evaluate", "results.json"), logs, license)
 
 
 def _order(stage: str) -> tuple[bool, int, int, str]:
@@ -151,6 +155,7 @@ def _view(run: Run) -> dict[str, Any]:
         "version": versions.get("halve", ""),
         "teacher": _short(model),
         "base_model": model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else "",
+        "license": strict_yaml.dump(dict(run.license)).rstrip() if run.license else "",
         "tables": [_markdown(section) for section in found[:3] if section is not None and section.table],
     }
 

@@ -19,12 +19,12 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from halve.anatomy.configs import quiet
-from halve.card import model_card
+from halve.card import CARD, license_of, model_card
 from halve.errors import CheckpointError
 from halve.files import disk_guard, sync, sync_tree
-from halve.soundness import CONFIG, GENERATION, TOKENIZER_FILES
+from halve.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
 
-RECORD, CARD = "halve.json", "README.md"
+RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
 
 
 def save_model(
@@ -36,9 +36,9 @@ def save_model(
 ) -> None:
     """Write an ordinary Hugging Face folder, whole or not at all.
 
-    `extra_from` is the folder whose tokenizer, chat template and generation config are copied; `record`
-    becomes halve.json and a short model card. An earlier model in `folder` is replaced. Raises `DiskError` when
-    the device is full and `CheckpointError` for a folder that holds something else.
+    `extra_from` is the folder whose tokenizer, chat templates, generation config and terms of use are copied; `record`
+    becomes halve.json and a short model card, which names that folder's license. An earlier model in `folder` is
+    replaced. Raises `DiskError` when the device is full and `CheckpointError` for a folder that holds something else.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
@@ -57,7 +57,8 @@ def save_model(
             _copy_extras(extra_from, draft)
             if record is not None:
                 _write_object(draft / RECORD, record)
-                (draft / CARD).write_text(model_card(record), encoding="utf-8")
+                license = {} if extra_from is None else license_of(extra_from)
+                (draft / CARD).write_text(model_card(record, license=license), encoding="utf-8")
             sync_tree(draft)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -166,11 +167,13 @@ def _without(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, An
 def _copy_extras(source: Path | None, draft: Path) -> None:
     if source is None:
         return
-    for name in (*TOKENIZER_FILES, GENERATION):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, draft / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", draft / "additional_chat_templates")
+    own = [source / name for name in (*TOKENIZER_FILES, GENERATION)]
+    terms = [path for path in source.iterdir() if is_terms(path)]
+    for path in (*own, *terms, *(source / TEMPLATES).glob("*.jinja")):
+        if path.is_file():
+            target = draft / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _write_object(path: Path, value: Mapping[str, Any]) -> None:

@@ -37,10 +37,16 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 )
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+"""How the names of files begin that say what may be done with a model."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", *(f"{name}*" for name in TERMS))
+# consolidated files repeat the weights in another layout; of folders only chat templates (.jinja) are wanted
+_HUB_IGNORED = ("consolidated*", "*/*.[!j]*", "*/*.json*", "*.py", *PICKLES)
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -57,7 +63,7 @@ class TensorHeader:
 def locate(source: str | Path, *, config_only: bool = False) -> Path:
     """The folder of a source; a hub name is downloaded (or taken from the hub's cache).
 
-    Only JSON, safetensors and tokenizer files are ever asked for. Raises `CheckpointError`.
+    Only JSON, safetensors, tokenizer files and terms of use are ever asked for. Raises `CheckpointError`.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -74,8 +80,7 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
         )
     patterns: Sequence[str] = (CONFIG,) if config_only else _HUB_PATTERNS
     try:
-        # consolidated files repeat the weights in another layout
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_HUB_IGNORED)))
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise CheckpointError(
             f"cannot get model {name} from the hub",
@@ -88,6 +93,11 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
             why=f"there is no such folder, and the hub cannot be reached: {_first_line(error)}",
             fix="give the path of an existing folder, or try again with a network",
         ) from error
+
+
+def is_terms(path: Path) -> bool:
+    """Whether a file says what may be done with a model."""
+    return path.name.upper().startswith(TERMS) and path.suffix not in (".py", *(name[1:] for name in PICKLES))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
