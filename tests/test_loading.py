@@ -89,6 +89,19 @@ def test_a_head_of_its_own_under_a_tied_config_is_refused(model_copy: Path) -> N
     assert "lm_head.weight" in dict(opened.load().named_parameters())
 
 
+@pytest.mark.parametrize("shape", [[10**10, 10**10], [-64, -32], ["64", 32], [64.5, 32], [32, 64, 1, 7]])
+def test_shapes_that_cannot_be_are_refused(model_copy: Path, shape: list[Any]) -> None:
+    path = model_copy / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[UP]["shape"] = shape
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(CheckpointError, match=r"is not a (sound )?safetensors file\n  why: "):
+        Checkpoint.open(model_copy).require_weights()
+
+
 def test_a_missing_head_says_what_helps(model_copy: Path) -> None:
     configure(model_copy, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight\n.*\n  fix: set tie_word_embeddings to true"):
