@@ -135,7 +135,7 @@ def test_head_counts_that_do_not_divide(refused: Refused) -> None:
             b'{"text": "a"}\n{"text": "\\ud83d"}\n{"text": "b"}',
             r"text\.txt, line 2: field 'text' holds half a character",
         ),
-        (b'{"text": "a"}\n' * 2 + b"[" * 99_999, r"text\.txt, line 3 is not JSON\n  why: it is nested too deeply"),
+        (b'{"text": "a"}\n' * 2 + b"[" * 99_999, r"text\.txt, line 3 is not JSON\n  why: it is nested deeper"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "valid"])
