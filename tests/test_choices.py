@@ -138,6 +138,7 @@ def test_both_kinds_of_items_are_read(tmp_path: Path) -> None:
     one, other = load_items(tmp_path / "t.jsonl")
     assert (one.context, one.choices, one.contexts) == ("a", ("b", "c"), ("a", "a"))
     assert (other.contexts, other.choices, other.answer) == (("a", "b"), (" c", " c"), 1)
+    assert [json.loads(choices.json_line(item)) for item in (one, other)] == [json.loads(GOOD), json.loads(SEVERAL)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Shape suffixes: `N` choices of a batch, `S` tokens, `M` scored tokens, `D` hidde
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,15 @@ def load_items(path: str | Path) -> tuple[Item, ...]:
             fix="give JSON lines with context, choices and answer, or leave the file out of the recipe",
         )
     return tuple(items)
+
+
+def json_line(item: Item) -> str:
+    """An item as `load_items` reads it, without a line end."""
+    if isinstance(item.context, str):
+        asked: dict[str, Any] = {"context": item.context, "choices": item.choices}
+    else:
+        asked = {"contexts": item.context, "ending": item.choices[0]}
+    return json.dumps({**asked, "answer": item.answer}, ensure_ascii=False)
 
 
 class _Broken(ValueError):

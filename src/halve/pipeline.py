@@ -297,8 +297,7 @@ def run(
         )
     from halve.checkpoint import Checkpoint, resolve_device
     from halve.stages.boundary import bounded, settled
-    from halve.train import ranks
-    from halve.train.corpus import open_split
+    from halve.train import corpus, ranks
 
     with ranks.joined(resolve_device(recipe.device)) as here, ExitStack() as stack:
         if not here.leads:
@@ -315,7 +314,7 @@ def run(
             listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
         if any("valid" in stage.outside for stage in listed if stage.name in {*wanted} - {*done}):
             how = {"cache": cache, "tokenizer": teacher.tokenizer, "progress": this.progress}
-            here.lead(lambda: str(open_split(recipe, "valid", **how).path))  # its faults are told before any work
+            here.lead(lambda: str(corpus.open_split(recipe, "valid", **how).path))  # faults are told before any work
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
                 this.progress.say(f"{stage.name}: done before")

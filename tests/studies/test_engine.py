@@ -257,8 +257,9 @@ def test_one_study_that_fails_does_not_stop_the_others(
 
 def test_items_are_dealt_in_turn(tmp_path: Path) -> None:
     items = tmp_path / "nouns.jsonl"
-    items.write_text("".join(f'{{"answer": {i}}}\n' for i in range(5)))
+    lines = [json.dumps({"context": "", "choices": ["a\u2028", "b", "c", "d", "e"], "answer": i}) for i in range(5)]
+    items.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     select, test = (Path(path) for path in split_items(items, tmp_path / "texts"))
-    assert [json.loads(line)["answer"] for line in select.read_text().splitlines()] == [0, 2, 4]
-    assert [json.loads(line)["answer"] for line in test.read_text().splitlines()] == [1, 3]
+    assert [json.loads(line)["answer"] for line in select.read_text("utf-8").split("\n") if line] == [0, 2, 4]
+    assert [json.loads(line)["answer"] for line in test.read_text("utf-8").split("\n") if line] == [1, 3]
     assert (select.name, test.name) == ("nouns-select.jsonl", "nouns-test.jsonl")

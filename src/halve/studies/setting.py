@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,13 @@ def _absolute(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def split_items(path: Path, texts: Path) -> tuple[str, str]:
-    """Every second item for choosing, the others for measuring: two files in `texts`, by their paths."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        assert all(isinstance(json.loads(line), dict) for line in lines)
-    except (OSError, ValueError, AssertionError) as error:
-        raise RecipeError(
-            f"cannot read multiple-choice items from {path}", why=str(error), fix="--choices takes JSON lines"
-        ) from error
+    """Every second item for choosing, the others for measuring: two files in `texts`, by their paths.
+
+    Raises `CorpusError` for what is no file of multiple-choice items.
+    """
+    from halve.choices import json_line, load_items
+
+    lines = [json_line(item) for item in load_items(path)]
     made = []
     for name, part in (("select", lines[::2]), ("test", lines[1::2])):
         file = texts / f"{path.name.split('.')[0]}-{name}.jsonl"
