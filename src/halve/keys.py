@@ -40,7 +40,8 @@ class Keyed:
 
 def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, memo: Path) -> dict[str, str]:
     """The keys of stages, each after those it needs, by their names; `memo` remembers hashes of what is outside."""
-    outside = {name: content(recipe, name, memo, teacher=teacher) for stage in stages for name in stage.outside}
+    taken = dict.fromkeys(name for stage in stages for name in stage.outside)
+    outside = {name: content(recipe, name, memo, teacher=teacher) for name in taken}
     removed = _removed(recipe, teacher)
     keys: dict[str, str] = {}
     for stage in stages:
