@@ -112,6 +112,13 @@ def test_aliases_repeat_what_they_name() -> None:
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text()
 
 
+@pytest.mark.parametrize("char", ["\x85", "\u2028", "\u2029", "\r", "\n", "\t", "\ufeff", "\x00", "\x7f"])
+def test_line_breaks_of_every_kind_are_written_and_read_again(char: str) -> None:
+    for text in (char, f"a{char}b", f" {char} ", f"a\n{char}\nb"):
+        data = {text: None, "list": [text]}
+        assert strict_yaml.parse(strict_yaml.dump(data)) == data
+
+
 @given(st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
 def test_what_is_written_is_read_again(data: object) -> None:
     assert strict_yaml.parse(strict_yaml.dump(data)) == data

@@ -73,6 +73,16 @@ for _kind, _written, _begins in _SCALARS:
     _Dumper.add_implicit_resolver(_PREFIX + _kind, re.compile(f"(?:{_written})\\Z"), _begins)
 
 
+def _represent_text(dumper: _Dumper, text: str) -> ScalarNode:
+    """Line breaks beyond the usual are folded away in plain and single quotes, and escaped in double ones."""
+    style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+    node: ScalarNode = dumper.represent_scalar(_PREFIX + "str", text, style=style)
+    return node
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def parse(text: str | bytes) -> Any:
     """The plain data that a text stands for: dicts, lists, texts, numbers, booleans and None.
 

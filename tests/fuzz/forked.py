@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def _in_the_child(work: Callable[[], int], folder: Path, paths: list[Path]) -> N
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+        warnings.resetwarnings()  # as for users: the suite makes errors of them
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         fresh.python = _python
