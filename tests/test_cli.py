@@ -21,7 +21,9 @@ from halve import cli, pipeline
 from halve.cli import app, main
 from halve.errors import Stopped, TrainError
 from halve.files import file_sha256, sealed, write_json
+from halve.reading import load
 from halve.recipe import Recipe
+from halve.rundir import RunDir
 from halve.train.ranks import Elsewhere
 
 # Changing a line here changes what users type: say so in CHANGELOG.md.
@@ -453,6 +455,21 @@ def test_results_are_printed_as_a_table_and_as_json(
     assert "next: halve report" in err
     assert asked[-1]["only"] == "evaluate"
     assert asked[-1]["out"] == tmp_path / "elsewhere"
+
+
+def test_the_first_line_names_an_equal_run_under_another_name(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: sys.exit(3))
+    RunDir.open(tmp_path / "runs" / "tiny", load(recipe)).close()
+    recipe.write_text(recipe.read_text().replace("name: tiny", "name: other"))
+    assert main(["run", str(recipe)]) == 3
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == "runs/tiny is this recipe under another name; --out runs/tiny goes on with it"
+    for words in (["--out", "elsewhere"], ["--quiet"]):
+        assert main(["run", str(recipe), *words]) == 3
+        assert "another name" not in capsys.readouterr().err
 
 
 def test_a_stage_prints_its_metrics_as_json(

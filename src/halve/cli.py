@@ -152,6 +152,8 @@ def run(
     json_: AsJson = False,
 ) -> None:
     """All stages of a recipe; started again, it goes on where it stopped."""
+    from halve.rundir import equal_run
+
     loaded = _spiking(load(recipe), on_spike)
     if dry_run:
         from halve import show
@@ -164,6 +166,8 @@ def run(
             show.forecast(expected)
         return
     if not quiet:
+        if out is None and (twin := equal_run(loaded, Path("runs"))) and _speaks():
+            print(f"{twin} is this recipe under another name; --out {twin} goes on with it", file=sys.stderr)
         _say_plan(loaded)
     folder = _run(loaded, out, only=None, quiet=quiet)
     _show_results(folder, json_=json_)

@@ -204,8 +204,8 @@ def sound(stage: Path, manifest: Mapping[str, Any], file: str) -> Path:
 
 
 def equal_run(recipe: Recipe, folders: Path) -> Path | None:
-    """The folder, among those in `folders`, of a run of the same recipe under another name."""
-    for marker in sorted(folders.glob(f"*/{MARKER}")):
+    """Where the recipe's own folder is not in `folders`, one in there of the same recipe under another name."""
+    for marker in () if (folders / recipe.name).exists() else sorted(folders.glob(f"*/{MARKER}")):
         if marker.parent.name != recipe.name and _differs_in_name_alone(marker.parent, recipe):
             return marker.parent
     return None
