@@ -28,6 +28,8 @@ TRAINING = {"tokens": 512, "batch": 4}
         ({"correct": {**TRAINING, "method": "lora", "lora_rank": 10**9}}, "lora_rank 1000000000 is larger than"),
         ({"prune": {"non_embedding_ratio": 1e-9}}, "no legal architecture has about 1 "),
         ({"prune": {"drop_layers": "0-999999999"}}, "cannot drop layers 0-999999999"),
+        ({"prune": {"drop_layers": "9"}}, "cannot drop layers 9\n  why: the model has layers 0 to 3"),
+        ({"prune": {"drop_layers": "7-9"}}, "cannot drop layers 7-9"),
         ({"prune": {"drop_layers": "9" * 5000}}, "cannot read '999"),
         ({"prune": {"drop_layers": "\u00b2"}}, "cannot read '\u00b2' as layers"),
         ({"prune": {"drop_layers": "1-\u00b2"}}, "cannot read '1-\u00b2' as layers"),

@@ -301,7 +301,7 @@ def parse_layers(text: str, layers: int) -> frozenset[int]:
             raise PlanError(
                 f"cannot read {text!r} as layers", why=f"{part!r} is no range", fix="write 16-31 or 3,5,7-9"
             )
-        chosen |= set(range(first, min(last, layers) + 1))
+        chosen |= {first, *range(first, min(last, layers) + 1)}
     if max(chosen) >= layers or len(chosen) >= layers:
         raise PlanError(
             f"cannot drop layers {text}",
