@@ -89,7 +89,8 @@ def test_a_family_that_no_code_knows() -> None:
 def test_mixtures_are_refused_by_axis() -> None:
     anatomy = discover(AutoConfig.for_model("mixtral", num_hidden_layers=2))
     assert "mixture of 8 experts" in anatomy.refusals["ffn"]
-    assert "mixture of 8 experts" in anatomy.refusals["hidden"]
+    assert "hidden" not in anatomy.refusals
+    assert anatomy.mixers[:2] == ("model.layers.0.mlp.gate", "model.layers.0.mlp.experts")
     counts = anatomy.ledger.count(anatomy.sizes)
     expert = 2 * 8 * 3 * 4096 * 14336
     assert counts.active_params == counts.params - expert * 6 // 8

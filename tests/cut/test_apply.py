@@ -275,3 +275,33 @@ def test_random_scores_do_for_scores() -> None:
         for seed in (0, 1)
     ]
     assert made[0] != made[1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("refit", ["outputs", "all"])
+def test_hidden_of_a_mixture_is_cut(family: str, refit: str) -> None:
+    """Routers and experts read the stream as matrices do; they are trimmed, and what is refit beside them helps."""
+    sizes = {"num_hidden_layers": 2, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model, anatomy = _twin(family, **sizes)
+    student = _cut(model, anatomy, {"hidden": 56}, refit=refit, gain="fitted").student
+    assert student.config.hidden_size == 56
+    gap = _gap(student, model, anatomy)
+    assert gap < _gap(_cut(model, anatomy, {"hidden": 56}, gain="fitted").student, model, anatomy)
+
+
+def test_what_is_scored_by_inputs_of_matrices_says_that_routers_have_none() -> None:
+    model, anatomy = _twin("mixtral", num_hidden_layers=2, num_local_experts=4)
+    with pytest.raises(AnatomyError, match="cannot score hidden of mixtral"):
+        width.score(
+            model,
+            anatomy,
+            _samples(anatomy, 8),
+            method="wanda",
+            ffn_point="down_input",
+            batch_agg="l2",
+            seq_agg="mean",
+            micro_batch=4,
+            seed=0,
+            model_fingerprint="",
+            samples_fingerprint="",
+        )

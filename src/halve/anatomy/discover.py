@@ -84,6 +84,17 @@ class Anatomy:
         return tuple(tuple(names) for names in found)
 
     @property
+    def mixers(self) -> tuple[str, ...]:
+        """Modules inside layers that read the residual stream with weights of their own: routers and experts."""
+        holders: dict[str, None] = {}
+        for name, shape in self.params.items():
+            holder = name.rpartition(".")[0]
+            inside = self.layer_of(holder) is not None and holder not in (*self.modules, *self.norms)
+            if inside and len(shape) > 1 and any("hidden" in expr.axes for expr in shape):
+                holders[holder] = None
+        return tuple(holders)
+
+    @property
     def final_norm(self) -> str | None:
         """The norm between the last layer and the head."""
         outside = [name for name in self.norms if self.layer_of(name) is None]
@@ -352,7 +363,6 @@ def _refusals(anatomy: Anatomy, unknown: list[str]) -> dict[str, str]:
         }
         if "ffn" in in_experts or "ffn" not in made_of:
             refusals["ffn"] = mixture + "their neurons are not cut yet"
-        refusals["hidden"] = mixture + "channels that their routers read are not scored yet"
     for axis in ("ffn", "heads", "hidden"):
         if axis not in made_of and axis not in refusals:
             refusals[axis] = f"no weight is made of {axis} alone, as far as shapes can tell"

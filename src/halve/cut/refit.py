@@ -252,7 +252,7 @@ class _Refit:
             hooks.enter_context(watching(self.student.get_submodule(name), _append_input(seen), leave=True))
             with suppress(Reached):
                 run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
-        return seen[0], written
+        return seen[0].reshape(*z_BSK.shape[:2], -1), written
 
     def _widths(self, source: int) -> list[int]:
         hidden, kept = self.anatomy.sizes.hidden, self.plan.after.hidden

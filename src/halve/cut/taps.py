@@ -165,6 +165,16 @@ def width(anatomy: Anatomy, axis: str) -> int:
     return max((expr.size(anatomy.sizes.sizes) for expr in exprs), default=0)
 
 
+def _readers(anatomy: Anatomy, axis: str) -> list[tuple[str, ...]]:
+    """By layer, every module that reads an axis; routers and experts read `hidden` as the matrices beside them do."""
+    found = [*anatomy.readers(axis)]
+    for name in anatomy.mixers if axis == "hidden" else ():
+        layer = anatomy.layer_of(name)
+        assert layer is not None
+        found[layer] = (*found[layer], name)
+    return found
+
+
 def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Point, ...]]:
     """Find the points of each axis: of modules that read one and the same tensor, the first.
 
@@ -181,7 +191,7 @@ def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tu
     refuses is left out where it has none. Raises `AnatomyError` where a point of another axis is missing.
     """
     read: dict[str, list[Tensor]] = {}
-    names = {name for axis in WIDTH_AXES for layer in anatomy.readers(axis) for name in layer}
+    names = {name for axis in WIDTH_AXES for layer in _readers(anatomy, axis) for name in layer}
     with ExitStack() as hooks, torch.inference_mode():
         for name in names:
             # What was read is kept alive here, so that one address means one tensor.
@@ -255,7 +265,7 @@ def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str 
     having = _layers_with(anatomy, axis)
     if not having:
         return "no layer has it"
-    for layer, readers in enumerate(anatomy.readers(axis)):
+    for layer, readers in enumerate(_readers(anatomy, axis)):
         if not readers and layer in having:
             return f"no module of layer {layer} reads it"
         for name in readers:
@@ -263,7 +273,7 @@ def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str 
                 return f"{name} is called {len(read[name])} times in a forward pass"
             if read[name][0].shape[-1] != width(anatomy, axis):
                 return f"{name} reads {read[name][0].shape[-1]} channels, not {width(anatomy, axis)}"
-            if anatomy.modules[name].terms[0][0] != axis:
+            if name in anatomy.modules and anatomy.modules[name].terms[0][0] != axis:
                 return f"{name} reads {anatomy.modules[name]}: what belongs to one entry does not lie together"
     return None
 
@@ -275,7 +285,7 @@ def _layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
 
 
 def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    for layer, readers in enumerate(anatomy.readers(axis)):
+    for layer, readers in enumerate(_readers(anatomy, axis)):
         by_address: dict[int, list[str]] = {}
         for name in readers:
             by_address.setdefault(read[name][0].data_ptr(), []).append(name)

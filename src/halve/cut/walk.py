@@ -164,7 +164,8 @@ class States:
         return self.values[rows]
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
-        self.values[rows] = value.detach().to(self.values.dtype).cpu()
+        target = self.values[rows]  # mixtures hand tokens on without their samples
+        target.copy_(value.detach().reshape(target.shape))
 
 
 def states_bytes(samples: int, seq: int, widths: Sequence[int], *, dtype: torch.dtype) -> int:

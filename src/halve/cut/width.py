@@ -34,6 +34,7 @@ from halve.cut.importance import group_importance, token_moments, token_variance
 from halve.cut.scores import WIDTH_AXES, Scores, random_scores
 from halve.cut.sites import input_dim
 from halve.cut.structures import Place, row_scores, totals
+from halve.errors import AnatomyError
 from halve.progress import SILENT, Progress
 from halve.recipe import Aggregator, FfnPoint, Method
 
@@ -212,6 +213,12 @@ def _by_inputs(
 ) -> Scores:
     """Listen to what matrices read, and sum a score of their input channels over those that read an axis."""
     model, anatomy = job.model, job.anatomy
+    if "hidden" not in anatomy.refusals and anatomy.mixers:
+        raise AnatomyError(
+            f"cannot score hidden of {anatomy.family} by what its matrices read",
+            why="routers and experts read it with weights that are no plain matrices",
+            fix="score.method: activation, magnitude or taylor",
+        )
     readers = taps.find_readers(model, anatomy)
     points = {
         axis: [taps.Tap(layer, names[0], taps.on_input) for layer, names in found] for axis, found in readers.items()
