@@ -144,6 +144,9 @@ def masked(model: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> PreTrainedMo
         kept = _kept_of_norm(name, module, plan, anatomy)
         if kept is not None:
             module.forward = _StatisticsOver(module, kept)
+        elif "norm" in type(module).__name__.lower() and not [*module.parameters()]:
+            # it does not say how wide what it reads is, and only what is as wide as the stream loses entries
+            module.forward = _StatisticsOver(module, torch.tensor(plan.hidden), width=plan.before.hidden)
     return result
 
 
@@ -158,10 +161,13 @@ def _kept_of_norm(name: str, module: nn.Module, plan: Plan, anatomy: Anatomy) ->
 
 
 class _StatisticsOver:
-    """A norm's own code, run on the entries that remain; the others come out as zero."""
+    """A norm's own code, run on the entries that remain; the others come out as zero.
 
-    def __init__(self, module: nn.Module, kept: Tensor) -> None:
-        self.kept = kept
+    With `width`, only inputs of so many channels are treated so.
+    """
+
+    def __init__(self, module: nn.Module, kept: Tensor, *, width: int | None = None) -> None:
+        self.kept, self.width = kept, width
         self.small = copy.deepcopy(module)
         for name, parameter in self.small.named_parameters():
             setattr(self.small, name, nn.Parameter(parameter[kept].clone()))
@@ -169,6 +175,9 @@ class _StatisticsOver:
             self.small.normalized_shape = (len(kept),)  # type: ignore[assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.width not in (None, x.shape[-1]):
+            whole: Tensor = self.small(x)
+            return whole
         out = self.small(x[..., self.kept])
         full = torch.zeros(x.shape, dtype=out.dtype)
         full[..., self.kept] = out
