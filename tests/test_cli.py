@@ -17,7 +17,7 @@ import psutil
 import pytest
 import typer
 
-from halve import cli, pipeline
+from halve import cli, pipeline, show
 from halve.cli import app, main
 from halve.errors import Stopped, TrainError
 from halve.files import file_sha256, sealed, write_json
@@ -491,3 +491,19 @@ def test_a_stage_without_its_inputs_names_the_command(make_recipe: Any, tmp_path
 
     with pytest.raises(RunError, match="halve score"):
         pipeline.run(make_recipe(), tmp_path / "run", only="prune")
+
+
+def test_a_cut_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"layers": 5, "hidden": 64}
+    figures = {"teacher_params": 260032, "params": 217792}
+    figures |= {"teacher_perplexity": {"value": 6.5112, "stderr": 0.74}, "perplexity": {"value": 20.12, "stderr": 2.5}}
+    show.pruned({"before": sizes, "after": {**sizes, "layers": 4}}, figures)
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for row in ("layers 5 4", "hidden 64 64", "parameters 260,032 217,792", "perplexity 6.511 ± 0.74 20.12 ± 2.5"):
+        assert row in said
+
+
+def test_an_extra_of_ours_says_nothing_at_its_import() -> None:
+    code = "import halve; from transformers import PreTrainedModel"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -21,6 +21,7 @@ if (
     # `python -m halve` looks for every module in the working folder first, where anybody's torch.py may lie
     sys.path[:] = [entry for entry in sys.path if entry not in ("", ".", sys.path[0])]
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from halve.recipe import Recipe
 
 __version__ = "0.1.0"
+
+# An extra of ours, torchao, says at its import which of its GPU kernels are not for this machine. Nobody asked.
+for _talker in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_talker).setLevel(logging.ERROR)
 
 __all__ = [
     "Anatomy",

@@ -302,6 +302,7 @@ def _stage(
     section: str, following: str, loaded: Recipe, recipe: Path, out: Path | None, *, quiet: bool, json_: bool
 ) -> None:
     from halve import show
+    from halve.files import read_json
     from halve.rundir import read_manifest
 
     folder = _run(loaded, out, only=section, quiet=quiet)
@@ -311,6 +312,8 @@ def _stage(
         show.as_json(read_manifest(folder / section)["metrics"])
     else:
         print(folder / section)
+        if section == "prune":
+            show.pruned(read_json(folder / section / "plan.json"), read_manifest(folder / section)["metrics"])
     if following and not json_:
         _next(f"halve {following} {recipe}")
 

@@ -51,6 +51,16 @@ def bytes_(count: int | float) -> str:
     return f"{count:.0f} B"
 
 
+def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """What a cut did: sizes, parameters and perplexity of the model before and after it, on the same held-out text."""
+    before, after = plan["before"], plan["after"]
+    rows: list[tuple[object, ...]] = [(axis, f"{before[axis]:,}", f"{after[axis]:,}") for axis in after]
+    rows.append(("parameters", f"{metrics['teacher_params']:,}", f"{metrics['params']:,}"))
+    was, now = metrics["teacher_perplexity"], metrics["perplexity"]
+    rows.append(("perplexity", *(f"{one['value']:.4g} ± {one['stderr']:.2g}" for one in (was, now))))
+    table("cut", ("", "before", "after"), rows)
+
+
 def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
     """What `halve inspect` says, as plain data."""
     counts = anatomy.ledger.count(anatomy.sizes)
