@@ -70,6 +70,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[]
     yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
+    yield partial(_check_causal, teacher)
     yield partial(_check_correction, recipe, teacher)
     for name, training in _trainings(recipe):
         yield partial(_check_shares, training)
@@ -183,6 +184,12 @@ def _check_phase(recipe: Recipe, teacher: Checkpoint, section: str, phase: Phase
             why="positions past the model's context were never trained",
             fix=f"set that phase's context to {limit} or less",
         )
+
+
+def _check_causal(teacher: Checkpoint) -> None:
+    from halve.cut.causal import check_causal
+
+    check_causal(teacher.anatomy)
 
 
 def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:

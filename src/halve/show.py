@@ -61,6 +61,11 @@ def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     table("cut", ("", "before", "after"), rows)
 
 
+def cache_(count: int | None) -> str:
+    """The bytes of a cache, where the family's code tells them."""
+    return "unknown" if count is None else bytes_(count)
+
+
 def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
     """What `halve inspect` says, as plain data."""
     counts = anatomy.ledger.count(anatomy.sizes)
@@ -96,7 +101,7 @@ def inspect(anatomy: Anatomy, proof: Proof | None) -> None:
     print(
         f"{format_count(facts['params'])} parameters, {format_count(facts['non_embedding'])} without embeddings"
         f"{', tied embeddings' if anatomy.tied else ''}; key-value cache"
-        f" {bytes_(facts['kv_cache_bytes_per_token'])} a token"
+        f" {cache_(facts['kv_cache_bytes_per_token'])} a token"
     )
     shown = [n for n in anatomy.params if anatomy.layer_of(n) in (None, *_first_of_kind(anatomy))]
     rows = [(name, ", ".join(f"({expr})" for expr in anatomy.params[name])) for name in shown]
@@ -135,7 +140,7 @@ def candidates(
     rows: list[tuple[object, ...]] = []
     for candidate, verdict in zip(found, verdicts, strict=True):
         a, c = candidate.arch, candidate.counts
-        heads, cache = f"{a.heads}/{a.kv_heads}", bytes_(c.kv_cache_bytes_per_token)
+        heads, cache = f"{a.heads}/{a.kv_heads}", cache_(c.kv_cache_bytes_per_token)
         costs = (f"{c.params:,}", f"{c.non_embedding:,}", cache, f"{c.flops_per_token / 1e9:.3g}")
         rows.append((a.layers, a.hidden, a.ffn, heads, *costs, _opened_by(verdict)))
     columns = ("layers", "hidden", "ffn", "heads/kv", "params", "non-embedding", "KV/token", "GFLOP/token", "opens in")
@@ -164,7 +169,7 @@ def forecast(found: Forecast) -> None:
         ("parameters", *(f"{c.params:,} ({format_count(c.params)})" for c in counts)),
         ("non-embedding", *(f"{c.non_embedding:,}" for c in counts)),
         ("weights in 16 bits", *(bytes_(c.weight_bytes) for c in counts)),
-        ("KV cache a token", *(bytes_(c.kv_cache_bytes_per_token) for c in counts)),
+        ("KV cache a token", *(cache_(c.kv_cache_bytes_per_token) for c in counts)),
         ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
     table(f"{found.name}: plan", ("", "teacher", *names), rows)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from families import ALSO, NO_GROUPS, PROVED, config
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, SmolLM3Config
 
 import halve.cut.proof as proof_module
-from halve.anatomy import CUT_AXES, Anatomy, Expr, discover
+from halve.anatomy import CUT_AXES, Anatomy, Expr, discover, lists
+from halve.cut.causal import check_causal
 from halve.cut.proof import SAME, fresh_logits, prove
 from halve.cut.surgery import trim
 from halve.cut.twins import logits, random_twin, twin_plan
@@ -134,9 +135,60 @@ def test_hybrids_are_refused_by_axis() -> None:
     proof = prove(discover(teacher), reopen=False)
     assert {"layers", "heads", "kv_heads"}.isdisjoint(proof.refusals)
     assert "mixture" in proof.refusals["ffn"]
-    # dense and sparse layers by index arithmetic: a twin of fewer layers is another model, and is refused
+    # kinds by index arithmetic: no period makes of the layers that stay what they were
     proof = prove(discover(AutoConfig.for_model("jamba", num_hidden_layers=8, num_experts=4)), reopen=False)
-    assert {"hidden", "ffn", "heads", "kv_heads"} <= set(proof.refusals)
+    assert "computes a layer's kind from its number" in proof.refusals["layers"]
+    assert not {"heads", "kv_heads"} & set(proof.refusals)
+
+
+def test_the_twin_of_a_list_that_is_too_long_has_one_too() -> None:
+    """A cut that left such a list alone would move rotation to other layers: only a twin that has one shows it."""
+    longer = [int((layer + 1) % 4 != 0) for layer in range(36)]
+    small = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 3}
+    anatomy = discover(
+        SmolLM3Config(num_hidden_layers=8, no_rope_layers=longer, vocab_size=128, pad_token_id=None, **small)
+    )
+    twin = anatomy.twin()
+    assert len(twin.config.no_rope_layers) == len(longer[8:12]) + twin.sizes.layers
+    proof = prove(anatomy, reopen=False)
+    assert [check for check in proof.checks if check.axis == "layers" and check.passed]
+
+
+def test_layers_that_would_change_their_kind_are_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were lists of other lengths left as they are, the proof would fail and the cut would be refused."""
+    longer = [int((layer + 1) % 4 != 0) for layer in range(36)]
+    anatomy = discover(config("smollm3", no_rope_layers=longer))
+    monkeypatch.setattr(lists, "layer_lists", lambda found, count: {"layer_types": found.layer_types})
+    proof = prove(replace(anatomy, family="with the old lists"), reopen=False)
+    assert "the proof failed" in proof.refusals["layers"]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "llama4_text"])
+def test_layers_of_dense_first_and_interleaved_mixtures_are_proved(family: str) -> None:
+    experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1} if family == "deepseek_v3" else {}
+    own = {
+        "deepseek_v3": {"num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+        "llama4_text": {"num_local_experts": 4, "interleave_moe_layer_step": 2},
+    }[family]
+    teacher = AutoConfig.for_model(family, num_hidden_layers=6, **experts, **own)
+    proof = prove(discover(teacher), reopen=False)
+    assert [check.passed for check in proof.checks if check.axis == "layers"] == [True], proof.refusals
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_model_that_looks_ahead_is_refused(family: str) -> None:
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    anatomy = discover(AutoConfig.for_model(family, vocab_size=128, **small))
+    for ask in (prove, check_causal):
+        with pytest.raises(AnatomyError, match=rf"{family} is no causal.*\n.*later token.*\n  fix: .*is_decoder"):
+            ask(anatomy)
+    check_causal(discover(AutoConfig.for_model(family, vocab_size=128, is_decoder=True, **small)))
+
+
+def test_no_decoder_is_taken_for_one_that_looks_ahead() -> None:
+    for family in ("llama", "gemma3_text", "gpt2", "cohere2"):
+        check_causal(discover(config(family)))
 
 
 def small_config(family: str, **changes: object) -> PretrainedConfig:

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from families import config
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from halve.anatomy import Arch, discover
+from halve.anatomy import CUT_AXES, Arch, discover
 from halve.anatomy.runtimes import runtimes
 from halve.cut.plan import Plan, select
 from halve.cut.sizes import candidates, format_count, near, parse_count, parse_layers, target
 from halve.cut.twins import RandomScores
-from halve.errors import PlanError
+from halve.errors import AnatomyError, PlanError
 from halve.recipe import Prune
 
 LLAMA_8B = LlamaConfig(
@@ -72,7 +73,7 @@ def test_candidates_are_legal_and_near() -> None:
 
 _SPEED = """
 import time
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from halve.anatomy import discover
 anatomy = discover(LlamaConfig())
 archs = [anatomy.sizes.at(ffn=n) for n in range(1, 1001)]
@@ -106,6 +107,7 @@ def test_thousands_of_candidates_a_second() -> None:
         ("llama", Prune(drop_layers="x"), r"cannot read 'x' as layers"),
         ("gpt2", Prune(hidden=90), r"cannot keep hidden 90 with 6 heads in gpt2\n.*\n  fix: --hidden 96, or --heads 5"),
         ("gpt2", Prune(kv_heads=2), r"."),
+        ("gpt_bigcode", Prune(kv_heads=2), r"cannot cut kv_heads of gpt_bigcode\n  why: all query heads share one"),
         ("mixtral", Prune(ffn=64), r"cannot cut ffn of mixtral\n  why: a mixture of 8 experts"),
     ],
 )
@@ -147,6 +149,36 @@ def test_selection_by_hand() -> None:
     assert plan.kv_heads == ((1, 2),) * 4
     assert plan.heads == ((2, 4),) * 4
     assert all(len(row) == 160 for row in plan.ffn)
+
+
+def test_what_is_asked_for_is_refused_by_its_own_name() -> None:
+    """Heads and hidden go together in this family: who asks for fewer heads is not told about hidden."""
+    small = {"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 6, "vocab_size": 128}
+    anatomy = discover(AutoConfig.for_model("falcon", **small))
+    with pytest.raises(PlanError, match="cannot cut heads of falcon\n"):
+        target(anatomy, Prune(heads=3))
+
+
+def test_a_model_of_one_layer_is_told_so() -> None:
+    with pytest.raises(PlanError, match=r"cannot drop layers 0\n  why: the model has one layer and must keep it\n"):
+        parse_layers("0", 1)
+
+
+def test_no_width_at_all_is_said_with_what_helps() -> None:
+    """A budget in a family that nothing can be cut of names a way on, not an empty list."""
+    anatomy = discover(config("llama"))
+    fixed = replace(anatomy, refusals=dict.fromkeys(CUT_AXES, "it is fixed"))
+    with pytest.raises(PlanError, match=r"(?s)no smaller width is legal\n  fix: .*--drop-layers") as caught:
+        target(fixed, Prune(params="100k"))
+    assert "between 0 and 0" not in str(caught.value)
+
+
+def test_layers_named_by_hand_keep_their_kinds() -> None:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    teacher = AutoConfig.for_model("jamba", num_hidden_layers=8, attn_layer_period=4, attn_layer_offset=1, **small)
+    anatomy = replace(discover(teacher), refusals={})
+    with pytest.raises(AnatomyError, match=r"cannot keep layers .* of jamba"):
+        target(anatomy, Prune(drop_layers="2"))
 
 
 def test_equal_scores_keep_the_earlier_entry() -> None:

@@ -53,15 +53,17 @@ class Counts:
 
     `active_params` counts of a mixture's experts only the share that a token goes through. `flops_per_token` is one
     forward pass at the given context: twice the active entries of every matrix, the head included, and the causal
-    attention's two products with half of the context on average. The key-value cache is that of full attention, in
-    16-bit entries per token.
+    attention's two products with half of the context on average, in the layers that have a cache. The cache is what
+    the family's own code keeps of a token, in 16-bit numbers: keys and values, or what it has in their place. A layer
+    with a sliding window counts as if its window had not been reached; states of a fixed size are left out. It is
+    None where the code does not say.
     """
 
     params: int
     non_embedding: int
     active_params: int
     flops_per_token: int
-    kv_cache_bytes_per_token: int
+    kv_cache_bytes_per_token: int | None
     weight_bytes: int
 
 
@@ -70,15 +72,21 @@ Shape = tuple[Expr, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer: each distinct shape with how often it occurs, and which of them are matrices."""
+    """The weights of one layer: each distinct shape with how often it occurs; matrices and routed experts of them."""
 
     shapes: tuple[tuple[Shape, int], ...]
     matrices: tuple[tuple[Shape, int], ...]
+    experts: tuple[tuple[Shape, int], ...] = ()
+    cache: Expr | None = None
+    """The numbers that it caches of a token."""
 
     @classmethod
-    def of(cls, shapes: Sequence[Shape], matrices: Sequence[Shape]) -> Layer:
+    def of(
+        cls, shapes: Sequence[Shape], *, matrices: Sequence[Shape], experts: Sequence[Shape], cache: Expr | None
+    ) -> Layer:
         """Count equal shapes once."""
-        return cls(tuple(Counter(shapes).items()), tuple(Counter(matrices).items()))
+        all_of, products, routed = (tuple(Counter(part).items()) for part in (shapes, matrices, experts))
+        return cls(all_of, products, routed, cache)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Ledger:
     """Input, position and output embeddings; a tied table stands once."""
     head: Shape
     routed_share: float = 1.0
-    """The share of expert weights (the three-dimensional ones) that a token goes through."""
+    """The share of the experts' weights that a token goes through."""
 
     def count(
         self,
@@ -117,25 +125,29 @@ class Ledger:
         matrices = sum(times * _total(layer.matrices, sizes) for layer, times in kinds.items())
         outside = sum(_size(shape, sizes) for shape in self.outside)
         embedding = sum(_size(shape, sizes) for shape in self.embeddings)
-        attention = 2 * arch.layers * context * arch.heads * arch.head_dim
+        caches = [(layer.cache.size(sizes) if layer.cache else None, times) for layer, times in kinds.items()]
+        attending = sum(times for entries, times in caches if entries != 0)
+        attention = 2 * attending * context * arch.heads * arch.head_dim
         params = in_layers + outside + embedding
-        expert = sum(
-            times * _total(tuple(pair for pair in layer.shapes if len(pair[0]) == 3), sizes)
-            for layer, times in kinds.items()
-        )
+        expert = sum(times * _total(layer.experts, sizes) for layer, times in kinds.items())
         idle = round((1 - self.routed_share) * expert)
         return Counts(
             params=params,
             non_embedding=in_layers + outside,
             active_params=params - idle,
             flops_per_token=2 * (matrices + expert - idle + _size(self.head, sizes)) + attention,
-            kv_cache_bytes_per_token=2 * 2 * arch.layers * arch.kv_heads * arch.head_dim,
+            kv_cache_bytes_per_token=_cache_bytes(caches),
             weight_bytes=params * weight_bits // 8,
         )
 
 
 def _size(shape: Shape, sizes: Mapping[str, int]) -> int:
     return prod(expr.size(sizes) for expr in shape)
+
+
+def _cache_bytes(caches: Sequence[tuple[int | None, int]]) -> int | None:
+    known = [entries * times for entries, times in caches if entries is not None]
+    return 2 * sum(known) if len(known) == len(caches) else None
 
 
 def _total(shapes: tuple[tuple[Shape, int], ...], sizes: Mapping[str, int]) -> int:

@@ -17,13 +17,33 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, INDEX_LISTS, KEYS, OTHER_LISTS, PREFIX_COUNTS
+from halve.anatomy.arch import Arch
+from halve.anatomy.lists import fewer_layers
+from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS, POSITION_KEYS
 from halve.errors import AnatomyError, PlanError
 
 
 def key(config: PretrainedConfig, axis: str) -> str | None:
     """The attribute of this config that holds the size of an axis, if there is one."""
     return next((name for name in KEYS[axis] if hasattr(config, name)), None)
+
+
+def require_text(config: PretrainedConfig) -> None:
+    """Raise `AnatomyError` for a config that wraps a language model in other parts."""
+    text = config.get_text_config(decoder=True)
+    if not any(getattr(config, name, None) is text for name in config.sub_configs):
+        return
+    raise AnatomyError(
+        f"{config.model_type} wraps a language model in other parts",
+        why=f"config.json holds one ({text.model_type}) beside {_parts(config, text)}; halve reads it alone",
+        fix=f"save the {text.model_type} to a folder of its own, with the tokenizer, and give that"
+        " (docs/guides/first-model.md shows the six lines)",
+    )
+
+
+def _parts(config: PretrainedConfig, text: PretrainedConfig) -> str:
+    names = [name for name in config.sub_configs if getattr(config, name, None) not in (None, text)]
+    return ", ".join(names) or "others"
 
 
 def num_layers(config: PretrainedConfig) -> int:
@@ -34,9 +54,43 @@ def num_layers(config: PretrainedConfig) -> int:
         raise AnatomyError(
             f"the config of {config.model_type} does not say how many layers there are",
             why=f"none of {', '.join(KEYS['layers'])} holds a positive number",
-            fix="halve reads decoder-only language models; for a composite model give the folder of its text part",
+            fix="halve reads decoder-only language models; check config.json against the family",
         )
     return value
+
+
+def sizes(config: PretrainedConfig) -> Arch:
+    """The sizes as the config states or implies them."""
+    values: dict[str, int] = {}
+    numbers = {name: getattr(config, name, None) for name in POSITION_KEYS}
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
+        name = key(config, axis)
+        value = getattr(config, name) if name else None
+        if isinstance(value, int):
+            values[axis] = value
+            numbers[name or axis] = value
+    for axis in ("hidden", "heads", "vocab"):
+        if axis not in values:
+            raise AnatomyError(
+                f"the config does not say how large {axis} is",
+                why=f"none of {', '.join(KEYS[axis])} holds a number",
+                fix="halve reads decoder-only language models with attention",
+            )
+    for name, number in numbers.items():
+        if isinstance(number, int) and number < 1:
+            raise _too_few(config, name, number)
+    values.setdefault("kv_heads", values["heads"])
+    values.setdefault("head_dim", values["hidden"] // values["heads"])
+    values.setdefault("ffn", 4 * values["hidden"])
+    return Arch.of(values)
+
+
+def _too_few(config: PretrainedConfig, name: str, number: int) -> AnatomyError:
+    return AnatomyError(
+        f"the config of {config.model_type} says {config.attribute_map.get(name, name)}: {number}",
+        why="a model has at least one of each",
+        fix="write the number that the weights were trained with into config.json",
+    )
 
 
 def num_experts(config: PretrainedConfig) -> int:
@@ -49,16 +103,6 @@ def routed_share(config: PretrainedConfig) -> float:
     """The share of a mixture's experts that each token goes through; 1 for a dense model."""
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / num_experts(config) if isinstance(chosen, int) and num_experts(config) else 1.0
-
-
-def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
-    """The lists of the config that have one entry a layer."""
-    count = num_layers(config)
-    found = {}
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == count and name not in (*OTHER_LISTS, *INDEX_LISTS):
-            found[name] = value
-    return found
 
 
 def resized(
@@ -139,17 +183,10 @@ def quiet() -> Iterator[None]:
 
 
 def _fewer_layers(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    values: dict[str, Any] = {name: [old[i] for i in kept] for name, old in layer_lists(config).items()}
-    for name in INDEX_LISTS:
-        if isinstance(old := getattr(config, name, None), list):
-            values[name] = [new for new, layer in enumerate(kept) if layer in old]
-    for name in PREFIX_COUNTS:
-        if isinstance(old := getattr(config, name, None), int):
-            values[name] = sum(layer < old for layer in kept)
     layers_key = key(config, "layers")
     assert layers_key is not None
     # The count goes first: validators compare the lists with it.
-    return {layers_key: len(kept), **values}
+    return {layers_key: len(kept), **fewer_layers(config, kept, num_layers(config))}
 
 
 def _fit_rope_factors(config: PretrainedConfig, head_dim: int) -> None:

@@ -7,7 +7,8 @@ dimension of each parameter is solved for as a sum of products of axes. What sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -17,12 +18,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halve.anatomy import configs
+from halve.anatomy import caches, configs, kinds
 from halve.anatomy.arch import Arch, Layer, Ledger, Shape
-from halve.anatomy.axes import Expr
-from halve.anatomy.quirks import COUPLED, KEYS, Quirk, quirk
+from halve.anatomy.axes import CUT_AXES, Expr
+from halve.anatomy.caches import Cached
+from halve.anatomy.quirks import COUPLED, Quirk, quirk
 from halve.anatomy.solve import TWIN_POINT, alike, small, solve, solve_twin, tie
-from halve.errors import AnatomyError, HalveError
+from halve.errors import AnatomyError, HalveError, PlanError
 
 V = TypeVar("V")
 
@@ -51,6 +53,10 @@ class Anatomy:
     """The parameter that makes logits; an entry of `embeddings`."""
     representatives: tuple[int, ...]
     """Layers that stand for all kinds of layers; the twin is made of them."""
+    unknown: tuple[str, ...] = ()
+    """Parameters made of no known axes: counted as they are, so that no axis may be cut that could change them."""
+    cache: tuple[Expr, ...] = ()
+    """For every layer, the numbers that it caches of a token; empty where its code does not say."""
 
     @property
     def tied(self) -> bool:
@@ -104,10 +110,20 @@ class Anatomy:
     def ledger(self) -> Ledger:
         """What counting needs."""
         matrices = {f"{name}.weight" for name in self.modules}
-        layers = []
-        for layer in range(self.sizes.layers):
-            names = [name for name in self.params if self.layer_of(name) == layer]
-            layers.append(Layer.of([self.params[n] for n in names], [self.params[n] for n in names if n in matrices]))
+        experts = configs.num_experts(self.config)
+        inside: list[list[str]] = [[] for _ in range(self.sizes.layers)]
+        for name in self.params:
+            if (layer := self.layer_of(name)) is not None:
+                inside[layer].append(name)
+        layers = [
+            Layer.of(
+                [self.params[n] for n in names],
+                matrices=[self.params[n] for n in names if n in matrices and not _routed(n, self.params[n], experts)],
+                experts=[self.params[n] for n in names if _routed(n, self.params[n], experts)],
+                cache=self.cache[number] if self.cache else None,
+            )
+            for number, names in enumerate(inside)
+        ]
         outside = [n for n in self.params if self.layer_of(n) is None and n not in self.embeddings]
         return Ledger(
             layers=tuple(layers),
@@ -134,6 +150,8 @@ class Anatomy:
             self.config, self.representatives, self.layers_path, self._represented(self.params), coupled=self.coupled
         )
         config = small(self.config, point, self.representatives, shrink=shrink)
+        if self.multi_query:
+            point["kv_heads"] = 1
 
         def rename(name: str) -> str:
             layer = self.layer_of(name)
@@ -143,11 +161,21 @@ class Anatomy:
             self,
             config=config,
             sizes=Arch.of({**point, "layers": len(self.representatives)}),
-            params={rename(name): shape for name, shape in params.items()},
+            params={rename(name): shape for name, shape in params.items()} | self._as_built(config, rename),
+            unknown=tuple(rename(name) for name in self._represented(dict.fromkeys(self.unknown))),
+            cache=tuple(self.cache[layer] for layer in self.representatives) if self.cache else (),
             modules={rename(name): expr for name, expr in self._represented(self.modules).items()},
             norms=tuple(rename(name) for name in self._represented(dict.fromkeys(self.norms))),
             representatives=tuple(range(len(self.representatives))),
         )
+
+    def _as_built(self, config: PretrainedConfig, rename: Callable[[str], str]) -> dict[str, Shape]:
+        """What is unknown here, as large as it is in a twin of this config."""
+        unknown = {rename(name) for name in self._represented(dict.fromkeys(self.unknown))}
+        if not unknown:
+            return {}
+        model = configs.build(config, device="meta")
+        return {name: _as_it_is(value) for name, value in model.named_parameters() if name in unknown}
 
     def _represented(self, named: Mapping[str, V]) -> dict[str, V]:
         layers = (None, *self.representatives)
@@ -158,12 +186,28 @@ class Anatomy:
         """Whether key and value heads are an axis of their own: some weight is made of them."""
         return any("kv_heads" in expr.axes for shape in self.params.values() for expr in shape)
 
+    @property
+    def multi_query(self) -> bool:
+        """Whether the code has one key and value head for all query heads, whatever the config says of groups."""
+        return self.sizes.kv_heads == 1 < self.sizes.heads and not self.grouped
+
 
 def discover(config: PretrainedConfig) -> Anatomy:
     """Find the anatomy of the model that this config describes, on the meta device, in seconds.
 
-    Raises `AnatomyError` for a config that is no decoder-only language model with attention.
+    A process looks at equal configs once. Raises `AnatomyError` for a config that is no decoder-only language model
+    with attention.
     """
+    key = (type(config), repr(config.to_dict()))
+    if key not in _found:
+        _found[key] = _looked_at(copy.deepcopy(config))
+    return replace(_found[key], config=config)
+
+
+_found: dict[tuple[type, str], Anatomy] = {}
+
+
+def _looked_at(config: PretrainedConfig) -> Anatomy:
     try:
         return _discover(config)
     except HalveError:
@@ -177,17 +221,32 @@ def discover(config: PretrainedConfig) -> Anatomy:
 
 
 def _discover(config: PretrainedConfig) -> Anatomy:
+    configs.require_text(config)
+    sizes = configs.sizes(config)
     model = configs.build(config, device="meta")
-    layers_path = _layers_path(model, configs.num_layers(config))
-    representatives = _representatives(model, config, layers_path)
+    layers_path = kinds.find_layers(model, configs.num_layers(config))
+    firsts = kinds.firsts(model, config, layers_path)
+    representatives = kinds.representatives(firsts)
     special = quirk(config.model_type)
-    coupled, exprs = solve(config, representatives, layers_path, coupled=special.coupled)
-    shapes: dict[str, Shape | None] = {}
-    kinds = _kinds(model, config, layers_path)
+    try:
+        coupled, exprs = solve(config, representatives, layers_path, coupled=special.coupled)
+        rigid = ""
+    except (AnatomyError, PlanError) as error:  # counted as it is, and not cut
+        coupled, exprs, rigid = False, {}, f"its code builds at no other sizes: {error.why}"
+    kinds_of_layers = sorted(set(firsts))
+    cached = caches.cached(config, kinds_of_layers)
+    if coupled:  # whatever the config says beside
+        sizes = sizes.at(head_dim=sizes.hidden // sizes.heads)
+    sizes = _heads_as_cached(sizes, exprs, cached or ())
+    exprs_of = caches.cache_exprs(config, kinds_of_layers, cached, sizes, coupled=coupled) if cached else []
+    params: dict[str, Shape] = {}
+    unknown = []
     for name, parameter in model.named_parameters():
-        shapes[name] = _shape_of(name, parameter, exprs, kinds, layers_path, coupled, special)
-    params = {name: shape for name, shape in shapes.items() if shape is not None}
-    sizes = _sizes(config, params)
+        shape = _shape_of(name, parameter, exprs, firsts, layers_path, coupled, special)
+        if shape is None or tuple(expr.size(sizes.sizes) for expr in shape) != tuple(parameter.shape):
+            shape = _as_it_is(parameter)
+            unknown.append(name)
+        params[name] = shape
     head = _name_of(model, model.get_output_embeddings().weight) if model.get_output_embeddings() else ""
     anatomy = Anatomy(
         family=config.model_type,
@@ -203,42 +262,16 @@ def _discover(config: PretrainedConfig) -> Anatomy:
         embeddings=_embeddings(model, head),
         head=head,
         representatives=representatives,
+        unknown=tuple(unknown),
+        cache=tuple(exprs_of[kinds_of_layers.index(first)] for first in firsts) if exprs_of else (),
     )
     _verify(anatomy, model)
-    unknown = [name for name, shape in shapes.items() if shape is None]
-    return replace(anatomy, refusals=_refusals(anatomy, unknown))
-
-
-# ---- layers
-
-
-def _layers_path(model: PreTrainedModel, count: int) -> str:
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    lists = [name for name in lists if not any(part.isdigit() for part in name.split("."))]
-    if len(lists) != 1:
-        raise AnatomyError(
-            f"cannot find the layers of {model.config.model_type}",
-            why=f"{len(lists)} module lists have {count} entries, as many as there are layers",
-            fix="halve reads decoder-only models with one stack of layers",
-        )
-    return str(lists[0])
-
-
-def _kinds(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -> list[int]:
-    """For every layer, the first layer that is built alike and has the same entries in the config's lists."""
-    seen: dict[object, int] = {}
-    lists = configs.layer_lists(config)
-    kinds = []
-    for index, layer in enumerate(model.get_submodule(layers_path).children()):
-        weights = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-        listed = tuple((name, str(values[index])) for name, values in lists.items())
-        kinds.append(seen.setdefault((weights, listed), index))
-    return kinds
-
-
-def _representatives(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -> tuple[int, ...]:
-    kinds = _kinds(model, config, layers_path)
-    return tuple(sorted({*kinds, 0, min(1, len(kinds) - 1), len(kinds) - 1}))
+    refusals = _refusals(anatomy)
+    if rigid:
+        refusals |= dict.fromkeys(CUT_AXES, rigid)
+    elif (reason := kinds.fixed(kinds.kinds(model.get_submodule(layers_path)), config, layers_path)) is not None:
+        refusals["layers"] = reason
+    return replace(anatomy, refusals=refusals)
 
 
 # ---- from the representatives to the whole model
@@ -248,7 +281,7 @@ def _shape_of(
     name: str,
     parameter: torch.Tensor,
     exprs: Mapping[str, Shape | None],
-    kinds: list[int],
+    firsts: list[int],
     layers_path: str,
     coupled: bool,
     special: Quirk,
@@ -259,7 +292,7 @@ def _shape_of(
     prefix = layers_path + "."
     if name.startswith(prefix):
         number, rest = name[len(prefix) :].split(".", 1)
-        name = f"{prefix}{kinds[int(number)]}.{rest}"
+        name = f"{prefix}{firsts[int(number)]}.{rest}"
     shape = exprs.get(name)
     if shape is None or len(shape) != parameter.ndim:
         return None
@@ -274,40 +307,33 @@ def parse_shape(layout: str) -> Shape:
     return tuple(Expr.parse(dim) for dim in layout.split(","))
 
 
-def _sizes(config: PretrainedConfig, params: Mapping[str, Shape]) -> Arch:
-    """The sizes as the config states or implies them."""
-    values: dict[str, int] = {}
-    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
-        name = configs.key(config, axis)
-        value = getattr(config, name) if name else None
-        if isinstance(value, int):
-            values[axis] = value
-    for axis in ("hidden", "heads", "vocab"):
-        if axis not in values:
-            raise AnatomyError(
-                f"the config does not say how large {axis} is",
-                why=f"none of {', '.join(KEYS[axis])} holds a number",
-                fix="halve reads decoder-only language models with attention",
-            )
-    if not any("kv_heads" in expr.axes for shape in params.values() for expr in shape):
-        values["kv_heads"] = values["heads"]  # whatever the config says, every query head has its own
-    values.setdefault("head_dim", values["hidden"] // values["heads"])
-    values.setdefault("ffn", 4 * values["hidden"])
-    return Arch.of(values)
+def _as_it_is(parameter: torch.Tensor) -> Shape:
+    return tuple(Expr(((length,),)) for length in parameter.shape)
+
+
+def _heads_as_cached(sizes: Arch, exprs: Mapping[str, Shape | None], cached: Sequence[Cached]) -> Arch:
+    """Where no weight is made of the config's groups: one head where the code caches one of full width, else all."""
+    if not exprs or any("kv_heads" in expr.axes for shape in exprs.values() for expr in shape or ()):
+        return sizes
+    widths = {(own.heads, own.width) for own in cached if own.entries}
+    return sizes.at(kv_heads=1 if widths == {(1, sizes.head_dim)} else sizes.heads)
 
 
 def _verify(anatomy: Anatomy, model: PreTrainedModel) -> None:
-    """The solved expressions must give every shape of the model itself."""
-    for name, parameter in model.named_parameters():
-        if name not in anatomy.params:
-            continue
-        found = tuple(expr.size(anatomy.sizes.sizes) for expr in anatomy.params[name])
-        if found != tuple(parameter.shape):
-            raise AnatomyError(
-                f"the anatomy of {anatomy.family} does not fit its own config",
-                why=f"{name} has shape {tuple(parameter.shape)}, its expressions give {found}",
-                fix="add what is special to the family in anatomy/quirks.py",
-            )
+    """Nothing may fall out of the count: it must be that of the model itself."""
+    counted, built = anatomy.ledger.count(anatomy.sizes).params, sum(p.numel() for p in model.parameters())
+    if counted != built:
+        raise AnatomyError(
+            f"cannot count the parameters of {anatomy.family}",
+            why=f"its weights have {built:,} entries, the anatomy {counted:,}",
+            fix="add what is special to the family in anatomy/quirks.py",
+        )
+
+
+def _routed(name: str, shape: Shape, experts: int) -> bool:
+    """Whether a parameter belongs to experts of which a token goes through a few."""
+    stacked = len(shape) == 3 and shape[0] == Expr(((experts,),))
+    return bool(experts) and (stacked or "experts" in name.split("."))
 
 
 def _name_of(model: nn.Module, wanted: torch.Tensor) -> str:
@@ -348,7 +374,7 @@ def _embeddings(model: PreTrainedModel, head: str) -> tuple[str, ...]:
 # ---- what cannot be cut, and why
 
 
-def _refusals(anatomy: Anatomy, unknown: list[str]) -> dict[str, str]:
+def _refusals(anatomy: Anatomy) -> dict[str, str]:
     made_of = {axis for shape in anatomy.params.values() for expr in shape for axis in expr.axes}
     refusals = {
         "head_dim": "pairs of rotary channels belong together: known, and not cut",
@@ -371,7 +397,9 @@ def _refusals(anatomy: Anatomy, unknown: list[str]) -> dict[str, str]:
             refusals[axis] = "hidden = heads x head_dim in this family's code, and shapes cannot tell the two apart"
     if not anatomy.grouped:
         refusals["kv_heads"] = "every query head has its own key and value head: cut heads"
-    if unknown:
+    if anatomy.sizes.kv_heads == 1 and anatomy.sizes.heads > 1:
+        refusals["kv_heads"] = "all query heads share one key and value head: there is none to take away"
+    if anatomy.unknown:
         for axis in ("hidden", "ffn", "heads", "kv_heads"):
-            refusals.setdefault(axis, f"{unknown[0]} has a dimension that is no sum of products of known axes")
+            refusals.setdefault(axis, f"{anatomy.unknown[0]} has a dimension that is no sum of products of known axes")
     return refusals

@@ -88,6 +88,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
     "vocab": ("vocab_size",),
 }
+# How many positions there are; a model without such a number has no limit.
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 # Sizes that must equal another axis and have a key of their own.
 FOLLOWERS: Mapping[str, str] = {"word_embed_proj_dim": "hidden"}
 # What a twin has few of or makes narrow, where these are no axes: experts, those that a token goes to, their neurons.
@@ -104,11 +106,29 @@ TWIN_SIZES: Mapping[str, int] = {
 }
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Lists of layer numbers, renumbered when layers go; lists with one entry a layer are found by their length.
-INDEX_LISTS = ("mlp_only_layers",)
+INDEX_LISTS = (
+    *("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"),
+    *("hybrid_layer_ids", "local_layer_ids"),
+)
 # Lists whose length says nothing about layers.
-OTHER_LISTS = ("eos_token_id", "architectures", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-# The first so many layers attend to everything; used only where no list says it layer by layer.
-PREFIX_COUNTS = ("max_window_layers",)
+OTHER_LISTS = (
+    *("eos_token_id", "architectures", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+    *("time_step_limit", "attention_types"),
+)
+# Runs of kinds, [[kinds, times], ...], that the family's code spells out into a list with an entry a layer.
+RUNS: Mapping[str, str] = {"attention_types": "attention_layers"}
+# The first so many layers are of one kind; where a list says it layer by layer as well, the list is cut along, too.
+PREFIX_COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# The number of the last layer of a kind; -1 stands for the last one of all.
+LAST_LAYERS = ("moe_layer_end_index",)
+# One layer in so many is of another kind: number % period == offset, or the last of each period where no key says so.
+PERIODS: Mapping[str, str | None] = {
+    "attn_layer_period": "attn_layer_offset",
+    "expert_layer_period": "expert_layer_offset",
+    "moe_layer_interval": None,
+}
+# The last layer of each period is a mixture, but for those that a list of layer numbers excepts.
+SPARSE_STEP = ("decoder_sparse_step", "mlp_only_layers")
 
 
 def quirk(family: str) -> Quirk:

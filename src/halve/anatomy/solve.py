@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from halve.anatomy import configs
 from halve.anatomy.arch import Shape
 from halve.anatomy.axes import Expr, Term
+from halve.anatomy.lists import layer_lists
 from halve.anatomy.quirks import TWIN_SIZES
 from halve.errors import AnatomyError, PlanError
 
@@ -61,15 +62,21 @@ def small(
     """A twin's config: other sizes and few layers, token ids inside the vocabulary, windows that are felt.
 
     With `shrink`, experts are few and narrow as well: sizes that are no axes, and that shapes of the model itself
-    need as they are.
+    need as they are. Where the config's lists are longer than the model is deep, the twin's are, too.
     """
     sizes = {axis: size for axis, size in point.items() if configs.key(config, axis) or axis == "head_dim"}
     twin = configs.resized(config, sizes, kept_layers=layers)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if name == "pad_token_id" and getattr(twin, name, None) in range(twin.vocab_size):
+            continue  # in some families positions are counted from it
         try:
             setattr(twin, name, None)
         except StrictDataclassError:  # the family wants a number
             setattr(twin, name, 0)
+    count = configs.num_layers(config)
+    for name in layer_lists(config, count):
+        if surplus := getattr(config, name)[count : count + 4]:
+            setattr(twin, name, getattr(twin, name) + surplus)
     if isinstance(getattr(twin, "sliding_window", None), int):
         twin.sliding_window = 5
     for name, most in TWIN_SIZES.items() if shrink else ():
@@ -122,15 +129,21 @@ def solve(
     return True, _solve_at(config, layers, layers_path, coupled=True)
 
 
-def _solve_at(
-    config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, *, coupled: bool, shrink: bool = False
-) -> dict[str, Shape | None]:
+def system(config: PretrainedConfig, *, coupled: bool) -> tuple[list[dict[str, int]], list[Expr], np.ndarray]:
+    """The points to build at, the products of axes to solve for, and how large each is at each point."""
     points = [tie(point, coupled=coupled) for point in _POINTS]
     monomials = [Expr.parse(text) for text in (_COUPLED_MONOMIALS if coupled else _MONOMIALS)]
     if configs.key(config, "kv_heads") is None:
         monomials = [m for m in monomials if "kv_heads" not in m.axes]
     matrix = np.array([[monomial.size(point) for monomial in monomials] for point in points], dtype=np.float64)
     assert np.linalg.matrix_rank(matrix) == len(monomials)
+    return points, monomials, matrix
+
+
+def _solve_at(
+    config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, *, coupled: bool, shrink: bool = False
+) -> dict[str, Shape | None]:
+    points, monomials, matrix = system(config, coupled=coupled)
     built = []
     for point in points:
         model = configs.build(small(config, point, layers, shrink=shrink), device="meta")
@@ -147,13 +160,14 @@ def _solve_at(
         for axis in range(len(shape)):
             lengths = tuple(shapes[name][axis] if name in shapes else 0 for shapes in built)
             if lengths not in solved:
-                solved[lengths] = _expression(lengths, matrix, monomials)
+                solved[lengths] = expression(lengths, matrix, monomials)
             dims.append(solved[lengths])
         exprs[real] = None if None in dims else tuple(dim for dim in dims if dim is not None)
     return exprs
 
 
-def _expression(lengths: tuple[int, ...], matrix: np.ndarray, monomials: list[Expr]) -> Expr | None:
+def expression(lengths: tuple[int, ...], matrix: np.ndarray, monomials: list[Expr]) -> Expr | None:
+    """The sum of products that has these lengths at the points, outermost factor first; None if there is none."""
     counts = np.rint(np.linalg.lstsq(matrix, np.array(lengths, dtype=np.float64), rcond=None)[0]).astype(int)
     if (counts < 0).any() or (matrix.astype(int) @ counts != np.array(lengths)).any():
         return None
@@ -165,4 +179,4 @@ def _expression(lengths: tuple[int, ...], matrix: np.ndarray, monomials: list[Ex
             terms.append((*monomial.terms[0], count))  # channels of a head whose size is the family's own
         else:
             terms += list(monomial.terms) * count
-    return Expr(tuple(terms))
+    return Expr(tuple(terms) or ((0,),))

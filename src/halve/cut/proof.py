@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from halve import fresh
 from halve.anatomy import CUT_AXES, Anatomy, Arch
 from halve.anatomy.configs import quiet
+from halve.cut.causal import require_causal
 from halve.cut.plan import select
 from halve.cut.surgery import take, trim
 from halve.cut.taps import measure
@@ -88,6 +89,8 @@ def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
     """Prove each axis on a random twin in a second; the fresh process that reopens takes seconds more.
 
     A process proves the same anatomy once: a run that cuts twice, and a study, ask again and again.
+
+    Raises `AnatomyError` for a model that looks ahead: it can be cut, and predicts nothing.
     """
     key = (type(anatomy.config), repr(anatomy), seed, reopen)
     if key not in _proofs:
@@ -138,6 +141,7 @@ def _try(anatomy: Anatomy, kind: Kind, axes: list[str], *, seed: int, reopen: bo
             raise ValueError("its logits are not finite")
     except Exception as error:  # a family's own code may raise anything at sizes that it was not written for
         return {axis: [Check(axis, "the twin runs", False, float("nan"), _say(error), str(kind))] for axis in axes}
+    require_causal(model, twin)
     found: dict[str, list[Check]] = {}
     for axis in axes:
         found[axis] = []

@@ -11,8 +11,9 @@ from math import lcm
 import numpy as np
 import numpy.typing as npt
 
-from halve.anatomy import Anatomy, Arch, Counts
+from halve.anatomy import CUT_AXES, Anatomy, Arch, Counts
 from halve.anatomy.configs import key, resized
+from halve.anatomy.kinds import require_same
 from halve.errors import PlanError
 from halve.recipe import Prune
 
@@ -46,30 +47,20 @@ def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None
     asked = {a: getattr(prune, a) for a in ("hidden", "ffn", "heads", "kv_heads", "layers") if getattr(prune, a)}
     if kept is not None:
         asked["layers"] = len(kept)
+    for axis in asked:  # what is asked for is refused by its own name, before what would follow from it
+        _refuse(anatomy, axis, asked[axis])
     after = before.at(**_implied(anatomy, asked))
     check(anatomy, after, kept_layers=kept)
+    if kept is not None:
+        require_same(anatomy.config, anatomy.layers_path, kept)
     return after, kept
 
 
 def check(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] | None = None) -> None:
     """Refuse sizes that the model cannot be cut to; of layers that are not named yet the first stand for those kept."""
     before = anatomy.sizes
-    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads"):
-        old, new = getattr(before, axis), getattr(after, axis)
-        if new == old:
-            continue
-        if axis in anatomy.refusals and not (axis == "kv_heads" and _grouped_in_ones(before)):
-            raise PlanError(
-                f"cannot cut {axis} of {anatomy.family}",
-                why=anatomy.refusals[axis],
-                fix=f"leave {axis} at {old}; halve inspect lists what can be cut",
-            )
-        if not 0 < new <= old:
-            raise PlanError(
-                f"cannot keep {new} of {old} {axis}",
-                why="pruning only takes away, and something must remain",
-                fix=f"--{axis.replace('_', '-')} between 1 and {old}",
-            )
+    for axis in CUT_AXES:
+        _refuse(anatomy, axis, getattr(after, axis))
     _check_groups(before, after)
     if anatomy.coupled and after.hidden != after.heads * after.head_dim:
         raise PlanError(
@@ -88,6 +79,24 @@ def is_legal(anatomy: Anatomy, after: Arch) -> bool:
     except PlanError:
         return False
     return True
+
+
+def _refuse(anatomy: Anatomy, axis: str, new: int) -> None:
+    old = getattr(anatomy.sizes, axis)
+    if new == old:
+        return
+    if axis in anatomy.refusals and not (axis == "kv_heads" and _grouped_in_ones(anatomy.sizes)):
+        raise PlanError(
+            f"cannot cut {axis} of {anatomy.family}",
+            why=anatomy.refusals[axis],
+            fix=f"leave {axis} at {old}; halve inspect lists what can be cut",
+        )
+    if not 0 < new <= old:
+        raise PlanError(
+            f"cannot keep {new} of {old} {axis}",
+            why="pruning only takes away, and something must remain",
+            fix=f"--{axis.replace('_', '-')} between 1 and {old}" if old > 1 else f"leave {axis} at 1",
+        )
 
 
 def _grouped_in_ones(arch: Arch) -> bool:
@@ -257,10 +266,16 @@ def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
     word = "parameters" if total else "non-embedding parameters"
     teacher = anatomy.ledger.count(anatomy.sizes)
     now = format_count(teacher.params if total else teacher.non_embedding)
+    if not sizes:
+        raise PlanError(
+            f"no legal architecture has about {format_count(budget)} {word}",
+            why=f"this {anatomy.family} has {now} of them, and no smaller width is legal",
+            fix="name the sizes by hand, such as --drop-layers; halve inspect lists what can be cut",
+        )
     raise PlanError(
         f"no legal architecture has about {format_count(budget)} {word}",
         why=f"this {anatomy.family} has {now} of them and can be cut"
-        f" to between {format_count(min(sizes, default=0))} and {format_count(max(sizes, default=0))} in width",
+        f" to between {format_count(min(sizes))} and {format_count(max(sizes))} in width",
         fix="nearest: "
         + "; ".join(f"{format_count(sizes[i])} (hidden {archs[i].hidden}, ffn {archs[i].ffn})" for i in near),
     )
@@ -302,10 +317,16 @@ def parse_layers(text: str, layers: int) -> frozenset[int]:
                 f"cannot read {text!r} as layers", why=f"{part!r} is no range", fix="write 16-31 or 3,5,7-9"
             )
         chosen |= {first, *range(first, min(last, layers) + 1)}
+    if layers == 1:
+        raise PlanError(
+            f"cannot drop layers {text}",
+            why="the model has one layer and must keep it",
+            fix="cut another axis; halve inspect lists what can be cut",
+        )
     if max(chosen) >= layers or len(chosen) >= layers:
         raise PlanError(
             f"cannot drop layers {text}",
             why=f"the model has layers 0 to {layers - 1} and must keep one",
-            fix=f"name layers between 0 and {layers - 1}",
+            fix=f"name at most {layers - 1} of them, with numbers from 0 to {layers - 1}",
         )
     return frozenset(chosen)

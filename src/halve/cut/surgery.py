@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.anatomy.configs import build, resized
+from halve.anatomy.kinds import require_same
 from halve.cut.gain import norm_kind
 from halve.cut.plan import Plan
 from halve.cut.sizes import config_sizes
@@ -25,7 +26,10 @@ def trim(
     Where the family's code multiplies embeddings by sqrt(hidden), the table makes up for the smaller factor and, if
     it is the head as well, the final norm for the larger table. Rebuilt from a rewritten config, so that rotary
     tables, layer numbers and group counts are the family's own; tied weights stay tied.
+
+    Raises `AnatomyError` where the family's code would make another kind of layer of one that is kept.
     """
+    require_same(model.config, anatomy.layers_path, plan.layers)
     config = resized(model.config, config_sizes(anatomy, plan.after), kept_layers=plan.layers)
     student = build(config, device=str(model.device), dtype=model.dtype)
     old = dict(model.named_parameters())

@@ -1,0 +1,89 @@
+"""What a token adds to the cache of each layer, read off the family's own code.
+
+The model is run once on the meta device, where nothing is computed and every tensor has its shape. What grows with
+the text is counted: keys and values of however many heads, latent vectors, nothing at all in a layer with a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from halve.anatomy.arch import Arch
+from halve.anatomy.axes import Expr
+from halve.anatomy.configs import build, quiet, resized
+from halve.anatomy.solve import expression, small, system
+
+_SEQ = 3  # shorter than every window and state of a twin
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What one token adds in one layer: numbers in all, and the heads and the width of its keys."""
+
+    entries: int
+    heads: int
+    width: int
+    names: frozenset[str]
+    """The tensors of the layer's cache that grow with the text."""
+
+    @classmethod
+    def of(cls, short: Shapes, long: Shapes) -> Cached:
+        """From the shapes of a layer's cache after one token less, and after one more."""
+        names = frozenset(name for name in long if name in short and long[name] != short[name])
+        keys = long["keys"] if "keys" in names and len(long["keys"]) == 4 else (0, 0, 0, 0)
+        return cls(_entries(long, names), keys[1], keys[3], names)
+
+
+def cached(config: PretrainedConfig, layers: Sequence[int]) -> tuple[Cached, ...] | None:
+    """What each of these layers caches of a token; None where the code keeps no cache that can be read.
+
+    A window counts as if it had not been reached. States that do not grow with the text are not counted.
+    """
+    try:
+        model = build(resized(config, {}, kept_layers=layers), device="meta")
+        short, long = (_shapes(model, len(layers), seq) for seq in (_SEQ - 1, _SEQ))
+    except Exception:  # a family's own code may raise anything without values
+        return None
+    return tuple(Cached.of(before, after) for before, after in zip(short, long, strict=True))
+
+
+def cache_exprs(
+    config: PretrainedConfig, layers: Sequence[int], found: Sequence[Cached], sizes: Arch, *, coupled: bool
+) -> list[Expr]:
+    """The same as sums of products of axes, one a layer; the number itself where no sum gives it."""
+    points, monomials, matrix = system(config, coupled=coupled)
+    try:
+        twins = [build(small(config, point, tuple(layers)), device="meta") for point in points]
+        shapes = [_shapes(twin, len(layers), _SEQ) for twin in twins]
+    except Exception:
+        shapes = []
+    exprs = []
+    for index, own in enumerate(found):
+        lengths = tuple(_entries(twin[index], own.names) for twin in shapes)
+        solved = expression(lengths, matrix, monomials) if shapes else None
+        same = solved is not None and solved.size(sizes.sizes) == own.entries
+        exprs.append(solved if solved is not None and same else Expr(((own.entries,),)))
+    return exprs
+
+
+def _entries(shapes: Shapes, names: frozenset[str]) -> int:
+    return sum(prod(shapes.get(name, (0,))) for name in names) // _SEQ
+
+
+def _shapes(model: PreTrainedModel, layers: int, seq: int) -> list[Shapes]:
+    """The shapes of what each layer has cached after so many tokens; layers without a cache have none."""
+    ids = torch.zeros(1, seq, dtype=torch.int64, device="meta")
+    model.config._attn_implementation = "eager"
+    model.config._experts_implementation = "batched_mm"  # the one that needs no values
+    with torch.no_grad(), quiet():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    found = [vars(layer) for layer in cache.layers] + [{}] * (layers - len(cache.layers))
+    assert len(found) == layers, "one entry a layer"
+    return [{n: tuple(v.shape) for n, v in layer.items() if isinstance(v, Tensor)} for layer in found]

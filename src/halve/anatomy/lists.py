@@ -1,0 +1,85 @@
+"""What a config says layer by layer, and how to say it of fewer layers.
+
+Some configs list a kind for every layer, some list the numbers of layers of a kind, some compute a layer's kind from
+its number: the first so many, or every so many. Each is rewritten so that a layer that stays keeps its kind.
+Whether it did is for `kinds.py` to find out: nothing here is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from halve.anatomy.quirks import INDEX_LISTS, LAST_LAYERS, OTHER_LISTS, PERIODS, PREFIX_COUNTS, RUNS, SPARSE_STEP
+
+
+def layer_lists(config: PretrainedConfig, count: int) -> dict[str, list[Any]]:
+    """The lists of the config with an entry for each of `count` layers, as the family's code reads them.
+
+    A list may be longer than the model is deep: the code looks at its first entries. One that is empty or too short
+    stands for what the code makes of no list at all.
+    """
+    found = {}
+    for name, value in config.to_dict().items():
+        if not isinstance(value, list) or name in (*OTHER_LISTS, *INDEX_LISTS):
+            continue
+        if len(value) == count:
+            found[name] = value
+        elif (own := _made_of_none(config, name, count)) is not None:
+            found[name] = value[:count] if len(value) > count else own
+    return found
+
+
+def fewer_layers(config: PretrainedConfig, kept: Sequence[int], count: int) -> dict[str, Any]:
+    """What else must be said where only the `kept` ones of `count` layers remain."""
+    values: dict[str, Any] = {name: [old[i] for i in kept] for name, old in layer_lists(config, count).items()}
+    for name in INDEX_LISTS:
+        if isinstance(old := getattr(config, name, None), list):
+            values[name] = [new for new, layer in enumerate(kept) if layer in old]
+    for name in PREFIX_COUNTS:
+        if isinstance(old := getattr(config, name, None), int):
+            values[name] = sum(layer < old for layer in kept)
+    for name in LAST_LAYERS:
+        if isinstance(old := getattr(config, name, None), int) and old >= 0:
+            values[name] = sum(layer <= old for layer in kept) - 1
+    for types, layers in RUNS.items():
+        if hasattr(config, types) and layers in values:
+            values[types] = [[values[layers], 1]]
+    for period, offset in PERIODS.items():
+        values |= _periodic(config, period, offset, kept)
+    return values | _sparse_steps(config, kept)
+
+
+def _made_of_none(config: PretrainedConfig, name: str, count: int) -> list[Any] | None:
+    """The list that the family's configuration makes where none is given, if it has an entry a layer."""
+    try:
+        made = getattr(type(config)(**{**config.to_dict(), name: None}), name)
+    except Exception:  # whatever its validation says of a missing list: it makes none
+        return None
+    return made if isinstance(made, list) and len(made) == count else None
+
+
+def _periodic(config: PretrainedConfig, period: str, offset: str | None, kept: Sequence[int]) -> dict[str, int]:
+    """Another period and offset by which the kept layers stay what they are; nothing where there is none."""
+    every = getattr(config, period, None)
+    if not isinstance(every, int) or every < 1:
+        return {}
+    first = getattr(config, offset) if offset else every - 1
+    wanted = [layer % every == first for layer in kept]
+    for size in (every, *range(1, len(kept) + 2)):
+        for start in range(size) if offset else (size - 1,):
+            if [new % size == start for new in range(len(kept))] == wanted:
+                return {period: size} | ({offset: start} if offset else {})
+    return {}
+
+
+def _sparse_steps(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """Mixtures at every so many layers, said layer by layer instead."""
+    period, exceptions = SPARSE_STEP
+    every, dense = getattr(config, period, None), getattr(config, exceptions, None)
+    if not isinstance(every, int) or every <= 1 or not hasattr(config, exceptions):
+        return {}
+    plain = [new for new, layer in enumerate(kept) if (layer + 1) % every or layer in (dense or ())]
+    return {period: 1, exceptions: plain}
