@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from halve import loading, soundness
 from halve.anatomy import Anatomy, discover, plausible
 from halve.anatomy.configs import build, quiet
-from halve.errors import CheckpointError, RecipeError, TokenizerError
+from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
 from halve.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 
@@ -87,12 +87,14 @@ class Checkpoint:
         return soundness.fingerprint(self.files)
 
     def require_tokenizer(self) -> None:
-        """Raise `TokenizerError` if the tokenizer reads no text or makes ids that the model has no embedding for.
+        """Raise `TokenizerError` if the tokenizer reads no text or its vocabulary has ids without an embedding.
 
-        A model may have more rows than the tokenizer has ids (a padded vocabulary), never fewer.
+        A model may have more rows than the tokenizer has ids (a padded vocabulary). It may have fewer only by tokens
+        that were added to the tokenizer afterwards: what is refused then is text that holds one.
         """
         vocab = self.config.get_text_config().vocab_size
-        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        added = self.tokenizer.added_tokens_decoder
+        largest = max((token for token in self.tokenizer.get_vocab().values() if token not in added), default=-1)
         if largest < 0 or largest >= vocab:
             raise TokenizerError(
                 f"the tokenizer of {self.source} is not the model's",
@@ -105,6 +107,17 @@ class Checkpoint:
             raise TokenizerError(
                 f"the tokenizer of {self.source} cannot read text", why=str(error), fix="copy the tokenizer files again"
             ) from error
+
+    def require_embedded(self, largest: int, where: str) -> None:
+        """Raise `CorpusError` if the largest id that text is made of is that of a token without an embedding."""
+        vocab = self.config.get_text_config().vocab_size
+        if largest >= vocab:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise CorpusError(
+                f"{where} holds {token}, which the model has no embedding for",
+                why=f"it is token {largest} of the tokenizer, the model's vocabulary has {vocab} entries",
+                fix=f"remove {token} from the text, or give a model whose embedding has a row for it",
+            )
 
     def load(self, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
         """A new model in evaluation mode, every weight of it read from the checkpoint.

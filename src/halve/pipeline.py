@@ -297,7 +297,8 @@ def run(
         )
     from halve.checkpoint import Checkpoint, resolve_device
     from halve.stages.boundary import bounded, settled
-    from halve.train import corpus, ranks
+    from halve.stages.text import require_embedded
+    from halve.train import ranks
 
     with ranks.joined(resolve_device(recipe.device)) as here, ExitStack() as stack:
         if not here.leads:
@@ -313,8 +314,8 @@ def run(
             recipe = bounded(recipe, boundary)
             listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
         if any("valid" in stage.outside for stage in listed if stage.name in {*wanted} - {*done}):
-            how = {"cache": cache, "tokenizer": teacher.tokenizer, "progress": this.progress}
-            here.lead(lambda: str(corpus.open_split(recipe, "valid", **how).path))  # faults are told before any work
+            # its faults are told before any work
+            here.lead(partial(require_embedded, recipe, teacher, "valid", cache=cache, progress=this.progress))
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
                 this.progress.say(f"{stage.name}: done before")

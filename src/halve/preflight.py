@@ -98,7 +98,8 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
 
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     teacher.require_tokenizer()
-    tokenize.marks(teacher.tokenizer, recipe.data.boundary)
+    marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
+    teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:

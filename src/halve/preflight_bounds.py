@@ -53,7 +53,7 @@ def check_place(out: Path) -> None:
 
 
 def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
-    """Multiple-choice items and prompts fit the teacher's context."""
+    """Multiple-choice items and prompts fit the teacher's context and vocabulary."""
     from halve import measure
     from halve.choices import encode, load_items
     from halve.stages import evaluate
@@ -63,10 +63,14 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
         return
     teacher.require_tokenizer()
     limit = measure.context_length(teacher.config)
-    evaluate.encoded_prompts(recipe, teacher.tokenizer, limit)
-    evaluate.encoded_choices(recipe, teacher.tokenizer, limit)
+    for row in evaluate.encoded_prompts(recipe, teacher.tokenizer, limit):
+        teacher.require_embedded(max(row), "a prompt of evaluate.prompts")
+    files = evaluate.encoded_choices(recipe, teacher.tokenizer, limit)
     if task is not None:
-        encode(teacher.tokenizer, load_items(task), max_tokens=limit)
+        files = {**files, task: encode(teacher.tokenizer, load_items(task), max_tokens=limit)}
+    for name, items in files.items():
+        largest = max(max(row) for item in items for row in item.sequences)
+        teacher.require_embedded(largest, f"multiple-choice file {name}")
 
 
 def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Training) -> None:

@@ -130,7 +130,8 @@ def _vocab(recipe: Recipe, taught: _Taught, student: PreTrainedModel, text: Text
         for one in (taught.model, student):
             if one is not None:
                 require_apart(one)
-    num_tokens = 1 + max(text.tokenizer.get_vocab().values())
+    # a token that was added to the tokenizer alone is no text's
+    num_tokens = min(1 + max(text.tokenizer.get_vocab().values()), taught.head.weight.shape[0])
     vocab = objectives.shared_vocab(split(student)[1], taught.head, num_tokens=num_tokens)
     if isinstance(taught.by, Store):
         taught.by.require_vocab(vocab)

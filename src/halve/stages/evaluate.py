@@ -35,6 +35,7 @@ from halve.files import write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.speed import Speed, compare_speed, weight_bytes
+from halve.stages.text import require_embedded
 from halve.train import corpus
 from halve.train.batch import Batch
 
@@ -78,6 +79,7 @@ def run(
     limit = min((limit for limit in limits if limit is not None), default=None)
     questions = encoded_choices(recipe, tokenizer, limit)
     prompts = encoded_prompts(recipe, tokenizer, limit)
+    require_embedded(recipe, next(iter(models.values())), "valid", cache=cache, progress=progress)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     packed = corpus.Samples(tokens, recipe.data.context, recipe.seed)
     heldout = packed.heldout(recipe.evaluate.samples)

@@ -17,6 +17,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
 from halve.stages.boundary import warn_of_borders
 from halve.stages.removal import DEPTH, choose_layers, read_of
+from halve.stages.text import require_embedded
 from halve.train.mixture import open_mixture
 
 SCORES = "scores.safetensors"
@@ -43,6 +44,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     after, named = target(student_anatomy(anatomy, recipe.prune), recipe.prune)
     remove = 0 if named is not None else anatomy.sizes.layers - after.layers
     tokenizer = teacher.tokenizer
+    require_embedded(recipe, teacher, "train", cache=cache, progress=progress)
     samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples_BS = samples.calibration(recipe.score.samples)
     calibration.check(samples_BS, vocab=anatomy.sizes.vocab)

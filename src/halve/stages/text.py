@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +15,9 @@ from halve.errors import TokenizerError
 from halve.progress import Progress
 from halve.recipe import Recipe, Training
 from halve.train.batch import Batch
+from halve.train.corpus import Tokens, open_split
 from halve.train.course import Course, open_course, open_heldout
+from halve.train.mixture import open_texts
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,21 @@ class Text:
     tokenizer: PreTrainedTokenizerBase
     course: Course
     heldout: Batch
+
+
+def require_embedded(
+    recipe: Recipe, teacher: Checkpoint, split: Literal["train", "valid"], *, cache: Path, progress: Progress
+) -> None:
+    """Tokenize text, if it is not yet, and refuse it where it holds a token that the model has no embedding for.
+
+    Raises `CorpusError`, also for text that cannot be read.
+    """
+    tokenizer = teacher.tokenizer
+    if split == "valid":
+        found: Sequence[Tokens] = [open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)]
+    else:
+        found = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress).tokens
+    teacher.require_embedded(max(tokens.largest for tokens in found), f"the text of data.{split}")
 
 
 def open_text(recipe: Recipe, training: Training, *models: Checkpoint, cache: Path, progress: Progress) -> Text:
@@ -40,6 +59,7 @@ def open_text(recipe: Recipe, training: Training, *models: Checkpoint, cache: Pa
                 fix="take a student of the teacher's own vocabulary",
             )
         measure.require_context(model.config, recipe.data.context, "a sample")
+    require_embedded(recipe, models[0], "train", cache=cache, progress=progress)
     course = open_course(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     heldout = open_heldout(recipe, training, cache=cache, tokenizer=tokenizer, progress=progress)
     return Text(tokenizer, course, heldout)

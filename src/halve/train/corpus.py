@@ -37,7 +37,7 @@ from halve.train.ranks import here
 from halve.train.sources import HUB, Piece
 from halve.train.tokenize import UNMARKED, Border, Marks
 
-FORMAT = 3
+FORMAT = 4
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
 MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
 
@@ -52,6 +52,7 @@ class Tokens:
     fingerprint: str
     text_bytes: int  # of UTF-8, without the tokens around documents
     marks: Marks = UNMARKED
+    largest: int = 0  # of the ids
 
     def __len__(self) -> int:
         return self.count
@@ -144,7 +145,8 @@ def prepare(
             how = {"tokenizer": tokenizer, "marks": marks, "dtype": dtype, "workers": workers}
             written = _fill(draft, pieces(), **how, progress=progress)
             facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources), "marks": asdict(marks)}
-            size = {"count": written.count, "text_bytes": written.text_bytes, "documents": documents}
+            size = {"count": written.count, "text_bytes": written.text_bytes, "largest": written.largest}
+            size |= {"documents": documents}
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
             stamp = {"format": FORMAT, "sha256": file_sha256(draft.path)}
             write_json(note, sealed({**stamp, **size, **facts}))  # counts once the token file is there too
@@ -177,7 +179,8 @@ def _fill(
         for one in made:
             draft.file.write(one.ids)
             num_tokens = len(one.ids) // dtype.itemsize
-            mark = Mark(mark.batches + 1, mark.count + num_tokens, mark.text_bytes + one.text_bytes)
+            size = mark.count + num_tokens, mark.text_bytes + one.text_bytes
+            mark = Mark(mark.batches + 1, *size, max(mark.largest, one.largest))
             task.advance(num_tokens)
             if mark.batches % MARK_BATCHES == 0:
                 draft.sync()
@@ -210,6 +213,7 @@ def reopen(note: Path) -> Tokens | None:
         fingerprint=facts["fingerprint"],
         text_bytes=facts["text_bytes"],
         marks=Marks(**facts["marks"]),
+        largest=facts["largest"],
     )
 
 

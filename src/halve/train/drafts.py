@@ -26,6 +26,7 @@ class Mark:
     batches: int = 0
     count: int = 0
     text_bytes: int = 0
+    largest: int = 0
 
 
 @dataclass(frozen=True)

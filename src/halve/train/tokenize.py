@@ -82,10 +82,11 @@ class DeadWorkerError(CorpusError):
 
 
 class Encoded(NamedTuple):
-    """The ids of a batch of pieces as they stand in a token file, and the UTF-8 bytes of its text."""
+    """The ids of a batch of pieces as they stand in a token file, the UTF-8 bytes of its text, and the largest id."""
 
     ids: bytes
     text_bytes: int
+    largest: int
 
 
 def marks(tokenizer: PreTrainedTokenizerBase, boundary: Boundary) -> Marks:
@@ -177,7 +178,8 @@ def encode(
         ids.extend(row)
         if piece.last:
             ids.extend(between)
-    return Encoded(np.array(ids, dtype=dtype).tobytes(), sum(len(text.encode()) for text in texts))
+    text_bytes = sum(len(text.encode()) for text in texts)
+    return Encoded(np.array(ids, dtype=dtype).tobytes(), text_bytes, max(ids, default=0))
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
