@@ -95,8 +95,11 @@ class Anatomy:
         holders: dict[str, None] = {}
         for name, shape in self.params.items():
             holder = name.rpartition(".")[0]
-            inside = self.layer_of(holder) is not None and holder not in (*self.modules, *self.norms)
-            if inside and len(shape) > 1 and any("hidden" in expr.axes for expr in shape):
+            if self.layer_of(holder) is None or holder in (*self.modules, *self.norms):
+                continue
+            # a router multiplies by its last dimension; of experts' weights, some have it last and some in the middle
+            reading = shape[-1:] if len(shape) == 2 else shape[1:]
+            if any("hidden" in expr.axes for expr in reading):
                 holders[holder] = None
         return tuple(holders)
 
