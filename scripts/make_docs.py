@@ -1,6 +1,6 @@
 """Write the pages that come from the code, or check that they are not stale.
 
-    python scripts/make_docs.py             reference/cli.md, reference/recipe.md, the demo's tables, studies/
+    python scripts/make_docs.py             reference/ cli.md, recipe.md, runtimes.md; the demo's tables; studies/
     python scripts/make_docs.py studies DIR [NAME]
                                             the results of `halve study --out DIR` into studies/, or into studies/NAME
                                             for those of another teacher, then the pages
@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).resolve().parents[1]
-CLI, RECIPE = (ROOT / "docs" / "reference" / f"{page}.md" for page in ("cli", "recipe"))
+CLI, RECIPE, RUNTIMES = (ROOT / "docs" / "reference" / f"{page}.md" for page in ("cli", "recipe", "runtimes"))
 # Where the demo's tables stand, and the committed copy of its evaluate/results.json.
 TABLES = {
     "demo table": (ROOT / "README.md", ROOT / "docs" / "demo-results.json"),
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
     pages = {
         CLI: cli_page(),
         RECIPE: recipe_page(),
+        RUNTIMES: runtimes_page(),
         families.PAGE: families.page(walked),
         **table_pages(),
         **all_studies(),
@@ -195,6 +196,61 @@ def _value(default: Any) -> str:
     if isinstance(default, tuple):
         return f"`[{', '.join(map(str, default))}]`"
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+# ---- the runtimes
+
+
+def runtimes_page() -> str:
+    """What runtimes made of twins that were cut, from the table that `halve plan` reads."""
+    from halve.anatomy.runtimes import DEPTH, IN_PLACE, PROPORTION, SAME, WHOLE, measured
+
+    parts = [
+        f"{HEADER}# Runtimes\n\n"
+        "What another program computes for a model that halve cut, beside what transformers computes: the largest"
+        " difference of logits on 40 tokens, in standard deviations of the logits, in float32. Each cell is a random"
+        f" twin of the family that was cut in one way, saved, and run by `scripts/runtimes.py`. Up to {SAME:g} the two"
+        " are the same but for rounding, and `halve plan` says that the runtime opens such a model; above, or where"
+        " it does not load, it says no. A cell that is empty, and a family that is not listed, were not measured:"
+        " unknown.\n\n"
+        f"*{DEPTH}*: one layer is dropped, so that later ones stand at another place; *{IN_PLACE}*: as many as make"
+        " the kinds of layers repeat, so that each place keeps its kind (empty where all layers are alike)."
+        f" *{PROPORTION}*: both are halved and hidden stays heads x head_dim; in the columns before, each is cut"
+        " alone. *With a window*: some layers see only the latest tokens; *with a scale*: attention has a scale that"
+        " head_dim does not give; such a twin has as many layers as the real model where a runtime tells that by the"
+        " number of layers. Tokenizers are left out: a cut does not touch them.\n",
+    ]
+    columns = (WHOLE, DEPTH, IN_PLACE, "ffn", "hidden", "heads", "kv_heads", PROPORTION)
+    for runtime in ("llama.cpp", "vLLM", "transformers"):
+        rows = [row for row in measured() if row.runtime == runtime]
+        if not rows:
+            continue
+        kinds = sorted({row.kind for row in rows})
+        cells = {(row.kind, row.cut): "-" if row.difference is None else f"{row.difference:.1g}" for row in rows}
+        cells |= {(row.kind, row.cut): f"**{cells[row.kind, row.cut]}**" for row in rows if row.opens == "no"}
+        table = [f"| family | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        table += [f"| {name} | {' | '.join(cells.get((name, cut), '') for cut in columns)} |" for name in kinds]
+        reasons = sorted({(row.kind, row.reason) for row in rows if row.reason})
+        notes = [f"- {name}: `{reason}`" for name, reason in _first_of_each(reasons)]
+        why = "".join(f"{line}\n" for line in ["", "Where it does not load (-), it says:", "", *notes]) if notes else ""
+        parts.append(f"## {runtime} {rows[0].version}\n\n{REMARKS[runtime]}" + "\n".join(table) + f"\n{why}")
+    return "\n".join(parts)
+
+
+REMARKS = {
+    "llama.cpp": "",
+    "vLLM": "",
+    "transformers": (
+        "An older version of what halve itself runs on. Students carry the older names of their settings, too. In"
+        " Apertus this version keeps two learned scalars of each activation in bfloat16 whatever the model's"
+        " precision: float32 students differ by that rounding, those in bfloat16 do not.\n\n"
+    ),
+}
+
+
+def _first_of_each(reasons: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One reason a family."""
+    return list({name: (name, reason) for name, reason in reversed(reasons)}.values())[::-1]
 
 
 # ---- the demo's tables

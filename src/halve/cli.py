@@ -120,7 +120,7 @@ def plan(
     prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
     anatomy = Checkpoint.open(model).anatomy
     found: list[Candidate] = near(anatomy, prune, context=context)[:most]
-    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch)] for c in found]
+    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch, c.kept_layers)] for c in found]
     if json_:
         listed = [
             {

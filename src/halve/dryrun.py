@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from halve.anatomy import Arch, Counts
-from halve.anatomy.runtimes import runtimes
+from halve.anatomy.runtimes import runtimes, worst
 from halve.checkpoint import Checkpoint
 from halve.disk import Disk, planned
 from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
@@ -113,7 +113,7 @@ def forecast(
         student_counts=made[-1].counts,
         dropped_layers=made[-1].dropped_layers,
         rounds=made,
-        runtimes=tuple((r.name, r.opens, r.remedy) for r in runtimes(last.before, last.after)),
+        runtimes=_opened(found),
         tokens=tokens,
         flops=flops,
         memory=memory,
@@ -136,6 +136,15 @@ def _made(shape: Shape, context: int) -> Round:
     kept, layers = shape.kept_layers, range(shape.before.sizes.layers)
     return Round(
         shape.after, shape.counts(context=context), () if kept is None else tuple(i for i in layers if i not in kept)
+    )
+
+
+def _opened(found: Sequence[Shape]) -> tuple[tuple[str, str, str], ...]:
+    """Which runtimes open the last student: what a round moves stays moved in those after it."""
+    rounds = [runtimes(shape.before, shape.after, shape.kept_layers) for shape in found]
+    return tuple(
+        (told[0].name, worst(r.opens for r in told), next((r.remedy for r in told if r.remedy), ""))
+        for told in zip(*rounds, strict=True)
     )
 
 

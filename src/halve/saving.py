@@ -1,7 +1,6 @@
 """Saving models, so that what comes out opens everywhere.
 
-Out comes an ordinary Hugging Face folder whose config.json spells out `head_dim`, and says rope settings and precision
-in the words of transformers 4 and 5 both, so that other runtimes read the same numbers.
+Out comes an ordinary Hugging Face folder whose config.json speaks to older readers, too (`halve.spelling`).
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from halve.anatomy.configs import quiet
 from halve.card import CARD, license_of, model_card
 from halve.errors import CheckpointError
 from halve.files import disk_guard, sync, sync_tree
 from halve.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
+from halve.spelling import spelled_out
 
 RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
 
@@ -89,79 +88,7 @@ def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
 def _write_config(draft: Path, config: transformers.PretrainedConfig) -> None:
     """Complete the config.json that `save_pretrained` wrote with what other readers need."""
     raw = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
-    head_dim = _undeclared_head_dim(config)
-    if head_dim is not None:
-        raw["head_dim"] = head_dim
-    plain = _read_back(config, raw)
-    spelled: dict[str, Any] = {}
-    for extra in (_old_precision(raw), _old_rope(raw), _older_rope(config, raw)):
-        # a family whose code reads an old key differently keeps its own spelling alone
-        if _read_back(config, {**raw, **extra}, but=extra) == _without(plain, extra):
-            spelled |= extra
-    _write_object(draft / CONFIG, raw | spelled)
-
-
-def _undeclared_head_dim(config: transformers.PretrainedConfig) -> int | None:
-    """The head size, where the config leaves it out and the model's code would read it; found by trying."""
-    text = config.get_text_config()
-    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    if text is not config or getattr(config, "head_dim", None) or not heads or not hidden:
-        return None
-    head_dim = int(hidden) // int(heads)
-    shapes = []
-    for tried in (head_dim, 2 * head_dim):
-        attempt = copy.deepcopy(config)
-        attempt.head_dim = tried
-        try:
-            with torch.device("meta"), quiet():
-                model = AutoModelForCausalLM.from_config(attempt, trust_remote_code=False)
-        except Exception:  # the family's code refuses another head size
-            return None
-        shapes.append({name: weight.shape for name, weight in model.state_dict().items()})
-    return head_dim if shapes[0] != shapes[1] else None
-
-
-def _old_precision(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {"torch_dtype": raw["dtype"]} if "dtype" in raw else {}
-
-
-def _old_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Version 4's spelling of `rope_parameters`; without it that version takes theta 10000, no scaling."""
-    rope = raw.get("rope_parameters")
-    if not isinstance(rope, dict) or not rope:
-        return {}
-    old: dict[str, Any] = {}
-    if isinstance(rope.get("sliding_attention"), dict):
-        old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-    rope = rope.get("full_attention", rope)
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    old["rope_theta"] = rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
-        old["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    scaling = {key: value for key, value in rope.items() if key not in old}
-    old["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
-    return old
-
-
-def _older_rope(config: transformers.PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """GPT-NeoX's names of the same, for a config class that takes them in (others just keep them)."""
-    old = _old_rope(raw)
-    names = {"rotary_emb_base": old.get("rope_theta"), "rotary_pct": old.get("partial_rotary_factor")}
-    taken = set(names) - set(_read_back(config, {**raw, **names}))
-    return {name: value for name, value in names.items() if name in taken and value is not None}
-
-
-def _read_back(
-    config: transformers.PretrainedConfig, raw: Mapping[str, Any], *, but: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What this transformers makes of a raw config, without the keys of `but`."""
-    with quiet():
-        return _without(type(config).from_dict(copy.deepcopy(dict(raw))).to_dict(), but or {})
-
-
-def _without(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
+    _write_object(draft / CONFIG, spelled_out(config, raw))
 
 
 def _copy_extras(source: Path | None, draft: Path) -> None:

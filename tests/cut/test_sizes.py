@@ -10,7 +10,6 @@ from families import config
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from halve.anatomy import CUT_AXES, Arch, discover
-from halve.anatomy.runtimes import runtimes
 from halve.cut.plan import Plan, select
 from halve.cut.sizes import candidates, format_count, near, parse_count, parse_layers, target
 from halve.cut.twins import RandomScores
@@ -192,23 +191,6 @@ def test_a_plan_is_read_back() -> None:
     anatomy = discover(config("qwen3"))
     plan = select(anatomy, anatomy.sizes.at(ffn=32, layers=3), RandomScores(anatomy.sizes, 0), gain="fitted")
     assert Plan.from_json(plan.to_json()) == plan
-
-
-def test_runtimes_are_told_before_the_cut() -> None:
-    def verdicts(family: str, **sizes: int) -> dict[str, str]:
-        anatomy = discover(config(family, head_dim=16))
-        return {r.name: r.opens for r in runtimes(anatomy, anatomy.sizes.at(**sizes))}
-
-    assert verdicts("llama", hidden=48) == {"transformers": "yes", "vLLM": "yes", "llama.cpp": "yes"}
-    assert verdicts("qwen2", hidden=48) == {"transformers": "yes", "vLLM": "no", "llama.cpp": "no"}
-    assert verdicts("phi3", hidden=48) == {"transformers": "yes", "vLLM": "yes", "llama.cpp": "no"}
-    assert verdicts("qwen2", ffn=48) == {"transformers": "yes", "vLLM": "yes", "llama.cpp": "yes"}
-    anatomy = discover(config("qwen2", head_dim=16))
-    remedies = [r.remedy for r in runtimes(anatomy, anatomy.sizes.at(hidden=48))]
-    assert (
-        remedies[1]
-        == "--heads 3 (hidden = heads x head_dim), or --hidden 96 (= heads x head_dim); or cut only ffn and layers"
-    )
 
 
 @pytest.mark.parametrize(("text", "count"), [("4.5B", 4_500_000_000), ("350m", 350_000_000), ("12k", 12_000), ("7", 7)])

@@ -1,34 +1,54 @@
 """Which runtimes open a cut model, said before it is cut.
 
-Read off vLLM 0.33.0 and llama.cpp of October 2026 for families whose code lets head_dim differ from hidden / heads
-("decoupled"); transformers 5 is not taken from a table: the proof reopens a twin in it. A family that is not listed is
-said to be unknown. This file and `quirks.py` are the only ones that name families.
+A verdict stands on measurements: `runtimes.csv` holds, for a random twin of each family and each way of cutting it, the
+largest difference between the logits that the runtime and transformers compute, or why the runtime gives none.
+`scripts/runtimes.py` writes it. What was not measured is unknown. transformers itself is not looked up: the proof
+reopens a twin in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import csv
+import functools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
+from transformers import PretrainedConfig
+
 from halve.anatomy.arch import Arch
+from halve.anatomy.configs import layer_lists, quiet, resized
 from halve.anatomy.discover import Anatomy
 
 Verdict = Literal["yes", "no", "unknown"]
+TABLE = Path(__file__).with_suffix(".csv")
+# Of the logits' standard deviation. Rounding stays below (the most is llama.cpp's table of GELU in 16 bits, in deep
+# twins), a layer that is computed as another kind, or with another scale, lies above.
+SAME = 0.1
+# The ways of cutting that have rows, beside the axes ffn, hidden, heads and kv_heads cut alone.
+WHOLE, DEPTH, IN_PLACE, PROPORTION = "whole", "layers", "layers in place", "hidden with heads"
 
-_VLLM: Mapping[str, Verdict] = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"), "yes"),
-    **dict.fromkeys(("granite", "glm4", "apertus", "phi3", "nemotron", "cohere", "cohere2", "exaone4"), "yes"),
-    # through vLLM's Transformers backend
-    **dict.fromkeys(("arcee", "seed_oss", "smollm3", "olmo2", "olmo3", "starcoder2", "phi"), "yes"),
-    **dict.fromkeys(("qwen2", "qwen2_moe"), "no"),
-}
-_LLAMA_CPP: Mapping[str, Verdict] = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"), "yes"),
-    **dict.fromkeys(("granite", "glm4", "arcee", "seed_oss", "smollm3", "apertus"), "yes"),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "phi3", "nemotron", "olmo2", "olmo3", "starcoder2", "phi"), "no"),
-    **dict.fromkeys(("cohere", "cohere2", "exaone4"), "no"),
-}
+
+@dataclass(frozen=True)
+class Row:
+    """What a runtime made of a twin that was cut in one way."""
+
+    runtime: str
+    version: str
+    kind: str
+    """The family and what sets its models apart, as `kind` says it."""
+    cut: str
+    difference: float | None
+    """The largest difference of logits, in standard deviations of the logits; None where the runtime gives none."""
+    reason: str
+    """Why it gives none."""
+
+    @property
+    def opens(self) -> Verdict:
+        """Whether the runtime computes the same."""
+        return "yes" if self.difference is not None and self.difference < SAME else "no"
 
 
 @dataclass(frozen=True)
@@ -40,26 +60,151 @@ class Runtime:
     remedy: str = ""
 
 
-def runtimes(anatomy: Anatomy, after: Arch) -> tuple[Runtime, ...]:
-    """The verdict of transformers, vLLM and llama.cpp on a model of this family cut to these sizes."""
-    decoupled = after.hidden != after.heads * after.head_dim
-    listed = anatomy.family in _VLLM or anatomy.coupled
+def runtimes(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None) -> tuple[Runtime, ...]:
+    """The verdict of transformers, vLLM and llama.cpp on a model of this family cut to these sizes.
+
+    It is yes if every cut by itself was measured to be right, no if one was measured to be wrong. Where it is not
+    said which layers stay, a cut of layers counts as one that moves kinds of layers to other places.
+    """
+    made = cuts(anatomy, after, kept_layers)
     found = [Runtime("transformers", "yes")]
-    for name, table in (("vLLM", _VLLM), ("llama.cpp", _LLAMA_CPP)):
-        if not decoupled:
-            verdict: Verdict = "yes" if listed else "unknown"
-        else:
-            verdict = table.get(anatomy.family, "unknown")
-        found.append(Runtime(name, verdict, _remedy(anatomy, after) if verdict != "yes" and decoupled else ""))
+    for name in ("vLLM", "llama.cpp"):
+        said = {cut: _verdict(name, anatomy, cut) for cut in made}
+        refused = [cut for cut, verdict in said.items() if verdict == "no"]
+        found.append(Runtime(name, worst(said.values()), _remedy(name, anatomy, after, refused)))
     return tuple(found)
 
 
-def _remedy(anatomy: Anatomy, after: Arch) -> str:
+def cuts(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None) -> tuple[str, ...]:
+    """The rows that a cut to these sizes rests on."""
+    before = anatomy.sizes
+    found = []
+    if not _regular(anatomy.config):
+        found.append(DEPTH)  # layers were cut before
+    elif after.layers != before.layers:
+        stays = period(anatomy) == 1 if kept_layers is None else _stays(anatomy, kept_layers)
+        found.append(IN_PLACE if stays else DEPTH)
+    if after.ffn != before.ffn:
+        found.append("ffn")
+    changed = [axis for axis in ("hidden", "heads", "kv_heads") if getattr(before, axis) != getattr(after, axis)]
+    if before.heads == before.kv_heads and after.heads == after.kv_heads and "kv_heads" in changed:
+        changed.remove("kv_heads")  # every head has its own
+    if changed and all(sizes.hidden == sizes.heads * sizes.head_dim for sizes in (before, after)):
+        changed = [PROPORTION]
+    return (*found, *changed) or (WHOLE,)
+
+
+def kind(config: PretrainedConfig) -> str:
+    """The family, and the traits that decide in some runtimes how it is computed.
+
+    A *window* is a layer that sees only the latest tokens; a *scale* is one of attention that head_dim does not give.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    window = getattr(config, "sliding_window", None) or sys.maxsize
+    slides = window < config.max_position_embeddings and (not kinds or any("sliding" in name for name in kinds))
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    traits = [" with a window"] * slides
+    traits += [" with a scale"] * (scalar is not None and scalar != getattr(config, "head_dim", scalar))
+    return str(config.model_type) + " and".join(traits)
+
+
+def period(anatomy: Anatomy) -> int | None:
+    """After how many layers the kinds of layers repeat: 1 if all are alike, None if they never do."""
+    total = anatomy.sizes.layers
+    return next((n for n in range(1, total) if _stays(anatomy, range(n, total))), None)
+
+
+@functools.cache
+def measured() -> tuple[Row, ...]:
+    """The table."""
+    if not TABLE.exists():
+        return ()
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Row(**{**line, "difference": float(line["difference"]) if line["difference"] else None})  # type: ignore[arg-type]
+            for line in csv.DictReader(file)
+        )
+
+
+def write_table(rows: Iterable[Row]) -> None:
+    """Put these rows in the place of those about the same cuts in the same runtime."""
+    measured.cache_clear()
+    kept = {(row.runtime, row.kind, row.cut): row for row in (*measured(), *rows)}
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for _, row in sorted(kept.items()):
+            difference = "" if row.difference is None else f"{row.difference:.2g}"
+            writer.writerow({**asdict(row), "difference": difference})
+    measured.cache_clear()
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """What holds of a whole when these hold of its parts."""
+    return max(verdicts, key=("yes", "unknown", "no").index, default="yes")
+
+
+def _verdict(runtime: str, anatomy: Anatomy, cut: str) -> Verdict:
+    family = kind(anatomy.config)
+    rows = {row.cut: row for row in measured() if (row.runtime, row.kind) == (runtime, family)}
+    if cut == IN_PLACE and cut not in rows:
+        cut = DEPTH  # all layers of the twin are alike
+    return rows[cut].opens if cut in rows else "unknown"
+
+
+# ---- depth
+
+
+def _regular(config: PretrainedConfig) -> bool:
+    """Whether the kinds of layers are those that the family's code gives to so many layers by itself."""
+    lists = layer_lists(config)
+    if all(value.count(value[0]) == len(value) for value in lists.values()):
+        return True
+    bare = {name: value for name, value in config.to_dict().items() if name not in lists}
+    with quiet():
+        return layer_lists(type(config).from_dict(bare)) == lists
+
+
+def _stays(anatomy: Anatomy, kept: Sequence[int]) -> bool:
+    """Whether the layer at every place is of the kind that was there before."""
+    first, found = (resized(anatomy.config, {}, kept_layers=layers) for layers in (range(len(kept)), kept))
+    return bool(first.to_dict() == found.to_dict())
+
+
+# ---- remedies
+
+
+def _remedy(runtime: str, anatomy: Anatomy, after: Arch, refused: Sequence[str]) -> str:
+    """What to cut instead, in the words of the command line; only what was measured to be right."""
+    if not refused or _verdict(runtime, anatomy, WHOLE) != "yes":
+        return ""
+    parts = []
+    if DEPTH in refused and (other := _whole_periods(runtime, anatomy, after)):
+        parts.append(other)
+    if {"hidden", "heads", "kv_heads"} & {*refused} and _verdict(runtime, anatomy, PROPORTION) == "yes":
+        parts.append(_proportion(anatomy, after))
+    free = [cut for cut in ("ffn", DEPTH) if cut not in refused and _verdict(runtime, anatomy, cut) == "yes"]
+    if free:
+        parts.append(f"cut only {' and '.join(free)}")
+    return "; or ".join(parts)
+
+
+def _whole_periods(runtime: str, anatomy: Anatomy, after: Arch) -> str:
+    span, total = period(anatomy), anatomy.sizes.layers
+    if span is None or _verdict(runtime, anatomy, IN_PLACE) != "yes":
+        return ""
+    dropped = -(-(total - after.layers) // span) * span
+    if dropped >= total:
+        return ""
+    first = (total - dropped) // 2 // span * span
+    return f"--drop-layers {first}-{first + dropped - 1} (whole periods of {span} layers)"
+
+
+def _proportion(anatomy: Anatomy, after: Arch) -> str:
     hidden = after.heads * after.head_dim
-    legal = hidden <= anatomy.sizes.hidden
-    other = f"--hidden {hidden} (= heads x head_dim)" if legal else "fewer heads"
+    other = f"--hidden {hidden} (= heads x head_dim)" if hidden <= anatomy.sizes.hidden else "fewer heads"
     groups = anatomy.sizes.kv_heads
     heads = after.hidden // after.head_dim // groups * groups
     if after.hidden % after.head_dim == 0 and heads * after.head_dim == after.hidden and heads:
         other = f"--heads {heads} (hidden = heads x head_dim), or {other}"
-    return f"{other}; or cut only ffn and layers"
+    return other
