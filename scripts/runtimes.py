@@ -53,7 +53,7 @@ TWINS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gemma2", {**WINDOW, "query_pre_attn_scalar": 48, "hidden_size": 576, "num_hidden_layers": 46}),
     ("gemma3_text", {**WINDOW, "query_pre_attn_scalar": 32, "num_hidden_layers": 12}),
     ("gemma3_text", {**WINDOW, "query_pre_attn_scalar": 48, "hidden_size": 576, "num_hidden_layers": 62}),
-    ("phi", {"num_key_value_heads": 12}),
+    ("phi", {"num_key_value_heads": 12, "intermediate_size": 1536}),
     ("phi3", {}),
     ("phi3", WINDOW),
     ("nemotron", {}),
