@@ -237,8 +237,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "*with heads*, *with hidden*: the family's code computes head_dim as hidden / heads, so the two are cut"
         " together. Nothing under kv_heads: every query head has its own key and value head, and they are cut with it;"
         " nothing under ffn: the code makes it a multiple of hidden, and it is cut with that."
-        " transformers opens every student: that is part of the proof. What other runtimes open, `halve inspect` and"
-        " `halve plan` say.\n\n"
+        " transformers opens every student: that is part of the proof. What other programs open was measured:"
+        " [runtimes](runtimes.md).\n\n"
         f"{table}\n\n## Why not\n\n" + "\n".join(notes) + "\n"
     )
 
