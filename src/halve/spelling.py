@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from halve.anatomy.configs import quiet
-from halve.anatomy.quirks import EXPERT_KEYS, RUN_LENGTHS
+from halve.anatomy.quirks import EXPERT_KEYS
 
 Raw = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ def spelled_out(config: PretrainedConfig, raw: Raw) -> dict[str, Any]:
     complete = dict(raw) if head_dim is None else {**raw, "head_dim": head_dim}
     plain = _read_back(config, complete)
     spelled: dict[str, Any] = {}
-    for words in (_precision, _rope, _older_rope, _context, _layers, _experts):
+    for words in (_precision, _rope, _older_rope, _context, _experts):
         extra = words(config, complete)
         # a family whose code reads an old key differently keeps its own spelling alone
         if _read_back(config, {**complete, **extra}, but=extra) == _without(plain, extra):
@@ -88,11 +88,6 @@ def _older_rope(config: PretrainedConfig, raw: Raw) -> dict[str, Any]:
 def _context(_: PretrainedConfig, raw: Raw) -> dict[str, Any]:
     """GPT-2's older name of its number of positions."""
     return {"n_ctx": raw["n_positions"]} if "n_positions" in raw else {}
-
-
-def _layers(_: PretrainedConfig, raw: Raw) -> dict[str, Any]:
-    """Lists of kinds with how often each repeats, for a list with an entry a layer that was cut along."""
-    return {short: [[raw[long], 1]] for short, long in RUN_LENGTHS.items() if short in raw and long in raw}
 
 
 def _experts(config: PretrainedConfig, raw: Raw) -> dict[str, Any]:

@@ -110,8 +110,6 @@ INDEX_LISTS = (
     *("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"),
     *("hybrid_layer_ids", "local_layer_ids"),
 )
-# Lists of [kinds, times] pairs, and the list with one entry a layer that each of them spells out to.
-RUN_LENGTHS: Mapping[str, str] = {"attention_types": "attention_layers"}
 # Lists whose length says nothing about layers.
 OTHER_LISTS = (
     *("eos_token_id", "architectures", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),

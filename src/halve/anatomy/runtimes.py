@@ -19,8 +19,9 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from halve.anatomy.arch import Arch
-from halve.anatomy.configs import layer_lists, quiet, resized
+from halve.anatomy.configs import num_layers, quiet, resized
 from halve.anatomy.discover import Anatomy
+from halve.anatomy.lists import layer_lists
 
 Verdict = Literal["yes", "no", "unknown"]
 TABLE = Path(__file__).with_suffix(".csv")
@@ -157,12 +158,16 @@ def _verdict(runtime: str, anatomy: Anatomy, cut: str) -> Verdict:
 
 def _regular(config: PretrainedConfig) -> bool:
     """Whether the kinds of layers are those that the family's code gives to so many layers by itself."""
-    lists = layer_lists(config)
+    count = num_layers(config)
+    lists = layer_lists(config, count)
     if all(value.count(value[0]) == len(value) for value in lists.values()):
         return True
     bare = {name: value for name, value in config.to_dict().items() if name not in lists}
-    with quiet():
-        return layer_lists(type(config).from_dict(bare)) == lists
+    try:
+        with quiet():
+            return layer_lists(type(config).from_dict(bare), count) == lists
+    except Exception:  # a family's own code may raise anything: it makes no lists by itself
+        return False
 
 
 def _stays(anatomy: Anatomy, kept: Sequence[int]) -> bool:
