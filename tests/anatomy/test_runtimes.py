@@ -49,7 +49,7 @@ def test_every_row_of_the_table_says_one_thing() -> None:
     assert max(Counter((row.runtime, row.kind, row.cut) for row in rows).values()) == 1
     assert all((row.difference is None) == bool(row.reason) for row in rows)
     versions = {row.runtime: {other.version for other in rows if other.runtime == row.runtime} for row in rows}
-    assert versions.keys() >= {"llama.cpp", "transformers"}
+    assert versions.keys() == {"llama.cpp", "transformers", "vLLM"}
     assert all(len(found) == 1 and all(found) for found in versions.values())
     named = {WHOLE, DEPTH, IN_PLACE, PROPORTION, "ffn", "hidden", "heads", "kv_heads"}
     assert {row.cut for row in rows} == named
@@ -137,6 +137,14 @@ def test_a_family_is_known_by_what_sets_its_models_apart() -> None:
 
 
 # ---- depth
+
+
+def test_a_runtime_may_take_kinds_from_numbers_where_another_reads_them() -> None:
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    gemma3 = anatomy_of("gemma3_text", layer_types=kinds, query_pre_attn_scalar=16, **WINDOW)
+    moved = [0, 1, 3, 4, 5]
+    assert said(gemma3, "llama.cpp", moved, layers=5)[0] == "no"
+    assert said(gemma3, "vLLM", moved, layers=5)[0] == "yes"
 
 
 @pytest.mark.parametrize(
