@@ -177,7 +177,10 @@ def run(
 def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     """Every error that can be known before any weight is loaded."""
     from halve import show
+    from halve.checkpoint import Checkpoint
+    from halve.dryrun import trial_shapes
     from halve.preflight import check as preflight
+    from halve.rounds import shapes
 
     loaded = load(recipe)
     found = preflight(loaded, _folder(loaded, out))
@@ -189,6 +192,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         raise typer.Exit(2)
     if not json_:
         print(f"{recipe}: nothing to mend")
+        show.trial(trial_shapes(loaded, shapes(loaded, Checkpoint.open(loaded.model))))
         _next(f"halve run {recipe}")
 
 

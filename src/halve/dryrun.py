@@ -10,6 +10,7 @@ from typing import Any
 from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.checkpoint import Checkpoint
+from halve.cut.shapes import to_try
 from halve.disk import Disk, planned
 from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
 from halve.recipe import Recipe, Training
@@ -55,8 +56,8 @@ class Forecast:
     mfu: float
     disk: Disk
     schedule: dict[str, Any]
-    tried: bool
-    """Whether a trial may share the budget between depth and width in another way than is shown."""
+    trial: tuple[tuple[Arch, ...], ...]
+    """For every round the sizes that its trial chooses from; what is shown above is then width alone."""
 
     @property
     def gpu_hours(self) -> float:
@@ -123,13 +124,14 @@ def forecast(
         mfu=mfu,
         disk=planned(recipe, found, cuda=place.cuda),
         schedule=_schedule(recipe),
-        tried=any(_is_tried(part) for part in rounds(recipe)),
+        trial=trial_shapes(recipe, found),
     )
 
 
-def _is_tried(recipe: Recipe) -> bool:
-    asked = recipe.prune
-    return asked.shape == "trial" and (asked.params is not None or asked.non_embedding_ratio is not None)
+def trial_shapes(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[tuple[Arch, ...], ...]:
+    """For every round the sizes that its trial chooses from, each once; none where nothing is tried."""
+    listed = (to_try(shape.student, part.prune) for part, shape in zip(rounds(recipe), found, strict=True))
+    return tuple(tuple(dict.fromkeys(arch for family in families for arch in family)) for families in listed)
 
 
 def _made(shape: Shape, context: int) -> Round:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from halve.anatomy import Anatomy
+    from halve.anatomy import Anatomy, Arch
     from halve.cut.proof import Proof
     from halve.cut.sizes import Candidate
     from halve.dryrun import Forecast
@@ -173,8 +173,9 @@ def forecast(found: Forecast) -> None:
         ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
     table(f"{found.name}: plan", ("", "teacher", *names), rows)
-    if found.tried:
+    if any(found.trial):
         print("shown is width alone; prune.shape: trial may take some of the same budget from depth")
+        trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
     work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]
@@ -189,6 +190,15 @@ def forecast(found: Forecast) -> None:
     print(f"{hours}; disk {bytes_(disk.total_bytes)}: {', '.join(parts)}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
+
+
+def trial(rounds: Sequence[Sequence[Arch]]) -> None:
+    """The shapes that the trial of every round chooses from."""
+    for number, shapes in enumerate(rounds, 1):
+        if shapes:
+            print(f"the trial{f' of round {number}' if len(rounds) > 1 else ''} chooses from {len(shapes)} shapes:")
+        for shape in shapes:
+            print(f"  {shape}")
 
 
 def plan_in_a_line(found: Forecast) -> str:
