@@ -6,7 +6,7 @@ the text is counted: keys and values of however many heads, latent vectors, noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from halve.anatomy.arch import Arch
+from halve.anatomy.arch import Arch, Shape
 from halve.anatomy.axes import Expr
 from halve.anatomy.configs import build, quiet, resized
 from halve.anatomy.solve import expression, small, system
 
 _SEQ = 3  # shorter than every window and state of a twin
-Shapes = dict[str, tuple[int, ...]]
+Seen = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Cached:
     """The tensors of the layer's cache that grow with the text."""
 
     @classmethod
-    def of(cls, short: Shapes, long: Shapes) -> Cached:
+    def of(cls, short: Seen, long: Seen) -> Cached:
         """From the shapes of a layer's cache after one token less, and after one more."""
         names = frozenset(name for name in long if name in short and long[name] != short[name])
         keys = long["keys"] if "keys" in names and len(long["keys"]) == 4 else (0, 0, 0, 0)
@@ -73,11 +73,19 @@ def cache_exprs(
     return exprs
 
 
-def _entries(shapes: Shapes, names: frozenset[str]) -> int:
+def heads_as_cached(sizes: Arch, exprs: Mapping[str, Shape | None], cached: Sequence[Cached]) -> Arch:
+    """Where no weight is made of the config's groups: one head where the code caches one of full width, else all."""
+    if not exprs or any("kv_heads" in expr.axes for shape in exprs.values() for expr in shape or ()):
+        return sizes
+    widths = {(own.heads, own.width) for own in cached if own.entries}
+    return sizes.at(kv_heads=1 if widths == {(1, sizes.head_dim)} else sizes.heads)
+
+
+def _entries(shapes: Seen, names: frozenset[str]) -> int:
     return sum(prod(shapes.get(name, (0,))) for name in names) // _SEQ
 
 
-def _shapes(model: PreTrainedModel, layers: int, seq: int) -> list[Shapes]:
+def _shapes(model: PreTrainedModel, layers: int, seq: int) -> list[Seen]:
     """The shapes of what each layer has cached after so many tokens; layers without a cache have none."""
     ids = torch.zeros(1, seq, dtype=torch.int64, device="meta")
     model.config._attn_implementation = "eager"

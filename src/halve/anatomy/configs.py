@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from halve.anatomy.arch import Arch
 from halve.anatomy.lists import fewer_layers
-from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS, POSITION_KEYS
+from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS
 from halve.errors import AnatomyError, PlanError
 
 
@@ -62,13 +62,11 @@ def num_layers(config: PretrainedConfig) -> int:
 def sizes(config: PretrainedConfig) -> Arch:
     """The sizes as the config states or implies them."""
     values: dict[str, int] = {}
-    numbers = {name: getattr(config, name, None) for name in POSITION_KEYS}
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
         name = key(config, axis)
         value = getattr(config, name) if name else None
         if isinstance(value, int):
             values[axis] = value
-            numbers[name or axis] = value
     for axis in ("hidden", "heads", "vocab"):
         if axis not in values:
             raise AnatomyError(
@@ -76,21 +74,10 @@ def sizes(config: PretrainedConfig) -> Arch:
                 why=f"none of {', '.join(KEYS[axis])} holds a number",
                 fix="halve reads decoder-only language models with attention",
             )
-    for name, number in numbers.items():
-        if isinstance(number, int) and number < 1:
-            raise _too_few(config, name, number)
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_dim", values["hidden"] // values["heads"])
     values.setdefault("ffn", 4 * values["hidden"])
     return Arch.of(values)
-
-
-def _too_few(config: PretrainedConfig, name: str, number: int) -> AnatomyError:
-    return AnatomyError(
-        f"the config of {config.model_type} says {config.attribute_map.get(name, name)}: {number}",
-        why="a model has at least one of each",
-        fix="write the number that the weights were trained with into config.json",
-    )
 
 
 def num_experts(config: PretrainedConfig) -> int:

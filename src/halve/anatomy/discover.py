@@ -8,7 +8,7 @@ dimension of each parameter is solved for as a sum of products of axes. What sha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from halve.anatomy import caches, configs, kinds
 from halve.anatomy.arch import Arch, Layer, Ledger, Shape
 from halve.anatomy.axes import CUT_AXES, Expr
-from halve.anatomy.caches import Cached
 from halve.anatomy.quirks import COUPLED, Quirk, quirk
 from halve.anatomy.solve import TWIN_POINT, alike, small, solve, solve_twin, tie
 from halve.errors import AnatomyError, HalveError, PlanError
@@ -240,7 +239,7 @@ def _discover(config: PretrainedConfig) -> Anatomy:
     cached = caches.cached(config, kinds_of_layers)
     if coupled:  # whatever the config says beside
         sizes = sizes.at(head_dim=sizes.hidden // sizes.heads)
-    sizes = _heads_as_cached(sizes, exprs, cached or ())
+    sizes = caches.heads_as_cached(sizes, exprs, cached or ())
     exprs_of = caches.cache_exprs(config, kinds_of_layers, cached, sizes, coupled=coupled) if cached else []
     params: dict[str, Shape] = {}
     unknown = []
@@ -312,14 +311,6 @@ def parse_shape(layout: str) -> Shape:
 
 def _as_it_is(parameter: torch.Tensor) -> Shape:
     return tuple(Expr(((length,),)) for length in parameter.shape)
-
-
-def _heads_as_cached(sizes: Arch, exprs: Mapping[str, Shape | None], cached: Sequence[Cached]) -> Arch:
-    """Where no weight is made of the config's groups: one head where the code caches one of full width, else all."""
-    if not exprs or any("kv_heads" in expr.axes for shape in exprs.values() for expr in shape or ()):
-        return sizes
-    widths = {(own.heads, own.width) for own in cached if own.entries}
-    return sizes.at(kv_heads=1 if widths == {(1, sizes.head_dim)} else sizes.heads)
 
 
 def _verify(anatomy: Anatomy, model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from halve.anatomy.configs import key
-from halve.anatomy.quirks import KEYS
+from halve.anatomy.quirks import KEYS, POSITION_KEYS
 from halve.errors import CheckpointError
 
 MOST_LAYERS = 10_000
@@ -50,6 +50,10 @@ def require(config: PretrainedConfig, path: Path) -> None:
         most = MOST_LAYERS if axis == "layers" else MOST
         if isinstance(size, int) and not 1 <= size <= most:
             raise _refusal(path, str(name), size, f"a model has between 1 and {most:,}")
+    for name in POSITION_KEYS:
+        positions = getattr(text, name, None)
+        if isinstance(positions, int) and positions < 1:
+            raise _refusal(path, text.attribute_map.get(name, name), positions, "a model has one position at least")
     for name in _WINDOWS:
         window = getattr(text, name, None)
         if isinstance(window, int) and window < 1 and _has_layers(text, "sliding_attention", "chunked_attention"):
