@@ -82,9 +82,11 @@ def test_a_head_of_its_own_is_counted_and_a_trial_is_said(tmp_path: Path) -> Non
     tied, untied = found(hidden=48), found(hidden=48, untie=True)
     assert untied.student_counts.params - tied.student_counts.params == 128 * 48
     assert untied.teacher_counts == tied.teacher_counts
-    assert not tied.tried
-    assert found(non_embedding_ratio=0.5).tried
-    assert not found(non_embedding_ratio=0.5, shape="width").tried
+    assert tied.trial == ((),)
+    tried = found(non_embedding_ratio=0.5)
+    assert len({arch.layers for arch in tried.trial[0]}) > 1
+    assert len(set(tried.trial[0])) == len(tried.trial[0])
+    assert found(non_embedding_ratio=0.5, shape="width").trial == ((),)
 
 
 def test_a_cache_costs_disk_and_saves_the_teachers_work(tmp_path: Path) -> None:
