@@ -70,7 +70,7 @@ def test_a_phase_begins_with_a_whole_step_and_changes_what_a_step_holds() -> Non
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 50)), max_size=4, unique_by=lambda phase: phase[0]),
+    st.lists(st.tuples(st.integers(1, 4000), st.integers(2, 50)), max_size=4, unique_by=lambda phase: phase[0]),
     st.integers(1, 9),
 )
 def test_spans_cover_every_step_and_reach_their_tokens(phases: list[tuple[int, int]], batch: int) -> None:
@@ -127,7 +127,7 @@ def test_a_phase_in_the_warm_up_changes_its_slope() -> None:
         ({"from_tokens": 100, "lr": 1e-5}, "a phase's lr is below min_lr 0.0001"),
         ({"from_tokens": 100, "mixture": {}}, "at least 1 item"),
         ({"from_tokens": 100, "mixture": {"web": 0.0}}, "greater than 0"),
-        ({"from_tokens": 100, "context": 0}, "greater than 0"),
+        ({"from_tokens": 100, "context": 0}, "greater than or equal to 2"),
     ],
 )
 def test_phases_that_make_no_sense_are_refused(phase: dict[str, Any], message: str) -> None:
