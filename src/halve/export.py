@@ -56,7 +56,8 @@ def export(source: str | Path, out: str | Path) -> Path:
                     raise
                 # the run has written the next one meanwhile, and removed this
         if (source / stage.name / "model").is_dir():
-            RunDir.follow(source).verify(stage.name)
+            with RunDir.follow(source) as run:
+                run.verify(stage.name)
             return _copied(source / stage.name / "model", out)
     raise RunError(
         f"{source} has no student that has learned anything",

@@ -82,6 +82,7 @@ def test_the_stages_train_on_what_the_course_says(recipe: Recipe, tmp_path: Path
     ]
 
 
+@pytest.mark.filterwarnings("ignore::halve.stages.boundary.BoundaryWarning")  # it has read joined text alone
 def test_scores_and_cuts_see_the_mixture_joined(recipe: Recipe, tmp_path: Path) -> None:
     tokenizer = Checkpoint.open(recipe.model).tokenizer
     mixture = open_mixture(recipe, cache=tmp_path, tokenizer=tokenizer)
