@@ -17,7 +17,6 @@ from halve.cut.scores import Scores, samples_fingerprint
 from halve.errors import AnatomyError
 from halve.files import read_json
 from halve.head import split
-from halve.progress import SILENT
 from halve.recipe import Recipe
 from halve.stages import correct, distill, prune, score
 from halve.train import documents, objectives
@@ -83,7 +82,9 @@ def test_the_stages_train_on_what_the_course_says(recipe: Recipe, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore::halve.stages.boundary.BoundaryWarning")  # it has read joined text alone
-def test_scores_and_cuts_see_the_mixture_joined(recipe: Recipe, tmp_path: Path) -> None:
+def test_scores_and_cuts_see_the_mixture_joined(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = Checkpoint.open(recipe.model).tokenizer
     mixture = open_mixture(recipe, cache=tmp_path, tokenizer=tokenizer)
     ids = mixture.calibration(8)
@@ -92,7 +93,17 @@ def test_scores_and_cuts_see_the_mixture_joined(recipe: Recipe, tmp_path: Path) 
     score.run(recipe, teacher=Checkpoint.open(recipe.model), cache=tmp_path, out=tmp_path)
     scored = Scores.load(tmp_path / "scores.safetensors", batch_agg="l2", seq_agg="mean", model=None)
     assert scored.samples == samples_fingerprint(ids)
-    assert torch.equal(prune._samples(recipe, "train", 8, tmp_path, tokenizer, SILENT), ids)
+    seen: list[torch.Tensor] = []
+
+    def turn(model: Any, anatomy: Any, asked: Any, samples_BS: torch.Tensor, **_: Any) -> None:
+        seen.append(samples_BS)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "turn", turn)
+    whole, scores = Checkpoint.open(recipe.model), tmp_path / "scores.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        prune.run(recipe, teacher=whole, scores=scores, cache=tmp_path, out=tmp_path)
+    assert torch.equal(seen[0], mixture.calibration(max(recipe.prune.refit_samples, recipe.score.samples)))
 
 
 @pytest.mark.parametrize("stage", ["correct", "distill"])
