@@ -25,10 +25,12 @@ CASES ?= 100
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/fuzz --cases $(CASES)
 
-# What is generated from the code. The walk through all families takes an hour, goes on where it stopped, and is needed
+# Pages that are generated from the code, and the site of all pages in docs/_build; a warning is an error. The walk through all families takes an hour, goes on where it stopped, and is needed
 # when a quirk, discovery or the proof changes.
-docs: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev $(VENV)/.installed-docs
 	$(BIN)/python scripts/make_docs.py
+	$(BIN)/sphinx-build -q -n -W --keep-going docs docs/_build
+	@echo docs/_build/index.html
 families: $(VENV)/.installed-dev
 	$(BIN)/python scripts/families.py
 
@@ -43,6 +45,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit('halve needs Python 3.11 or newer: make PYTHON=python3.12' if sys.version_info < (3, 11) else 0)"

@@ -338,7 +338,7 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
         "```sh\nhalve study --list\nhalve study all\nhalve study aggregators --seeds 5 --tokens 500000\n```\n\n"
         "Runs are kept in `runs/studies` and shared: what two studies have in common is done once, and a study that was"
         " stopped goes on. `--model`, `--train` and `--valid` take a teacher and texts of one's own. A study is a file"
-        " of [src/halve/studies/catalog](../../src/halve/studies/catalog).\n"
+        " of `src/halve/studies/catalog`.\n"
     )
     return pages
 
