@@ -97,6 +97,23 @@ def plain(pair: Pair) -> Loss:
     return loss
 
 
+def plain_float_head(pair: Pair) -> Loss:
+    """The same with the bodies in bfloat16 and the logits in float32: what a careful hand writes."""
+
+    def logits(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+        with pair.autocast():
+            hidden_BSD = model.base_model(input_ids=ids_BS, use_cache=False)[0][:, :-1]
+        return F.linear(hidden_BSD.float(), model.get_output_embeddings().weight)
+
+    def loss(ids_BS: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_p = F.log_softmax(logits(pair.teacher, ids_BS), -1)
+        log_q = F.log_softmax(logits(pair.student, ids_BS), -1)
+        return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / pair.num_tokens
+
+    return loss
+
+
 def trl_gkd(pair: Pair) -> Loss:
     """trl.experimental.gkd.gkd_trainer: `GKDTrainer.compute_loss` with beta 0, the forward divergence."""
     trainer = _bare("trl.experimental.gkd.gkd_trainer", "GKDTrainer")
@@ -155,11 +172,24 @@ def model_optimizer(pair: Pair) -> Loss:
     return loss
 
 
-PEERS: dict[str, Callable[[Pair], Loss]] = {
-    "plain PyTorch": plain,
-    "TRL GKD": trl_gkd,
-    "TRL kernel": trl_kernel,
-    "Model Optimizer": model_optimizer,
+OURS, COMPILED = "halve", "halve, compiled layers"
+
+
+@dataclass(frozen=True)
+class System:
+    """How a loss is made; `only_half` where there is no such thing in float32."""
+
+    make: Callable[[Pair], Loss]
+    only_half: bool = False
+
+
+SYSTEMS: dict[str, System] = {
+    OURS: System(halve),
+    "plain PyTorch": System(plain),
+    "plain PyTorch, float32 head": System(plain_float_head, only_half=True),
+    "TRL GKD": System(trl_gkd),
+    "TRL kernel": System(trl_kernel),
+    "Model Optimizer": System(model_optimizer),
 }
 """Those that always run. DistillKit is in no package index; it is named in the results as absent."""
 
