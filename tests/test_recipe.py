@@ -93,6 +93,14 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
         ({"prune": {"hidden": 4, "params": "1B"}}, "exactly one of params, non_embedding_ratio, or sizes by hand"),
         ({"prune": {}}, "exactly one of"),
         ({"prune": {"layers": 2, "drop_layers": "0"}}, "layers and drop_layers say the same thing twice"),
+        ({"prune": {"ffn": 8, "layer_merge": "laco_search", "refit": "none"}}, "give layers"),
+        (
+            {
+                "score": {"depth": "nll"},
+                "prune": {"layers": 2, "layer_merge": "laco_search", "refit": "none"},
+            },
+            "leave out score.depth",
+        ),
         ({"score": {"depth": "task"}}, "answers the multiple-choice file in depth_task: name one"),
         ({"score": {"depth": "taylor"}}, "takes the gradients of method: taylor"),
         ({"prune": {"non_embedding_ratio": 1.5}}, r"bad value for prune\.non_embedding_ratio"),

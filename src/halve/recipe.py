@@ -69,7 +69,7 @@ Rotation = Literal["auto", "none", "pca"]
 Refit = Literal["none", "outputs", "all"]
 Selection = Literal["auto", "rank", "refit"]
 Shape = Literal["width", "trial"]
-LayerMerge = Literal["none", "laco"]
+LayerMerge = Literal["none", "laco", "laco_search"]
 Boundary = Literal["auto", "bos", "eos", "both", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -188,7 +188,10 @@ class Prune(Section):
     ridge: Factor = Field(1e-3, description="ridge of the refit, relative to the mean of the Gram's diagonal")
     refit_samples: Count = Field(128, description="calibration samples of rotation and refit")
     head_merge: Real = Field(0.0, ge=-100, le=100, description="coefficient of the head residual merge; 0 is off")
-    layer_merge: LayerMerge = Field("none", description="laco: add removed layers' differences to the one before")
+    layer_merge: LayerMerge = Field(
+        "none",
+        description="laco: add removed layers' differences to the one before; laco_search: and find these layers",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Prune:
@@ -201,6 +204,8 @@ class Prune(Section):
             raise ValueError("layers and drop_layers say the same thing twice")
         if self.refit == "all" and (self.head_merge or self.layer_merge != "none"):
             raise ValueError("refit: all solves for the matrices that head_merge and layer_merge change: use outputs")
+        if self.layer_merge == "laco_search" and self.layers is None:
+            raise ValueError("layer_merge: laco_search merges down to a number of layers: give layers")
         if self.steps > 1 and (self.rotation == "pca" or self.selection == "refit"):
             raise ValueError("steps above 1 score what is left anew: not with rotation: pca or selection: refit")
         return self
@@ -265,6 +270,13 @@ class Recipe(Section):
         if self.score.method != "activation":
             then = tuple(step.model_copy(update={"prune": _unturned(step.prune)}) for step in self.then)
             self.__dict__.update(prune=_unturned(self.prune), then=then)
+        return self
+
+    @model_validator(mode="after")
+    def _searched(self) -> Recipe:
+        searches = any(part.layer_merge == "laco_search" for part in (self.prune, *(step.prune for step in self.then)))
+        if searches and (self.score.depth, self.score.depth_pattern) != ("bi", "single"):
+            raise ValueError("layer_merge: laco_search finds the layers: leave out score.depth and score.depth_pattern")
         return self
 
     @model_validator(mode="after")

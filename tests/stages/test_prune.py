@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve import saving
 from halve.checkpoint import Checkpoint
+from halve.cut.layer_merge import Collapse, apply_merges, laco_search
 from halve.cut.plan import Plan
 from halve.cut.scores import Scores
 from halve.errors import AnatomyError, CheckpointError, PlanError, RunError
@@ -158,6 +159,30 @@ def test_one_score_of_single_layers_is_good_for_any_number_of_them(
         hurt = {one["layers"][0]: one["value"] for one in choice["removals"]}
         assert set(kept[layers]) == set(sorted(hurt, key=lambda layer: hurt[layer])[-layers:])
     assert set(kept[2]) < set(kept[3])
+
+
+def test_laco_s_search_says_which_layers_merge(
+    make_recipe: MakeRecipe, tiny_llama: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is the teacher with the search's merges made, less the layers that they took in."""
+    found = []
+
+    def search(*args: Any, **kwargs: Any) -> Collapse:
+        found.append(laco_search(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(prune, "laco_search", search)
+    teacher = Checkpoint.open(tiny_llama)
+    recipe = make_recipe(prune={"layers": 2, "layer_merge": "laco_search", "refit": "none"})
+    prune.run(recipe, teacher=teacher, scores=scores, cache=tmp_path / "data", out=tmp_path)
+    (collapse,) = found
+    assert Plan.load(tmp_path / "plan.json").layers == collapse.kept
+    assert max(len(merge.layers) for merge in collapse.merges) == 2, "three layers become one"
+    merged = apply_merges(teacher.load(dtype="float32", device="cpu"), teacher.anatomy, collapse.merges)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
+    for layer, old in zip(student.model.layers, collapse.kept, strict=True):
+        for name, value in layer.state_dict().items():
+            torch.testing.assert_close(value, merged.model.layers[old].state_dict()[name])
 
 
 def test_layers_stay_where_no_score_tells_them_apart(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:

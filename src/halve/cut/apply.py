@@ -90,6 +90,7 @@ def cut(
     kept_layers: Sequence[int] | None,
     turned: Turned,
     rescore: Rescore | None = None,
+    merges: Sequence[layer_merge.Merge] = (),
     micro_batch: int,
     progress: Progress = SILENT,
     planned: Callable[[Plan], None] | None = None,
@@ -98,7 +99,8 @@ def cut(
 
     `samples_BS` are the calibration samples of the selection, the gains and the refit: the first `refit_samples` are
     used, of them the first 32 for gains. `turned` is what `turn` gave; a cut that leaves hidden alone does not use
-    it. `planned` gets the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1.
+    it. `planned` gets the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1, `merges`
+    are those that `layer_merge: laco_search` found.
 
     Raises `PlanError` and `CheckpointError`.
     """
@@ -151,6 +153,8 @@ def cut(
         merged = heads.merge(merged, plan, own, ranking, coefficient=prune.head_merge)
     if prune.layer_merge == "laco":
         merged = layer_merge.merge_layers(merged, own, plan.layers)
+    if merges:
+        merged = layer_merge.apply_merges(merged, own, merges)
     student = trim(merged, plan, own, gains=gains)
     if prune.refit != "none":
         student = refit(

@@ -35,6 +35,7 @@ from halve.errors import AnatomyError, CheckpointError, CorpusError, PlanError
 from halve.progress import SILENT, Progress
 
 THRESHOLD_STEP = 0.05
+_DEEP = 30
 
 
 def laco(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
@@ -144,6 +145,18 @@ def _write(model: PreTrainedModel, values: dict[str, Tensor]) -> None:
 
 
 # ---- the search
+
+
+def search_setting(total: int) -> tuple[int, int]:
+    """How many layers a merge makes one of, and how far apart merges are, for a model of `total` layers.
+
+    The paper merges four at a time, two apart, in models of 30 layers and more. On few layers that is too coarse, and
+    pairs would be plain removal: there it is three at a time, one apart.
+
+    >>> search_setting(32), search_setting(10)
+    ((4, 2), (3, 1))
+    """
+    return (4, 2) if total >= _DEEP else (3, 1)
 
 
 def laco_search(

@@ -19,6 +19,7 @@ from halve.checkpoint import Checkpoint, resolve_device
 from halve.cut import calibration, width
 from halve.cut.apply import Rescore, cut, turn
 from halve.cut.depth import DepthChoice
+from halve.cut.layer_merge import Merge, laco_search, search_setting
 from halve.cut.plan import Plan
 from halve.cut.proof import Proof, prove
 from halve.cut.rotate import student_anatomy, turns
@@ -76,9 +77,8 @@ def run(
     heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
     nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
     before_nll = nll(model)
-    samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress).calibration(
-        max(asked.refit_samples, recipe.score.samples)
-    )
+    text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
+    samples = text.calibration(max(asked.refit_samples, recipe.score.samples))
     calibration.check(samples, vocab=anatomy.sizes.vocab)
 
     def planned(plan: Plan) -> None:
@@ -103,13 +103,26 @@ def run(
     if scores is not None and by_sets and (remove := anatomy.sizes.layers - after.layers):
         choice = None if tried else _compared(scores.with_name(DEPTH), remove)
         if choice is None:
-            text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
             few = text.calibration(recipe.score.depth_samples)
             choice = choose_layers(
                 recipe, model, anatomy, few, remove=remove, tokenizer=tokenizer, scores=ranking, progress=progress
             )
         write_json(out / DEPTH, choice.to_json())
         kept_layers = choice.kept
+    merges: tuple[Merge, ...] = ()
+    if asked.layer_merge == "laco_search" and after.layers < anatomy.sizes.layers:
+        combine, interval = search_setting(anatomy.sizes.layers)
+        collapse = laco_search(
+            model,
+            anatomy,
+            text.calibration(recipe.score.depth_samples),
+            layers=after.layers,
+            combine=combine,
+            interval=interval,
+            micro_batch=recipe.score.micro_batch,
+            progress=progress,
+        )
+        kept_layers, merges = collapse.kept, collapse.merges
     done = cut(
         model,
         anatomy,
@@ -120,6 +133,7 @@ def run(
         kept_layers=kept_layers,
         turned=turned,
         rescore=_rescore(recipe, samples),
+        merges=merges,
         micro_batch=recipe.score.micro_batch,
         progress=progress,
         planned=planned,
