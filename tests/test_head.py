@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from halve.errors import AnatomyError
+from halve.errors import AnatomyError, CheckpointError
 from halve.head import Head, split
 
 SIZES = {
@@ -74,6 +74,14 @@ def test_a_head_that_the_config_does_not_tell_is_refused() -> None:
     model = tiny("llama")
     model.config.logits_scaling = 2.0  # Llama's code never reads it
     with pytest.raises(AnatomyError, match="cannot split LlamaForCausalLM"):
+        split(model)
+
+
+def test_logits_that_are_not_finite_are_told_as_such() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    with pytest.raises(CheckpointError, match="the logits of this LlamaForCausalLM are not finite"):
         split(model)
 
 

@@ -17,7 +17,7 @@ from halve import preflight
 from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError
 from halve.recipe import Recipe
-from halve.soundness import ADAPTER, INDEX
+from halve.soundness import ADAPTER, GENERATION, INDEX
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,6 +69,23 @@ def test_misfits_are_found_without_reading_a_weight(
     assert len(found) == 1
     with pytest.raises(CheckpointError, match=what):
         raise found[0]
+
+
+@pytest.mark.parametrize("value", [{"max_new_tokens": 0}, {"watermarking_config": 5}, []])
+def test_a_generation_config_that_stops_the_loader_is_found_before(
+    model_copy: Path, make_recipe: Callable[..., Recipe], value: Any
+) -> None:
+    (model_copy / GENERATION).write_text(json.dumps(value))
+    (error,) = preflight.check(make_recipe(model=str(model_copy)))
+    assert f"{GENERATION} keeps the model from being loaded" in error.what
+
+
+@pytest.mark.parametrize("text", ["{{", '{"max_length": 20, "temperature": 0.3}'])
+def test_a_generation_config_that_the_loader_takes_or_passes_over_is_none_of_ours(model_copy: Path, text: str) -> None:
+    (model_copy / GENERATION).write_text(text)
+    model = Checkpoint.open(model_copy)
+    model.require_weights()
+    model.load()
 
 
 def test_a_head_of_its_own_under_a_tied_config_is_refused(model_copy: Path) -> None:

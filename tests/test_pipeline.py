@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 import halve
-from halve import pipeline
+from halve import pipeline, preflight_text
 from halve.checkpoint import Checkpoint
 from halve.errors import CorpusError, HalveError, RunError
 from halve.recipe import Recipe
@@ -554,6 +554,7 @@ def test_held_out_text_is_read_to_its_end_before_the_first_stage(
     (found,) = pipeline.check(recipe)
     assert "is binary" in str(found)
     monkeypatch.setattr(sources, "PROBED_CHARS", 1000)
+    monkeypatch.setattr(preflight_text, "_SHORT_CHARS", 1000)
     assert pipeline.check(recipe) == ()
     with pytest.raises(CorpusError, match="is binary"):
         pipeline.run(recipe, tmp_path / "run")

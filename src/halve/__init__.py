@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from halve.cut.surgery import trim
     from halve.dryrun import forecast
     from halve.errors import HalveError
-    from halve.pipeline import run
-    from halve.preflight import check
+    from halve.pipeline import check, run
     from halve.reading import load as load_recipe
     from halve.recipe import Recipe
 
@@ -76,7 +75,7 @@ _HOMES = {
     "Proof": ("halve.cut.proof", "Proof"),
     "Recipe": ("halve.recipe", "Recipe"),
     "Scores": ("halve.cut.scores", "Scores"),
-    "check": ("halve.preflight", "check"),
+    "check": ("halve.pipeline", "check"),
     "discover": ("halve.anatomy", "discover"),
     "forecast": ("halve.dryrun", "forecast"),
     "load_config": ("halve.checkpoint", "load_config"),

@@ -179,7 +179,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     from halve import show
     from halve.checkpoint import Checkpoint
     from halve.dryrun import trial_shapes
-    from halve.preflight import check as preflight
+    from halve.pipeline import check as preflight
     from halve.rounds import shapes
 
     loaded = load(recipe)

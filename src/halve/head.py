@@ -9,6 +9,7 @@ Shapes: B batch, S seq, N tokens, D hidden, V vocab.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from halve.errors import AnatomyError
+from halve.errors import AnatomyError, CheckpointError
 from halve.products import product
 
 if TYPE_CHECKING:
@@ -75,10 +76,17 @@ def split(model: PreTrainedModel) -> tuple[Body, Head]:
     """Take a causal language model apart into its body and its head, and prove that they make it whole again.
 
     Raises `AnatomyError` where the model has no output matrix, or where its logits are not what the config
-    says of them; then neither distillation nor measurement may trust the parts.
+    says of them; then neither distillation nor measurement may trust the parts. Raises `CheckpointError` for logits
+    that are not finite.
     """
     body, head = parts(model)
     error = _difference(model, body, head)
+    if math.isnan(error):
+        raise CheckpointError(
+            f"the logits of this {type(model).__name__} are not finite",
+            why="NaN or infinity comes out of it for a few random tokens",
+            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
+        )
     if not error < (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):
         raise AnatomyError(
             f"cannot split {type(model).__name__} into body and head",

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from halve.anatomy.configs import build, quiet
 from halve.errors import CheckpointError
-from halve.soundness import ADAPTER, INDEX, WEIGHTS, TensorHeader
+from halve.soundness import ADAPTER, GENERATION, INDEX, WEIGHTS, TensorHeader
 
 # Buffers that older versions of transformers saved beside the weights; the code computes them anew.
 _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -50,6 +50,7 @@ def require(folder: Path, config: PretrainedConfig, headers: Mapping[str, Tensor
     """
     _refuse_adapter(folder)
     _refuse_packed(folder, headers)
+    _refuse_generation(folder)
     model = build(config, device="meta")
     empty = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
     how: dict[str, Any] = {"state_dict": empty, "device_map": {"": "meta"}}
@@ -131,6 +132,23 @@ def _refuse_adapter(folder: Path) -> None:
             why=f"{ADAPTER} says that the model is these weights and the adapter's together",
             fix=f"merge it (peft: merge_and_unload, then save_pretrained), or move {ADAPTER} away to leave it out",
         )
+
+
+def _refuse_generation(folder: Path) -> None:
+    """transformers reads this file with the weights and passes over one that is no JSON, not over wrong values."""
+    if not (folder / GENERATION).is_file():
+        return
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return
+    except Exception as error:  # transformers raises many types here
+        raise CheckpointError(
+            f"{folder / GENERATION} keeps the model from being loaded",
+            why=str(error),
+            fix="correct the file or remove it",
+        ) from error
 
 
 def _refuse_packed(folder: Path, headers: Mapping[str, TensorHeader]) -> None:

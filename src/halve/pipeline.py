@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve.errors import RunError
+from halve import preflight, reused
+from halve.errors import HalveError, RunError
 from halve.keys import Keyed, keys_of
-from halve.preflight import check
 from halve.progress import SILENT, Progress, RichProgress
 from halve.recipe import HOW, Distill, Recipe
 from halve.rounds import learns_from_previous, named, rounds
@@ -264,6 +264,20 @@ def _report(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
 # ---- carrying them out ---------------------------------------------------------------------------------------
 
 
+def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
+    """What `preflight.check` finds; if nothing, what has changed of the stages that a run in `out` would go on from."""
+    from halve.checkpoint import Checkpoint
+
+    found = preflight.check(recipe, out, teacher=teacher)
+    if not found and out is not None:
+        try:
+            teacher = teacher or Checkpoint.open(recipe.model)
+            reused.check(recipe, teacher, out, stages(recipe), cache=out / "data")
+        except HalveError as error:
+            return (error,)
+    return found
+
+
 def run(
     recipe: Recipe,
     out: str | Path,
@@ -336,8 +350,9 @@ def _what_to_do(
         wanted = _possible(folder, wanted, keys)
     done = [stage.name for stage in wanted if folder.is_done(stage.name, keys[stage.name])]
     if len(done) < len(wanted):
-        for error in check(recipe, folder.path, teacher=teacher):
+        for error in preflight.check(recipe, folder.path, teacher=teacher):
             raise error
+    reused.require_sound(folder, wanted, done)
     return [stage.name for stage in wanted], done, keys
 
 

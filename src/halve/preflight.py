@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve import preflight_bounds
+from halve import preflight_bounds, preflight_text
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.recipe import Boundary, Distill, Phase, Recipe, Training
 from halve.rounds import Shape, learns_from_previous, rounds, shapes
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
     """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
 
-    Looks at the teacher's config, file headers and tokenizer, the beginning of every file of text, the plan's
-    sizes, the multiple-choice files, the device, and, with `out`, the run folder and the room on its disk.
+    Looks at the teacher's config, file headers and tokenizer, the beginning of every file of text, the samples that
+    short text makes, the plan's sizes, the multiple-choice files, the device, and, with `out`, the run folder and the
+    room on its disk.
     `teacher` is the recipe's model, where the caller has opened it.
     """
     found: list[HalveError] = []
@@ -47,6 +48,8 @@ def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None
     tell(_of_the_text(recipe))
     if out is not None and teacher is not None:
         tell(iter([partial(_check_room, recipe, teacher, out)]))
+    if not found and teacher is not None:  # what is wrong so far would be told again
+        tell(iter([partial(preflight_text.check_samples, recipe, teacher, out and out / "data")]))
     return tuple(found)
 
 
@@ -71,6 +74,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[]
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
     yield partial(_check_causal, teacher)
+    yield partial(_check_proof, recipe, teacher)
     yield partial(_check_correction, recipe, teacher)
     for name, training in _trainings(recipe):
         yield partial(_check_shares, training)
@@ -142,11 +146,10 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:
 
 
 def _check_shares(training: Training) -> None:
-    """Where several ranks run it: a step's samples fall into equal shares."""
+    """There are ranks for its replicas, and a step's samples fall into equal shares."""
     from halve.train.ranks import here, require_shares
 
-    if not here().alone:
-        require_shares(training, here().size)
+    require_shares(training, here().size)
 
 
 def _check_packages(training: Training) -> None:
@@ -191,6 +194,14 @@ def _check_causal(teacher: Checkpoint) -> None:
     from halve.cut.causal import check_causal
 
     check_causal(teacher.anatomy)
+
+
+def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
+    """What the first round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
+    from halve.cut.proof import prove
+
+    shape, *_ = shapes(recipe, teacher)
+    prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
 
 
 def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:

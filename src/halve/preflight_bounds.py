@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from halve.errors import RecipeError, RunError
 from halve.recipe import Correct, Recipe, Training
 from halve.rounds import rounds
+from halve.rundir import LOCK, MARKER, RECIPE
 
 if TYPE_CHECKING:
     from halve.checkpoint import Checkpoint
@@ -50,6 +51,14 @@ def check_place(out: Path) -> None:
             why=f"{nearest} is no folder that may be written to",
             fix="choose another --out",
         )
+    for name, folder in ((LOCK, False), (MARKER, False), (RECIPE, False), ("data", True)):
+        if (out / name).exists() and (out / name).is_dir() != folder:
+            raise RunError(
+                f"{out / name} is not what halve wrote",
+                why=f"it is a {'file' if folder else 'folder'}, and a run folder has a {'folder' if folder else 'file'}"
+                " of that name",
+                fix="move it away and run the same command, or choose another --out",
+            )
 
 
 def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:

@@ -25,6 +25,9 @@ from halve.sections import Section, Table
 STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
+READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
+"""Of a stage's files, those that the page is made from."""
+
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("halve"),
     autoescape=jinja2.select_autoescape(("html.j2",)),
@@ -73,6 +76,7 @@ def read(run: Path) -> Run:
     manifests = {name: manifests[name] for name in sorted(manifests, key=_order) if name != "report"}
 
     def file(stage: str, name: str) -> Path | None:
+        assert name in READS
         if name not in manifests.get(stage, {}).get("files", {}):
             return None
         return sound(run / stage, manifests[stage], name)

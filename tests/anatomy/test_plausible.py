@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ from halve.errors import CheckpointError
         ({"intermediate_size": 10**12}, "has intermediate_size: 1000000000000"),
         ({"vocab_size": -1}, "has vocab_size: -1"),
         ({"is_encoder_decoder": True}, "has is_encoder_decoder: True\n  why: halve reads decoder-only"),
+        ({"rms_norm_eps": 3.7}, r"has rms_norm_eps: 3\.7\n  why: what a norm adds"),
+        ({"rms_norm_eps": -1e-6}, "has rms_norm_eps: -1e-06"),
+        ({"rms_norm_eps": math.nan}, "has rms_norm_eps: nan"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "has rope_theta: 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, r"has rope_theta: -5\.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}}, "has rope_theta: inf"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}}, r"has factor: 0\.0"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -1.0}}, r"has factor: -1\.0"),
+        ({"dtype": "int8"}, r"has dtype: torch\.int8\n  why: weights are float16"),
+        ({"dtype": "float8_e4m3fn"}, r"has dtype: torch\.float8_e4m3fn"),
+        ({"dtype": 5}, "has dtype: 5"),
         ({"text_config": {"hidden_size": 9}}, "has text_config: 'a dict'"),
     ],
 )

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halve import pipeline
 from halve.checkpoint import Checkpoint
+from halve.errors import CheckpointError
 from halve.progress import SILENT, Silent
 from halve.recipe import Recipe
 from halve.stages.boundary import BoundaryWarning, settled, warn_of_borders
@@ -92,6 +94,19 @@ def test_an_end_that_the_teacher_never_learned_is_left_out(
                 assert settled(other, opened, cache=tmp_path / "new", progress=said) == boundary
     assert len(said.lines) == 1
     assert "never learned </s>" in said.lines[0]
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_told(
+    recipe: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = teacher(tmp_path / "model", tokenizer, knows_the_end=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    asked = recipe(folder)
+    with pytest.raises(CheckpointError, match=r"the logits of .* are not finite"):
+        settled(asked, Checkpoint.open(asked.model), cache=tmp_path / "cache", progress=SILENT)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_tokenizer_that_puts_nothing_in_front_asks_no_model(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from halve.anatomy.configs import key
@@ -16,6 +18,10 @@ MOST_LAYERS = 10_000
 MOST = 10_000_000
 """Of anything else that an axis counts; the widest models there are stay far below."""
 
+MOST_EPS = 0.1
+"""Of what norms add to a variance; beyond it, and below zero, they do not normalize."""
+
+_ROPE = ("rope_theta", "factor")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
 
 
@@ -60,6 +66,34 @@ def require(config: PretrainedConfig, path: Path) -> None:
             raise _refusal(path, name, window, "a window sees one token at least")
     if getattr(text, "sliding_window", 1) is None and _has_layers(text, "sliding_attention"):
         raise _refusal(path, "sliding_window", None, "layer_types has layers with such a window")
+
+    _require_precision(config, path)
+    _require_norms(text, path)
+    _require_rotations(getattr(text, "rope_parameters", None), path)
+
+
+def _require_precision(config: PretrainedConfig, path: Path) -> None:
+    """Weights are loaded in the precision that the config names."""
+    dtype = config.dtype
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= torch.half.itemsize
+    if not known and dtype is not None and not isinstance(dtype, str):
+        raise _refusal(path, "dtype", dtype, "weights are float16, bfloat16, float32 or float64")
+
+
+def _require_norms(config: PretrainedConfig, path: Path) -> None:
+    for name, value in vars(config).items():
+        if name.endswith(("_eps", "_epsilon")) and isinstance(value, int | float) and not 0 <= value <= MOST_EPS:
+            raise _refusal(path, name, value, f"what a norm adds to a variance lies between 0 and {MOST_EPS}")
+
+
+def _require_rotations(found: Any, path: Path) -> None:
+    """Angles of positions are powers of a base, divided by a factor: neither can be zero, negative or infinite."""
+    if not isinstance(found, Mapping):
+        return
+    for name, value in found.items():
+        _require_rotations(value, path)  # each kind of layer may have its own
+        if name in _ROPE and isinstance(value, int | float) and not 0 < value < math.inf:
+            raise _refusal(path, name, value, "positions are turned by angles that are made from a positive number")
 
 
 def _has_layers(config: PretrainedConfig, *kinds: str) -> bool:

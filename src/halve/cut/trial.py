@@ -48,6 +48,16 @@ class Tried:
         return asdict(self)
 
 
+def require(num_samples: int) -> None:
+    """Raise `CorpusError` for fewer calibration samples than a trial needs."""
+    if num_samples < 3:
+        raise CorpusError(
+            f"{num_samples} calibration samples are too few to compare shapes",
+            why="some are fitted and others measured on",
+            fix="give more text, a smaller data.context, or set prune.shape: width",
+        )
+
+
 def try_shapes(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -71,12 +81,7 @@ def try_shapes(
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
-    if len(samples_BS) < 3:
-        raise CorpusError(
-            f"{len(samples_BS)} calibration samples are too few to compare shapes",
-            why="some are fitted and others measured on",
-            fix="give more text, a smaller data.context, or set prune.shape: width",
-        )
+    require(len(samples_BS))
     held = min(MEASURED_SAMPLES, len(samples_BS) // 3)
     measured_BS, fit_BS = _apart(samples_BS, held)
     plain = Prune(hidden=1)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
+from halve.errors import CheckpointError
 from halve.files import read_sealed, sealed, write_json
 from halve.head import split
 from halve.progress import Progress
@@ -48,6 +49,8 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     Where the tokenizer puts a token in front of documents, the token behind them is not needed to tell them apart. It
     is left out if the teacher never learned it: after each of a few plain documents it finds the end absurd. Such a
     token costs tens of nats wherever it comes and spoils what is read behind it. Asked once; `cache` keeps the answer.
+
+    Raises `CheckpointError` where the teacher's logits are not finite.
     """
     marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
     if recipe.data.boundary != "auto" or marks.eos is None or marks.follows is None:
@@ -57,6 +60,12 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     if not note.exists():
         model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
         nats, even = end_nats(model, teacher.tokenizer, marks), math.log(split(model)[1].weight.shape[0])
+        if not math.isfinite(nats):
+            raise CheckpointError(
+                f"the logits of {recipe.model} are not finite",
+                why="NaN or infinity came out of the model on plain text",
+                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
+            )
         write_json(note, sealed({"nats": nats, "even": even}))
         if nats > ABSURD * even:
             token = teacher.tokenizer.convert_ids_to_tokens(marks.eos)
@@ -75,7 +84,7 @@ def bounded(recipe: Recipe, boundary: Boundary) -> Recipe:
 
 @torch.no_grad()
 def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: Marks) -> float:
-    """The fewest nats that the token behind a document costs a model, of a few plain documents."""
+    """The fewest nats that the token behind a document costs a model, of a few plain documents; NaN if one is NaN."""
     assert marks.eos is not None
     (body, head), front = split(model), [] if marks.bos is None else [marks.bos]
     found = []
@@ -83,7 +92,7 @@ def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: 
         ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids_1S = torch.tensor([[*front, *ids, marks.eos]], device=model.device)
         found.append(float(measure.token_nll(head, body(ids_1S), ids_1S)[0, -1]))
-    return min(found)
+    return math.nan if any(map(math.isnan, found)) else min(found)
 
 
 @torch.no_grad()

@@ -157,6 +157,20 @@ def prepare(
     return known
 
 
+def known(
+    sources: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str,
+    cache: Path,
+    boundary: Boundary = "auto",
+) -> Tokens | None:
+    """The token file that `prepare` has made of local sources, if it has; makes none. Raises `RunError` as `reopen`."""
+    marks = tokenize.marks(tokenizer, boundary)
+    key = _key(sources, {}, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
+    return reopen(cache / f"{key[:32]}.json")
+
+
 def _fill(
     draft: Draft,
     pieces: Iterable[Piece],

@@ -209,7 +209,7 @@ def require_shares(training: Training, size: int) -> None:
     """Raise `TrainError` unless a step's samples fall into equal shares, and these into equal parts."""
     if size % training.replicas:
         raise TrainError(
-            f"{size} ranks do not make {training.replicas} replicas",
+            f"{size} rank{'s do' if size > 1 else ' does'} not make {training.replicas} replicas",
             why="every replica is held by the same number of ranks",
             fix=f"set replicas to a divisor of {size}" if size > 1 else "set replicas to 1, or start more ranks",
         )
