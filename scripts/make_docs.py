@@ -83,9 +83,9 @@ def cli_page() -> str:
     command: Any = typer.main.get_command(app)
     parts = [
         f"{HEADER}# The command line\n\n"
-        "Exit code 0: done. 2: a mistake of the user's, told in three lines on stderr: what, why, how to mend it."
-        " 130: interrupted. 143: stopped by SIGTERM, after a checkpoint where it trained. Data goes to stdout, talk to"
-        " stderr.\n",
+        "Exit code 0: done. 2: an error that you can fix; three lines on stderr say what, why and how to fix it."
+        " 130: interrupted. 143: stopped by SIGTERM; a training stage writes a checkpoint first. Data goes to stdout,"
+        " messages go to stderr.\n",
     ]
     for name, verb in {"": command, **command.commands}.items():
         title = f"halve {name}".strip()
@@ -104,9 +104,9 @@ def recipe_page() -> str:
 
     head = (
         f"{HEADER}# The recipe\n\n"
-        "One YAML file says a whole run. Its sections have the names of the stages; a key that is not listed here is"
-        " an error. Paths are relative to the recipe's own folder. `halve check RECIPE` finds what is wrong without"
-        " loading weights.\n"
+        "One YAML file describes a whole run. Each section has the name of a stage. A key that is not listed here is an"
+        " error. Paths are relative to the folder of the recipe. `halve check RECIPE` finds errors without loading"
+        " weights. The [glossary](../concepts/words.md) explains the words.\n"
     )
     sections: dict[str, type[BaseModel]] = {}
     for name, field in Recipe.model_fields.items():

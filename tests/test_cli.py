@@ -424,7 +424,7 @@ def test_check_of_a_sound_recipe(
     assert main(["check", "sound.yaml", "--out", str(tmp_path / "run"), "--json"]) == 0
     assert said(capsys) == []
     assert main(["check", "sound.yaml", "--out", str(tmp_path / "run")]) == 0
-    assert "nothing to mend" in capsys.readouterr().out
+    assert "no errors found" in capsys.readouterr().out
 
 
 def test_results_are_printed_as_a_table_and_as_json(
@@ -466,7 +466,7 @@ def test_the_first_line_names_an_equal_run_under_another_name(
     recipe.write_text(recipe.read_text().replace("name: tiny", "name: other"))
     assert main(["run", str(recipe)]) == 3
     first = capsys.readouterr().err.splitlines()[0]
-    assert first == "runs/tiny is this recipe under another name; --out runs/tiny goes on with it"
+    assert first == "runs/tiny is this recipe under another name; --out runs/tiny resumes it"
     for words in (["--out", "elsewhere"], ["--quiet"]):
         assert main(["run", str(recipe), *words]) == 3
         assert "another name" not in capsys.readouterr().err

@@ -189,3 +189,17 @@ def test_recipes_in_the_pages_parse(tmp_path: Path) -> None:
     assert shown
     for text in shown:
         halve.Recipe.model_validate(yaml.safe_load(text))
+
+
+def test_every_key_of_a_recipe_has_words() -> None:
+    page = (ROOT / "docs/reference/recipe.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, flags=re.M)
+    assert len(rows) > 100
+    assert [key for key, words in rows if not words.strip()] == []
+
+
+def test_no_summary_of_a_verb_is_cut_off() -> None:
+    page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    listed = page.partition("\nCommands:\n")[2].partition("```")[0].splitlines()
+    assert len(listed) > 10
+    assert [line for line in listed if not re.fullmatch(r"  \w+ +\S.*[^.]\.", line)] == []

@@ -25,7 +25,7 @@ from halve.recipe import Prune, Recipe
 
 app = typer.Typer(
     name="halve",
-    help="Make a Hugging Face language model smaller and keep what it knows.",
+    help="Make a Hugging Face language model smaller by pruning and distillation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @app.command()
 def demo(
-    long: Annotated[bool, typer.Option("--long", help="About an hour on the same, instead of minutes.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Use larger budgets: about an hour instead of minutes.")] = False,
     out: flags.DemoOut = Path("runs/demo"),
     corpus: flags.Corpus = None,
     json_: AsJson = False,
 ) -> None:
-    """The whole pipeline on the embedded teacher, offline, on a CPU."""
+    """Run the whole pipeline on a small built-in teacher, offline."""
     from halve.demo.run import run as run_demo
 
     _show_results(run_demo(out=out, long=long, corpus=corpus, console=Console(stderr=True)), json_=json_)
@@ -77,10 +77,12 @@ def demo(
 @app.command()
 def inspect(
     model: Model,
-    proof: Annotated[bool, typer.Option(help="Prove every axis on a random twin (some seconds).")] = True,
+    proof: Annotated[
+        bool, typer.Option(help="Prove on a tiny random model which axes can be cut (takes seconds).")
+    ] = True,
     json_: AsJson = False,
 ) -> None:
-    """Family, axes of every weight, sizes, what can be cut, proof results."""
+    """Show what a model is made of and which axes can be cut."""
     from halve import show
     from halve.checkpoint import Checkpoint
     from halve.cut.proof import prove
@@ -98,18 +100,25 @@ def inspect(
 def plan(
     model: Model,
     params: Annotated[str | None, typer.Option(help="Budget of total parameters, such as 4.5B.")] = None,
-    non_embedding_ratio: Annotated[float | None, typer.Option(help="Share of non-embedding parameters.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Channels to keep.")] = None,
-    ffn: Annotated[int | None, typer.Option(help="Neurons to keep in every layer.")] = None,
+    non_embedding_ratio: Annotated[
+        float | None, typer.Option(help="Budget as a share of the non-embedding parameters.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Channels of the residual stream to keep.")] = None,
+    ffn: Annotated[int | None, typer.Option(help="MLP neurons to keep in every layer.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads to keep in every layer.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key-value groups to keep in every layer.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key-value heads to keep in every layer.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers to keep.")] = None,
     drop_layers: Annotated[str | None, typer.Option(help="Layers to drop, such as 16-31.")] = None,
-    context: Annotated[int, typer.Option(min=1, max=10**9, help="Tokens of context that FLOPs are counted at.")] = 4096,
-    most: Annotated[int, typer.Option(min=1, help="Candidates to list.")] = 10,
+    context: Annotated[
+        int, typer.Option(min=1, max=10**9, help="Context length at which FLOPs per token are counted.")
+    ] = 4096,
+    most: Annotated[int, typer.Option(min=1, help="Number of candidates to list.")] = 10,
     json_: AsJson = False,
 ) -> None:
-    """Legal architectures near a budget, or sizes by hand; exact counts, no weights read."""
+    """List legal sizes near a budget, with exact counts.
+
+    Sizes can also be given by hand. No weights are read.
+    """
     from halve import show
     from halve.anatomy.runtimes import runtimes
     from halve.checkpoint import Checkpoint
@@ -142,7 +151,7 @@ def run(
     recipe: RecipeFile,
     out: Out = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, tokens, cost, memory, disk; do nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan, tokens, cost, memory and disk; run nothing.")
     ] = False,
     ranks: flags.Ranks = 1,
     mfu: flags.Mfu = 0.4,
@@ -151,7 +160,7 @@ def run(
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
-    """All stages of a recipe; started again, it goes on where it stopped."""
+    """Run all stages of a recipe, or resume an earlier run."""
     from halve.rundir import equal_run
 
     loaded = _spiking(load(recipe), on_spike)
@@ -167,7 +176,7 @@ def run(
         return
     if not quiet:
         if out is None and (twin := equal_run(loaded, Path("runs"))) and _speaks():
-            print(f"{twin} is this recipe under another name; --out {twin} goes on with it", file=sys.stderr)
+            print(f"{twin} is this recipe under another name; --out {twin} resumes it", file=sys.stderr)
         _say_plan(loaded)
     folder = _run(loaded, out, only=None, quiet=quiet)
     _show_results(folder, json_=json_)
@@ -175,7 +184,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
-    """Every error that can be known before any weight is loaded."""
+    """Find the errors that need no weights to be loaded."""
     from halve import show
     from halve.checkpoint import Checkpoint
     from halve.dryrun import trial_shapes
@@ -191,7 +200,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     if found:
         raise typer.Exit(2)
     if not json_:
-        print(f"{recipe}: nothing to mend")
+        print(f"{recipe}: no errors found")
         show.trial(trial_shapes(loaded, shapes(loaded, Checkpoint.open(loaded.model))))
         _next(f"halve run {recipe}")
 
@@ -202,7 +211,10 @@ def export(
     out: flags.NewFolder,
     json_: AsJson = False,
 ) -> None:
-    """The student of a run, also while it is being trained, as an ordinary model folder."""
+    """Write the student of a run as an ordinary model folder.
+
+    This also works while the student is being trained.
+    """
     from halve import show
     from halve.export import export as write
 
@@ -216,8 +228,8 @@ def export(
 
 @app.command()
 def study(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. See --list.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Name the studies.")] = False,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. --list shows the names.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     out: flags.StudyOut = Path("runs/studies"),
     model: flags.Teacher = None,
     train: flags.Train = None,
@@ -229,7 +241,11 @@ def study(
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
-    """Reproduce a table of the papers in small: arms, seeds, a verdict on each claim. Resumable."""
+    """Reproduce a table of the papers on a small scale.
+
+    A study trains several configurations with several seeds and gives a verdict on each claim of the paper. It resumes
+    where it was interrupted.
+    """
     from halve import show
     from halve.studies import declare
 
@@ -326,11 +342,11 @@ def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -
     return recipe if policy is None else on_spikes(recipe, policy)
 
 
-_stage_command("correct", "Adapt the teacher to the corpus (2408.11796, Sec. 2.1).", "score")
-_stage_command("score", "Score every axis with one forward pass.", "prune")
-_stage_command("prune", "Prove, plan, cut and check.", "distill")
-_stage_command("cache", "Keep the teacher's answers to the samples of the distillation (distill.cache).", "distill")
-_stage_command("distill", "Let the student learn from the teacher.", "evaluate")
+_stage_command("correct", "Fine-tune the teacher on the corpus.", "score")
+_stage_command("score", "Score the importance of every axis in one forward pass.", "prune")
+_stage_command("prune", "Cut the model, after proof and plan; then check it.", "distill")
+_stage_command("cache", "Store the teacher's answers on disk (distill.cache).", "distill")
+_stage_command("distill", "Train the student on the teacher's distribution.", "evaluate")
 _stage_command("evaluate", "Measure every model of the run.", "report")
 _stage_command("report", "Write the HTML page and the model card.", "")
 

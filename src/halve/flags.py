@@ -30,38 +30,46 @@ def finite(given: float) -> float:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder (a config alone is enough) or a hub name.", callback=place)
+    str, typer.Argument(metavar="MODEL", help="A model folder (config.json is enough) or a hub name.", callback=place)
 ]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", callback=place)]
-Out = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/ and the recipe's name.", callback=place)]
+Out = Annotated[
+    Path | None, typer.Option(help="The run folder. Default: runs/NAME, with the recipe's name.", callback=place)
+]
 OnSpike = Annotated[
     Literal["stop", "skip", "rewind"] | None,
-    typer.Option(help="What a loss that is not finite or leaps leads to, in place of the recipe's on_spike."),
+    typer.Option(help="Reaction to a loss spike; overrides the recipe's on_spike."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-Ranks = Annotated[int, typer.Option(min=1, max=10**6, help="With --dry-run: how many ranks will train.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress on stderr.")]
+Ranks = Annotated[int, typer.Option(min=1, max=10**6, help="With --dry-run: number of ranks that train.")]
 Mfu = Annotated[
     float,
     typer.Option(
-        min=0.01, max=1.0, callback=finite, help="With --dry-run: the share of the peak rate to count hours with."
+        min=0.01, max=1.0, callback=finite, help="With --dry-run: share of the peak FLOP rate (MFU), for the hours."
     ),
 ]
 Card = Annotated[
     float, typer.Option(min=1.0, max=1e6, callback=finite, help="With --dry-run: memory of one GPU, in GB.")
 ]
-Exported = Annotated[str, typer.Argument(metavar="SOURCE", help="A run folder, or a checkpoint in it.", callback=place)]
+Exported = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A run folder, or one of its checkpoints.", callback=place)
+]
 NewFolder = Annotated[Path, typer.Option(help="The new model folder.", callback=place)]
 DemoOut = Annotated[Path, typer.Option(help="The run folder.", callback=place)]
 Corpus = Annotated[
     Path | None,
-    typer.Option(help="Text to distil on where the standard library's sources are missing.", callback=place),
+    typer.Option(help="Text to distill on if the standard library's sources are missing.", callback=place),
 ]
-StudyOut = Annotated[Path, typer.Option(help="Where runs and results go; studies share what they can.", callback=place)]
-Teacher = Annotated[str | None, typer.Option(help="A teacher instead of the demo's.", callback=place)]
-Train = Annotated[list[str] | None, typer.Option(help="Its text to distill on; may be repeated.", callback=place)]
-Valid = Annotated[list[str] | None, typer.Option(help="Its held-out text; may be repeated.", callback=place)]
-Choices = Annotated[Path | None, typer.Option(help="Multiple-choice items, for depth-sets.", callback=place)]
-Seeds = Annotated[int, typer.Option(min=1, max=1000, help="How many seeds.")]
-Tokens = Annotated[int | None, typer.Option(min=1, max=values.MOST, help="Tokens that an arm is distilled on.")]
-Context = Annotated[int | None, typer.Option(min=2, max=values.MOST, help="Tokens in a sample.")]
+StudyOut = Annotated[
+    Path, typer.Option(help="Folder for runs and results; studies share runs where they can.", callback=place)
+]
+Teacher = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
+Train = Annotated[
+    list[str] | None, typer.Option(help="Text to distill on, with --model; may be repeated.", callback=place)
+]
+Valid = Annotated[list[str] | None, typer.Option(help="Held-out text, with --model; may be repeated.", callback=place)]
+Choices = Annotated[Path | None, typer.Option(help="Multiple-choice items, for the study depth-sets.", callback=place)]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds.")]
+Tokens = Annotated[int | None, typer.Option(min=1, max=values.MOST, help="Training tokens of each configuration.")]
+Context = Annotated[int | None, typer.Option(min=2, max=values.MOST, help="Tokens in one sample.")]

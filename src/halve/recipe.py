@@ -94,8 +94,8 @@ _OF_DISTILLATION = (
 class Source(Section):
     """One part of a mixture."""
 
-    sources: tuple[TextSource, ...] = Field(min_length=1)
-    weight: Factor = Field(description="its share of the samples, relative to the other parts'")
+    sources: tuple[TextSource, ...] = Field(min_length=1, description="files, folders or hub data sets of this part")
+    weight: Factor = Field(description="share of the samples, relative to the weights of the other parts")
 
 
 class Data(Section):
@@ -109,17 +109,21 @@ class Data(Section):
         Annotated[tuple[TextSource, ...], Field(min_length=1), Tag("[sources]")]
         | Annotated[dict[str, Source], Field(min_length=1), Tag("[parts]")],
         Discriminator(lambda given: "[parts]" if isinstance(given, dict) else "[sources]"),
-    ] = Field(description="sources, or a mixture: parts by name, each with sources and a weight")
-    valid: tuple[TextSource, ...] = Field(min_length=1, description="held-out text; also measured during training")
+    ] = Field(description="training text: a list of sources, or a mixture of named parts with sources and weights")
+    valid: tuple[TextSource, ...] = Field(
+        min_length=1, description="held-out text, for the evaluation and for measurements during training"
+    )
     text_field: str = Field(
-        "text", min_length=1, description="the field of JSON lines, parquet and hub rows that holds the text"
+        "text", min_length=1, description="field that holds the text in JSON lines, CSV, parquet and hub rows"
     )
     context: Context = Field(512, description="tokens in one packed sample")
     boundary: Boundary = Field(
-        "auto", description="special tokens: in front of documents and samples (bos), behind documents (eos), or both"
+        "auto",
+        description="special tokens at document boundaries; bos: before each document and sample; eos: after each"
+        " document; auto: what the tokenizer and the teacher know",
     )
     documents: Literal["joined", "apart"] = Field(
-        "joined", description="apart: in training, attention and prediction end at a document's border"
+        "joined", description="apart: in training, attention and prediction do not cross document boundaries"
     )
     workers: Count = Field(1, description="processes that tokenize; the result does not depend on them")
 
@@ -132,20 +136,24 @@ class Data(Section):
 
 
 class Score(Section):
-    """Importance of every axis from one forward pass (2407.14679, Sec. 2.2; its default of 1024 samples)."""
+    """Importance of every axis from one forward pass (2407.14679, Sec. 2.2)."""
 
-    samples: Count = 1024
-    micro_batch: Count = 8
-    batch_agg: Aggregator = "l2"
-    seq_agg: Aggregator = "mean"
-    method: Method = Field("activation", description="how width is scored; all but activation are baselines")
-    ffn_point: FfnPoint = Field("down_input", description="where neurons are read; up_output is the paper's formula")
-    depth: DepthCriterion = Field("bi", description="how layers are scored")
-    depth_pattern: DepthPattern = Field(
-        "single", description="which sets are compared: single layers, contiguous blocks, or one by one greedily"
+    samples: Count = Field(1024, description="calibration samples (the paper's number)")
+    micro_batch: Count = Field(8, description="samples in one forward pass; scores do not depend on it")
+    batch_agg: Aggregator = Field("l2", description="how activations are reduced over samples")
+    seq_agg: Aggregator = Field("mean", description="how activations are reduced over the tokens of a sample")
+    method: Method = Field(
+        "activation", description="how widths (hidden, ffn, heads) are scored; all but activation are baselines"
     )
-    depth_samples: Count = Field(64, description="samples that a removal is measured on")
-    depth_task: Place | None = Field(None, description="multiple-choice file for depth: task")
+    ffn_point: FfnPoint = Field(
+        "down_input", description="where the activations of neurons are read; up_output: as in the paper's formula"
+    )
+    depth: DepthCriterion = Field("bi", description="criterion by which layers are dropped")
+    depth_pattern: DepthPattern = Field(
+        "single", description="which sets of layers are compared; greedy: one layer after another"
+    )
+    depth_samples: Count = Field(64, description="samples on which the removal of layers is measured")
+    depth_task: Place | None = Field(None, description="multiple-choice file for `depth: task`")
 
     @model_validator(mode="after")
     def _depth(self) -> Score:
@@ -157,40 +165,58 @@ class Score(Section):
 
 
 class Prune(Section):
-    """What the student looks like: sizes by hand, or a budget that the planner meets."""
+    """The size of the student: sizes by hand, or a budget from which sizes are computed."""
 
     params: Written | None = Field(
-        None, description="total parameters, such as 4.5B; the nearest legal sizes are taken"
+        None, description="budget: total parameters, such as 4.5B; the nearest legal sizes are taken"
     )
-    non_embedding_ratio: Real | None = Field(None, gt=0, lt=1, description="share of non-embedding parameters to keep")
-    hidden: Count | None = None
-    ffn: Count | None = None
-    heads: Count | None = None
-    kv_heads: Count | None = None
-    layers: Count | None = Field(None, description="layers to keep, the least important dropped")
+    non_embedding_ratio: Real | None = Field(
+        None, gt=0, lt=1, description="budget: share of the non-embedding parameters to keep"
+    )
+    hidden: Count | None = Field(None, description="channels of the residual stream to keep")
+    ffn: Count | None = Field(None, description="MLP neurons to keep in each layer")
+    heads: Count | None = Field(None, description="query heads to keep in each layer")
+    kv_heads: Count | None = Field(None, description="key-value heads to keep in each layer")
+    layers: Count | None = Field(None, description="number of layers to keep; the least important are dropped")
     drop_layers: Written | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
     shape: Shape = Field(
         "trial",
-        description="what a budget is spent on; trial: cut and refit every mix of depth and width on a few samples",
+        description="how a budget becomes sizes; width: hidden and ffn shrink evenly; trial: cut and refit several"
+        " shapes on a few samples and take the best",
     )
-    gain: Gain = Field("fitted", description="how norm gains make up for fewer channels")
-    steps: Count = Field(1, description="cut in so many steps, scored anew before each (iterative importance)")
+    gain: Gain = Field(
+        "fitted",
+        description="factor on norm weights after a cut of hidden; constant: sqrt(H / H'); fitted: by least squares",
+    )
+    steps: Count = Field(
+        1, description="number of cuts on the way to the target, with new scores before each (iterative importance)"
+    )
     selection: Selection = Field(
         "auto",
-        description="refit: choose neurons and heads (groups of several query heads aside) by what a refit cannot"
-        " make up for; rank: by their scores; auto: refit where a one-shot cut by activations is refit",
+        description="how neurons and heads are chosen; rank: by score; refit: by what a refit cannot compensate"
+        " for (groups of several query heads: by score); auto: refit for a refit one-step cut with method: activation",
     )
     rotation: Rotation = Field(
-        "auto", description="basis of hidden; auto: the principal one where norms allow it and activations score width"
+        "auto",
+        description="pca: rotate hidden to its principal axes before the cut; auto: if the norms allow it and"
+        " score.method is activation",
     )
-    untie: Switch = Field(False, description="let rotation give a tied head weights of its own: closer, and larger")
-    refit: Refit = Field("all", description="solve for the weights that read or write what was cut")
-    ridge: Factor = Field(1e-3, description="ridge of the refit, relative to the mean of the Gram's diagonal")
-    refit_samples: Count = Field(128, description="calibration samples of rotation and refit")
-    head_merge: Real = Field(0.0, ge=-100, le=100, description="coefficient of the head residual merge; 0 is off")
+    untie: Switch = Field(
+        False,
+        description="with rotation: give a tied head its own weights; the student is closer to the teacher, and larger",
+    )
+    refit: Refit = Field(
+        "all", description="solve for the weights around the cut; outputs: only output and down projections"
+    )
+    ridge: Factor = Field(1e-3, description="ridge of the refit, relative to the mean diagonal of the Gram matrix")
+    refit_samples: Count = Field(128, description="calibration samples for rotation and refit")
+    head_merge: Real = Field(
+        0.0, ge=-100, le=100, description="coefficient of the head residual merge (2407.14679, Sec. 2.3); 0: off"
+    )
     layer_merge: LayerMerge = Field(
         "none",
-        description="laco: add removed layers' differences to the one before; laco_search: and find these layers",
+        description="laco: add the differences of removed layers to the layer before them; laco_search: also search for"
+        " the layers to merge",
     )
 
     @model_validator(mode="after")
@@ -212,25 +238,26 @@ class Prune(Section):
 
 
 class Evaluate(Section):
-    """What is measured of every model of the run."""
+    """What is measured for every model of the run."""
 
     samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
     choices: tuple[Place, ...] = Field(
         (),
         description="multiple-choice files: JSON lines with context, choices, answer or contexts, ending, answer",
     )
-    prompts: tuple[str, ...] = Field((), description="texts that the report shows completed")
-    completion_tokens: Annotated[Count, Field(le=100_000)] = 48
-    speed: Switch = Field(True, description="measure prefill and decode speed and peak memory")
+    prompts: tuple[str, ...] = Field((), description="prompts whose completions the report shows")
+    completion_tokens: Annotated[Count, Field(le=100_000)] = Field(48, description="tokens generated for each prompt")
+    speed: Switch = Field(True, description="measure prefill speed, decode speed and peak memory")
 
 
 class Step(Section):
-    """A further round of iterative compression: prune the last student again and distil it (15B to 8B to 4B)."""
+    """A further round of iterative compression: prune the last student again and distill it (15B to 8B to 4B)."""
 
-    prune: Prune
-    distill: Distill | None = None
+    prune: Prune = Field(description="the size of this round's student")
+    distill: Distill | None = Field(None, description="the training of this round's student")
     teacher: Literal["original", "previous"] = Field(
-        "original", description="whom it learns from: the run's teacher, corrected if it corrects, or the last student"
+        "original",
+        description="teacher of this round: the run's teacher (corrected, if the run corrects it) or the last student",
     )
 
 
@@ -241,11 +268,13 @@ def _unturned(prune: Prune) -> Prune:
 class Recipe(Section):
     """A whole run, from a teacher to a report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="label of the run and name of its folder"
+    )
     model: Place = Field(description="the teacher: a folder or a hub name")
-    seed: Seed = 0
-    device: Device = "auto"
-    dtype: Dtype = Field("auto", description="precision that weights are held in; auto: the checkpoint's own")
+    seed: Seed = Field(0, description="seed of all random numbers: order of samples, random weights, draws")
+    device: Device = Field("auto", description="where models run; auto: CUDA if there is a GPU")
+    dtype: Dtype = Field("auto", description="precision of the weights; auto: that of the checkpoint")
     data: Data
     correct: Correct | None = Field(None, description="off unless the section is there")
     score: Score = Score()

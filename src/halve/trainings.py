@@ -29,18 +29,20 @@ HOW = (
     "spike_factor",
     "loggers",
 )
-"""What says of a training how it is carried out, not what comes of it: a run goes on with other values of these."""
+"""Keys that say how a training is carried out and do not change its result: a run may resume with other values."""
 
 
 class Phase(Section):
-    """From some token on, train on another mixture, in another context or at another rate (2407.14679, Table 20)."""
+    """After some tokens, another mixture, context or learning rate (2407.14679, Table 20)."""
 
-    from_tokens: Count = Field(description="tokens after which it begins, rounded up to whole steps")
+    from_tokens: Count = Field(description="tokens after which the phase begins, rounded up to whole steps")
     mixture: Annotated[dict[str, Factor], Field(min_length=1)] | None = Field(
-        None, description="weights of the parts of data.train; a part that is not named is not drawn from"
+        None, description="new weights of the parts of data.train; parts that are not named are no longer drawn"
     )
-    context: Context | None = Field(None, description="tokens in one packed sample; a step keeps its number of samples")
-    lr: Rate | None = Field(None, description="what the cosine is scaled to from here on")
+    context: Context | None = Field(
+        None, description="tokens in one packed sample; the number of samples per step stays the same"
+    )
+    lr: Rate | None = Field(None, description="new peak learning rate of the same cosine schedule")
 
 
 class Training(Section):
@@ -51,38 +53,43 @@ class Training(Section):
     micro_batch: Count | None = Field(None, description="samples in one forward pass; default: the whole batch")
     lr: Rate = Field(1e-4, description="peak learning rate")
     min_lr: Real = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
-    warmup_steps: CountFromZero = 40
-    weight_decay: Real = Field(0.0, ge=0, le=10)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    clip: Factor = Field(1.0, description="largest gradient norm")
-    phases: tuple[Phase, ...] = ()
+    warmup_steps: CountFromZero = Field(40, description="steps of linear warm-up to the peak learning rate")
+    weight_decay: Real = Field(0.0, ge=0, le=10, description="weight decay of the optimizer")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay rates of the first and second moment (AdamW)")
+    clip: Factor = Field(1.0, description="gradients are clipped to this global norm")
+    phases: tuple[Phase, ...] = Field((), description="changes of mixture, context or learning rate, in order")
     optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
         "adamw",
-        description="muon: for matrices between hidden states, AdamW for the rest; adamw8bit: moments in 8 bits",
+        description="muon: Muon for matrices inside layers, AdamW for the rest; adamw8bit: AdamW with 8-bit moments",
     )
-    offload_optimizer: Switch = Field(False, description="masters' moments wait in main memory (CUDA)")
+    offload_optimizer: Switch = Field(False, description="keep the optimizer's moments in main memory (CUDA)")
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        "none", description="what of each layer is computed again on the way back: nothing, all, all but its products"
+        "none",
+        description="recomputation in the backward pass; full: the whole layer; selective: all but matrix products and"
+        " attention",
     )
-    compile: Switch = Field(False, description="compile each layer; the first step takes a minute more")
-    replicas: Count = Field(1, description="groups of ranks that each hold a whole model; 1 shards it over all of them")
+    compile: Switch = Field(False, description="torch.compile each layer; the first step takes about a minute longer")
+    replicas: Count = Field(1, description="groups of ranks that each hold a whole model; 1: shard it over all ranks")
     checkpoint_every: Count = Field(
-        200, description="steps between checkpoints; a kill loses at most these, twice as many while one is written"
+        200, description="steps between checkpoints; a kill loses at most this many, twice as many during a write"
     )
-    keep_checkpoints: Count = Field(1, description="how many checkpoints stay on the disk")
+    keep_checkpoints: Count = Field(1, description="number of checkpoints that are kept on disk")
     on_spike: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="what a loss that is not finite or leaps leads to: an error, the step left out,"
-        " or the last checkpoint again and those samples left out",
+        description="reaction to a loss spike or a loss that is not finite; stop: end with an error; skip: skip the"
+        " step; rewind: return to the last checkpoint and skip those samples",
     )
     spike_factor: Factor = Field(
-        3.0, gt=1, description="a leap: so many running means above the mean, and 6 standard deviations"
+        3.0,
+        gt=1,
+        description="a spike is a loss that exceeds its running mean by this factor times the mean, and by 6 standard"
+        " deviations",
     )
-    loggers: tuple[Logger, ...] = Field((), description="where metrics go beside the JSON lines")
+    loggers: tuple[Logger, ...] = Field((), description="where metrics go in addition to metrics.jsonl")
     eval_every: Count = Field(50, description="steps between held-out measurements")
-    eval_samples: Count = Field(16, description="held-out samples in such a measurement")
+    eval_samples: Count = Field(16, description="held-out samples in each measurement")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute precision; masters and reductions stay float32. auto: bfloat16 on CUDA"
+        "auto", description="compute precision; master weights and reductions stay float32; auto: bfloat16 on CUDA"
     )
 
     @model_validator(mode="after")
@@ -102,54 +109,70 @@ class Training(Section):
 
 
 class Correct(Training):
-    """Teacher correction (2408.11796, Sec. 2.1): the teacher learns the corpus with cross-entropy."""
+    """Teacher correction (2408.11796, Sec. 2.1): fine-tune the teacher on the corpus with cross-entropy."""
 
     method: Literal["full", "lora", "norms"] = Field(
-        "full", description="what is trained: all, adapters that are merged at the end, or the norms alone"
+        "full", description="what is trained; lora: adapters that are merged at the end; norms: only the norms"
     )
-    lora_rank: Count = 16
-    lora_alpha: Factor = Field(32.0, description="an adapter counts alpha / rank times")
+    lora_rank: Count = Field(16, description="rank of the LoRA adapters")
+    lora_alpha: Factor = Field(32.0, description="LoRA scale: an adapter is multiplied by lora_alpha / lora_rank")
     when: Literal["before", "beside"] = Field(
         "before",
-        description="beside: in the same loop as the distillation, on its samples and for as many of its tokens as"
-        " `tokens` says (Sec. 4.2); batch, precision, ranks, checkpoints and measurements are then its own",
+        description="before: a stage of its own; beside: in the loop of the distillation, on its first `tokens` tokens"
+        " (Sec. 4.2). Batch, precision, ranks, checkpoints and measurements are then those of distill",
     )
 
 
 class Intermediate(Section):
-    """Losses on intermediate states beside the logits' (2407.14679, Sec. 3): `alpha * L_is`."""
+    """An additional loss on intermediate states, `alpha * L_is` (2407.14679, Sec. 3)."""
 
-    states: tuple[State, ...] = Field(("embedding", "output"), min_length=1)
-    layers: dict[int, Whole] | None = Field(
-        None, description="teacher's layer: student's layer, negative from the end; default {-2: -2} (Table 17)"
+    states: tuple[State, ...] = Field(
+        ("embedding", "output"), min_length=1, description="which states of teacher and student are compared"
     )
-    alpha: Factor | None = Field(None, description="weight; default: L_logits / L_is of the moment, as the paper")
+    layers: dict[int, Whole] | None = Field(
+        None,
+        description="teacher layer: student layer; negative numbers count from the end; default {-2: -2} (Table 17)",
+    )
+    alpha: Factor | None = Field(
+        None, description="weight of the loss; default: the current L_logits / L_is, as in the paper"
+    )
 
 
 class Distill(Training):
-    """Recovery of the pruned student; forward KL on logits alone is the papers' choice (2407.14679, Table 15)."""
+    """Train the pruned student on the teacher's distribution, by default with forward KL (2407.14679, Table 15)."""
 
     objective: Term | Annotated[dict[Term, Factor], Field(min_length=1)] = Field(
-        "kl", description="a term, or a sum of terms with their weights, such as {kl: 0.5, ce: 0.5}"
+        "kl", description="one loss term, or a weighted sum of terms such as {kl: 0.5, ce: 0.5}"
     )
-    temperature: Real = Field(1.0, ge=0.01, le=100, description="of kl, reverse_kl and jsd")
-    beta: Real = Field(0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
-    top_k: Count | None = Field(None, description="kl: only the teacher's likeliest tokens")
-    top_k_tail: Switch = Field(False, description="and the rest of its probability as one token more")
-    intermediate: Intermediate | None = None
+    temperature: Real = Field(1.0, ge=0.01, le=100, description="softmax temperature of kl, reverse_kl and jsd")
+    beta: Real = Field(
+        0.5, gt=0, lt=1, description="with jsd: share of the teacher in the mixture of both distributions"
+    )
+    top_k: Count | None = Field(
+        None, description="with kl: compare only this many of the teacher's most likely tokens; default: all"
+    )
+    top_k_tail: Switch = Field(False, description="with top_k: count the remaining probability as one extra token")
+    intermediate: Intermediate | None = Field(
+        None, description="an additional loss on intermediate states; off unless the section is there"
+    )
     cache: Cache = Field(
-        "none", description="the teacher's answers, from disk: hidden states (exact) or sampled logits (unbiased)"
+        "none", description="store the teacher's answers on disk: hidden states (exact) or sampled logits (unbiased)"
     )
-    cache_samples: Count = Field(16, description="draws a token for cache: logits")
+    cache_samples: Count = Field(16, description="with cache: logits, tokens drawn from the teacher at each position")
     teacher_device: str = Field(
         "same",
         pattern=r"^(same|cpu|cuda(:[0-9]{1,4})?)$",
-        description="another device for the teacher, such as cuda:1 or cpu",
+        description="device of the teacher: same (as the student), cpu, cuda or cuda:1",
     )
-    offload_teacher: Switch = Field(False, description="the teacher's layers wait in main memory and visit the device")
-    shard_teacher: Switch = Field(True, description="with several ranks: shard the teacher too, or hold it on each")
+    offload_teacher: Switch = Field(
+        False, description="keep the teacher's layers in main memory and copy them to the device one at a time"
+    )
+    shard_teacher: Switch = Field(
+        True, description="with several ranks: shard the teacher; false: a whole copy on each rank"
+    )
     baselines: tuple[Baseline, ...] = Field(
-        (), description="controls on the same tokens: the same cut trained with CE, a random start, a random cut"
+        (),
+        description="controls on the same tokens: the same cut with cross-entropy, random weights, a random cut",
     )
 
     @property
