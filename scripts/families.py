@@ -30,16 +30,30 @@ SOURCES = ("anatomy/*.py", *(f"cut/{name}.py" for name in ("proof", "twins", "su
 SECONDS, BYTES = 120.0, 2 * 10**9
 AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
 
-# Not families of decoder-only language models, though transformers lists them under causal language models.
-OTHER_TASKS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
+# Not families of decoder-only language models, though transformers lists them under causal language models: they
+# fill gaps, translate, or read pictures and sounds as well.
+OTHER_TASKS = (
+    *("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM"),
+    *("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"),
+)
 # Default configs that the family's own code does not build, or that say nothing of its checkpoints.
 CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "diffllama": {"num_key_value_heads": 8},
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4, "num_hidden_layers": 32},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 16,
+    },
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
 }
 
@@ -153,6 +167,7 @@ def findings(name: str) -> dict[str, Any]:
 
     from halve.anatomy import discover
     from halve.anatomy.configs import quiet
+    from halve.cut.causal import check_causal
     from halve.cut.proof import prove
     from halve.errors import HalveError
 
@@ -161,6 +176,10 @@ def findings(name: str) -> dict[str, Any]:
         with quiet():
             config = AutoConfig.for_model(name, **CHANGES.get(name, {}))
             anatomy = discover(config)
+            try:
+                check_causal(anatomy)
+            except HalveError as error:
+                return {"stopped": f"{error.what}: {error.why}", "looks_ahead": True}
             proof = prove(anatomy)
     except HalveError as error:
         return {"stopped": f"{error.what}: {error.why}"}
@@ -174,11 +193,18 @@ def findings(name: str) -> dict[str, Any]:
 
 
 def _lacks(anatomy: Anatomy) -> list[str]:
-    """The axes that are none of the family's: key-value heads that go with heads, ffn that is a multiple of hidden."""
+    """The axes that are none of the family's: key-value heads that go with heads, ffn that is a multiple of hidden.
+
+    A family without attention has no heads.
+    """
+    from halve.anatomy.configs import has_heads
+
     sums = [expr for shape in anatomy.params.values() for expr in shape]
     fixed = any(len(expr.terms) > 3 and {*expr.terms} == {("hidden",)} for expr in sums)
     lacks_ffn = fixed and not any("ffn" in expr.axes for expr in sums)
-    return [*([] if anatomy.grouped else ["kv_heads"]), *(["ffn"] if lacks_ffn else [])]
+    lacks_heads = not has_heads(anatomy.config)
+    found = {"ffn": lacks_ffn, "heads": lacks_heads, "kv_heads": lacks_heads or not anatomy.grouped}
+    return [axis for axis, lacks in found.items() if lacks]
 
 
 # ---- what is made of the findings
@@ -209,7 +235,13 @@ def _of_experts(result: Mapping[str, Any]) -> bool:
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table, and the failing check of every axis that is refused."""
+    """The table, and the failing check of every axis that is refused.
+
+    Left out are results of what is no family any more, and families whose default architecture looks ahead.
+    """
+    known = families()
+    ahead = [name for name in known if results.get(name, {}).get("looks_ahead")]
+    results = {name: results[name] for name in known if name in results and name not in ahead}
     nothing = [name for name, result in results.items() if not {"yes", "with heads"} & set(cells(result).values())]
     whole = [name for name, result in results.items() if not refused(result)]
     but_experts = [name for name, result in results.items() if set(refused(result)) == {"ffn"} and _of_experts(result)]
@@ -236,9 +268,12 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         " `halve inspect MODEL`.\n\n"
         "*with heads*, *with hidden*: the family's code computes head_dim as hidden / heads, so the two are cut"
         " together. Nothing under kv_heads: every query head has its own key and value head, and they are cut with it;"
-        " nothing under ffn: the code makes it a multiple of hidden, and it is cut with that."
+        " nothing under ffn: the code makes it a multiple of hidden, and it is cut with that; nothing under heads: the"
+        " family has no attention."
         " transformers opens every student: that is part of the proof. What other programs open was measured:"
         " [runtimes](runtimes.md).\n\n"
+        "Left out are families that transformers lists under other tasks as well, such as filling gaps or reading"
+        f" pictures, and those whose default architecture looks ahead: {', '.join(ahead) or 'none'}.\n\n"
         f"{table}\n\n## Why not\n\n" + "\n".join(notes) + "\n"
     )
 

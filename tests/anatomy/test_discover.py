@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from families import ALSO, COUPLED, PROVED, config
@@ -9,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from halve.anatomy import Anatomy, discover
 from halve.anatomy.configs import build, resized
+from halve.anatomy.discover import _looked_at
 from halve.anatomy.lists import layer_lists
 from halve.errors import AnatomyError, HalveError, PlanError
 
@@ -102,8 +106,11 @@ def test_what_cannot_be_cut_alone_is_said() -> None:
     assert "rotary" in discover(config("llama")).refusals["head_dim"]
 
 
-def test_a_coupled_family_without_a_quirk_is_refused_by_axis() -> None:
-    anatomy = discover(AutoConfig.for_model("falcon", num_hidden_layers=2, hidden_size=64, num_attention_heads=4))
+def test_a_coupled_family_that_no_guess_fits_is_refused_by_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    for guesses in ("COUPLED", "MULTI_QUERY"):
+        monkeypatch.setattr(sys.modules[_looked_at.__module__], guesses, {})
+    teacher = AutoConfig.for_model("falcon", num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+    anatomy = _looked_at(teacher)  # past what this process knows of equal configs
     assert "shapes cannot tell the two apart" in anatomy.refusals["hidden"]
     assert "shapes cannot tell the two apart" in anatomy.refusals["heads"]
     assert "ffn" not in anatomy.refusals
@@ -117,7 +124,6 @@ def test_a_model_that_is_no_decoder_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("mamba", "does not say how large heads is"),
         (
             "gemma3",
             r"gemma3 wraps a language model in other parts\n  why: .*gemma3_text.*vision_config.*\n  fix: save the",
@@ -128,6 +134,42 @@ def test_a_model_that_is_no_decoder_is_refused() -> None:
 def test_what_is_no_plain_decoder_is_refused_in_three_lines(family: str, message: str) -> None:
     with pytest.raises(HalveError, match=message):
         discover(AutoConfig.for_model(family))
+
+
+def test_a_family_without_attention_has_no_heads() -> None:
+    anatomy = discover(AutoConfig.for_model("mamba", num_hidden_layers=2))
+    assert "counts no heads" in anatomy.refusals["heads"]
+    assert "counts no heads" in anatomy.refusals["kv_heads"]
+    assert not {"layers", "hidden", "ffn"} & set(anatomy.refusals)
+    assert made_of(anatomy, "in_proj.weight") == "ffn + ffn, hidden"
+    counts = anatomy.ledger.count(anatomy.sizes)
+    assert counts.params == sum(p.numel() for p in build(anatomy.config, device="meta").parameters())
+    assert not hasattr(anatomy.twin().config, "head_dim")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "width"),
+    [
+        ("bamba", {"attn_layer_indices": [1], "num_hidden_layers": 3}, "mamba_d_head"),
+        ("mamba2", {"num_hidden_layers": 2}, "head_dim"),
+    ],
+)
+def test_widths_of_recurrent_states_follow_hidden(family: str, changes: dict[str, Any], width: str) -> None:
+    """Their validators want as many channels in the state as hidden has, expanded: no other sizes would build."""
+    teacher = AutoConfig.for_model(family, **changes)
+    anatomy = discover(teacher)
+    assert not [reason for reason in anatomy.refusals.values() if "builds at no other sizes" in reason]
+    assert "layers" not in anatomy.refusals
+    twin = anatomy.twin().config
+    assert getattr(twin, width) < getattr(teacher, width)
+    twin.validate()
+    assert getattr(resized(teacher, {"hidden": teacher.hidden_size // 2}), width) == getattr(teacher, width) // 2
+
+
+def test_groups_are_even_at_every_point() -> None:
+    """Differential attention splits them in two."""
+    anatomy = discover(AutoConfig.for_model("diffllama", num_hidden_layers=2, num_key_value_heads=8))
+    assert not {"hidden", "ffn", "heads", "kv_heads"} & set(anatomy.refusals)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "cohere2", "smollm3", "qwen2"])

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, SmolLM3Config
 
 import halve.cut.proof as proof_module
 from halve.anatomy import CUT_AXES, Anatomy, Expr, discover, lists
+from halve.anatomy.configs import build
 from halve.cut.causal import check_causal
 from halve.cut.proof import SAME, fresh_logits, prove
 from halve.cut.surgery import trim
@@ -242,6 +243,34 @@ def test_an_axis_that_does_not_reopen_takes_no_other_away(monkeypatch: pytest.Mo
     proof = prove(discover(config("llama", num_hidden_layers=2)), seed=1)
     assert "reopens in plain transformers" in proof.refusals["ffn"]
     assert {"layers", "hidden", "heads", "kv_heads"}.isdisjoint(proof.refusals)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "proved"),
+    [
+        ("mamba", {"num_hidden_layers": 3}, {"layers", "hidden", "ffn"}),
+        ("mamba2", {"num_hidden_layers": 3}, {"layers"}),
+        ("bamba", {"num_hidden_layers": 3, "attn_layer_indices": [1]}, {"layers", "ffn", "heads", "kv_heads"}),
+    ],
+)
+def test_recurrent_families_are_proved_by_axis(family: str, changes: dict[str, Any], proved: set[str]) -> None:
+    proof = prove(discover(AutoConfig.for_model(family, **changes)), reopen=False)
+    assert set(CUT_AXES) - set(proof.refusals) == proved
+
+
+@pytest.mark.parametrize("family", ["falcon", "gpt_bigcode"])
+def test_queries_with_one_key_and_value_are_cut(family: str) -> None:
+    """One matrix makes all queries and one key and value; hidden and heads go together."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    proof = prove(discover(AutoConfig.for_model(family, **sizes)), reopen=False)
+    assert {"layers", "hidden", "heads", "ffn"}.isdisjoint(proof.refusals)
+    assert "share one key and value head" in proof.refusals["kv_heads"]
+
+
+def test_latent_and_indexed_attention_have_small_twins() -> None:
+    anatomy = discover(AutoConfig.for_model("deepseek_v32", num_hidden_layers=2, first_k_dense_replace=1))
+    model = build(anatomy.twin(own_heads=True).config, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
 
 
 def test_twins_of_mixtures_are_small() -> None:

@@ -19,13 +19,18 @@ from transformers.utils import logging as transformers_logging
 
 from halve.anatomy.arch import Arch
 from halve.anatomy.lists import fewer_layers
-from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS
+from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS, STATES
 from halve.errors import AnatomyError, PlanError
 
 
 def key(config: PretrainedConfig, axis: str) -> str | None:
     """The attribute of this config that holds the size of an axis, if there is one."""
     return next((name for name in KEYS[axis] if hasattr(config, name)), None)
+
+
+def has_heads(config: PretrainedConfig) -> bool:
+    """Whether the config counts heads of attention; recurrent families have none."""
+    return key(config, "heads") is not None
 
 
 def require_text(config: PretrainedConfig) -> None:
@@ -60,20 +65,22 @@ def num_layers(config: PretrainedConfig) -> int:
 
 
 def sizes(config: PretrainedConfig) -> Arch:
-    """The sizes as the config states or implies them."""
+    """The sizes as the config states or implies them; where it counts no heads, the stream stands for one."""
     values: dict[str, int] = {}
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
         name = key(config, axis)
         value = getattr(config, name) if name else None
         if isinstance(value, int):
             values[axis] = value
-    for axis in ("hidden", "heads", "vocab"):
+    for axis in ("hidden", "vocab") if not has_heads(config) else ("hidden", "heads", "vocab"):
         if axis not in values:
             raise AnatomyError(
                 f"the config does not say how large {axis} is",
                 why=f"none of {', '.join(KEYS[axis])} holds a number",
-                fix="halve reads decoder-only language models with attention",
+                fix="halve reads decoder-only language models; check config.json against the family",
             )
+    if not has_heads(config):  # what it calls head_dim, if anything, is of another kind
+        values |= {"heads": 1, "kv_heads": 1, "head_dim": values["hidden"]}
     values.setdefault("kv_heads", values["heads"])
     values.setdefault("head_dim", values["hidden"] // values["heads"])
     values.setdefault("ffn", 4 * values["hidden"])
@@ -93,12 +100,17 @@ def routed_share(config: PretrainedConfig) -> float:
 
 
 def resized(
-    config: PretrainedConfig, sizes: Mapping[str, int], *, kept_layers: Sequence[int] | None = None
+    config: PretrainedConfig,
+    sizes: Mapping[str, int],
+    *,
+    kept_layers: Sequence[int] | None = None,
+    others: Mapping[str, int] | None = None,
 ) -> PretrainedConfig:
     """A copy with other sizes and, where `kept_layers` is given, only these layers.
 
     Lists with an entry a layer are cut along, lists of layer numbers renumbered. A size the config has no key for
-    (`head_dim` in some families) is added: whether the code reads it is for discovery to find out.
+    (`head_dim` in some families) is added: whether the code reads it is for discovery to find out. `others` are
+    sizes that are no axes, by their own keys. The width of recurrent states follows hidden where it must.
 
     Raises `PlanError` where the family's own validation refuses the sizes.
     """
@@ -114,8 +126,11 @@ def resized(
     values |= {name: sizes[axis] for name, axis in FOLLOWERS.items() if hasattr(config, name) and axis in sizes}
     try:
         with quiet():
-            for name, value in values.items():
+            for name, value in {**values, **(others or {})}.items():
                 setattr(result, name, value)
+            for width, count, expand in states(config):
+                inner = getattr(result, expand) * getattr(result, key(config, "hidden") or "hidden_size")
+                setattr(result, width, inner // getattr(result, count))
             if "head_dim" in sizes:
                 _fit_rope_factors(result, sizes["head_dim"])
             validate = getattr(result, "validate", None)
@@ -128,6 +143,17 @@ def resized(
             fix="choose sizes that its configuration allows; halve plan lists them",
         ) from error
     return result
+
+
+def states(config: PretrainedConfig) -> list[tuple[str, str, str]]:
+    """The keys of a recurrent state's heads: their width and count, whose product is hidden times an expansion."""
+    hidden = key(config, "hidden") or ""
+    found = []
+    for names in STATES:
+        numbers = [n for name in (*names, hidden) if isinstance(n := getattr(config, name, None), int)]
+        if len(numbers) == 4 and numbers[0] * numbers[1] == numbers[2] * numbers[3] > 0:
+            found.append(names)
+    return found
 
 
 def build(

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from halve.anatomy import caches, configs, kinds
 from halve.anatomy.arch import Arch, Layer, Ledger, Shape
 from halve.anatomy.axes import CUT_AXES, Expr
-from halve.anatomy.quirks import COUPLED, Quirk, quirk
-from halve.anatomy.solve import TWIN_POINT, alike, small, solve, solve_twin, tie
+from halve.anatomy.quirks import COUPLED, MULTI_QUERY, Quirk, quirk
+from halve.anatomy.solve import TWIN_POINT, alike, parse_shape, small, solve, solve_twin, tie
 from halve.errors import AnatomyError, HalveError, PlanError
 
 V = TypeVar("V")
@@ -146,6 +146,8 @@ class Anatomy:
         if own_heads:
             point["head_dim"] = self.sizes.head_dim
         point = tie(point, coupled=self.coupled or square)
+        if not configs.has_heads(self.config):
+            point |= {"heads": 1, "kv_heads": 1, "head_dim": point["hidden"]}
         if not self.grouped:
             point["kv_heads"] = point["heads"]
         shrink, params = solve_twin(
@@ -197,8 +199,7 @@ class Anatomy:
 def discover(config: PretrainedConfig) -> Anatomy:
     """Find the anatomy of the model that this config describes, on the meta device, in seconds.
 
-    A process looks at equal configs once. Raises `AnatomyError` for a config that is no decoder-only language model
-    with attention.
+    A process looks at equal configs once. Raises `AnatomyError` for a config that is no decoder-only language model.
     """
     key = (type(config), repr(config.to_dict()))
     if key not in _found:
@@ -298,15 +299,10 @@ def _shape_of(
     shape = exprs.get(name)
     if shape is None or len(shape) != parameter.ndim:
         return None
-    for suffix, layout in COUPLED.items() if coupled else ():
+    for suffix, layout in (*COUPLED.items(), *MULTI_QUERY.items()) if coupled else ():
         if name.endswith("." + suffix) and alike(guess := parse_shape(layout), shape):
             return guess
     return shape
-
-
-def parse_shape(layout: str) -> Shape:
-    """The dimensions that commas separate."""
-    return tuple(Expr.parse(dim) for dim in layout.split(","))
 
 
 def _as_it_is(parameter: torch.Tensor) -> Shape:
@@ -393,6 +389,8 @@ def _refusals(anatomy: Anatomy) -> dict[str, str]:
         refusals["kv_heads"] = "every query head has its own key and value head: cut heads"
     if anatomy.sizes.kv_heads == 1 and anatomy.sizes.heads > 1:
         refusals["kv_heads"] = "all query heads share one key and value head: there is none to take away"
+    if not configs.has_heads(anatomy.config):
+        refusals |= dict.fromkeys(("heads", "kv_heads"), "the config counts no heads of attention")
     if anatomy.unknown:
         for axis in ("hidden", "ffn", "heads", "kv_heads"):
             refusals.setdefault(axis, f"{anatomy.unknown[0]} has a dimension that is no sum of products of known axes")

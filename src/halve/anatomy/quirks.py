@@ -42,6 +42,7 @@ COUPLED: Mapping[str, str] = {
             "o_proj",
             "out_proj",
             "self_attn.dense",
+            "self_attention.dense",
             "attention.dense",
             "attention.output.dense",
             "attn.c_proj",
@@ -51,6 +52,10 @@ COUPLED: Mapping[str, str] = {
     **_projections(("query_key_value",), "heads 3 head_dim", ()),
     **_projections(("Wqkv", "qkv_proj"), _BLOCKS, ()),
 }
+# A second guess: all queries, then one key and one value for all of them.
+MULTI_QUERY: Mapping[str, str] = _projections(
+    ("query_key_value", "attn.c_attn"), "heads head_dim + head_dim + head_dim", ()
+)
 # Conv1D stores its weight the other way round.
 _COUPLED_GPT2 = {
     "attn.c_attn.weight": f"hidden, {_BLOCKS}",
@@ -92,6 +97,12 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 # Sizes that must equal another axis and have a key of their own.
 FOLLOWERS: Mapping[str, str] = {"word_embed_proj_dim": "hidden"}
+# Heads of a recurrent state: the keys of their width and count, whose product is hidden times the third's value.
+STATES: tuple[tuple[str, str, str], ...] = (
+    ("mamba_d_head", "mamba_n_heads", "mamba_expand"),
+    ("mamba_headdim", "n_mamba_heads", "mamba_expand"),
+    ("head_dim", "num_heads", "expand"),
+)
 # What a twin has few of or makes narrow, where these are no axes: experts, those that a token goes to, their neurons.
 TWIN_SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -101,6 +112,10 @@ TWIN_SIZES: Mapping[str, int] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    "index_n_heads": 4,
+    **dict.fromkeys(("mamba_d_state", "state_size", "mamba_chunk_size", "chunk_size"), 16),
+    "rescale_every": 1,
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 24),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "moe_hidden_size"), 24),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import lcm
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
@@ -27,7 +28,7 @@ _POINTS = [
     {"hidden": 72, "ffn": 88, "vocab": 104, "heads": 4, "kv_heads": 2, "head_dim": 32},
     {"hidden": 72, "ffn": 88, "vocab": 104, "heads": 8, "kv_heads": 2, "head_dim": 32},
     {"hidden": 72, "ffn": 88, "vocab": 104, "heads": 4, "kv_heads": 4, "head_dim": 32},
-    {"hidden": 96, "ffn": 136, "vocab": 160, "heads": 6, "kv_heads": 3, "head_dim": 24},
+    {"hidden": 96, "ffn": 136, "vocab": 160, "heads": 12, "kv_heads": 6, "head_dim": 24},
     {"hidden": 84, "ffn": 52, "vocab": 92, "heads": 12, "kv_heads": 4, "head_dim": 40},
 ]
 _MONOMIALS = [
@@ -43,6 +44,7 @@ _MONOMIALS = [
 ]
 _COUPLED_MONOMIALS = [m for m in _MONOMIALS if m != "heads head_dim"]
 TWIN_POINT = _POINTS[0]
+_STATE_HEADS = 8
 
 
 def tie(point: Mapping[str, int], *, coupled: bool) -> dict[str, int]:
@@ -56,6 +58,11 @@ def alike(one: Shape, other: Shape) -> bool:
     return all([expr.size(p) for expr in one] == [expr.size(p) for expr in other] for p in points)
 
 
+def parse_shape(layout: str) -> Shape:
+    """The dimensions that commas separate."""
+    return tuple(Expr.parse(dim) for dim in layout.split(","))
+
+
 def small(
     config: PretrainedConfig, point: Mapping[str, int], layers: tuple[int, ...], *, shrink: bool = False
 ) -> PretrainedConfig:
@@ -65,7 +72,9 @@ def small(
     need as they are. Where the config's lists are longer than the model is deep, the twin's are, too.
     """
     sizes = {axis: size for axis, size in point.items() if configs.key(config, axis) or axis == "head_dim"}
-    twin = configs.resized(config, sizes, kept_layers=layers)
+    if not configs.has_heads(config):
+        sizes.pop("head_dim", None)
+    twin = configs.resized(config, sizes, kept_layers=layers, others=_few(config) if shrink else {})
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if name == "pad_token_id" and getattr(twin, name, None) in range(twin.vocab_size):
             continue  # in some families positions are counted from it
@@ -79,19 +88,22 @@ def small(
             setattr(twin, name, getattr(twin, name) + surplus)
     if isinstance(getattr(twin, "sliding_window", None), int):
         twin.sliding_window = 5
-    for name, most in TWIN_SIZES.items() if shrink else ():
-        value = getattr(twin, name, None)
-        if isinstance(value, int) and value > most:
-            setattr(twin, name, most)
     return twin
+
+
+def _few(config: PretrainedConfig) -> dict[str, int]:
+    """The sizes that a twin has and the model does not."""
+    found = {name: getattr(config, name, None) for name in TWIN_SIZES}
+    few = {name: TWIN_SIZES[name] for name, own in found.items() if isinstance(own, int) and own > TWIN_SIZES[name]}
+    # where widths of states follow hidden, their heads are few as well, and whole in every twin
+    return few | {count: min(getattr(config, count), _STATE_HEADS) for _, count, _ in configs.states(config)}
 
 
 def solve_twin(
     config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, given: Mapping[str, Shape], *, coupled: bool
 ) -> tuple[bool, dict[str, Shape]]:
     """Whether a twin's experts can be few, and its shapes: those given, with the numbers of a model of few experts."""
-    point = tie(TWIN_POINT, coupled=coupled)
-    if small(config, point, layers, shrink=True).to_dict() == small(config, point, layers).to_dict():
+    if not _few(config):
         return False, dict(given)
     try:
         solved = _solve_at(config, layers, layers_path, coupled=coupled, shrink=True)
@@ -118,23 +130,34 @@ def solve(
 
     The first value says whether hidden = heads x head_dim: as it is known to be (`coupled`), or as shapes show.
     """
-    if not coupled:
-        try:
-            exprs = _solve_at(config, layers, layers_path, coupled=False)
-        except (AnatomyError, PlanError):  # the family's own validation ties hidden to the heads
-            return True, _solve_at(config, layers, layers_path, coupled=True)
-        terms = [term for shape in exprs.values() if shape for expr in shape for term in expr.terms]
-        if any("heads" in term and len(term) > 1 for term in terms):
-            return False, exprs
-    return True, _solve_at(config, layers, layers_path, coupled=True)
+    if coupled:
+        return True, _solve_at(config, layers, layers_path, coupled=True)
+    try:
+        exprs = _solve_at(config, layers, layers_path, coupled=False)
+    except (AnatomyError, PlanError):  # the family's own validation ties hidden to the heads
+        if not configs.has_heads(config):
+            raise
+        return True, _solve_at(config, layers, layers_path, coupled=True)
+    terms = [term for shape in exprs.values() if shape for expr in shape for term in expr.terms]
+    if not configs.has_heads(config) or any("heads" in term and len(term) > 1 for term in terms):
+        return False, exprs
+    try:
+        return True, _solve_at(config, layers, layers_path, coupled=True)
+    except (AnatomyError, PlanError):  # its states tie hidden to something else, and no layer has heads
+        return False, exprs
 
 
 def system(config: PretrainedConfig, *, coupled: bool) -> tuple[list[dict[str, int]], list[Expr], np.ndarray]:
     """The points to build at, the products of axes to solve for, and how large each is at each point."""
     points = [tie(point, coupled=coupled) for point in _POINTS]
+    if not coupled:  # a multiple of the heads of states, whose widths are whole numbers then
+        unit = lcm(1, *(getattr(config, count) for _, count, _ in configs.states(config)))
+        points = [{**point, "hidden": point["hidden"] * unit} for point in points]
     monomials = [Expr.parse(text) for text in (_COUPLED_MONOMIALS if coupled else _MONOMIALS)]
     if configs.key(config, "kv_heads") is None:
         monomials = [m for m in monomials if "kv_heads" not in m.axes]
+    if not configs.has_heads(config):
+        monomials = [m for m in monomials if not {"heads", "kv_heads", "head_dim"} & m.axes]
     matrix = np.array([[monomial.size(point) for monomial in monomials] for point in points], dtype=np.float64)
     assert np.linalg.matrix_rank(matrix) == len(monomials)
     return points, monomials, matrix

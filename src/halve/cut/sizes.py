@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from halve.anatomy import CUT_AXES, Anatomy, Arch, Counts
-from halve.anatomy.configs import key, resized
+from halve.anatomy.configs import has_heads, key, resized
 from halve.anatomy.kinds import require_same
 from halve.errors import PlanError
 from halve.recipe import Prune
@@ -141,7 +141,7 @@ def _implied(anatomy: Anatomy, asked: dict[str, int]) -> dict[str, int]:
 def config_sizes(anatomy: Anatomy, arch: Arch) -> dict[str, int]:
     """The sizes that a config of these sizes states; head_dim only where the code reads it."""
     sizes = {axis: size for axis, size in arch.sizes.items() if axis not in ("layers", "vocab")}
-    if anatomy.coupled:
+    if anatomy.coupled or not has_heads(anatomy.config):
         del sizes["head_dim"]
     return {axis: size for axis, size in sizes.items() if axis == "head_dim" or key(anatomy.config, axis)}
 

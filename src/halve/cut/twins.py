@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.anatomy.configs import build, quiet
+from halve.anatomy.configs import build, has_heads, quiet
 from halve.anatomy.solve import TWIN_POINT
 from halve.cut.plan import Plan, select
 from halve.cut.sizes import check
@@ -36,6 +36,8 @@ class Kind:
 
     def differs(self, anatomy: Anatomy) -> bool:
         """Whether it is another twin than those before it: coupled code has no other than square ones."""
+        if not has_heads(anatomy.config):
+            return not self.own_heads and not self.square
         own = self.own_heads and anatomy.sizes.head_dim == TWIN_POINT["head_dim"]
         return not own and not (self.square and anatomy.coupled)
 
@@ -106,7 +108,7 @@ def twin_plan(axis: str, twin: Anatomy, seed: int) -> Plan:
         "layers": {"layers": max(1, sizes.layers - 1)},
     }[axis]
     if twin.coupled and axis in ("hidden", "heads", "kv_heads"):
-        smaller = {"hidden": sizes.hidden // 2, "heads": sizes.heads // 2, "kv_heads": sizes.kv_heads // 2}
+        smaller = {"hidden": sizes.hidden // 2, "heads": sizes.heads // 2, "kv_heads": max(1, sizes.kv_heads // 2)}
     after = sizes.at(**smaller)
     if after.heads < after.kv_heads or sizes.heads == sizes.kv_heads:
         after = after.at(kv_heads=after.heads)
