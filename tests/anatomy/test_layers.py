@@ -36,6 +36,14 @@ def test_a_list_longer_than_the_model_is_deep_is_cut_along() -> None:
     assert rotated == [1, 1, 0, 1, 1, 0]
 
 
+def test_a_cycle_of_kinds_is_spelled_out() -> None:
+    """Two recurrent layers, one with attention, and so on: whichever layers stay keep their kinds."""
+    anatomy = discover(AutoConfig.for_model("recurrent_gemma", num_hidden_layers=7))
+    assert "layers" not in anatomy.refusals
+    student = resized(anatomy.config, {}, kept_layers=(1, 2, 5, 6))
+    assert student.block_types == ["recurrent", "attention", "attention", "recurrent"]
+
+
 def test_a_list_that_is_too_short_is_what_the_family_makes_of_none() -> None:
     teacher = smollm3_with_a_longer_list()
     teacher.no_rope_layers = []

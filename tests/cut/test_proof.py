@@ -273,6 +273,12 @@ def test_latent_and_indexed_attention_have_small_twins() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
 
 
+def test_an_axis_under_another_name_is_not_made_small_as_well() -> None:
+    """What deepseek_v4 calls the width of its experts is ffn: the twin's ffn is its width."""
+    twin = discover(AutoConfig.for_model("deepseek_v4", num_hidden_layers=2)).twin()
+    assert twin.config.moe_intermediate_size == twin.config.intermediate_size == twin.sizes.ffn
+
+
 def test_twins_of_mixtures_are_small() -> None:
     """256 experts of a width of their own: the twin has four, and numbers in its shapes are those of four."""
     sizes = {"num_hidden_layers": 2, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512}

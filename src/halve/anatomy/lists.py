@@ -12,7 +12,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from halve.anatomy.quirks import INDEX_LISTS, LAST_LAYERS, OTHER_LISTS, PERIODS, PREFIX_COUNTS, RUNS, SPARSE_STEP
+from halve.anatomy.quirks import (
+    CYCLES,
+    INDEX_LISTS,
+    LAST_LAYERS,
+    OTHER_LISTS,
+    PERIODS,
+    PREFIX_COUNTS,
+    RUNS,
+    SPARSE_STEP,
+)
 
 
 def layer_lists(config: PretrainedConfig, count: int) -> dict[str, list[Any]]:
@@ -38,6 +47,9 @@ def fewer_layers(config: PretrainedConfig, kept: Sequence[int], count: int) -> d
     for name in INDEX_LISTS:
         if isinstance(old := getattr(config, name, None), list):
             values[name] = [new for new, layer in enumerate(kept) if layer in old]
+    for name in CYCLES:
+        if isinstance(old := getattr(config, name, None), list | tuple) and old:
+            values[name] = [old[layer % len(old)] for layer in kept]
     for name in PREFIX_COUNTS:
         if isinstance(old := getattr(config, name, None), int):
             values[name] = sum(layer < old for layer in kept)

@@ -132,6 +132,8 @@ OTHER_LISTS = (
 )
 # Runs of kinds, [[kinds, times], ...], that the family's code spells out into a list with an entry a layer.
 RUNS: Mapping[str, str] = {"attention_types": "attention_layers"}
+# Lists of kinds that are gone through again and again until every layer has one.
+CYCLES = ("block_types",)
 # The first so many layers are of one kind; where a list says it layer by layer as well, the list is cut along, too.
 PREFIX_COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 # The number of the last layer of a kind; -1 stands for the last one of all.

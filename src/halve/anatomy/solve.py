@@ -13,7 +13,7 @@ from halve.anatomy import configs
 from halve.anatomy.arch import Shape
 from halve.anatomy.axes import Expr, Term
 from halve.anatomy.lists import layer_lists
-from halve.anatomy.quirks import TWIN_SIZES
+from halve.anatomy.quirks import KEYS, TWIN_SIZES
 from halve.errors import AnatomyError, PlanError
 
 # Sizes to build at. Heads divide hidden, groups divide heads, head_dim stays even after partial rotation; together
@@ -93,7 +93,8 @@ def small(
 
 def _few(config: PretrainedConfig) -> dict[str, int]:
     """The sizes that a twin has and the model does not."""
-    found = {name: getattr(config, name, None) for name in TWIN_SIZES}
+    axes = {config.attribute_map.get(configs.key(config, axis) or "") for axis in KEYS}  # axes under other names
+    found = {name: getattr(config, name, None) for name in TWIN_SIZES if name not in axes}
     few = {name: TWIN_SIZES[name] for name, own in found.items() if isinstance(own, int) and own > TWIN_SIZES[name]}
     # where widths of states follow hidden, their heads are few as well, and whole in every twin
     return few | {count: min(getattr(config, count), _STATE_HEADS) for _, count, _ in configs.states(config)}
