@@ -542,6 +542,23 @@ def test_a_tokenizer_that_cannot_read_text_is_refused(model_copy: Path) -> None:
         Checkpoint.open(model_copy).require_tokenizer()
 
 
+def test_an_id_that_is_another_when_it_is_loaded_is_refused(model_copy: Path) -> None:
+    path = model_copy / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    free = len(Checkpoint.open(model_copy).tokenizer)
+    edit_config(model_copy, vocab_size=free)
+    for number, fits in ((free, True), (9999, False)):
+        pad = {"id": number, "content": "[PAD]", "special": True, "normalized": False}
+        pad |= {"single_word": False, "lstrip": False, "rstrip": False}
+        path.write_text(json.dumps({**raw, "added_tokens": [*raw["added_tokens"], pad]}))
+        opened = Checkpoint.open(model_copy)
+        if fits:
+            opened.require_tokenizer()
+            continue
+        with pytest.raises(TokenizerError, match=rf"gives \[PAD\] the id 9999\n  why: it is loaded as {free}"):
+            opened.require_tokenizer()
+
+
 def test_what_a_tokenizer_says_of_lengths_has_no_say(model_copy: Path) -> None:
     raw = json.loads((model_copy / "tokenizer_config.json").read_text())
     (model_copy / "tokenizer_config.json").write_text(json.dumps({**raw, "model_max_length": "x"}))

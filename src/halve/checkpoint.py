@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from halve import loading, soundness
+from halve import loading, plain_json, soundness
 from halve.anatomy import Anatomy, discover, plausible
 from halve.anatomy.configs import build, quiet
 from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
@@ -101,6 +101,7 @@ class Checkpoint:
                 why=f"its largest id is {largest}, the model's vocabulary has {vocab} entries",
                 fix="use the tokenizer that the model was trained with",
             )
+        _require_ids(self.files / TOKENIZER_FILES[0], self.tokenizer, vocab)
         try:
             self.tokenizer(_PROBE)
         except Exception as error:  # the library's own type of error is Exception itself
@@ -210,3 +211,20 @@ def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokeniz
     if not isinstance(tokenizer.model_max_length, int | float):  # said of text that is too long, and of no use here
         tokenizer.model_max_length = VERY_LARGE_INTEGER
     return tokenizer
+
+
+def _require_ids(path: Path, tokenizer: transformers.PreTrainedTokenizerBase, vocab: int) -> None:
+    """Refuse ids of a tokenizer.json, beyond the model's, that are other ids as soon as it is loaded.
+
+    The library counts added tokens on from the vocabulary, whatever the file says.
+    """
+    if max(tokenizer.get_vocab().values()) < vocab or not path.is_file():
+        return
+    for token in plain_json.parse(path.read_text(encoding="utf-8")).get("added_tokens", ()):
+        loaded = tokenizer.convert_tokens_to_ids(token["content"])
+        if token["id"] >= vocab and loaded != token["id"]:
+            raise TokenizerError(
+                f"{path} gives {token['content']} the id {token['id']}",
+                why=f"it is loaded as {loaded}, so the file is not what the tokenizer's library writes",
+                fix="copy the tokenizer files again, or correct that id",
+            )

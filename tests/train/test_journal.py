@@ -52,6 +52,22 @@ def test_wandb_gets_what_the_lines_say_and_writes_offline(tmp_path: Path, monkey
     assert written.stat().st_size > 0
 
 
+def test_wandb_without_a_login_is_refused_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    journal.require(["wandb"])
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.teardown()  # it remembers the mode of the first call
+    with pytest.raises(TrainError, match="the logger wandb does not start\n  why: it has no API key"):
+        journal.require(["wandb"])
+    monkeypatch.setattr(wandb, "login", lambda **keys: True)
+    journal.require(["wandb"])
+
+
 def test_trackio_gets_what_the_lines_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     fake = SimpleNamespace(

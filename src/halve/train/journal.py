@@ -74,7 +74,7 @@ def flat(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def require(loggers: Sequence[str]) -> None:
-    """Raise `TrainError` where a logger's package is not installed; each is an extra of its own name."""
+    """Raise `TrainError` where a logger's package, an extra of its own name, is not installed or wants a login."""
     for name in loggers:
         if importlib.util.find_spec(name) is None:
             raise TrainError(
@@ -82,6 +82,24 @@ def require(loggers: Sequence[str]) -> None:
                 why="it is not installed; it is an extra of halve",
                 fix=f"pip install 'halve[{name}]', or leave {name} out of loggers",
             )
+    if "wandb" in loggers and not _logged_in():
+        raise TrainError(
+            "the logger wandb does not start",
+            why="it has no API key",
+            fix="wandb login, set WANDB_MODE=offline, or leave wandb out of loggers",
+        )
+
+
+def _logged_in() -> bool:
+    """Whether wandb has a key or needs none; a version that cannot tell without asking for one is taken at its word."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") != "online" or wandb.setup().settings.mode != "online":
+        return True
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:
+        return True
 
 
 @contextmanager
