@@ -95,3 +95,12 @@ def test_token_files_that_have_changed(asked: Callable[..., Recipe], tmp_path: P
     made[0].unlink()
     preflight_text.check_samples(recipe, teacher, cache)
     assert not made[0].exists()
+
+
+def test_a_tokenizer_without_a_first_token_is_asked_for_none(asked: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = asked(SENTENCE * 40)
+    teacher, cache = Checkpoint.open(recipe.model), tmp_path / "run" / "data"
+    teacher.tokenizer.bos_token = None
+    assert teacher.tokenizer.bos_token_id is None
+    cache.mkdir(parents=True)  # as a run has it that begins
+    preflight_text.check_samples(recipe, teacher, cache)

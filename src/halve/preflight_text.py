@@ -43,8 +43,7 @@ def _opened(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> Iterator
     from halve.stages.boundary import bounded
 
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})
-    settled: tuple[Boundary, ...] = ("auto", "bos") if recipe.data.boundary == "auto" else (recipe.data.boundary,)
-    for boundary in settled:
+    for boundary in _settled(recipe, teacher):
         if cache is not None and cache.is_dir() and _is_tokenized(bounded(plain, boundary), teacher, cache):
             yield bounded(plain, boundary), cache
             return
@@ -53,6 +52,15 @@ def _opened(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> Iterator
         return
     with tempfile.TemporaryDirectory(prefix="halve-check-") as scratch:
         yield plain, Path(scratch)
+
+
+def _settled(recipe: Recipe, teacher: Checkpoint) -> tuple[Boundary, ...]:
+    """What a run may have made of `data.boundary`: see `stages.boundary.settled`."""
+    from halve.train import tokenize
+
+    asked = recipe.data.boundary
+    open_ = asked == "auto" and tokenize.marks(teacher.tokenizer, asked).follows is not None
+    return ("auto", "bos") if open_ else (asked,)
 
 
 def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:

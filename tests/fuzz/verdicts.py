@@ -16,11 +16,20 @@ LONGEST = 3200
 """Characters of one error: three lines of at most a thousand."""
 
 ONLY_A_RUN_KNOWS = re.compile(
-    r"""(?x) the\ loss\ (leaps|is\ not\ finite) | teaches\ nothing | not\ finite | is\ all\ zero | are\ all\ zero
-    | are\ constant | too\ few | no\ better\ than | cannot\ keep\ its\ word | generates\ other\ text
-    | tokens\ are\ too\ few | has\ only\ \d+\ samples | calibration"""
+    r"""(?xm) ^error:\ (
+      \S+\ of\ \S+\ is\ not\ finite
+    | the\ weights\ of\ \S+\ are\ all\ zero
+    | the\ logits\ of\ .*\ are\ not\ finite
+    | the\ model's\ (logits|hidden\ states)\ are\ not\ finite
+    | without\ layers\ .*\ the\ logits\ are\ not\ finite
+    | activations\ are\ not\ finite
+    | the\ teacher\ (teaches\ nothing|disagrees\ with\ itself)
+    | the\ (teacher's\ )?loss\ (leaps\ at|is\ not\ finite)
+    | the\ student's\ perplexity\ is\ not\ finite
+    | the\ student\ generates\ other\ text\ with\ the\ key-value\ cache
+    )"""
 )
-"""What weights, activations and whole texts say, which `check` does not read."""
+"""What weights and activations say, which `check` does not read."""
 
 
 def of_any(outcome: Outcome) -> Iterator[str]:
