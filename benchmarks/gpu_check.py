@@ -182,7 +182,11 @@ class Drawn:
         """The samples of a step."""
         random = torch.Generator().manual_seed(step)
         ids_BS = torch.randint(self.vocab, (batch, self.context), generator=random)
-        return Batch(ids_BS, tuple(range(step * batch, (step + 1) * batch)))
+        return Batch(ids_BS, self.numbers(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """Counted on from step to step."""
+        return tuple(range(step * batch, (step + 1) * batch))
 
 
 def loss_memory() -> list[Check]:

@@ -57,7 +57,10 @@ class Text:
 
     def batch(self, step: int, batch: int) -> Batch:
         first_B1 = torch.randint(VOCAB, (batch, 1), generator=torch.Generator().manual_seed(step))
-        return Batch((first_B1 + 5 * torch.arange(CONTEXT)) % VOCAB, tuple(range(step * batch, (step + 1) * batch)))
+        return Batch((first_B1 + 5 * torch.arange(CONTEXT)) % VOCAB, self.numbers(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        return tuple(range(step * batch, (step + 1) * batch))
 
 
 class Killed(BaseException):

@@ -38,7 +38,10 @@ class Text:
         ids_BS = (torch.randint(VOCAB, (batch, 1), generator=random) + 5 * torch.arange(CONTEXT)) % VOCAB
         noise_BS = torch.rand(ids_BS.shape, generator=random) < 0.1
         ids_BS = torch.where(noise_BS, torch.randint(VOCAB, ids_BS.shape, generator=random), ids_BS)
-        return Batch(ids_BS, tuple(range(step * batch, (step + 1) * batch)))
+        return Batch(ids_BS, self.numbers(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        return tuple(range(step * batch, (step + 1) * batch))
 
 
 def tiny(seed: int, layers: int = 2) -> PreTrainedModel:

@@ -21,7 +21,9 @@ from halve.head import Body, Head
 from halve.keys import keys_of
 from halve.recipe import Phase, Recipe, Training
 from halve.train import loop, objectives, schedule
+from halve.train.answers import Needed
 from halve.train.batch import Batch
+from halve.train.corpus import Tokens
 from halve.train.course import Course, open_course, open_heldout
 
 MakeRecipe = Callable[..., Recipe]
@@ -35,9 +37,10 @@ class Fake:
         self.context = context
 
     def batch(self, step: int, batch: int) -> Batch:
-        return Batch(
-            torch.zeros(batch, self.context, dtype=torch.int64), tuple(range(step * batch, (step + 1) * batch))
-        )
+        return Batch(torch.zeros(batch, self.context, dtype=torch.int64), self.numbers(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        return tuple(range(step * batch, (step + 1) * batch))
 
 
 def training(*phases: dict[str, Any], **changes: Any) -> Training:
@@ -211,6 +214,33 @@ def test_samples_of_another_context_have_numbers_of_their_own(
     short = drawn(found, 1, 10) + drawn(found, found.spans[2].first)
     large = len(found.samples.parts[0])  # type: ignore[attr-defined]
     assert sorted({n for n in short if n < large}) == sorted(n for n in short if n < large), "the third span goes on"
+
+
+def test_what_a_course_needs_is_known_without_reading_a_token(
+    mixed: MakeRecipe, make_recipe: MakeRecipe, opened: Callable[[Recipe], Course], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = {"from_tokens": 10 * 256, "context": 64, "mixture": {"valid": 1}}, {"from_tokens": 20 * 256}
+    courses = [opened(mixed(*phases)), opened(make_recipe(distill={**BASE, "tokens": 600 * 256}))]
+    expected = []
+    for found in courses:
+        steps: dict[int, int] = {}
+        lengths: dict[int, int] = {}
+        for step in range(1, found.steps + 1):
+            batch = found.batch(step)
+            assert found.numbers(step) == batch.numbers
+            for number in batch.numbers:
+                steps.setdefault(number, step)
+                lengths[number] = batch.ids.shape[1]
+        expected.append(Needed(steps, sum(lengths.values())))
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("tokens were read")
+
+    monkeypatch.setattr(Tokens, "rows", read)
+    with pytest.raises(AssertionError, match="tokens were read"):
+        courses[0].batch(1)
+    assert [Needed.by(found) for found in courses] == expected
+    assert len(expected[1].steps) < 600 * 8, "the second course reads its samples more than once"
 
 
 def test_the_order_does_not_depend_on_ranks_workers_or_where_it_is_begun(

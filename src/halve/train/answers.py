@@ -36,15 +36,14 @@ class Needed:
 
     @classmethod
     def by(cls, course: Course) -> Needed:
-        """Walk through a course."""
+        """Walk through a course; no token is read."""
         steps: dict[int, int] = {}
         tokens = 0
         for step in range(1, course.steps + 1):
-            batch = course.batch(step)
             before = len(steps)
-            for number in batch.numbers:
+            for number in course.numbers(step):
                 steps.setdefault(number, step)
-            tokens += (len(steps) - before) * batch.ids.shape[1]
+            tokens += (len(steps) - before) * course.context(step)
         return cls(steps, tokens)
 
     def batches(self, course: Course, numbers: Sequence[int], *, micro_batch: int) -> Iterator[Batch]:

@@ -280,8 +280,11 @@ class Samples:
 
     def batch(self, step: int, batch: int) -> Batch:
         """The `batch` samples that optimizer step `step` (from 0) sees."""
-        draws = range(step * batch, (step + 1) * batch)
-        return self.numbered([self.draw(number) for number in draws])
+        return self.numbered(self.numbers(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """The numbers of the samples of step `step`; no token is read."""
+        return tuple(self.draw(number) for number in range(step * batch, (step + 1) * batch))
 
     def draw(self, number: int) -> int:
         """The place in the corpus of the sample that is drawn as number `number` (from 0)."""

@@ -36,6 +36,9 @@ class Samples(Protocol):
     def batch(self, step: int, batch: int) -> Batch:
         """The samples of step `step`, counted from 0, of `batch` samples each."""
 
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """The numbers of that batch; no token is read."""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -71,14 +74,27 @@ class Course:
 
     def batch(self, step: int) -> Batch:
         """The samples of a step, of all ranks together."""
-        which = self._span(step)
-        samples = (self.samples, *self.later)[which]
-        return samples.batch(step - self.spans[which].first, self.training.batch)
+        samples, drawn = self._drawn(step)
+        return samples.batch(drawn, self.training.batch)
+
+    def numbers(self, step: int) -> tuple[int, ...]:
+        """The numbers of a step's samples; no token is read."""
+        samples, drawn = self._drawn(step)
+        return samples.numbers(drawn, self.training.batch)
+
+    def context(self, step: int) -> int:
+        """Tokens in a sample of a step."""
+        return self.spans[self._span(step)].context
 
     def lr(self, step: int) -> float:
         """The rate of a step: linear warm-up to the peak of its phase, then a cosine that ends at `min_lr`."""
         training, peak = self.training, self.spans[self._span(step)].lr
         return schedule.rate(step, steps=self.steps, peak=peak, end=training.min_lr, warmup_steps=training.warmup_steps)
+
+    def _drawn(self, step: int) -> tuple[Samples, int]:
+        """What a step draws from, and which of its steps this is, counted from 0."""
+        which = self._span(step)
+        return (self.samples, *self.later)[which], step - self.spans[which].first
 
     def _span(self, step: int) -> int:
         """The last span that begins at or before the step."""

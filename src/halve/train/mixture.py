@@ -81,9 +81,12 @@ class Mixture:
 
     def batch(self, step: int, batch: int) -> Batch:
         """The `batch` samples of step `step`, counted from 0."""
-        drawn = self.drawn or (0,) * len(self.parts)
-        places = [(part, self.parts[part].draw(drawn[part] + had)) for part, had in self._turns(step * batch, batch)]
-        return self._at(places)
+        return self._at(self._places(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """The numbers of the samples of step `step`; no token is read."""
+        starts = self._starts()
+        return tuple(starts[part] + place for part, place in self._places(step, batch))
 
     def after(self, draws: int) -> tuple[int, ...]:
         """How many draws each part has had once this mixture has been drawn from so often."""
@@ -106,6 +109,10 @@ class Mixture:
         rows = [iter(part.calibration(n)) if n else iter(()) for part, n in zip(self.parts, counts, strict=True)]
         found = (next(rows[part], None) for part, _ in self._turns(0, num_samples))
         return torch.stack([row for row in found if row is not None])
+
+    def _places(self, step: int, batch: int) -> list[tuple[int, int]]:
+        drawn = self.drawn or (0,) * len(self.parts)
+        return [(part, self.parts[part].draw(drawn[part] + had)) for part, had in self._turns(step * batch, batch)]
 
     def _turns(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         return turns(self.weights, first, count)
