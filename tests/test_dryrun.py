@@ -42,9 +42,30 @@ def test_the_work_of_distillation(tmp_path: Path) -> None:
     assert found.flops["distill"] == 1000 * (once + 3 * student)
     assert found.flops["distill (ce)"] == 1000 * 3 * student
     assert found.flops["correct"] == 500 * 3 * once
-    assert found.flops["score"] == 1024 * 100 * once
+    assert found.flops["score"] == 1024 * 100 * (once - 2 * vocab * 96) + 8 * 100 * once  # borders: with logits
+    assert list(found.flops) == ["correct", "score", "prune", "refit", "distill", "distill (ce)"]
     assert found.memory["distill"].masters_bytes == 4 * found.student_counts.params
     assert found.fits
+
+
+def test_rounds_and_random_cuts_have_their_own_rows(tmp_path: Path) -> None:
+    config("llama").save_pretrained(tmp_path / "teacher")
+    raw = {
+        "name": "cost",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 100},
+        "prune": {"ffn": 64, "refit": "none"},
+        "distill": {"tokens": 1000, "baselines": ["random_prune"]},
+        "then": [{"prune": {"ffn": 32, "refit": "outputs"}}],
+    }
+    found = forecast(parse(raw, folder=tmp_path, source="test"))
+    rows = ["score", "prune", "prune (random)", "distill", "distill (random_prune)", "score-2", "prune-2", "refit-2"]
+    assert list(found.flops) == list(found.tokens) == rows
+    assert found.flops["score-2"] < found.flops["score"], "the second round scores the first student"
+    trial = forecast(parse({**raw, "prune": {"non_embedding_ratio": 0.5}, "then": []}, folder=tmp_path, source="test"))
+    by_hand = forecast(parse({**raw, "then": []}, folder=tmp_path, source="test"))
+    assert "trial" not in by_hand.flops
+    assert trial.flops["trial"] > 0
 
 
 def test_every_phase_costs_what_its_context_does(tmp_path: Path) -> None:

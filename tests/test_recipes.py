@@ -94,7 +94,7 @@ def on_config(recipe: str, config: dict[str, Any], folder: Path) -> Path:
 
 
 def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert main(["run", str(recipe), "--dry-run", "--json"]) == 0
+    assert main(["run", str(recipe), "--dry-run", "--card", "80", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -202,12 +202,16 @@ def test_two_rounds_have_the_papers_shapes(tmp_path: Path, capsys: pytest.Captur
     once, smaller, least = (
         one["flops_per_token"] for one in (found["teacher_counts"], eight["counts"], four["counts"])
     )
-    assert list(found["tokens"]) == ["score", "distill", "score-2", "distill-2"]
-    assert found["flops"]["score-2"] == 1024 * 4096 * smaller
+    assert list(found["tokens"]) == [
+        *("score", "prune", "distill", "score-2", "prune-2", "distill-2"),
+    ]
+    head = 2 * 256_000 * 4096
+    assert found["flops"]["score-2"] == 1024 * 4096 * (smaller - head) + 8 * 4096 * smaller, "borders are looked at"
+    assert found["flops"]["prune-2"] == 8 * 4096 * (smaller + least), "perplexity alone: nothing is made up for"
     assert found["flops"]["distill-2"] == 94e9 * (once + 3 * least), "the original teaches"
     loaded = load(recipe)
     assert [step.teacher for step in loaded.then] == ["original"]
-    assert main(["run", str(recipe), "--dry-run"]) == 0
+    assert main(["run", str(recipe), "--dry-run", "--card", "80"]) == 0
     page = capsys.readouterr().out
     assert "round 1" in page
     assert "round 2" in page
@@ -222,7 +226,7 @@ def test_the_dry_run_says_whether_one_gpu_holds_it(tmp_path: Path, capsys: pytes
     assert memory["teacher_bytes"] == 2 * 8_030_261_248
     assert memory["fits"] is found["fits"] is False
     assert any(one["memory"]["fits"] for one in found["settings"])
-    assert main(["run", str(recipe), "--dry-run"]) == 0
+    assert main(["run", str(recipe), "--dry-run", "--card", "80"]) == 0
     page = " ".join(capsys.readouterr().out.split())
     assert "distilling with other settings" in page
     assert "fits │" in page

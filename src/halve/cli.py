@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from halve.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
 from halve.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
 from halve.reading import load, on_spikes
 from halve.recipe import Prune, Recipe
+from halve.waits import heard
 
 app = typer.Typer(
     name="halve",
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     first = _speaks()
     try:
-        with heeded(), nullcontext() if first else redirect_stdout(io.StringIO()):
+        shown = nullcontext() if first else redirect_stdout(io.StringIO())
+        with heeded(), heard(partial(print, file=sys.stderr) if first else None), shown:
             app(args=words or ["--help"], prog_name="halve")
     except (Stopped, Terminated) as stopped:
         if first:
@@ -153,22 +156,24 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, tokens, cost, memory and disk; run nothing.")
     ] = False,
-    ranks: flags.Ranks = 1,
-    mfu: flags.Mfu = 0.4,
-    card: flags.Card = 80.0,
+    ranks: flags.Ranks = None,
+    mfu: flags.Mfu = None,
+    card: flags.Card = None,
     on_spike: OnSpike = None,
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
     """Run all stages of a recipe, or resume an earlier run."""
     from halve.rundir import equal_run
+    from halve.show import plan_before
 
     loaded = _spiking(load(recipe), on_spike)
     if dry_run:
         from halve import show
+        from halve.device import named
         from halve.dryrun import forecast
 
-        expected = forecast(loaded, ranks=ranks, mfu=mfu, card_bytes=card * 1e9, compare=True)
+        expected = forecast(loaded, ranks=ranks or 1, device=named(card, mfu, ranks), compare=True)
         if json_:
             show.as_json(expected.to_json())
         else:
@@ -177,7 +182,8 @@ def run(
     if not quiet:
         if out is None and (twin := equal_run(loaded, Path("runs"))) and _speaks():
             print(f"{twin} is this recipe under another name; --out {twin} resumes it", file=sys.stderr)
-        _say_plan(loaded)
+        if _speaks() and (line := plan_before(loaded, ranks=int(os.environ.get("WORLD_SIZE", "1")))):
+            print(line, file=sys.stderr)
     folder = _run(loaded, out, only=None, quiet=quiet)
     _show_results(folder, json_=json_)
 
@@ -187,9 +193,9 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     """Find the errors that need no weights to be loaded."""
     from halve import show
     from halve.checkpoint import Checkpoint
-    from halve.dryrun import trial_shapes
     from halve.pipeline import check as preflight
     from halve.rounds import shapes
+    from halve.work import trials
 
     loaded = load(recipe)
     found = preflight(loaded, _folder(loaded, out))
@@ -201,7 +207,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         raise typer.Exit(2)
     if not json_:
         print(f"{recipe}: no errors found")
-        show.trial(trial_shapes(loaded, shapes(loaded, Checkpoint.open(loaded.model))))
+        show.trial(trials(loaded, shapes(loaded, Checkpoint.open(loaded.model))))
         _next(f"halve run {recipe}")
 
 
@@ -391,23 +397,6 @@ def _show_results(folder: Path, *, json_: bool) -> None:
     for path in (folder / "report" / "report.html", student):
         if path.exists():
             print(path)
-
-
-def _say_plan(recipe: Recipe) -> None:
-    """What a run will take, before it starts. It only informs, so that nothing in it stops the run."""
-    if not _speaks():
-        return
-    from halve import show
-    from halve.dryrun import forecast
-
-    try:
-        found = forecast(recipe, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-        line = f"{show.plan_in_a_line(found)}; more by --dry-run"
-    except HalveError:  # the run itself refuses it, in three lines
-        return
-    except Exception as error:
-        line = f"no plan could be made: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
-    print(line, file=sys.stderr)
 
 
 def _speaks() -> bool:

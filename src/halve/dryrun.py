@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
+from halve import work
 from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.checkpoint import Checkpoint
-from halve.cut.shapes import to_try
+from halve.device import GPU_MFU, Device, at_hand, card
 from halve.disk import Disk, planned
-from halve.memory import CARD_BYTES, Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
+from halve.memory import Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
 from halve.recipe import Recipe, Training
 from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
-from halve.train import watch
 from halve.train.ranks import require_shares
 from halve.train.schedule import spans
-
-# Matrix rate that MFU is counted against: one H100 SXM in bf16, dense, from its data sheet.
-GPU_FLOPS = 989e12
-MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -52,33 +47,50 @@ class Forecast:
     settings: tuple[Setting, ...]
     """Other ways to carry out the distillation that takes most, where they are asked for."""
     place: Place
-    card_bytes: float
-    mfu: float
+    device: Device
+    """What memory and hours are planned for."""
     disk: Disk
     schedule: dict[str, Any]
     trial: tuple[tuple[Arch, ...], ...]
     """For every round the sizes that its trial chooses from; what is shown above is then width alone."""
 
     @property
+    def hours(self) -> float | None:
+        """Hours on the device, shared among its ranks; None where its rate is not known."""
+        return self.device.hours(sum(self.flops.values()), ranks=self.place.ranks)
+
+    @property
     def gpu_hours(self) -> float:
-        """Hours of one H100 at this MFU."""
-        return sum(self.flops.values()) / (GPU_FLOPS * self.mfu) / 3600
+        """Hours of one H100 at `gpu_mfu`, whatever the device is: people plan on a laptop for a cluster."""
+        hours = card(mfu=self.gpu_mfu).hours(sum(self.flops.values()))
+        assert hours is not None
+        return hours
+
+    @property
+    def gpu_mfu(self) -> float:
+        """The share of its rate that a card is planned with."""
+        return self.device.mfu if self.device.cuda else GPU_MFU
+
+    @property
+    def room_bytes(self) -> float:
+        """The memory that one rank has of the device's."""
+        return self.device.memory_bytes / (1 if self.device.cuda else self.place.ranks)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage that trains fits a card."""
-        return all(memory.fits(self.card_bytes) for memory in self.memory.values())
+        """Whether every stage that trains fits the device."""
+        return all(memory.fits(self.room_bytes) for memory in self.memory.values())
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
 
         def told(memory: Memory) -> dict[str, Any]:
-            return {**asdict(memory), "total_bytes": memory.total_bytes, "fits": memory.fits(self.card_bytes)}
+            return {**asdict(memory), "total_bytes": memory.total_bytes, "fits": memory.fits(self.room_bytes)}
 
         memory = {stage: told(one) for stage, one in self.memory.items()}
         settings = [{**asdict(one), "memory": told(one.memory)} for one in self.settings]
         disk = {**asdict(self.disk), "total_bytes": self.disk.total_bytes}
-        sums = {"gpu_hours": self.gpu_hours, "fits": self.fits}
+        sums = {"gpu_hours": self.gpu_hours, "hours": self.hours, "fits": self.fits}
         return {**asdict(self), "memory": memory, "settings": settings, "disk": disk, **sums}
 
 
@@ -87,25 +99,27 @@ def forecast(
     teacher: Checkpoint | None = None,
     *,
     ranks: int = 1,
-    mfu: float = MFU,
-    card_bytes: float = CARD_BYTES,
+    device: Device | None = None,
     compare: bool = False,
 ) -> Forecast:
-    """Plan and cost of a recipe from the teacher's config alone, on so many ranks that reach this MFU.
+    """Plan and cost of a recipe from the teacher's config alone, on so many ranks.
 
-    `teacher` is the recipe's model, where the caller has opened it. `compare` adds `settings`: what the distillation
-    would take in other ways. Memory is planned for a GPU unless the recipe says `device: cpu`. Raises what planning
-    raises: `CheckpointError`, `AnatomyError`, `PlanError`, and `TrainError` for ranks that the samples of a step cannot
-    be shared among.
+    `teacher` is the recipe's model, where the caller has opened it. `device` is by default what this machine would run
+    the recipe on; a recipe with `device: cpu` is always planned for that. `compare` adds `settings`: what the
+    distillation would take on a GPU in other ways. Raises what planning raises: `CheckpointError`, `AnatomyError`,
+    `PlanError`, and `TrainError` for ranks that the samples of a step cannot be shared among.
     """
+    if device is None or recipe.device == "cpu":
+        device = at_hand(recipe.device)
     context = recipe.data.context
-    found = shapes(recipe, teacher or Checkpoint.open(recipe.model))
+    teacher = teacher or Checkpoint.open(recipe.model)
+    found = shapes(recipe, teacher)
     whole, last = found[0].before, found[-1]
     before = whole.ledger.count(whole.sizes, context=context)
     made = tuple(_made(shape, context) for shape in found)
-    flops, tokens = _work(recipe, found)
-    place = _place(recipe, ranks)
-    memory, settings = _memory(recipe, found, place, compare=compare)
+    done = work.planned(recipe, found, teacher)
+    place = _place(recipe, ranks, cuda=device.cuda)
+    memory, settings = _memory(recipe, found, place, compare=compare and place.cuda)
     return Forecast(
         name=recipe.name,
         teacher=whole.sizes,
@@ -115,23 +129,16 @@ def forecast(
         dropped_layers=made[-1].dropped_layers,
         rounds=made,
         runtimes=_opened(found),
-        tokens=tokens,
-        flops=flops,
+        tokens={stage: round(one.tokens) for stage, one in done.items()},
+        flops={stage: float(one.flops) for stage, one in done.items()},
         memory=memory,
         settings=settings,
         place=place,
-        card_bytes=card_bytes,
-        mfu=mfu,
+        device=device,
         disk=planned(recipe, found, cuda=place.cuda),
         schedule=_schedule(recipe),
-        trial=trial_shapes(recipe, found),
+        trial=work.trials(recipe, found),
     )
-
-
-def trial_shapes(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[tuple[Arch, ...], ...]:
-    """For every round the sizes that its trial chooses from, each once; none where nothing is tried."""
-    listed = (to_try(shape.student, part.prune) for part, shape in zip(rounds(recipe), found, strict=True))
-    return tuple(tuple(dict.fromkeys(arch for family in families for arch in family)) for families in listed)
 
 
 def _made(shape: Shape, context: int) -> Round:
@@ -150,12 +157,11 @@ def _opened(found: Sequence[Shape]) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _place(recipe: Recipe, ranks: int) -> Place:
-    """Where training runs: a recipe for any device is planned for a GPU."""
+def _place(recipe: Recipe, ranks: int, *, cuda: bool) -> Place:
+    """Where training runs, and in which precision."""
     trainings = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
     for training in trainings:
         require_shares(training, ranks)
-    cuda = recipe.device != "cpu"
     precisions = {training.precision for training in trainings}
     half = "bfloat16" in precisions or (cuda and "auto" in precisions)
     return Place(ranks, max((training.replicas for training in trainings), default=1), cuda, half)
@@ -198,62 +204,6 @@ def _sized(shape: Shape, arch: Arch) -> Sized:
     if arch == shape.before.sizes:
         return Sized(shape.before.config, arch, shape.before.ledger.count(arch))
     return Sized(shape.config(), arch, shape.counts())
-
-
-def _work(recipe: Recipe, found: tuple[Shape, ...]) -> tuple[dict[str, float], dict[str, int]]:
-    """Forward is one unit, backward two: 3 for what is trained, 1 for the teacher (DESIGN: work per token)."""
-    tokens: dict[str, int] = {}
-    flops: dict[str, float] = {}
-
-    def add(name: str, training: Training, per_token: Callable[[int], float]) -> None:
-        tokens[name], flops[name] = training.tokens, _over_phases(training, recipe.data.context, per_token)
-
-    if recipe.correct and recipe.corrects_before:
-        add("correct", recipe.correct, watch.correcting(found[0].before, recipe.correct))
-    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
-        score, distill = named("score", number), named("distill", number)
-        tokens[score] = part.score.samples * part.data.context
-        flops[score] = float(tokens[score] * _whole(shape, part.data.context))
-        if part.distill:
-            teacher = shape if learns_from_previous(recipe, number) else found[0]
-            alone = partial(_learning, shape)
-            taught = partial(_learning, shape, teacher=teacher)
-            if part.distill.cache != "none":  # the teacher runs once for all students; of its states logits are made
-                add(named("cache", number), part.distill, partial(_whole, teacher))
-                taught = partial(_reading, shape, teacher) if part.distill.cache == "hidden" else alone
-            add(distill, part.distill, taught)
-            for baseline in part.distill.baselines:
-                add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
-            if recipe.correct and recipe.corrects_beside:
-                corrected = watch.correcting(teacher.before, recipe.correct)(recipe.data.context)
-                learned = min(recipe.correct.tokens, part.distill.tokens)
-                for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
-                    flops[name] += learned * corrected
-    return flops, tokens
-
-
-def _whole(shape: Shape, context: int) -> int:
-    """FLOPs a token of the model that a round cuts."""
-    return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
-
-
-def _learning(shape: Shape, context: int, *, teacher: Shape | None = None) -> int:
-    """FLOPs a token of a round's student in training, with the teacher that it follows."""
-    own = 3 * _made(shape, context).counts.flops_per_token
-    return own if teacher is None else own + _whole(teacher, context)
-
-
-def _reading(shape: Shape, teacher: Shape, context: int) -> int:
-    """The same where the teacher's hidden states are read."""
-    return _learning(shape, context) + 2 * teacher.before.sizes.vocab * teacher.before.sizes.hidden
-
-
-def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:
-    """The work of a training whose phases may differ in context."""
-    found = spans(training, context)
-    ends = [*(span.tokens_before for span in found[1:]), training.tokens]
-    parts = zip(found, ends, strict=True)
-    return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def place(given: Any) -> Any:
     return given
 
 
-def finite(given: float) -> float:
+def finite(given: float | None) -> float | None:
     """Refuse what is no number: no range leaves it out, since it compares with nothing."""
-    if not math.isfinite(given):
+    if given is not None and not math.isfinite(given):
         raise typer.BadParameter(f"{given} is no finite number.")
     return given
 
@@ -42,15 +42,21 @@ OnSpike = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress on stderr.")]
-Ranks = Annotated[int, typer.Option(min=1, max=10**6, help="With --dry-run: number of ranks that train.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, max=10**6, help="With --dry-run: number of H100s that train. Default: this machine's device."),
+]
 Mfu = Annotated[
-    float,
+    float | None,
     typer.Option(
-        min=0.01, max=1.0, callback=finite, help="With --dry-run: share of the peak FLOP rate (MFU), for the hours."
+        min=0.01, max=1.0, callback=finite, help="With --dry-run: plan for an H100 at this share of its rate, not 0.4."
     ),
 ]
 Card = Annotated[
-    float, typer.Option(min=1.0, max=1e6, callback=finite, help="With --dry-run: memory of one GPU, in GB.")
+    float | None,
+    typer.Option(
+        min=1.0, max=1e6, callback=finite, help="With --dry-run: plan for a GPU of so many GB, at an H100's rate."
+    ),
 ]
 Exported = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A run folder, or one of its checkpoints.", callback=place)

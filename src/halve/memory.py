@@ -26,9 +26,8 @@ from halve.train.rehearsal import Cast, Learned, Rehearsal, rehearse
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CARD_BYTES = 80e9
 SPARE = 0.1
-"""Share of a card that the plan leaves free."""
+"""Share of the memory that the plan leaves free."""
 
 _QUANTIZED = 1 + 4 / 256
 """Bytes of a moment in 8 bits: torchao keeps a float32 scale for every 256 entries."""
@@ -52,9 +51,9 @@ class Memory:
         """The sum."""
         return sum(value for value in asdict(self).values() if isinstance(value, int))
 
-    def fits(self, card: float = CARD_BYTES) -> bool:
-        """Whether a card of so many bytes holds it with `SPARE` to spare; what is not known does not."""
-        return not self.unknown and self.total_bytes < (1 - SPARE) * card
+    def fits(self, room: float) -> bool:
+        """Whether a card or machine of so many bytes holds it with `SPARE` to spare; what is not known does not."""
+        return not self.unknown and self.total_bytes < (1 - SPARE) * room
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from halve.errors import HalveError
+from halve.waits import bytes_
+
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
     from halve.cut.proof import Proof
     from halve.cut.sizes import Candidate
     from halve.dryrun import Forecast
     from halve.memory import Memory
+    from halve.recipe import Recipe
 
 
 def as_json(value: Any) -> None:
@@ -37,18 +41,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 def _numeric(cell: object) -> bool:
     return isinstance(cell, int | float) or (isinstance(cell, str) and cell[:1].isdigit()) or cell == ""
-
-
-def bytes_(count: int | float) -> str:
-    """Decimal units, as disks and GPUs are sold.
-
-    >>> bytes_(1.6e10)
-    '16.0 GB'
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
@@ -178,18 +170,21 @@ def forecast(found: Forecast) -> None:
         trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
-    work = [(stage, f"{n:,}", f"{found.flops.get(stage, 0.0):.3g}") for stage, n in found.tokens.items()]
+    work = [(_at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}") for stage, n in found.tokens.items()]
     table("work", ("stage", "tokens", "FLOP"), work)
+    if "boundary" in found.tokens:
+        print("boundary: data.boundary: auto asks the teacher whether it knows the token behind documents")
     _memory(found)
     disk = found.disk
     parts = [f"models and training states {bytes_(disk.model_bytes)}", f"text {bytes_(disk.text_bytes)}"]
     parts += [f"caches at most {bytes_(disk.cache_bytes)}"] if disk.cache_bytes else []
-    hours = f"about {found.gpu_hours:,.3g} hours of an H100 at {found.mfu:.0%} MFU"
-    if found.place.ranks > 1:
-        hours += f", {found.gpu_hours / found.place.ranks:,.3g} on {found.place.ranks} of them"
-    print(f"{hours}; disk {bytes_(disk.total_bytes)}: {', '.join(parts)}")
+    print(f"{_hours(found)}; disk {bytes_(disk.total_bytes)}: {', '.join(parts)}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
+
+
+def _at_most(stage: str) -> str:
+    return f"{stage}, at most" if stage.startswith("trial") else stage
 
 
 def trial(rounds: Sequence[Sequence[Arch]]) -> None:
@@ -205,8 +200,44 @@ def plan_in_a_line(found: Forecast) -> str:
     """The same before a run, in one line."""
     most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
     parts = [] if most is None else [f"{most[0]} holds {_held(most[1])} a rank"]
-    parts += [f"{sum(found.flops.values()):.3g} FLOP, {found.gpu_hours:,.2g} hours of an H100 at {found.mfu:.0%} MFU"]
+    parts += [f"{sum(found.flops.values()):.3g} FLOP, {_hours(found)}"]
     return f"plan: {'; '.join(parts)}; disk {bytes_(found.disk.total_bytes)}"
+
+
+def plan_before(recipe: Recipe, *, ranks: int) -> str:
+    """That line for a recipe; empty where the run itself refuses it, in three lines. Nothing in it stops a run."""
+    from halve.dryrun import forecast
+
+    try:
+        return f"{plan_in_a_line(forecast(recipe, ranks=ranks))}; more by --dry-run"
+    except HalveError:
+        return ""
+    except Exception as error:
+        return f"no plan could be made: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+
+
+def _hours(found: Forecast) -> str:
+    """How long it takes on the device, and on a card to plan with."""
+    device, ranks = found.device, found.place.ranks
+    mfu = f"{found.gpu_mfu:.0%} MFU"
+    card = f"about {duration(found.gpu_hours)} of an H100 at {mfu}"
+    if device.name == "an H100":
+        return card + (f", {duration(found.gpu_hours / ranks)} on {ranks} of them" if ranks > 1 else "")
+    if found.hours is None:
+        return f"{card}; the rate of {device} is not known"
+    at = f" at {mfu}" if device.cuda else ""
+    return f"about {duration(found.hours)} on {f'{ranks} of ' if device.cuda and ranks > 1 else ''}{device}{at}; {card}"
+
+
+def duration(hours: float) -> str:
+    """In the unit that people would say it in.
+
+    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200, 60_000)]
+    ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
+    """
+    units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
+    unit, each = next((one for one in units if hours >= 2 * one[1]), units[-1])
+    return f"{hours / each:,.0f} {unit}" if hours >= 10 * each else f"{hours / each:.2g} {unit}"
 
 
 def _held(memory: Memory) -> str:
@@ -215,22 +246,21 @@ def _held(memory: Memory) -> str:
 
 def _memory(found: Forecast) -> None:
     """What training holds, and which settings would fit a card."""
-    place, card = found.place, bytes_(found.card_bytes)
+    place, room = found.place, bytes_(found.room_bytes)
     if not found.memory:
         return
-    device = "a GPU" if place.cuda else "a CPU"
-    where = f"{'each of ' + str(place.ranks) + ' ranks' if place.ranks > 1 else device}"
+    where = f"each of {place.ranks} ranks" if place.ranks > 1 else found.device.name
     precision = "bfloat16 products, float32 masters" if place.half else "float32"
     names = ("masters", "gradients", "moments", "teacher", "gathered", "activations and loss", "all")
     rows = []
     for stage, m in found.memory.items():
         held = (m.masters_bytes, m.gradient_bytes, m.moment_bytes, m.teacher_bytes, m.gathered_bytes, m.passing_bytes)
-        verdict = "?" if m.unknown else "yes" if m.fits(found.card_bytes) else "no"
+        verdict = "?" if m.unknown else "yes" if m.fits(found.room_bytes) else "no"
         cells = [*map(bytes_, (*held, m.total_bytes))]
         if m.unknown:
             cells[-2:] = "?", _held(m)
-        rows.append((stage, *cells, *((verdict,) if place.cuda else ())))
-    columns = ("stage", *names, *((f"fits {card}",) if place.cuda else ()))
+        rows.append((stage, *cells, verdict))
+    columns = ("stage", *names, f"fits {room}")
     table(f"memory on {where}, {precision}", columns, rows)
     for unknown in dict.fromkeys(filter(None, (m.unknown for m in found.memory.values()))):
         print(f"no plan could be made of activations: {unknown}")
@@ -241,10 +271,10 @@ def _memory(found: Forecast) -> None:
     ways = dict.fromkeys((one.recompute, one.teacher) for one in found.settings)
     by_optimizer: dict[str, list[str]] = {}
     for one in found.settings:
-        cell = bytes_(one.memory.total_bytes) + (" fits" if one.memory.fits(found.card_bytes) else "")
+        cell = bytes_(one.memory.total_bytes) + (" fits" if one.memory.fits(found.room_bytes) else "")
         by_optimizer.setdefault(one.optimizer, []).append(cell)
     table(
-        f"distilling with other settings, a tenth of {card} left free",
+        f"distilling with other settings, a tenth of {room} left free",
         ("optimizer", *(f"teacher {teacher}, recompute {recompute}" for recompute, teacher in ways)),
         [(optimizer, *cells) for optimizer, cells in by_optimizer.items()],
     )

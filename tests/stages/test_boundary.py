@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halve import pipeline
+from halve import measure, pipeline, show
 from halve.checkpoint import Checkpoint
+from halve.dryrun import forecast
 from halve.errors import CheckpointError
+from halve.head import Head
 from halve.progress import SILENT, Silent
 from halve.recipe import Recipe
 from halve.stages.boundary import BoundaryWarning, settled, warn_of_borders
@@ -116,6 +119,34 @@ def test_a_tokenizer_that_puts_nothing_in_front_asks_no_model(
     monkeypatch.setattr(Checkpoint, "load", None)
     assert settled(asked, Checkpoint.open(asked.model), cache=tmp_path, progress=SILENT) == "auto"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dry_run_has_a_row_where_the_teacher_will_be_asked(
+    recipe: Callable[..., Recipe],
+    make_recipe: MakeRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = recipe(teacher(tmp_path / "model", tokenizer, knows_the_end=True))
+    planned, seen, nll = forecast(asked), [], measure.token_nll
+
+    def counting(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.numel())
+        return nll(head, hidden, ids)
+
+    monkeypatch.setattr(measure, "token_nll", counting)
+    settled(asked, Checkpoint.open(asked.model), cache=tmp_path / "cache", progress=SILENT)
+    assert planned.tokens["boundary"] == sum(seen) > 0
+    assert planned.flops["boundary"] > 0
+    show.forecast(planned)
+    assert "boundary: data.boundary: auto asks the teacher" in capsys.readouterr().out
+    without = tmp_path / "config"  # a config alone is enough for a dry run
+    without.mkdir()
+    shutil.copy(Path(asked.model) / "config.json", without)
+    for other in (recipe(Path(asked.model), boundary="both"), make_recipe(), recipe(without)):
+        assert "boundary" not in forecast(other).tokens
 
 
 def test_a_run_reads_documents_without_it(

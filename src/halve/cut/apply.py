@@ -29,6 +29,7 @@ from halve.cut.scores import Scores
 from halve.cut.surgery import trim
 from halve.progress import SILENT, Progress
 from halve.recipe import Prune
+from halve.waits import wait
 
 FEW_SAMPLES = 32
 """For what has one unknown a norm or a channel: gains, and the final norm of a head that stays tied."""
@@ -74,8 +75,9 @@ def turn(
         return Turned(model, anatomy, None)
     samples_BS = samples_BS[: prune.refit_samples]
     moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
-    basis = principal_basis(moment_DD)
-    turned, own = rotate(model, anatomy, basis.columns_DD)
+    with wait("turning the weights to the principal axes of the residual stream"):
+        basis = principal_basis(moment_DD)
+        turned, own = rotate(model, anatomy, basis.columns_DD)
     return Turned(turned, own, basis.energy_D)
 
 
@@ -114,7 +116,7 @@ def cut(
         source, own = turned.model, turned.anatomy
         scores = replace(scores, hidden=turned.energy_D.float(), statistics=None)
         figures["energy_kept"] = float(turned.energy_D[: after.hidden].sum())
-    if _by_refit(prune, scores):
+    if selects_by_refit(prune, scores.method):
         chosen = score_by_refit(
             model,
             anatomy,
@@ -172,16 +174,17 @@ def cut(
         figures["more_params_untied"] = anatomy.sizes.vocab * after.hidden if prune.untie else 0
         if not prune.untie:
             assert own.final_norm is not None, "rotation folds the final norm, so that there is one"
-            student = tie(student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch)
+            with wait("tying the head again"):
+                student = tie(student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch)
             own = anatomy
     return Cut(student, own, plan, gains, figures)
 
 
-def _by_refit(prune: Prune, scores: Scores) -> bool:
+def selects_by_refit(prune: Prune, method: str) -> bool:
     """Whether neurons and heads are chosen by what a refit cannot make up for, rather than by their scores."""
     if prune.selection != "auto":
         return prune.selection == "refit"
-    return prune.refit != "none" and prune.steps == 1 and scores.method == "activation"
+    return prune.refit != "none" and prune.steps == 1 and method == "activation"
 
 
 def _gains(

@@ -33,7 +33,7 @@ from halve.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """Structures of `size` channels each at the input of a matrix; `keep` of them stay in every cell."""
 
     size: int
@@ -41,16 +41,16 @@ class _Choice:
     cells: tuple[int, ...]
 
 
-def _choices(before: Arch, after: Arch, head_channels: int) -> dict[str, _Choice]:
+def choices(before: Arch, after: Arch, head_channels: int) -> dict[str, Choice]:
     """What there is to choose, by the axis whose input matrix tells."""
     per_group, kept = before.heads // before.kv_heads, after.heads // after.kv_heads
     found = {}
     if after.ffn < before.ffn:
-        found["ffn"] = _Choice(1, after.ffn, (0,) * before.ffn)
+        found["ffn"] = Choice(1, after.ffn, (0,) * before.ffn)
     if per_group == 1 and after.heads < before.heads:
-        found["heads"] = _Choice(head_channels, after.heads, (0,) * before.heads)
+        found["heads"] = Choice(head_channels, after.heads, (0,) * before.heads)
     elif kept < per_group:
-        found["heads"] = _Choice(head_channels, kept, tuple(head // per_group for head in range(before.heads)))
+        found["heads"] = Choice(head_channels, kept, tuple(head // per_group for head in range(before.heads)))
     return found
 
 
@@ -72,9 +72,9 @@ def score_by_refit(
     only one layer's Gram matrices are held. Layers that are not listed score zero.
     """
     before, points = anatomy.sizes, find_points(model, anatomy)
-    choices = _choices(before, after, width(anatomy, "heads") // before.heads)
-    scores = {axis: torch.zeros(before.layers, len(choice.cells)) for axis, choice in choices.items()}
-    if not choices:
+    asked = choices(before, after, width(anatomy, "heads") // before.heads)
+    scores = {axis: torch.zeros(before.layers, len(choice.cells)) for axis, choice in asked.items()}
+    if not asked:
         return scores
     states = States(len(samples_BS), samples_BS.shape[1], before.hidden, dtype=model.dtype)
     size = states_bytes(len(samples_BS), samples_BS.shape[1], [before.hidden], dtype=model.dtype)
@@ -88,8 +88,8 @@ def score_by_refit(
                 calls[len(ids_BS)] = record_calls(model, anatomy, ids_BS)[0]
             states[rows] = first_states(model, anatomy, ids_BS)
         for layer, module in enumerate(modules):
-            named = {axis: dict(points[axis]) for axis in choices}
-            wanted = {axis: one for axis, one in choices.items() if layer in layers and layer in named[axis]}
+            named = {axis: dict(points[axis]) for axis in asked}
+            wanted = {axis: one for axis, one in asked.items() if layer in layers and layer in named[axis]}
             names = {axis: named[axis][layer] for axis in wanted}
             grams = {axis: Gram(len(one.cells) * one.size, device=model.device) for axis, one in wanted.items()}
             with ExitStack() as hooks:

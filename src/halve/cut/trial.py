@@ -82,19 +82,10 @@ def try_shapes(
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
     require(len(samples_BS))
-    held = min(MEASURED_SAMPLES, len(samples_BS) // 3)
+    held, fitted = fewer_samples(prune, len(samples_BS))
     measured_BS, fit_BS = _apart(samples_BS, held)
-    plain = Prune(hidden=1)
-    asked = prune.model_copy(
-        update={
-            "selection": "rank",
-            "steps": 1,
-            "head_merge": plain.head_merge,
-            "layer_merge": plain.layer_merge,
-            "refit_samples": min(prune.refit_samples, FIT_SAMPLES),
-        }
-    )
-    cost = fit_BS[: asked.refit_samples].numel()
+    asked = plain(prune)
+    cost = fitted * samples_BS.shape[1]
     tried: dict[Arch, Tried] = {}
 
     def measured(arch: Arch) -> float:
@@ -127,6 +118,24 @@ def try_shapes(
     found = best(tuple(tried.values()))
     progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {found.arch} (KL {found.kl:.4g})")
     return tuple(tried.values())
+
+
+def plain(prune: Prune) -> Prune:
+    """How a shape is cut to be tried."""
+    usual = Prune(hidden=1)
+    few = {"refit_samples": min(prune.refit_samples, FIT_SAMPLES)}
+    merged = {"head_merge": usual.head_merge, "layer_merge": usual.layer_merge}
+    return prune.model_copy(update={"selection": "rank", "steps": 1, **merged, **few})
+
+
+def fewer_samples(prune: Prune, num_samples: int) -> tuple[int, int]:
+    """Of so many samples those that shapes are measured on, and those that they are fitted on.
+
+    >>> fewer_samples(Prune(hidden=1), 1024), fewer_samples(Prune(hidden=1), 9)
+    ((8, 8), (3, 6))
+    """
+    held = min(MEASURED_SAMPLES, num_samples // 3)
+    return held, min(prune.refit_samples, FIT_SAMPLES, num_samples - held)
 
 
 def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], float]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
-from halve.errors import CheckpointError
+from halve.errors import CheckpointError, HalveError
 from halve.files import read_sealed, sealed, write_json
 from halve.head import split
 from halve.progress import Progress
@@ -28,7 +27,8 @@ from halve.train.tokenize import Marks
 
 ABSURD = 1.5
 """Nats over those of guessing evenly among all tokens, beyond which a model is sure that a token never comes."""
-_SAMPLES = 8
+BORDER_SAMPLES = 8
+"""That a teacher's loss around borders is looked at in."""
 _DOCUMENTS = (
     "Once there was a small boat that wanted to see the sea. It sailed all night. Then it was there. The end.",
     "The council met on Tuesday and approved the plans for the new bridge. There was no other business.",
@@ -53,8 +53,9 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     Raises `CheckpointError` where the teacher's logits are not finite.
     """
     marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
-    if recipe.data.boundary != "auto" or marks.eos is None or marks.follows is None:
+    if not _is_open(recipe, marks):
         return recipe.data.boundary
+    assert marks.eos is not None
     what = f"{teacher.fingerprint} {tokenize.fingerprint(teacher.tokenizer)}"
     note = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.end.json"
     if not note.exists():
@@ -77,6 +78,26 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     return "bos" if found["nats"] > ABSURD * found["even"] else "auto"
 
 
+def documents(recipe: Recipe, teacher: Checkpoint) -> tuple[list[int], ...]:
+    """The tokens that `settled` shows the teacher; none where it asks nothing, or the tokenizer is not at hand yet."""
+    try:
+        tokenizer = Checkpoint.open(teacher.folder).tokenizer  # not `teacher.files`: nothing is downloaded for it
+        marks = tokenize.marks(tokenizer, recipe.data.boundary)
+    except HalveError:
+        return ()
+    return _shown(tokenizer, marks) if _is_open(recipe, marks) else ()
+
+
+def _is_open(recipe: Recipe, marks: Marks) -> bool:
+    return recipe.data.boundary == "auto" and marks.eos is not None and marks.follows is not None
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, marks: Marks) -> tuple[list[int], ...]:
+    """A few plain documents with the tokens around them."""
+    front, behind = ([token] if token is not None else [] for token in (marks.bos, marks.eos))
+    return tuple([*front, *tokenizer(text, add_special_tokens=False)["input_ids"], *behind] for text in _DOCUMENTS)
+
+
 def bounded(recipe: Recipe, boundary: Boundary) -> Recipe:
     """The recipe with another `data.boundary`."""
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"boundary": boundary})})
@@ -86,11 +107,10 @@ def bounded(recipe: Recipe, boundary: Boundary) -> Recipe:
 def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: Marks) -> float:
     """The fewest nats that the token behind a document costs a model, of a few plain documents; NaN if one is NaN."""
     assert marks.eos is not None
-    (body, head), front = split(model), [] if marks.bos is None else [marks.bos]
+    body, head = split(model)
     found = []
-    for text in _DOCUMENTS:
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids_1S = torch.tensor([[*front, *ids, marks.eos]], device=model.device)
+    for ids in _shown(tokenizer, marks):
+        ids_1S = torch.tensor([ids], device=model.device)
         found.append(float(measure.token_nll(head, body(ids_1S), ids_1S)[0, -1]))
     return math.nan if any(map(math.isnan, found)) else min(found)
 
@@ -103,7 +123,7 @@ def warn_of_borders(
 
     Looked at are, in the first few samples, the token behind a document and the first of the next one.
     """
-    (body, head), ids_BS = split(model), samples_BS[:_SAMPLES].to(model.device)
+    (body, head), ids_BS = split(model), samples_BS[:BORDER_SAMPLES].to(model.device)
     before_BT, targets_BT = ids_BS[:, :-1], ids_BS[:, 1:]
     special = torch.tensor(marks.between, dtype=torch.long, device=ids_BS.device)
     last_BT = targets_BT == (-1 if marks.eos is None else marks.eos)

@@ -18,6 +18,7 @@ from halve.train import answers, loop, objectives, teachers
 from halve.train import cache as caches
 from halve.train.cache import HELDOUT, TRAIN, Answer
 from halve.train.documents import require_apart
+from halve.waits import bytes_
 
 
 def run(
@@ -64,7 +65,7 @@ def run(
     states = partial(answers.hidden_states, live, half=half)
     kept = states if bound.kind == "hidden" else partial(answers.drawn_logits, live, bound=bound, seed=recipe.seed)
 
-    with progress.task(f"cache, at most {_in_words(most * needed.tokens)}", needed.tokens) as task:
+    with progress.task(f"cache, at most {bytes_(most * needed.tokens)}", needed.tokens) as task:
 
         def trained(numbers: Sequence[int]) -> Iterator[Answer]:
             for batch in needed.batches(course, numbers, micro_batch=micro_batch):
@@ -92,7 +93,3 @@ def run(
         "bytes_per_token": num_bytes / needed.tokens,
         "teacher_ce": ce,
     }
-
-
-def _in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -30,7 +30,7 @@ MOST, WITHIN = 4, 100
 
 GPU_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 rates by data sheet, by a part of the device's name; the first that fits counts."""
-_PROBE = 768
+_PROBE, _PROBE_S = 768, 0.25
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def _forward(anatomy: Anatomy, context: int) -> float:
 
 @torch.no_grad()
 def _measured(dtype: torch.dtype) -> float:
-    """The best of a few square products: a busy machine only ever slows them."""
+    """The best of a quarter of a second of square products, five at least: a busy machine only ever slows them."""
     left, right = torch.ones(2, _PROBE, _PROBE, dtype=dtype).unbind()
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    while len(seconds) < 5 or sum(seconds) < _PROBE_S:
         began = time.perf_counter()
         torch.mm(left, right)
         seconds.append(time.perf_counter() - began)

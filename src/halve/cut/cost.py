@@ -1,0 +1,233 @@
+"""What scoring and cutting compute: tokens that go through a model, and FLOPs, from the anatomy alone.
+
+Counted are the products of a model's matrices, of Gram matrices and of their solutions. Left out is what is done on a
+few tokens: proofs on twins, probes, the generation that checks the key-value cache. Of samples the text may give fewer.
+
+Letters: D the teacher's hidden, K the student's, V the vocabulary, C channels that a matrix reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from halve.anatomy import Anatomy, Arch
+from halve.anatomy.axes import Expr
+from halve.cut.apply import FEW_SAMPLES, selects_by_refit
+from halve.cut.iterative import sizes_on_the_way
+from halve.cut.refit_scores import choices
+from halve.cut.sites import output_expr, writes
+from halve.cut.taps import width
+from halve.cut.trial import fewer_samples, plain
+from halve.recipe import Prune, Score
+
+_HIDDEN = Expr.parse("hidden")
+_PASSES_OF_STATES: Final = ("bi", "angular")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens through the larger model that takes part, once for each whole pass; FLOPs of everything done on them."""
+
+    tokens: int | float = 0
+    flops: int | float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Costed:
+    """A model of some sizes, reading samples of `context` tokens; the rest are FLOPs a token."""
+
+    anatomy: Anatomy
+    arch: Arch
+    context: int
+    kept_layers: tuple[int, ...] | None = None
+    """Which layers it has, where that is known."""
+
+    @property
+    def whole(self) -> float:
+        """A forward pass with logits."""
+        return self._forward(self.context)
+
+    @property
+    def head(self) -> float:
+        """The logits."""
+        return 2.0 * self.arch.vocab * self.arch.hidden
+
+    @property
+    def body(self) -> float:
+        """A forward pass without logits."""
+        return self.whole - self.head
+
+    @property
+    def attention(self) -> float:
+        """The products of attention in all layers."""
+        return self.whole - self._forward(0)
+
+    def at(self, arch: Arch) -> Costed:
+        """The same in other sizes."""
+        return replace(self, arch=arch)
+
+    def _forward(self, context: int) -> float:
+        ledger = self.anatomy.ledger
+        return float(ledger.count(self.arch, kept_layers=self.kept_layers, context=context).flops_per_token)
+
+
+# ---- scoring
+
+
+def scoring(model: Costed, score: Score) -> Work:
+    """One pass over the samples: forward, for gradients also back; weights alone take none."""
+    tokens = float(score.samples * model.context)
+    if score.method in ("random", "magnitude"):
+        return Work()
+    return Work(tokens, tokens * (3 * model.whole if score.method == "taylor" else model.body))
+
+
+def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
+    """Which `remove` layers go, where sets are compared by passes; None for a task, whose items are not read here.
+
+    Tokens are whole passes' worth: a removal runs the layers behind it alone.
+    """
+    if not remove or score.depth in ("taylor", "random"):
+        return Work()
+    if score.depth == "task":
+        return None
+    if (score.depth, score.depth_pattern) == ("bi", "single") and score.method == "activation":
+        return Work()  # it comes with the scores
+    total, tokens = model.arch.layers, score.depth_samples * model.context
+    steps = range(remove) if score.depth_pattern == "greedy" else range(1)
+    run = float(sum(total - gone for gone in steps))  # layers of the passes that lead up to the sets
+    heads = 0
+    if score.depth not in _PASSES_OF_STATES:
+        width_of_set = remove if score.depth_pattern == "block" else 1
+        for gone in steps:
+            sets = total - gone - width_of_set + 1
+            run += sets * (sets - 1) / 2
+            heads += (1 + sets) * (2 if score.depth == "logit_mse" else 1)
+    return Work(tokens * run / total, tokens * (run / total * model.body + heads * model.head))
+
+
+# ---- cutting
+
+
+def turning(model: Costed, prune: Prune) -> Work:
+    """The principal basis: a pass, the second moment of what each norm reads, and every matrix turned."""
+    tokens, hidden = float(prune.refit_samples * model.context), model.arch.hidden
+    moments = 2.0 * hidden**2 * len(model.anatomy.norms)
+    matrices = 2.0 * hidden * model.anatomy.ledger.count(model.arch).params
+    return Work(tokens, tokens * (model.body + moments) + matrices)
+
+
+def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
+    """Which entries stay: by what a refit could not make up for, or scored anew before each of several steps."""
+    if prune.steps > 1:
+        on_the_way = [before.arch, *sizes_on_the_way(before.anatomy, after, prune.steps)]
+        scored = [scoring(before.at(arch), score) for arch in on_the_way[:-1]]
+        few = prune.refit_samples
+        fitted = [gaining(before.at(a), b, prune, samples=few) for a, b in itertools.pairwise(on_the_way[:-1])]
+        return sum([*scored, *fitted], Work())
+    if not selects_by_refit(prune, score.method):
+        return Work()
+    found = choices(before.arch, after, width(before.anatomy, "heads") // before.arch.heads).values()
+    tokens = float(prune.refit_samples * before.context)
+    each = 0.0
+    for one in found:
+        channels, gone = len(one.cells) * one.size, len(one.cells) - one.keep * len(set(one.cells))
+        costs = before.arch.hidden if one.size > 1 else 0  # of single channels they are read off
+        removal = 2.0 * one.size * channels * (channels + before.arch.hidden + costs)
+        each += tokens * 2 * channels**2 + channels**3 + gone * removal
+    return Work(tokens, tokens * before.body + after.layers * each) if found else Work()
+
+
+def gaining(before: Costed, after: Arch, prune: Prune, *, samples: int) -> Work:
+    """A pass over a few of so many samples, where gains of norms are fitted."""
+    if prune.gain != "fitted" or before.arch.hidden == after.hidden:
+        return Work()
+    tokens = float(min(FEW_SAMPLES, samples) * before.context)
+    return Work(tokens, tokens * before.body)
+
+
+def tying(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: bool) -> Work:
+    """The head tied again that a rotation untied: a pass of both, and the products of both heads."""
+    if prune.untie or not _untied(before, after, turned=turned):
+        return Work()
+    tokens = float(min(FEW_SAMPLES, samples) * before.context)
+    grams = 2.0 * after.arch.hidden * (after.arch.hidden + before.arch.hidden)
+    return Work(tokens, tokens * (before.body + after.body + grams) + before.arch.vocab * grams)
+
+
+def trying(
+    before: Costed, student: Anatomy, prune: Prune, score: Score, shapes: Sequence[Arch], *, turned: bool
+) -> Work:
+    """A trial of these shapes: each cut, refit and measured on a few samples."""
+    held, fitted = fewer_samples(prune, max(prune.refit_samples, score.samples))
+    asked, measured = plain(prune), held * before.context
+    done = Work()
+    for shape in shapes:
+        after = Costed(student, shape, before.context)
+        done += gaining(before, shape, asked, samples=fitted) + tying(
+            before, after, asked, samples=fitted, turned=turned
+        )
+        if prune.refit != "none":
+            done += refitting(before, after, asked, samples=fitted, turned=turned)
+        done += Work(measured, measured * (before.whole + after.whole))
+    return done
+
+
+def measuring(before: Costed, after: Costed, *, samples: int) -> Work:
+    """The perplexity of both."""
+    tokens = float(samples * before.context)
+    return Work(tokens, tokens * (before.whole + after.whole))
+
+
+def refitting(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: bool) -> Work:
+    """A pass of the teacher; of the student one, and for each site what comes before it; its Gram matrix, solved."""
+    tokens = float(samples * before.context)
+    anatomy, everything = before.anatomy, prune.refit == "all"
+    wide, narrow = before.arch.hidden, after.arch.hidden
+    reader = tokens * 2 * narrow * (narrow + wide) + narrow**3 / 3 + 4.0 * wide * narrow**2
+    attention = after.attention / max(after.arch.layers, 1)
+    in_layers = 0.0
+    for layer in range(anatomy.sizes.layers):
+        names = [name for name in anatomy.modules if anatomy.layer_of(name) == layer]
+        passed = attention
+        for neurons in (False, True):  # attention first
+            group = [name for name in names if _of_neurons(anatomy, name) == neurons]
+            written = [name for name in group if writes(anatomy, name)]
+            read = [name for name in group if name not in written]
+            if everything and any(anatomy.modules[name] == _HIDDEN for name in read):
+                before_it = passed if neurons else 0.0
+                in_layers += tokens * before_it + reader
+                in_layers += sum(_outputs(anatomy, name, after.arch) * 2.0 * wide * narrow for name in read)
+            passed += sum(2.0 * _entries(anatomy, name, after.arch) for name in read)
+            for name in written:
+                channels = anatomy.modules[name].size(after.arch.sizes)
+                in_layers += tokens * (passed + 2 * channels * (channels + narrow))
+                in_layers += channels**3 / 3 + 4.0 * narrow * channels**2
+            passed += sum(2.0 * _entries(anatomy, name, after.arch) for name in written)
+    done = tokens * (before.body + after.body) + in_layers * after.arch.layers / anatomy.sizes.layers
+    if everything and (not anatomy.tied or _untied(before, after, turned=turned)):
+        done += reader + 2.0 * before.arch.vocab * wide * narrow
+    return Work(tokens, done)
+
+
+def _untied(before: Costed, after: Costed, *, turned: bool) -> bool:
+    """Whether a tied head has got weights of its own: `turned` says that hidden is cut in another basis."""
+    return turned and before.anatomy.tied and after.arch.hidden < before.arch.hidden
+
+
+def _of_neurons(anatomy: Anatomy, name: str) -> bool:
+    return "ffn" in anatomy.modules[name].axes | output_expr(anatomy, name).axes
+
+
+def _outputs(anatomy: Anatomy, name: str, arch: Arch) -> int:
+    return output_expr(anatomy, name).size(arch.sizes)
+
+
+def _entries(anatomy: Anatomy, name: str, arch: Arch) -> int:
+    return anatomy.modules[name].size(arch.sizes) * _outputs(anatomy, name, arch)

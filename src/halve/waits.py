@@ -1,0 +1,56 @@
+"""Waits that are told of when they turn out long: gigabytes that are read, a proof, a process that starts.
+
+They lie far below the stages and have nothing to count. Whoever shows progress hears of each in one line:
+
+    with heard(print), wait("loading a model"):
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Timer
+
+AFTER_S = 2.0
+"""Seconds after which a wait is long."""
+
+_say: ContextVar[Callable[[str], object] | None] = ContextVar("say", default=None)
+
+
+@contextmanager
+def heard(say: Callable[[str], object] | None) -> Iterator[None]:
+    """Within, `say` gets a line for every wait that lasts; with None nobody hears of them."""
+    before = _say.set(say)
+    try:
+        yield
+    finally:
+        _say.reset(before)
+
+
+@contextmanager
+def wait(what: str) -> Iterator[None]:
+    """Within, something may take long: if it does, `what` is said once."""
+    if (say := _say.get()) is None:
+        yield
+        return
+    timer = Timer(AFTER_S, say, (what,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def bytes_(count: int | float) -> str:
+    """Decimal units, as disks and GPUs are sold.
+
+    >>> bytes_(1.6e10)
+    '16.0 GB'
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
