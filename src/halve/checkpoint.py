@@ -24,6 +24,7 @@ from halve.anatomy.configs import build, quiet
 from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
 from halve.recipe import Device, Dtype
 from halve.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
+from halve.waits import bytes_, wait
 
 __all__ = ["Checkpoint", "load_config", "resolve_device"]
 
@@ -127,9 +128,11 @@ class Checkpoint:
         complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
         """
         _sound = self.config, self.headers
-        model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        loading.require_parameters(self.files, model, self.parameters)
-        return model.eval().to(device)
+        size = sum(path.stat().st_size for path in self.files.glob("*.safetensors"))
+        with wait(f"loading {self.source} ({bytes_(size)})"):
+            model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+            loading.require_parameters(self.files, model, self.parameters)
+            return model.eval().to(device)
 
     def require_weights(self) -> None:
         """Raise `CheckpointError` unless the files hold the model's tensors, all and no other, by their headers."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from halve import plain_json
 from halve.errors import DiskError, RunError
+from halve.waits import bytes_, wait
 
 CHANGED = "remove the folder it is in and run the same command: what was there is made again"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -142,7 +143,7 @@ def file_sha256(path: Path) -> str:
     """
     known = _identity(path)
     if known not in _hashes:
-        with open(path, "rb") as file:
+        with wait(f"hashing {path.name} ({bytes_(path.stat().st_size)})"), open(path, "rb") as file:
             _hashes[known] = hashlib.file_digest(file, "sha256").hexdigest()
     return _hashes[known]
 

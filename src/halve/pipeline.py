@@ -27,6 +27,7 @@ from halve.progress import SILENT, Progress, RichProgress
 from halve.recipe import HOW, Distill, Recipe
 from halve.rounds import learns_from_previous, named, rounds
 from halve.rundir import HASHES, RunDir
+from halve.waits import heard
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -317,12 +318,14 @@ def run(
     with ranks.joined(resolve_device(recipe.device)) as here, ExitStack() as stack:
         if not here.leads:
             console = None
+        progress = SILENT if console is None else RichProgress(console)
+        stack.enter_context(heard(progress.say))
         opened: list[RunDir] = []
         here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
         folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
         teacher = Checkpoint.open(recipe.model)
         wanted, done, keys = here.lead(lambda: _what_to_do(recipe, teacher, folder, listed, only, cache))
-        this = _Run(folder, cache, SILENT if console is None else RichProgress(console), teacher)
+        this = _Run(folder, cache, progress, teacher)
         if len(done) < len(wanted):
             boundary = here.lead(partial(settled, recipe, teacher, cache=cache, progress=this.progress))
             recipe = bounded(recipe, boundary)

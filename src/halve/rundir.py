@@ -31,6 +31,7 @@ from typing import IO, Any
 from halve.errors import RunError
 from halve.files import disk_guard, file_sha256, read_object, read_sealed, sealed, sync, sync_tree, write_json
 from halve.recipe import Recipe
+from halve.waits import wait
 
 try:
     import fcntl
@@ -140,7 +141,7 @@ class RunDir:
         """
         work = self._work(name)
         assert _has_key(work, key), f"{work} was not made by work({name!r}, {key!r})"
-        with disk_guard(work):
+        with disk_guard(work), wait(f"waiting for the disk to keep {name}"):
             sync_tree(work)
         manifest = {
             "format": FORMAT,

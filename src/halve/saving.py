@@ -22,6 +22,7 @@ from halve.errors import CheckpointError
 from halve.files import disk_guard, sync, sync_tree
 from halve.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
 from halve.spelling import spelled_out
+from halve.waits import wait
 
 RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
 
@@ -48,7 +49,7 @@ def save_model(
         )
     draft = folder.with_name(f".{folder.name}.tmp")
     try:
-        with disk_guard(folder):
+        with disk_guard(folder), wait(f"writing {folder}"):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             _write_weights(model, draft)

@@ -31,6 +31,7 @@ from halve.cut.surgery import take, trim
 from halve.cut.taps import measure
 from halve.cut.twins import KINDS, Kind, RandomScores, fixed_ids, logits, masked, random_twin, skipping, twin_plan
 from halve.errors import AnatomyError, HalveError
+from halve.waits import wait
 
 # Logits of the twins are of order one. Norms and softmax of most families compute in float32 whatever the model is
 # in: equal logits differ by rounding (measured below 2e-5), a forgotten weight by 1e-2 and more.
@@ -94,7 +95,8 @@ def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
     """
     key = (type(anatomy.config), repr(anatomy), seed, reopen)
     if key not in _proofs:
-        _proofs[key] = _on_one_thread(anatomy, seed=seed, reopen=reopen)
+        with wait(f"proving the axes of {anatomy.family} on random twins"):
+            _proofs[key] = _on_one_thread(anatomy, seed=seed, reopen=reopen)
     return _proofs[key]
 
 

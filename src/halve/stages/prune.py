@@ -34,6 +34,7 @@ from halve.recipe import Prune, Recipe
 from halve.stages.removal import DEPTH, choose_layers, compares
 from halve.train import corpus
 from halve.train.mixture import open_mixture
+from halve.waits import wait
 
 CHECK_SAMPLES = 8
 MICRO_BATCH = 4
@@ -280,7 +281,8 @@ def _check_reopens(student: PreTrainedModel, folder: Path, ids: Tensor) -> None:
     given, made = folder.with_name("ids.safetensors"), folder.with_name("logits.safetensors")
     save_file({"ids": ids.cpu().contiguous()}, given)
     try:
-        why = fresh.python(_FRESH, *(str(path.absolute()) for path in (folder, given, made)))
+        with wait("opening the student in a fresh process"):
+            why = fresh.python(_FRESH, *(str(path.absolute()) for path in (folder, given, made)))
         if not why:
             with torch.inference_mode():
                 logits = student(ids.to(student.device), use_cache=False).logits.float().cpu()

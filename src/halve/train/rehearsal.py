@@ -31,6 +31,7 @@ from halve.recipe import Correct, Distill, Training
 from halve.train import adapters, blocks, chunked, divergences, intermediate, objectives
 from halve.train.batch import Batch, predictions
 from halve.train.teachers import Live
+from halve.waits import wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,7 +137,7 @@ def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> R
     """
     problem = ""
     try:
-        with _quietly():
+        with _quietly(), wait("going through a step on tensors without contents, for the memory plan"):
             played = _played(cast, training, samples=samples, context=context)
     except HalveError:
         raise
