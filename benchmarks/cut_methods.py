@@ -71,6 +71,7 @@ class Depth:
 _INNER: tuple[tuple[str, str, Method], ...] = (
     (PLAIN, "2407.14679", "activation"),
     (RANDOM, "uniform random entries", "random"),
+    ("magnitude", "weight magnitude", "magnitude"),
     ("wanda", "2306.11695", "wanda"),
     ("taylor", "2305.11627", "taylor"),
     ("flap", "2312.11983", "fluctuation"),

@@ -4,10 +4,14 @@
 
 All methods on one teacher, on the same calibration samples, at the same sizes; sets of layers are compared on the first
 `--refit-samples` of them, LaCo's on 16. Sizes are shares of the non-embedding parameters: width methods share one
-architecture a size, depth methods take the nearest whole number of layers. Learning rates are swept on the first seed
-at 50 %; the other sizes take the best rate found for each method, and the other seeds are run for the best four, plain
-Minitron and both random cuts. A seed draws the calibration samples and the order of training. Results are appended to
-FOLDER/results.jsonl as they come, and a second call goes on from there; FOLDER/report.md is written at the end.
+architecture a size, depth methods take the nearest whole number of layers.
+
+Learning rates are swept on the first seed at 50 %; the other sizes take the best rate found for each method. The other
+seeds are run for the best four, our own, plain Minitron and both random cuts. Means are ± one standard error; which of
+two is lower is said by Student's t over seeds. A seed draws the calibration samples and the order of training.
+
+Results are appended to FOLDER/results.jsonl as they come, and a second call goes on from there; FOLDER/report.md is
+written at the end.
 
 Without --model: halve's demo teacher and the prose of the standard library's docstrings.
 """
@@ -39,6 +43,7 @@ from cut_methods import (
     depth_arch,
     make_student,
 )
+from cut_page import RATIOS, SWEPT, Book, report
 from transformers import PreTrainedModel
 
 from halve import measure
@@ -55,11 +60,8 @@ from halve.train.batch import Batch
 from halve.train.course import Course
 from halve.train.teachers import Live
 
-RATIOS = (0.7, 0.5, 0.3)
-TARGETS = {0.7: 0.5, 0.5: 0.55, 0.3: 0.7}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-SWEPT = 0.5
-CONTROLS = (PLAIN, PLAIN + INNER, RANDOM, RANDOM_DEPTH)
+CONTROLS = (OURS, PLAIN, PLAIN + INNER, RANDOM, RANDOM_DEPTH)
 
 # ---- measuring
 
@@ -116,25 +118,6 @@ def forward_seconds(setting: Setting) -> float:
 
 
 # ---- the schedule
-
-
-class Book:
-    """Results on disk, one JSON line each; what is there is not measured again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """The line with these values."""
-        return next((line for line in self.lines if all(line.get(k) == v for k, v in key.items())), None)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Append and say it."""
-        self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print({name: value for name, value in line.items() if name != "curve"}, flush=True)
 
 
 Students = dict[tuple[str, float, int], PreTrainedModel]
@@ -204,122 +187,6 @@ def finalists(book: Book, best: dict[str, float]) -> list[str]:
 
     ranked = sorted(METHODS, key=final)
     return list(dict.fromkeys([*ranked[:4], *CONTROLS]))
-
-
-# ---- the report
-
-
-def spell(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
-
-
-def starts(book: Book, name: str, ratio: float) -> list[float]:
-    """KL straight after the cut, by seed."""
-    return [line["kl"] for line in book.lines if _is(line, "start", name, ratio)]
-
-
-def finals(book: Book, name: str, ratio: float) -> dict[int, dict[str, Any]]:
-    """The retrained line of every seed at the rate that other samples than the reported ones chose."""
-    lines = [line for line in book.lines if _is(line, "retrained", name, ratio)]
-    result: dict[int, dict[str, Any]] = {}
-    for line in sorted(lines, key=lambda line: -line["choice_kl"]):
-        result[line["seed"]] = line
-    return result
-
-
-def _is(line: dict[str, Any], kind: str, name: str, ratio: float) -> bool:
-    return line["kind"] == kind and line.get("method") == name and line.get("ratio") == ratio
-
-
-def tokens_to(curve: Sequence[Sequence[float]], goal: float) -> float:
-    """Tokens of retraining after which KL is at most the goal; infinite where it never is."""
-    return next((tokens for tokens, value in curve if value <= goal), float("inf"))
-
-
-def _shapes(book: Book, name: str, ratio: float, whole: int) -> list[str]:
-    """What the seeds came to, each once; `whole` is the teacher's number of non-embedding parameters."""
-    found = {
-        f"{line['layers']} x {line['hidden']} x {line['ffn']} ({line['non_embedding'] / whole:.1%})": None
-        for line in book.lines
-        if _is(line, "start", name, ratio)
-    }
-    return list(found)
-
-
-def plain(book: Book, ratio: float) -> str:
-    """Plain Minitron in the shape in which it starts closer."""
-    return min((PLAIN, PLAIN + INNER), key=lambda name: statistics.mean(starts(book, name, ratio)))
-
-
-def report(book: Book, about: str, tokens: int, whole: int) -> str:
-    """The tables and the verdicts on the targets, as markdown."""
-    forward = book.find(kind="forward")
-    assert forward is not None
-    trained = book.find(kind="retrained") is not None
-    columns = " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " |"
-    rule = "|---|---|" + "---|" * len(RATIOS)
-    lines = [
-        about,
-        "",
-        "## Straight after the cut",
-        "",
-        "KL to the teacher, and its share of plain Minitron's in its better shape.",
-        "",
-    ]
-    lines += [f"| method | at 50 %: layers x hidden x ffn, all parameters | {columns}", rule]
-    for name in METHODS:
-        cells = []
-        for ratio in RATIOS:
-            found, plain_kl = starts(book, name, ratio), starts(book, plain(book, ratio), ratio)
-            share = statistics.mean(a / b for a, b in zip(found, plain_kl, strict=False))  # by seed
-            cells.append(f"{spell(found)} ({share:.2f})")
-        line = next(line for line in book.lines if _is(line, "start", name, SWEPT))
-        shape = f"{line['layers']} x {line['hidden']} x {line['ffn']}, {line['params']:,}"
-        lines.append(f"| {name} | {shape} | " + " | ".join(cells) + " |")
-    lines += ["", "Shapes that a method chose for itself, layers x hidden x ffn and the share that they keep:", ""]
-    for name in (OURS, "osscar-inner"):
-        lines += [f"- {name}, {ratio:.0%}: {', '.join(_shapes(book, name, ratio, whole))}" for ratio in RATIOS]
-    if trained:
-        lines += ["", f"## After {tokens:,} tokens of distillation, and the best rate", ""]
-        lines += [f"| method | rate | {columns}", rule]
-    for name in METHODS if trained else ():
-        rate = next(iter(finals(book, name, SWEPT).values()))["lr"]
-        cells = [spell([line["kl"] for line in finals(book, name, ratio).values()]) for ratio in RATIOS]
-        lines.append(f"| {name} | {rate:g} | " + " | ".join(cells) + " |")
-    lines += ["", "## Targets", ""]
-    others = [name for name, method in METHODS.items() if not method.ours]
-    for ratio in RATIOS:
-        share = statistics.mean(
-            a / b for a, b in zip(starts(book, OURS, ratio), starts(book, plain(book, ratio), ratio), strict=True)
-        )
-        nearest = min(others, key=lambda name: statistics.mean(starts(book, name, ratio)))
-        lines.append(
-            f"- {ratio:.0%}, start: {share:.2f} of plain Minitron, target {TARGETS[ratio]}:"
-            f" {'reached' if share <= TARGETS[ratio] else 'missed'};"
-            f" best baseline {nearest} {spell(starts(book, nearest, ratio))}, ours {spell(starts(book, OURS, ratio))}"
-        )
-        if not trained:
-            continue
-        theirs, mine = finals(book, plain(book, ratio), ratio), finals(book, OURS, ratio)
-        needed = [tokens_to(mine[seed]["curve"], theirs[seed]["kl"]) for seed in mine.keys() & theirs.keys()]
-        beaten = min(others, key=lambda name: min(line["kl"] for line in finals(book, name, ratio).values()))
-        lines.append(
-            f"- {ratio:.0%}, retrained: plain Minitron's final KL after {max(needed):,.0f} of {tokens:,} tokens"
-            f" ({'reached' if max(needed) <= tokens / 2 else 'missed'}, target half); best baseline {beaten}"
-            f" {spell([line['kl'] for line in finals(book, beaten, ratio).values()])},"
-            f" ours {spell([line['kl'] for line in mine.values()])}"
-        )
-    lines += ["", "## Cost of scoring plus cutting at 50 %, in forward passes over the calibration set", ""]
-    lines += ["Processor time, which other programs disturb less than the clock.", ""]
-    lines += ["| method | without solves | solves, s |", "|---|---|---|"]
-    for name in METHODS:
-        timed = [line for line in book.lines if _is(line, "start", name, SWEPT)]
-        passes = statistics.median((line["seconds"] - line["solves"]) / forward["seconds"] for line in timed)
-        lines.append(f"| {name} | {passes:.2f} | {statistics.median(line['solves'] for line in timed):.2f} |")
-    return "\n".join(lines) + "\n"
 
 
 # ---- the command
