@@ -62,3 +62,10 @@ def test_an_item_longer_than_the_context(make_recipe: MakeRecipe, tmp_path: Path
     asked: dict[str, Any] = {"evaluate": {"choices": [str(path)]}, "score": {"depth": "task", "depth_task": str(path)}}
     (error,) = check(make_recipe(**{section: asked[section]}))
     assert "the model's context has 128" in error.what
+
+
+def test_replicas_need_ranks(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(distill={**TRAINING, "replicas": 2})
+    assert [error.what for error in check(recipe)] == ["1 rank does not make 2 replicas"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert check(recipe) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -149,7 +150,7 @@ def _check_shares(training: Training) -> None:
     """There are ranks for its replicas, and a step's samples fall into equal shares."""
     from halve.train.ranks import here, require_shares
 
-    require_shares(training, here().size)
+    require_shares(training, max(here().size, int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 def _check_packages(training: Training) -> None:
