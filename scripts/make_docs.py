@@ -323,22 +323,25 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
         named = next(results for *_, results in listed if results is not None)
         pages[folder / "README.md"] = (
             f"{HEADER}# Studies on {named['teacher']['name']}\n\n"
-            f"The same as [those on the demo's teacher](../README.md), on another.\n\n{page.index(listed)}\n"
+            "The same studies as [those on the demo's teacher](../README.md), on another teacher.\n\n"
+            f"{page.index(listed)}\n"
         )
         return pages
     more = "".join(f"\n\nOn another teacher: [{one.name}]({one.name}/README.md)." for one in others)
     pages[folder / "README.md"] = (
         f"{HEADER}# Studies\n\n"
-        "Each repeats one table or figure of the Minitron papers (arXiv 2407.14679 and 2408.11796) in small: a real"
-        " teacher of 1.5M parameters, minutes instead of days, every arm with several seeds. What holds here may not"
-        " hold at scale and the other way round: a verdict says what this teacher and this text say of the claim.\n\n"
-        "Held: Student's t over the seeds tells the effect from zero at 5 % (two-sided). Reversed: so is the"
-        " opposite. Inconclusive: the seeds cannot tell.\n\n"
+        "Each study reproduces one table or figure of the Minitron papers (arXiv 2407.14679 and 2408.11796) on a small"
+        " scale. It takes minutes instead of days, with a real teacher of 1.5M parameters and several seeds for every"
+        " arm (configuration). What holds here may not hold at scale, and the other way round. A verdict is only about"
+        " this teacher and this text.\n\n"
+        "- Held: the effect differs from zero, by Student's t over the seeds at 5 % (two-sided).\n"
+        "- Reversed: the opposite effect does.\n"
+        "- Inconclusive: the seeds do not distinguish the effect from zero.\n\n"
         f"{page.index(listed)}{more}\n\n"
         "```sh\nhalve study --list\nhalve study all\nhalve study aggregators --seeds 5 --tokens 500000\n```\n\n"
-        "Runs are kept in `runs/studies` and shared: what two studies have in common is done once, and a study that was"
-        " stopped goes on. `--model`, `--train` and `--valid` take a teacher and texts of one's own. A study is a file"
-        " of `src/halve/studies/catalog`.\n"
+        "Runs are kept in `runs/studies` and shared: runs that two studies have in common are made once. A study that"
+        " was stopped resumes. `--model`, `--train` and `--valid` take your own teacher and texts. Each study is a file"
+        " in `src/halve/studies/catalog`.\n"
     )
     return pages
 

@@ -194,7 +194,7 @@ def test_an_interrupt_exits_with_130(
     monkeypatch.setattr(pipeline, "run", interrupted)
     assert main(["run", str(recipe), "--quiet"]) == 130
     assert capsys.readouterr().err.splitlines() == [
-        f"interrupted; the same command goes on where it stopped: halve run {recipe} --quiet"
+        f"interrupted; the same command resumes where it stopped: halve run {recipe} --quiet"
     ]
 
 
@@ -219,7 +219,7 @@ def test_a_signal_in_any_stage_says_how_to_go_on(
     assert main([stage, str(recipe)]) == code
     assert signal.getsignal(SIGTERM) is before
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{word}; the same command goes on where it stopped: halve {stage} {recipe}"
+    assert line == f"{word}; the same command resumes where it stopped: halve {stage} {recipe}"
 
 
 @pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), (SIGTERM, 143)])
@@ -254,7 +254,7 @@ prune: {{ffn: 40}}
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in err
-    assert err.splitlines()[-1].endswith(f"goes on where it stopped: halve score {recipe} --out run --quiet")
+    assert err.splitlines()[-1].endswith(f"resumes where it stopped: halve score {recipe} --out run --quiet")
     assert not psutil.wait_procs(children, timeout=30)[1]
     assert not list((tmp_path / "run" / "score").glob("*"))
 

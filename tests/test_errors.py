@@ -23,7 +23,7 @@ def test_each_part_is_one_short_line_that_steers_no_terminal() -> None:
     [
         (PermissionError(13, "Permission denied", "a/b"), "cannot read or write a/b\n  why: Permission denied"),
         (OSError("odd"), "cannot read or write a file\n  why: odd"),
-        (MemoryError(), "the memory does not suffice\n  why: the system gave no more"),
+        (MemoryError(), "the memory does not suffice\n  why: the system gives no more memory"),
         (
             torch.OutOfMemoryError("CUDA out of memory.\nTried"),
             "the memory does not suffice\n  why: CUDA out of memory.",

@@ -32,7 +32,7 @@ HUGE = "9" * 5000
         (["study", "losses", "--model", "m", "--choices", LONG], "4000 bytes"),
         (["study", LONG], "there is no study aaa"),
         (["plan", "m", "--hidden", "0"], "these flags make no plan\n  why: hidden: .*greater than 0"),
-        (["plan", "m", "--kv-heads", "9" * 40], "these flags make no plan\n  why: kv-heads: no run counts beyond"),
+        (["plan", "m", "--kv-heads", "9" * 40], "these flags make no plan\n  why: kv-heads: the largest count is"),
         (["plan", "m", "--non-embedding-ratio", "nan"], "why: non-embedding-ratio: .*finite"),
         (["plan", "m", "--params", ""], "why: params: "),
         (["demo", "--corpus", "/"], "cannot read /"),

@@ -225,7 +225,7 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, item: Item) -> int:
     if token is None:
         raise CorpusError(
             f"{item.source} has no token before its choices",
-            why="its context is empty or melts into them, and the tokenizer has neither a first nor a last token",
+            why="its context is empty or merges with them into one token, and the tokenizer has no special tokens",
             fix="give the item a context, such as a line end, or the tokenizer a bos_token",
         )
     return int(token)

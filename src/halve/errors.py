@@ -93,20 +93,20 @@ def of_the_system(error: Exception) -> HalveError | None:
     >>> print(of_the_system(NotADirectoryError(20, "Not a directory", "notes.txt/run")))
     cannot read or write notes.txt/run
       why: Not a directory
-      fix: mend that, or give another path; the same command goes on where it stopped
+      fix: correct that, or give another path; the same command resumes where it stopped
     """
     if isinstance(error, OSError):
         return HalveError(
             f"cannot read or write {error.filename or 'a file'}",
             why=error.strerror or str(error) or type(error).__name__,
-            fix="mend that, or give another path; the same command goes on where it stopped",
+            fix="correct that, or give another path; the same command resumes where it stopped",
         )
     # torch has a type of its own for memory on a GPU, and only words for memory on a CPU
     allocator = any(word in str(error) for word in ("DefaultCPUAllocator", "not enough memory"))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator:
         return HalveError(
             "the memory does not suffice",
-            why=str(error).partition("\n")[0] or "the system gave no more",
+            why=str(error).partition("\n")[0] or "the system gives no more memory",
             fix="smaller micro_batch or data.context, or activation_checkpointing: full; --dry-run plans memory",
         )
     return None

@@ -62,7 +62,7 @@ def export(source: str | Path, out: str | Path) -> Path:
     raise RunError(
         f"{source} has no student that has learned anything",
         why="no distillation of it has finished or left a checkpoint",
-        fix="let halve run go on until the first checkpoint (distill.checkpoint_every)",
+        fix="let halve run continue until the first checkpoint (distill.checkpoint_every)",
     )
 
 
@@ -86,7 +86,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
         raise RunError(
             f"{folder} does not lie in its run",
             why="the model's config and tokenizer are taken from the run that the checkpoint belongs to",
-            fix="give it where the run left it: run/.distill.work/.checkpoints/...",
+            fix="give its path inside the run: run/.distill.work/.checkpoints/...",
         )
     recipe = stage.recipe
     cut = [name for name in stage.after if name.partition("-")[0] == "prune"]
@@ -103,8 +103,8 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
     if any(masters[key].shape != parameter.shape for key, parameter in own.items()):
         raise RunError(
             f"{folder} is of a model with other sizes",
-            why=f"{begun.source}, which its training began with, has been made anew since then",
-            fix="let halve run go on: the training begins anew, too",
+            why=f"{begun.source}, which its training started from, has changed since then",
+            fix="let halve run continue: it starts this training again",
         )
     with torch.no_grad():
         for key, parameter in own.items():

@@ -58,14 +58,14 @@ def farewell(code: int, words: Sequence[str]) -> str:
     """The line that a program ends with, and how to go on with what `halve` was told by `words`.
 
     >>> farewell(INTERRUPTED, ["run", "my recipe.yaml"])
-    "interrupted; the same command goes on where it stopped: halve run 'my recipe.yaml'"
+    "interrupted; the same command resumes where it stopped: halve run 'my recipe.yaml'"
     >>> farewell(TERMINATED, ["plan", "model"])
     'ended by SIGTERM'
     """
     what = "interrupted" if code == INTERRUPTED else "ended by SIGTERM"
     if not _RESUMED & set(words[:1]):
         return what
-    return f"{what}; the same command goes on where it stopped: {shlex.join(['halve', *words])}"
+    return f"{what}; the same command resumes where it stopped: {shlex.join(['halve', *words])}"
 
 
 def _answer(number: int, frame: FrameType | None) -> None:

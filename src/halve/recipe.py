@@ -227,13 +227,13 @@ class Prune(Section):
         if sum(ways) != 1:
             raise ValueError("give exactly one of params, non_embedding_ratio, or sizes by hand")
         if self.layers is not None and self.drop_layers is not None:
-            raise ValueError("layers and drop_layers say the same thing twice")
+            raise ValueError("give layers or drop_layers, not both")
         if self.refit == "all" and (self.head_merge or self.layer_merge != "none"):
             raise ValueError("refit: all solves for the matrices that head_merge and layer_merge change: use outputs")
         if self.layer_merge == "laco_search" and self.layers is None:
             raise ValueError("layer_merge: laco_search merges down to a number of layers: give layers")
         if self.steps > 1 and (self.rotation == "pca" or self.selection == "refit"):
-            raise ValueError("steps above 1 score what is left anew: not with rotation: pca or selection: refit")
+            raise ValueError("steps above 1 cannot be combined with rotation: pca or selection: refit")
         return self
 
 
@@ -314,19 +314,25 @@ class Recipe(Section):
         if self.correct is None or self.correct.when == "before":
             return self
         if not distillations:
-            raise ValueError("correct.when: beside is beside a distillation: add distill, or say when: before")
+            raise ValueError("correct.when: beside needs a distillation: add distill, or set when: before")
         for key in _OF_DISTILLATION:
             value, allowed = getattr(self.correct, key), [Correct.model_fields[key].default]
             if value not in [*allowed, *(getattr(part, key) for part in distillations)]:
-                raise ValueError(f"correct.{key} has no say when the teacher is corrected beside: it is distill's")
+                raise ValueError(
+                    f"correct.{key} differs from distill.{key}: with when: beside, both use the value of distill"
+                )
         for part in distillations:
             if part.cache != "none":
-                raise ValueError("a teacher that is corrected beside changes: what distill.cache keeps would be stale")
+                raise ValueError(
+                    "with correct.when: beside the teacher changes, so the answers in distill.cache would be stale"
+                )
             if set(part.terms) == {"ce"}:
-                raise ValueError("correct.when: beside corrects the teacher that distill asks; objective: ce asks none")
+                raise ValueError(
+                    "correct.when: beside corrects the teacher of distill, and objective: ce needs no teacher"
+                )
             if part.teacher_device != "same" or part.offload_teacher or not part.shard_teacher:
                 raise ValueError(
-                    "a teacher that is corrected beside trains where and as the student does: leave out"
+                    "with correct.when: beside the teacher trains on the student's device: leave out"
                     " teacher_device, offload_teacher and shard_teacher"
                 )
         return self

@@ -97,7 +97,7 @@ class Training(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.offload_optimizer and self.optimizer != "adamw":
-            raise ValueError("offload_optimizer is of optimizer: adamw")
+            raise ValueError("offload_optimizer works only with optimizer: adamw")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
         begins = [phase.from_tokens for phase in self.phases]
@@ -184,17 +184,21 @@ class Distill(Training):
     def _fits(self) -> Distill:
         taught = set(self.terms) - {"ce"}
         if not taught and self.terms["ce"] != 1.0:
-            raise ValueError("a sum of ce alone is objective: ce")
+            raise ValueError("a sum with only ce: write objective: ce")
         if self.top_k is not None and "kl" not in taught:
-            raise ValueError("top_k truncates the term kl, which objective does not have")
+            raise ValueError("top_k applies to the term kl, which objective does not have")
         if self.top_k_tail and self.top_k is None:
-            raise ValueError("top_k_tail says what becomes of the tokens beyond top_k: give top_k")
+            raise ValueError("top_k_tail needs top_k: give top_k")
         if self.cache == "logits" and (taught - {"kl"} or self.top_k is not None):
-            raise ValueError("cache: logits holds draws of the teacher, from which only kl over all tokens can be told")
+            raise ValueError(
+                "cache: logits stores draws of the teacher, from which only kl over all tokens can be computed"
+            )
         if self.intermediate is not None and (not taught or self.cache != "none" or self.compile):
-            raise ValueError("intermediate listens to the running teacher: not with ce alone, a cache, or compile")
+            raise ValueError(
+                "intermediate needs a running teacher: it cannot be combined with ce alone, a cache, or compile"
+            )
         if self.cache != "none" and not taught:
-            raise ValueError("cache keeps what the teacher answers, and ce alone does not ask it")
+            raise ValueError("cache stores the teacher's answers, and objective: ce does not use them")
         if self.teacher_device != "same" and (self.offload_teacher or self.intermediate is not None):
-            raise ValueError("teacher_device is another device: not with offload_teacher or intermediate")
+            raise ValueError("teacher_device cannot be combined with offload_teacher or intermediate")
         return self

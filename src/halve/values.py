@@ -33,19 +33,19 @@ def _written(given: Any) -> Any:
 
 def _countable(count: int) -> int:
     if count > MOST:
-        raise ValueError(f"no run counts beyond {MOST:.0e}")
+        raise ValueError(f"the largest count is {MOST:.0e}")
     return count
 
 
 def _moderate(factor: float) -> float:
     if not 1e-9 <= factor <= 1e15:
-        raise ValueError("single precision holds factors from 1e-9 to 1e15 with room to spare, and no others")
+        raise ValueError("a factor must be between 1e-9 and 1e15, so that single precision can hold it")
     return factor
 
 
 def _seed(seed: int) -> int:
     if seed >= 2**63:
-        raise ValueError("a seed has 63 bits")
+        raise ValueError("a seed must be below 2**63")
     return seed
 
 
@@ -67,9 +67,9 @@ Written = Annotated[str, BeforeValidator(_written), Field(min_length=1, max_leng
 def place(text: str) -> str:
     """The text, if it is a path or a name of the hub that could be there. Raises `ValueError`."""
     if not text.strip():
-        raise ValueError("a path or name has a character that is not blank")
+        raise ValueError("a path or name must not be blank")
     if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", text):
-        raise ValueError("a path or name has no control characters and no halves of characters")
+        raise ValueError("a path or name must not contain control characters or unpaired surrogates")
     if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
         raise ValueError("a path has at most 4000 bytes, 255 between two slashes")
     if text.startswith("~"):

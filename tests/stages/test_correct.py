@@ -110,13 +110,13 @@ def test_what_a_correction_beside_changes_runs_again(make_recipe: MakeRecipe) ->
         ({}, None, "add distill"),
         ({}, {"cache": "hidden"}, "would be stale"),
         ({}, {"cache": "logits"}, "would be stale"),
-        ({}, {"objective": "ce"}, "asks none"),
+        ({}, {"objective": "ce"}, "needs no teacher"),
         ({}, {"teacher_device": "cpu"}, "leave out teacher_device"),
         ({}, {"offload_teacher": True}, "leave out teacher_device"),
         ({}, {"shard_teacher": False}, "leave out teacher_device"),
-        ({"batch": 4}, {}, "correct.batch has no say"),
-        ({"eval_every": 3}, {}, "correct.eval_every has no say"),
-        ({"precision": "bfloat16"}, {"precision": "float32"}, "correct.precision has no say"),
+        ({"batch": 4}, {}, "correct.batch differs from distill.batch"),
+        ({"eval_every": 3}, {}, "correct.eval_every differs from"),
+        ({"precision": "bfloat16"}, {"precision": "float32"}, "correct.precision differs from"),
     ],
 )
 def test_what_does_not_go_with_a_correction_beside_is_refused(

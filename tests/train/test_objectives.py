@@ -177,14 +177,14 @@ def test_cross_entropy_alone_asks_no_teacher() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"objective": {"ce": 0.5}}, "a sum of ce alone"),
-        ({"objective": "mse", "top_k": 5}, "top_k truncates the term kl"),
+        ({"objective": {"ce": 0.5}}, "a sum with only ce"),
+        ({"objective": "mse", "top_k": 5}, "top_k applies to the term kl"),
         ({"top_k_tail": True}, "give top_k"),
         ({"objective": {"kl": 1.0, "jsd": 1.0}, "cache": "logits"}, "only kl over all tokens"),
         ({"top_k": 5, "cache": "logits"}, "only kl over all tokens"),
-        ({"intermediate": {}, "cache": "hidden"}, "listens to the running teacher"),
-        ({"intermediate": {}, "objective": "ce"}, "listens to the running teacher"),
-        ({"intermediate": {}, "compile": True}, "listens to the running teacher"),
+        ({"intermediate": {}, "cache": "hidden"}, "needs a running teacher"),
+        ({"intermediate": {}, "objective": "ce"}, "needs a running teacher"),
+        ({"intermediate": {}, "compile": True}, "needs a running teacher"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], message: str) -> None:

@@ -91,5 +91,5 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_moments_in_main_memory_are_adamws() -> None:
-    with pytest.raises(ValueError, match="offload_optimizer is of optimizer: adamw"):
+    with pytest.raises(ValueError, match="offload_optimizer works only with optimizer: adamw"):
         Training(tokens=1, optimizer="muon", offload_optimizer=True)

@@ -194,7 +194,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(driver: Driver, tm
     assert died.statuses == [2, KILLED]
     assert died.seconds < 30
     assert died.said[0].startswith("TrainError: rank 0 has lost another rank")
-    assert "the same command goes on from the last checkpoint" in died.said[0]
+    assert "the same command resumes from the last checkpoint" in died.said[0]
     assert died.checkpoints
     others: dict[str, tuple[int, dict[str, Any]]] = {
         "one": (1, {}),

@@ -94,7 +94,7 @@ def test_too_many_within_a_while() -> None:
 def test_a_leap_stops_with_step_samples_and_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainError) as caught:
         run(tmp_path, tiny(), objective=breaking(taught(tiny(seed=1)), {32}, 50.0))  # step 5 begins with sample 4 * 8
-    assert caught.value.what == "the loss leaps at step 5"
+    assert caught.value.what == "the loss spikes at step 5"
     assert "samples are 32, 33, 34, 35, 36, 37, 38, 39" in caught.value.why
     assert "step-00000004" in caught.value.why
     assert "--on-spike skip or rewind" in caught.value.fix

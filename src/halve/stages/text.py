@@ -55,8 +55,8 @@ def open_text(recipe: Recipe, training: Training, *models: Checkpoint, cache: Pa
         if model.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise TokenizerError(
                 f"{model.source} has another tokenizer than {models[0].source}",
-                why="the same text is other ids there, so one cannot follow the other token by token",
-                fix="take a student of the teacher's own vocabulary",
+                why="they split text into different tokens, so the distributions of the models cannot be compared",
+                fix="use a student with the teacher's tokenizer",
             )
         measure.require_context(model.config, recipe.data.context, "a sample")
     require_embedded(recipe, models[0], "train", cache=cache, progress=progress)

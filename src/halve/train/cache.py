@@ -160,7 +160,7 @@ class Store:
             raise TrainError(
                 f"the cache in {self.folder} is over another vocabulary",
                 why=f"its draws are of {self.bound.vocab} tokens, teacher and student share {vocab}",
-                fix="use cache: hidden, from which any part of the vocabulary can be told",
+                fix="use cache: hidden, which works for any part of the vocabulary",
             )
 
     def require_samples(self, numbers: Iterable[int], *, group: str = TRAIN) -> None:

@@ -1,4 +1,4 @@
-"""What the training loop leaves behind so that a killed run goes on with the same bits.
+"""What the training loop leaves behind so that a killed run resumes bit-identically.
 
 A checkpoint is a folder `step-00000200` of safetensors, one file a rank with what that rank holds of parameters and
 of the optimizers' state, and `state.json` (the step, and whose state it is). PyTorch's distributed checkpoint writes
@@ -122,7 +122,7 @@ class Keeper:
             raise RunError(
                 f"no checkpoint in {self.work} can be read",
                 why="; ".join(damaged),
-                fix="remove that folder to begin this training anew",
+                fix="remove that folder to start this training again",
             )
         return Restored()
 

@@ -75,7 +75,7 @@ def train(
     The loss of a step is the sum over all its tokens divided by their number, however many micro-batches
     it is made in. `extra` holds parameters of the objective that are trained beside the student's and are no part
     of it. `beside` learns from the same samples, after the student's step. `work` keeps the last `keep_checkpoints`
-    complete checkpoints; a second call with the same arguments goes on from the newest. `metrics` gets one JSON
+    complete checkpoints; a second call with the same arguments resumes from the newest. `metrics` gets one JSON
     line a step (`step tokens loss grad_norm lr tokens_per_second data_wait peak_memory_bytes`, `mfu` where `flops` says
     what a token takes, and `heldout` with its figures at step 0, every `eval_every` steps and at the end). `name` says
     what the progress bar shows and, with `seed` and the course's `training`, whose checkpoints these are.
@@ -83,11 +83,11 @@ def train(
     Where several ranks train (see `ranks`), each takes its share of a step's samples, the model ends in shards
     (`shards.save` writes it), and rank 0 writes `metrics`.
 
-    A loss that is not finite or leaps (`watch.Running`) is what `on_spike` says: `stop` raises; `skip` leaves the
+    A spike or a loss that is not finite (`watch.Running`) is what `on_spike` says: `stop` raises; `skip` leaves the
     step's update out; `rewind` takes up the last checkpoint, leaves out the steps since then and goes on after
     them. A line with `spike`, `why` and `samples` tells of it, on all ranks alike.
 
-    Raises `TrainError` when a loss is not finite or leaps, too often where spikes are left out, or another rank is
+    Raises `TrainError` when a loss is not finite or spikes, too often where spikes are left out, or another rank is
     gone, `DiskError` when a checkpoint finds no room, and, after a SIGTERM, `Stopped` with a checkpoint of the last
     step.
     """
@@ -231,7 +231,7 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
     return Stopped(
         f"stopped by SIGTERM after step {step}",
         why=f"the process was asked to end; its state is in {saved}",
-        fix="the same command goes on from there",
+        fix="the same command resumes from there",
     )
 
 
@@ -266,10 +266,10 @@ def _speed(
 def _spike(step: int, why: str, batch: Batch, keeper: Keeper, training: Training) -> TrainError:
     saved = keeper.wait()
     kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
-    kind = "leaps" if why.startswith("loss ") and "mean" in why else "is not finite"
+    kind = "spikes" if why.startswith("loss ") and "mean" in why else "is not finite"
     often = "" if training.on_spike == "stop" else f", after {watch.MOST} others within {watch.WITHIN} steps"
     numbers = ", ".join(map(str, batch.numbers[:_SHOWN])) + (", ..." if len(batch) > _SHOWN else "")
-    going = "; or go on with --on-spike skip or rewind" if training.on_spike == "stop" else ""
+    going = "; or resume with --on-spike skip or rewind" if training.on_spike == "stop" else ""
     return TrainError(
         f"the loss {kind} at step {step}",
         why=f"{why}{often}; its samples are {numbers}; {kept}",

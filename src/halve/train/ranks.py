@@ -187,7 +187,7 @@ def gone_guard() -> Iterator[None]:
         raise TrainError(
             f"rank {here().rank} has lost another rank",
             why=f"its process ended or does not answer: {str(error).splitlines()[0]}",
-            fix="see the other rank's own error; then the same command goes on from the last checkpoint",
+            fix="see the other rank's own error; then the same command resumes from the last checkpoint",
         ) from error
 
 

@@ -115,7 +115,7 @@ def pieces(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
         raise CorpusError(
             f"{place}: field {text_field!r} holds half a character",
             why=f"character {at} is {ascii(text[at])[1:-1]}, half of a surrogate pair, which no text can hold",
-            fix="mend or drop that line; it was most often cut in the middle of an emoji",
+            fix="correct or drop that line; it was most often cut in the middle of an emoji",
         )
     while text:
         cut = _cut(text) if len(text) > PIECE_CHARS else len(text)

@@ -1,4 +1,4 @@
-"""What a training run is watched by: losses that leap, and how well the device is used."""
+"""What a training run is watched by: loss spikes, and how well the device is used."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from halve.recipe import Correct, Distill
 HORIZON = 64
 """Steps over which the running mean forgets."""
 FLOOR = 0.05
-"""Nats that a leap has at least: a loss near zero trembles by more than its own size."""
+"""Nats that a spike has at least: a loss near zero trembles by more than its own size."""
 SCATTER = 6.0
-"""Standard deviations that a leap has at least: a loss that is estimated from a few draws scatters, also below zero."""
+"""Standard deviations that a spike has at least: a loss estimated from a few draws scatters, also below zero."""
 KNOWN = 8
 """Losses that tell how much they scatter. Fewer understate it: they count as `1 + KNOWN / count` times as much, and
-before there are three a leap has `KNOWN` times `FLOOR`."""
+before there are three a spike has `KNOWN` times `FLOOR`."""
 MOST, WITHIN = 4, 100
 """So many steps may be left out within so many; beyond that the cause is not a few samples."""
 
