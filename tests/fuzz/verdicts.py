@@ -24,7 +24,7 @@ ONLY_A_RUN_KNOWS = re.compile(
     | without\ layers\ .*\ the\ logits\ are\ not\ finite
     | activations\ are\ not\ finite
     | the\ teacher\ (teaches\ nothing|disagrees\ with\ itself)
-    | the\ (teacher's\ )?loss\ (leaps\ at|is\ not\ finite)
+    | the\ (teacher's\ )?loss\ (spikes\ at|is\ not\ finite)
     | the\ student's\ perplexity\ is\ not\ finite
     | the\ student\ generates\ other\ text\ with\ the\ key-value\ cache
     )"""

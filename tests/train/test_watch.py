@@ -68,7 +68,7 @@ def test_what_is_a_spike() -> None:
     assert Running().accept(1e-6).objection(0.01, 1.0, factor=3.0) is None  # trembles near zero
 
 
-def test_a_loss_that_scatters_about_zero_does_not_leap() -> None:
+def test_a_loss_that_scatters_about_zero_is_no_spike() -> None:
     """As one that is estimated from a few draws does, which an exact divergence never would."""
     random = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -91,7 +91,7 @@ def test_too_many_within_a_while() -> None:
     assert not running.leave_out(watch.MOST + watch.WITHIN).exhausted
 
 
-def test_a_leap_stops_with_step_samples_and_checkpoint(tmp_path: Path) -> None:
+def test_a_spike_stops_with_step_samples_and_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainError) as caught:
         run(tmp_path, tiny(), objective=breaking(taught(tiny(seed=1)), {32}, 50.0))  # step 5 begins with sample 4 * 8
     assert caught.value.what == "the loss spikes at step 5"
