@@ -198,7 +198,8 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     from halve.work import trials
 
     loaded = load(recipe)
-    found = preflight(loaded, _folder(loaded, out))
+    ranks = os.environ.get("WORLD_SIZE")
+    found = preflight(loaded, _folder(loaded, out), ranks=None if ranks is None else int(ranks))
     if json_:
         show.as_json([{"error": e.what, "why": e.why, "fix": e.fix} for e in found])
     for error in found:

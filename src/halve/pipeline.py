@@ -265,11 +265,13 @@ def _report(run: _Run, recipe: Recipe, out: Path) -> Mapping[str, Any]:
 # ---- carrying them out ---------------------------------------------------------------------------------------
 
 
-def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
+def check(
+    recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None, ranks: int | None = None
+) -> tuple[HalveError, ...]:
     """What `preflight.check` finds; if nothing, what has changed of the stages that a run in `out` would go on from."""
     from halve.checkpoint import Checkpoint
 
-    found = preflight.check(recipe, out, teacher=teacher)
+    found = preflight.check(recipe, out, teacher=teacher, ranks=ranks)
     if not found and out is not None:
         try:
             teacher = teacher or Checkpoint.open(recipe.model)
@@ -324,7 +326,8 @@ def run(
         here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
         folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
         teacher = Checkpoint.open(recipe.model)
-        wanted, done, keys = here.lead(lambda: _what_to_do(recipe, teacher, folder, listed, only, cache))
+        ask = partial(_what_to_do, recipe, teacher, folder, listed, only, cache, ranks=here.size)
+        wanted, done, keys = here.lead(ask)
         this = _Run(folder, cache, progress, teacher)
         if len(done) < len(wanted):
             boundary = here.lead(partial(settled, recipe, teacher, cache=cache, progress=this.progress))
@@ -344,7 +347,14 @@ def run(
 
 
 def _what_to_do(
-    recipe: Recipe, teacher: Checkpoint, folder: RunDir, listed: Sequence[Stage], only: str | None, cache: Path
+    recipe: Recipe,
+    teacher: Checkpoint,
+    folder: RunDir,
+    listed: Sequence[Stage],
+    only: str | None,
+    cache: Path,
+    *,
+    ranks: int,
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """The names of the stages that are asked for, of those of them that are done, and the keys of all."""
     keys = keys_of(recipe, teacher, listed, memo=cache / HASHES)
@@ -353,7 +363,7 @@ def _what_to_do(
         wanted = _possible(folder, wanted, keys)
     done = [stage.name for stage in wanted if folder.is_done(stage.name, keys[stage.name])]
     if len(done) < len(wanted):
-        for error in preflight.check(recipe, folder.path, teacher=teacher):
+        for error in preflight.check(recipe, folder.path, teacher=teacher, ranks=ranks):
             raise error
     reused.require_sound(folder, wanted, done)
     return [stage.name for stage in wanted], done, keys

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,13 +20,16 @@ if TYPE_CHECKING:
     from halve.checkpoint import Checkpoint
 
 
-def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None) -> tuple[HalveError, ...]:
+def check(
+    recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None, ranks: int | None = None
+) -> tuple[HalveError, ...]:
     """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
 
     Looks at the teacher's config, file headers and tokenizer, the beginning of every file of text, the samples that
     short text makes, the plan's sizes, the multiple-choice files, the device, and, with `out`, the run folder and the
     room on its disk.
-    `teacher` is the recipe's model, where the caller has opened it.
+    `teacher` is the recipe's model, where the caller has opened it. `ranks` is how many processes will train together;
+    None is not known yet, as on the machine from which a job is sent to a cluster.
     """
     found: list[HalveError] = []
 
@@ -45,7 +47,7 @@ def check(recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None
     except HalveError as error:
         found.append(error)
     else:
-        tell(_of_the_teacher(recipe, teacher))
+        tell(_of_the_teacher(recipe, teacher, ranks))
     tell(_of_the_text(recipe))
     if out is not None and teacher is not None:
         tell(iter([partial(_check_room, recipe, teacher, out)]))
@@ -70,7 +72,7 @@ def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any
     yield partial(preflight_bounds.check_workers, recipe)
 
 
-def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
+def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> Iterator[Callable[[], Any]]:
     yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
@@ -78,7 +80,8 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[]
     yield partial(_check_proof, recipe, teacher)
     yield partial(_check_correction, recipe, teacher)
     for name, training in _trainings(recipe):
-        yield partial(_check_shares, training)
+        if ranks is not None:
+            yield partial(_check_shares, training, ranks)
         yield partial(_check_place, training)
         yield partial(_check_packages, training)
         for phase in training.phases:
@@ -146,11 +149,11 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:
             yield "distill" if number == 1 else f"distill of round {number}", part.distill
 
 
-def _check_shares(training: Training) -> None:
+def _check_shares(training: Training, ranks: int) -> None:
     """There are ranks for its replicas, and a step's samples fall into equal shares."""
-    from halve.train.ranks import here, require_shares
+    from halve.train.ranks import require_shares
 
-    require_shares(training, max(here().size, int(os.environ.get("WORLD_SIZE", "1"))))
+    require_shares(training, ranks)
 
 
 def _check_packages(training: Training) -> None:
