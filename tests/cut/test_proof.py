@@ -188,6 +188,12 @@ def test_a_model_that_looks_ahead_is_refused(family: str) -> None:
     check_causal(discover(AutoConfig.for_model(family, vocab_size=128, is_decoder=True, **small)))
 
 
+def test_tables_that_the_code_computes_are_no_weights() -> None:
+    """MiniMax saves its causal decays as buffers: drawn at random they would let it look ahead."""
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    check_causal(discover(small_config("minimax", intermediate_size=96, num_local_experts=4, **small)))
+
+
 def test_no_decoder_is_taken_for_one_that_looks_ahead() -> None:
     for family in ("llama", "gemma3_text", "gpt2", "cohere2"):
         check_causal(discover(config(family)))

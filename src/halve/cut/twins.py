@@ -58,7 +58,7 @@ KINDS = tuple(
 
 
 def random_twin(twin: Anatomy, *, seed: int, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A model with every parameter and saved buffer drawn at order one, so that no weight hides.
+    """A model with every parameter and saved vector drawn at order one, so that no weight hides.
 
     Matrices have variance 1.5 / fan-in, norm weights lie in [0.5, 1.5], biases are normal: with usual starting values
     (norms of one, biases of zero) a forgotten norm or bias would pass.
@@ -70,7 +70,8 @@ def random_twin(twin: Anatomy, *, seed: int, dtype: torch.dtype = torch.float64)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in {**model.state_dict(), **parameters}.items():
-            if value.is_floating_point():
+            table = name not in parameters and value.ndim > 1  # of masks and decays that the code computes
+            if value.is_floating_point() and not table:
                 value.copy_(_draw(name, value, generator))
     model.eval()
     return model
