@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from halve.anatomy.configs import resized
 from halve.cli import main
+from halve.device import card
 from halve.dryrun import Forecast, forecast
 from halve.head import split
 from halve.reading import parse
@@ -121,7 +122,7 @@ def test_a_cache_costs_disk_and_saves_the_teachers_work(tmp_path: Path) -> None:
 
     def found(**keys: object) -> Forecast:
         distill = {"tokens": 1000, "baselines": ["random_init", "ce"], **keys}
-        return forecast(parse({**raw, "distill": distill}, folder=tmp_path, source="test"))
+        return forecast(parse({**raw, "distill": distill}, folder=tmp_path, source="test"), device=card())
 
     none, hidden, logits = found(), found(cache="hidden"), found(cache="logits", cache_samples=16)
     assert none.disk.cache_bytes == 0
