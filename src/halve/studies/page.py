@@ -39,13 +39,13 @@ def markdown(results: Results, *, plot: str) -> str:
     parts += [
         f"![{results['title']}]({plot})",
         "## Figures",
-        "Before: straight after the cut. After: retrained. KL in nats per token to the teacher, on held-out text; lower"
-        " is better, of accuracy higher. ± is the standard error over the seeds. Kept: share of the non-embedding"
-        " parameters.",
+        "*Before* is straight after the cut, and *after* is after retraining. KL is to the teacher, in nats per token"
+        " on held-out text. Lower is better, except for accuracy. ± is the standard error over the seeds. *Kept* is the"
+        " share of the non-embedding parameters.",
         arms_table(results),
         "## Verdicts",
-        "The effect is above zero where the claim holds; its error is that of the differences seed by seed."
-        " Inconclusive: Student's t over the seeds does not tell the effect from zero at 5 %.",
+        "The effect is above zero where the claim holds. ± is the standard error of the differences, computed seed by"
+        " seed. Inconclusive: the effect does not differ from zero, by Student's t over the seeds at 5 %.",
         claims_table(results),
     ]
     parts += [f"- {one['text']}: {one['tie']}." for one in results["claims"] if _is_tie(one)]
@@ -53,12 +53,12 @@ def markdown(results: Results, *, plot: str) -> str:
         "## How it was measured",
         f"On {results['date']}, by\n\n```sh\n{results['command']}\n```",
         f"Teacher: {teacher['name']}, {teacher['params']:,} parameters ({teacher['non_embedding_params']:,} without"
-        f" embeddings), perplexity {_text(teacher['perplexity'])}. Seeds: {', '.join(map(str, results['seeds']))}. A"
-        f" seed moves the {setting['calibration_samples']} calibration samples and the order of the text, and corrects"
-        f" its own teacher. Retraining: {setting['tokens']:,} tokens, {setting['batch']} x {setting['context']} a step,"
-        f" peak rate {setting['lr']:g}, unless an arm says otherwise. Measured on {setting['heldout_tokens']:,}"
-        f" held-out tokens. {results['machine']['device']}, torch {results['versions'].get('torch', '?')}, transformers"
-        f" {results['versions'].get('transformers', '?')}.",
+        f" embeddings), perplexity {_text(teacher['perplexity'])}. Seeds: {', '.join(map(str, results['seeds']))}.\n\n"
+        f"Each seed draws its own {setting['calibration_samples']} calibration samples and its own order of the text,"
+        f" and corrects a teacher of its own. Retraining: {setting['tokens']:,} tokens,"
+        f" {setting['batch']} x {setting['context']} per step, peak learning rate {setting['lr']:g}, unless an arm says"
+        f" otherwise. Measured on {setting['heldout_tokens']:,} held-out tokens. {results['machine']['device']},"
+        f" torch {results['versions'].get('torch', '?')}, transformers {results['versions'].get('transformers', '?')}.",
     ]
     return "\n\n".join(parts) + "\n"
 
