@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from halve import pipeline, waits
+from halve import files, pipeline, waits
 from halve.checkpoint import Checkpoint
 from halve.cut import proof
 from halve.files import file_sha256
@@ -90,6 +90,7 @@ def test_a_run_tells_what_it_waits_for(
 ) -> None:
     recording = Recording()
     monkeypatch.setattr(pipeline, "RichProgress", lambda _: recording)
+    monkeypatch.setattr(files, "_hashes", {})
     monkeypatch.setattr(proof, "_proofs", {})
     monkeypatch.setattr(proof, "_on_one_thread", lambda anatomy, **_: proof.Proof(anatomy.family, (), {}))
     monkeypatch.setattr("halve.fresh.python", lambda *_: "not opened")

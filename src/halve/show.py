@@ -232,7 +232,7 @@ def _hours(found: Forecast) -> str:
 def duration(hours: float) -> str:
     """In the unit that people would say it in.
 
-    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200, 60_000)]
+    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 6e4)]
     ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
     """
     units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
