@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from halve import pipeline
 from halve.checkpoint import Checkpoint
+from halve.planned_rounds import shapes
 from halve.recipe import Recipe
-from halve.rounds import rounds, shapes
+from halve.rounds import rounds
 
 DISTILL = {"tokens": 512, "batch": 4, "eval_every": 2, "eval_samples": 2, "warmup_steps": 1}
 

@@ -19,8 +19,8 @@ from halve.cut.cost import Costed, trying
 from halve.cut.proof import prove
 from halve.cut.trial import Tried
 from halve.dryrun import forecast
+from halve.planned_rounds import shapes
 from halve.recipe import Recipe
-from halve.rounds import shapes
 from halve.stages import prune, removal, score
 from halve.work import trials
 

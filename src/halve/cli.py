@@ -21,6 +21,7 @@ from halve import flags
 from halve.errors import HalveError, PlanError, Stopped, of_the_system
 from halve.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
 from halve.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
+from halve.rank import leads
 from halve.reading import load, on_spikes
 from halve.recipe import Prune, Recipe
 from halve.waits import heard
@@ -38,7 +39,7 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 or 143 when interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
-    first = _speaks()
+    first = leads()
     try:
         shown = nullcontext() if first else redirect_stdout(io.StringIO())
         with heeded(), heard(partial(print, file=sys.stderr) if first else None), shown:
@@ -180,9 +181,9 @@ def run(
             show.forecast(expected)
         return
     if not quiet:
-        if out is None and (twin := equal_run(loaded, Path("runs"))) and _speaks():
+        if out is None and (twin := equal_run(loaded, Path("runs"))) and leads():
             print(f"{twin} is this recipe under another name; --out {twin} resumes it", file=sys.stderr)
-        if _speaks() and (line := plan_before(loaded, ranks=int(os.environ.get("WORLD_SIZE", "1")))):
+        if leads() and (line := plan_before(loaded, ranks=int(os.environ.get("WORLD_SIZE", "1")))):
             print(line, file=sys.stderr)
     folder = _run(loaded, out, only=None, quiet=quiet)
     _show_results(folder, json_=json_)
@@ -194,7 +195,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     from halve import show
     from halve.checkpoint import Checkpoint
     from halve.pipeline import check as preflight
-    from halve.rounds import shapes
+    from halve.planned_rounds import shapes
     from halve.work import trials
 
     loaded = load(recipe)
@@ -400,11 +401,6 @@ def _show_results(folder: Path, *, json_: bool) -> None:
             print(path)
 
 
-def _speaks() -> bool:
-    """Whether this is the one of the processes that torchrun started that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _next(hint: str) -> None:
-    if _speaks():
+    if leads():
         print(f"next: {hint}", file=sys.stderr)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from halve.errors import HalveError
 from halve.memory import dtype_of, moments
+from halve.planned_rounds import Shape
 from halve.recipe import Recipe, Training
-from halve.rounds import Shape, learns_from_previous, rounds
+from halve.rounds import learns_from_previous, rounds
 from halve.train import sources
 from halve.train.answers import token_bytes
 from halve.train.rehearsal import Learned, learned

@@ -13,8 +13,9 @@ from halve.checkpoint import Checkpoint
 from halve.device import GPU_MFU, Device, at_hand, card
 from halve.disk import Disk, planned
 from halve.memory import Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
+from halve.planned_rounds import Shape, shapes
 from halve.recipe import Recipe, Training
-from halve.rounds import Shape, learns_from_previous, named, rounds, shapes
+from halve.rounds import learns_from_previous, named, rounds
 from halve.train.ranks import require_shares
 from halve.train.schedule import spans
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from halve.files import content_hashes
 from halve.recipe import Recipe
-from halve.rounds import shapes
 from halve.soundness import CONFIG, TOKENIZER_FILES
 from halve.train import sources
 
@@ -59,6 +58,7 @@ def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, mem
 
 def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
     """By round, what its scores depend on of the number of layers that go; empty where they depend on nothing."""
+    from halve.planned_rounds import shapes
     from halve.stages.removal import compares, read_of
 
     if not compares(recipe.score):

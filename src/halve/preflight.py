@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from halve import preflight_bounds, preflight_text
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.recipe import Boundary, Distill, Phase, Recipe, Training
-from halve.rounds import Shape, learns_from_previous, rounds, shapes
+from halve.rounds import learns_from_previous, rounds
 from halve.rundir import check_folder
 from halve.train import sources
 
 if TYPE_CHECKING:
     from halve.checkpoint import Checkpoint
+    from halve.planned_rounds import Shape
 
 
 def check(
@@ -111,6 +112,8 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
+    from halve.planned_rounds import shapes
+
     _check_states(recipe, shapes(recipe, teacher))
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
@@ -203,6 +206,7 @@ def _check_causal(teacher: Checkpoint) -> None:
 def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
     """What the first round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
     from halve.cut.proof import prove
+    from halve.planned_rounds import shapes
 
     shape, *_ = shapes(recipe, teacher)
     prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
@@ -226,6 +230,7 @@ def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
     """The disk plan's bytes, less those that an earlier start of the run has written, are free."""
     from halve.checkpoint import resolve_device
     from halve.disk import planned
+    from halve.planned_rounds import shapes
 
     needed = planned(recipe, shapes(recipe, teacher), cuda=resolve_device(recipe.device) == "cuda").total_bytes
     left = needed - _written(out)

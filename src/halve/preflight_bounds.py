@@ -65,16 +65,16 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     """Multiple-choice items and prompts fit the teacher's context and vocabulary."""
     from halve import measure
     from halve.choices import encode, load_items
-    from halve.stages import evaluate
+    from halve.train.questions import encoded_choices, encoded_prompts
 
     evaluated, task = recipe.evaluate, recipe.score.depth_task
     if not (evaluated.choices or evaluated.prompts or task):
         return
     teacher.require_tokenizer()
     limit = measure.context_length(teacher.config)
-    for row in evaluate.encoded_prompts(recipe, teacher.tokenizer, limit):
+    for row in encoded_prompts(recipe, teacher.tokenizer, limit):
         teacher.require_embedded(max(row), "a prompt of evaluate.prompts")
-    files = evaluate.encoded_choices(recipe, teacher.tokenizer, limit)
+    files = encoded_choices(recipe, teacher.tokenizer, limit)
     if task is not None:
         files = {**files, task: encode(teacher.tokenizer, load_items(task), max_tokens=limit)}
     for name, items in files.items():

@@ -88,7 +88,7 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     """Make the samples that stages begin with."""
     from halve.cut import calibration, trial
     from halve.cut.shapes import to_try
-    from halve.rounds import shapes
+    from halve.planned_rounds import shapes
     from halve.stages.text import require_embedded
     from halve.train import corpus
     from halve.train.course import open_course

@@ -11,8 +11,9 @@ from halve.cut import cost
 from halve.cut.cost import Costed, Work
 from halve.cut.rotate import turns
 from halve.cut.shapes import to_try
+from halve.planned_rounds import Shape
 from halve.recipe import Recipe, Training
-from halve.rounds import Shape, learns_from_previous, named, rounds
+from halve.rounds import learns_from_previous, named, rounds
 from halve.stages import boundary
 from halve.stages.prune import CHECK_SAMPLES
 from halve.stages.removal import compares

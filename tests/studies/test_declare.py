@@ -12,7 +12,7 @@ from halve.checkpoint import Checkpoint
 from halve.cut.sizes import target
 from halve.demo.run import TEACHER
 from halve.errors import RecipeError
-from halve.rounds import shapes
+from halve.planned_rounds import shapes
 from halve.studies import declare
 from halve.studies.arms import Setting, cell, correction, layered
 

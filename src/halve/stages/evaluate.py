@@ -29,8 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve import measure
 from halve.checkpoint import Checkpoint, resolve_device
-from halve.choices import Answers, Encoded, answer_encoded, encode, load_items
-from halve.errors import CorpusError
+from halve.choices import Answers, Encoded, answer_encoded
 from halve.files import write_json
 from halve.progress import SILENT, Progress
 from halve.recipe import Recipe
@@ -38,6 +37,7 @@ from halve.speed import Speed, compare_speed, weight_bytes
 from halve.stages.text import require_embedded
 from halve.train import corpus
 from halve.train.batch import Batch
+from halve.train.questions import encoded_choices, encoded_prompts
 
 FORWARD_TOKENS = 4096  # in one forward pass of the samples; no figure depends on it
 NEW_TOKENS, REPEATS = 32, 5
@@ -128,45 +128,6 @@ def run(
     }
     write_json(out / "results.json", results)
     return {name: _headline(one.facts) for name, one in measured.items()}
-
-
-def encoded_choices(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> dict[str, tuple[Encoded, ...]]:
-    """The recipe's multiple-choice files as tokens, by file name without its ending.
-
-    Raises `CorpusError` for two files of one name and for an item that is longer than `limit`.
-    """
-    questions: dict[str, tuple[Encoded, ...]] = {}
-    for path in map(Path, recipe.evaluate.choices):
-        name = path.name.split(".")[0]
-        if name in questions:
-            raise CorpusError(
-                f"two multiple-choice files are called {name}",
-                why="the report tells them apart by their names",
-                fix="rename one of them",
-            )
-        questions[name] = encode(tokenizer, load_items(path), max_tokens=limit)
-    return questions
-
-
-def encoded_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
-    """The recipe's prompts as tokens. Raises `CorpusError` for one that is empty or leaves its completion no room."""
-    prompts = []
-    for prompt in recipe.evaluate.prompts:
-        ids: list[int] = tokenizer(prompt).input_ids
-        if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        if not ids or (limit is not None and len(ids) + recipe.evaluate.completion_tokens > limit):
-            room = "no tokens" if not ids else f"{len(ids)} tokens"
-            raise CorpusError(
-                f"the prompt {prompt[:40]!r} of evaluate.prompts has {room}",
-                why=f"with evaluate.completion_tokens {recipe.evaluate.completion_tokens} more it must fit"
-                f" the model's context of {limit}, and it must not be empty",
-                fix="change that prompt or evaluate.completion_tokens",
-            )
-        prompts.append(ids)
-    return prompts
 
 
 def _measure(

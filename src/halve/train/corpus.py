@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from halve.errors import CorpusError, RunError
 from halve.files import file_sha256, read_sealed, remembering, sealed, sync, write_json
 from halve.progress import SILENT, Progress
+from halve.rank import leads
 from halve.recipe import Boundary, Recipe
 from halve.rundir import HASHES
 from halve.train import sources as text_sources
@@ -33,7 +34,6 @@ from halve.train import tokenize
 from halve.train.batch import Batch
 from halve.train.documents import positions
 from halve.train.drafts import Draft, Mark, draft_of
-from halve.train.ranks import here
 from halve.train.sources import HUB, Piece
 from halve.train.tokenize import UNMARKED, Border, Marks
 
@@ -214,7 +214,7 @@ def reopen(note: Path) -> Tokens | None:
     facts = read_sealed(note)
     if facts["format"] != FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
         return None
-    if here().leads and file_sha256(path) != facts["sha256"]:
+    if leads() and file_sha256(path) != facts["sha256"]:
         raise RunError(
             f"{path} is not what halve wrote",
             why="its bytes have changed since the text was tokenized",
