@@ -13,16 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut import apply, depth, layer_merge, refit, refit_scores, trial, width
-from halve.cut.plan import select
-from halve.cut.rotate import student_anatomy
-from halve.cut.scores import Scores
-from halve.cut.shapes import shapes
-from halve.cut.sizes import budget_of, target
-from halve.cut.surgery import trim
-from halve.recipe import DepthCriterion, DepthPattern, Method, Prune
-from halve.train.batch import Batch
-from halve.train.corpus import Samples
+from halve.cut import apply, trial
+from halve.cut.layers import depth, layer_merge
+from halve.cut.plan.plan import select
+from halve.cut.plan.shapes import shapes
+from halve.cut.plan.sizes import budget_of, target
+from halve.cut.repair import refit, refit_scores
+from halve.cut.repair.rotate import student_anatomy
+from halve.cut.score import width
+from halve.cut.score.scores import Scores
+from halve.cut.surgery.trim import trim
+from halve.recipe.schema import DepthCriterion, DepthPattern, Method, Prune
+from halve.text.batch import Batch
+from halve.text.corpus import Samples
 
 MICRO_BATCH = 16
 PLAIN, RANDOM, RANDOM_DEPTH, OURS = "minitron", "random", "random-depth", "halve"

@@ -46,19 +46,21 @@ from cut_methods import (
 from cut_page import RATIOS, SWEPT, Book, report
 from transformers import PreTrainedModel
 
-from halve import measure
 from halve.anatomy import discover
-from halve.checkpoint import Checkpoint
-from halve.cut.gram import SingularGramWarning
-from halve.cut.sizes import target
+from halve.cut.plan.sizes import target
+from halve.cut.repair.gram import SingularGramWarning
 from halve.demo.corpus import read_modules, standard_library, write_prose
 from halve.demo.run import TEACHER
-from halve.head import split
-from halve.recipe import Data, Distill, Prune, Recipe
-from halve.train import corpus, loop, objectives
-from halve.train.batch import Batch
-from halve.train.course import Course
-from halve.train.teachers import Live
+from halve.model import measure
+from halve.model.checkpoint import Checkpoint
+from halve.model.head import split
+from halve.recipe.schema import Data, Distill, Prune, Recipe
+from halve.text import corpus
+from halve.text.batch import Batch
+from halve.text.course import Course
+from halve.train.loop import loop
+from halve.train.objectives import logits as objectives
+from halve.train.teachers.live import Live
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 CONTROLS = (OURS, PLAIN, PLAIN + INNER, RANDOM, RANDOM_DEPTH)

@@ -3,11 +3,11 @@
     python benchmarks/depth_sweep.py [--model FOLDER] [--text FILE.jsonl] [--sizes 1 2 4] [--out FILE]
 
 Every position of a block of n layers is measured twice: from the kept input of the block's first layer (as
-`halve.cut.depth` does), and naively, each position a pass of its own through the layers that stay. Both give nats per
-token, head included; the two are checked to give the same numbers. Without `--model`, a Llama with random weights and
-the given sizes. Both ways alternate, so that a busy machine slows both; times are medians, ratios are medians over
-pairs: of wall-clock time, and of processor time, which other programs disturb less. The layers that ran are counted in
-a pass of their own by listening to a module inside every layer.
+`halve.cut.layers.depth` does), and naively, each position a pass of its own through the layers that stay. Both give
+nats per token, head included; the two are checked to give the same numbers. Without `--model`, a Llama with random
+weights and the given sizes. Both ways alternate, so that a busy machine slows both; times are medians, ratios are
+medians over pairs: of wall-clock time, and of processor time, which other programs disturb less. The layers that ran
+are counted in a pass of their own by listening to a module inside every layer.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from halve.anatomy import discover
-from halve.cut import depth_values, removal
-from halve.head import split
-from halve.measure import sample_nll
+from halve.cut.layers import depth_values, removal
+from halve.model.head import split
+from halve.model.measure import sample_nll
 
 
 def main() -> None:

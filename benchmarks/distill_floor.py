@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from halve.products import fast_products
+from halve.model.products import fast_products
 
 _ROWS = 512  # tokens of one product of the head; more bring no higher rate
 _REPEATS = 3

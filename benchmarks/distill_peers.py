@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from halve.head import split
-from halve.train import blocks, objectives
-from halve.train.batch import Batch
-from halve.train.teachers import Live
+from halve.model.head import split
+from halve.text.batch import Batch
+from halve.train.objectives import logits as objectives
+from halve.train.ranks import blocks
+from halve.train.teachers.live import Live
 
 Loss = Callable[[Tensor], Tensor]
 """Token ids [B, S] -> the divergence of each predicted token, summed and divided by the tokens of a whole step."""

@@ -18,8 +18,8 @@ from distill_peers import COMPILED, OURS, SYSTEMS, Loss, Pair, batch_of, compile
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from halve.train.batch import Batch
-from halve.train.step import Trained, apply, gradients
+from halve.text.batch import Batch
+from halve.train.loop.step import Trained, apply, gradients
 
 SAMPLES, SEQ, LR = 4, 1024, 1e-5
 

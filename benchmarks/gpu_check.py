@@ -24,16 +24,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from halve import dryrun
-from halve.head import Head, split
-from halve.products import add_product, product
-from halve.recipe import Data, Distill, Prune, Recipe, Training
-from halve.train import chunked, divergences, loop, objectives
-from halve.train.batch import Batch
-from halve.train.course import Course
-from halve.train.optimizers import make_optimizer
-from halve.train.step import Trained, apply, gradients
-from halve.train.teachers import Live
+from halve.model.head import Head, split
+from halve.model.products import add_product, product
+from halve.preflight import forecast as dryrun
+from halve.recipe.schema import Data, Distill, Prune, Recipe, Training
+from halve.text.batch import Batch
+from halve.text.course import Course
+from halve.train.loop import loop
+from halve.train.loop.optimizers import make_optimizer
+from halve.train.loop.step import Trained, apply, gradients
+from halve.train.losses import chunked, divergences
+from halve.train.objectives import logits as objectives
+from halve.train.teachers.live import Live
 
 CARDS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense bf16 rates of data sheets (SXM), FLOP/s."""

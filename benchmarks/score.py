@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halve.anatomy import discover
-from halve.cut.taps import find_points, measure, width
+from halve.cut.score.taps import find_points, measure, width
 
 
 def main() -> None:

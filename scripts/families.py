@@ -26,7 +26,10 @@ from halve.anatomy import Anatomy
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = (ROOT / "docs" / "reference" / name for name in ("families.md", "families.json"))
-SOURCES = ("anatomy/*.py", *(f"cut/{name}.py" for name in ("proof", "twins", "surgery", "plan", "sizes", "taps")))
+SOURCES = (
+    *("anatomy/*.py", "cut/proof/*.py", "cut/surgery/*.py"),
+    *("cut/plan/plan.py", "cut/plan/sizes.py", "cut/score/taps.py"),
+)
 SECONDS, BYTES = 120.0, 2 * 10**9
 AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
 
@@ -167,8 +170,8 @@ def findings(name: str) -> dict[str, Any]:
 
     from halve.anatomy import discover
     from halve.anatomy.configs import quiet
-    from halve.cut.causal import check_causal
-    from halve.cut.proof import prove
+    from halve.cut.proof.causal import check_causal
+    from halve.cut.proof.prove import prove
     from halve.errors import HalveError
 
     torch.set_num_threads(1)  # the twins are tiny: threads would wait for each other
@@ -294,6 +297,6 @@ if __name__ == "__main__":
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import halve.cut.proof  # noqa: F401
+    import halve.cut.proof.prove  # noqa: F401
 
     sys.exit(main(sys.argv[1:]))

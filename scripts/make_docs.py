@@ -78,7 +78,7 @@ def cli_page() -> str:
     """Every verb's help, as the command prints it on 80 columns."""
     import typer
 
-    from halve.cli import app
+    from halve.cli.app import app
 
     command: Any = typer.main.get_command(app)
     parts = [
@@ -99,8 +99,8 @@ def cli_page() -> str:
 
 
 def recipe_page() -> str:
-    """Every key of a recipe, from the fields of `halve.recipe`."""
-    from halve.recipe import Recipe
+    """Every key of a recipe, from the fields of `halve.recipe.schema`."""
+    from halve.recipe.schema import Recipe
 
     head = (
         f"{HEADER}# The recipe\n\n"

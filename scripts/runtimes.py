@@ -23,12 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.configs import quiet
 from halve.anatomy.runtimes import DEPTH, IN_PLACE, PROPORTION, WHOLE, Row, kind, measured, period, write_table
-from halve.cut.plan import select
-from halve.cut.proof import prove
-from halve.cut.surgery import trim
-from halve.cut.twins import RandomScores, random_twin
+from halve.cut.plan.plan import select
+from halve.cut.proof.prove import prove
+from halve.cut.proof.twins import RandomScores, random_twin
+from halve.cut.surgery.trim import trim
 from halve.errors import HalveError
-from halve.saving import save_model
+from halve.model.saving import save_model
 
 READERS = Path(__file__).parent / "readers"
 TOKENS = 40

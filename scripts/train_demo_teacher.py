@@ -22,17 +22,17 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from halve import measure, saving
-from halve.checkpoint import Checkpoint, resolve_device
-from halve.choices import load_items, multiple_choice
 from halve.demo import baselines, corpus, task
-from halve.files import read_json, write_json
+from halve.disk.files import read_json, write_json
+from halve.model import measure, saving
+from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.choices import load_items, multiple_choice
 from halve.progress import RichProgress
-from halve.recipe import Training
-from halve.train import loop
-from halve.train.corpus import Samples, Tokens, prepare, reopen
-from halve.train.course import Course
-from halve.train.objectives import cross_entropy, heldout_loss
+from halve.recipe.schema import Training
+from halve.text.corpus import Samples, Tokens, prepare, reopen
+from halve.text.course import Course
+from halve.train.loop import loop
+from halve.train.objectives.logits import cross_entropy, heldout_loss
 
 END = "<|endoftext|>"
 VOCAB = 2048

@@ -15,14 +15,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halve import reading, waits
-from halve.recipe import Recipe
+from halve.process import waits
+from halve.recipe import read as reading
+from halve.recipe.schema import Recipe
 
 torch.set_num_threads(1)
 waits.AFTER_S = 600.0  # a busy machine says no more than an idle one
 
 # programs that tests start; they import what lies beside them
-collect_ignore = ["train/ranks_driver.py", "train/cache_driver.py"]
+collect_ignore = ["train/loop/ranks_driver.py", "train/teachers/cache_driver.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
-from halve.cut.plan import Plan, select
-from halve.cut.twins import RandomScores
+from halve.cut.plan.plan import Plan, select
+from halve.cut.proof.twins import RandomScores
 
 
 def dead_channels(model: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from halve.train import divergences as d
+from halve.train.losses import divergences as d
 
 K = 6
 

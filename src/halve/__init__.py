@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch, discover
-    from halve.checkpoint import Checkpoint, load_config
-    from halve.cut.plan import Plan, select
-    from halve.cut.proof import Proof, prove
-    from halve.cut.scores import Scores
-    from halve.cut.surgery import trim
-    from halve.dryrun import forecast
+    from halve.cut.plan.plan import Plan, select
+    from halve.cut.proof.prove import Proof, prove
+    from halve.cut.score.scores import Scores
+    from halve.cut.surgery.trim import trim
     from halve.errors import HalveError
-    from halve.pipeline import check, run
-    from halve.reading import load as load_recipe
-    from halve.recipe import Recipe
+    from halve.model.checkpoint import Checkpoint, load_config
+    from halve.pipeline.run import check, run
+    from halve.preflight.forecast import forecast
+    from halve.recipe.read import load as load_recipe
+    from halve.recipe.schema import Recipe
 
 __version__ = "0.1.0"
 
@@ -69,21 +69,21 @@ __all__ = [
 _HOMES = {
     "Anatomy": ("halve.anatomy", "Anatomy"),
     "Arch": ("halve.anatomy", "Arch"),
-    "Checkpoint": ("halve.checkpoint", "Checkpoint"),
+    "Checkpoint": ("halve.model.checkpoint", "Checkpoint"),
     "HalveError": ("halve.errors", "HalveError"),
-    "Plan": ("halve.cut.plan", "Plan"),
-    "Proof": ("halve.cut.proof", "Proof"),
-    "Recipe": ("halve.recipe", "Recipe"),
-    "Scores": ("halve.cut.scores", "Scores"),
-    "check": ("halve.pipeline", "check"),
+    "Plan": ("halve.cut.plan.plan", "Plan"),
+    "Proof": ("halve.cut.proof.prove", "Proof"),
+    "Recipe": ("halve.recipe.schema", "Recipe"),
+    "Scores": ("halve.cut.score.scores", "Scores"),
+    "check": ("halve.pipeline.run", "check"),
     "discover": ("halve.anatomy", "discover"),
-    "forecast": ("halve.dryrun", "forecast"),
-    "load_config": ("halve.checkpoint", "load_config"),
-    "load_recipe": ("halve.reading", "load"),
-    "prove": ("halve.cut.proof", "prove"),
-    "run": ("halve.pipeline", "run"),
-    "select": ("halve.cut.plan", "select"),
-    "trim": ("halve.cut.surgery", "trim"),
+    "forecast": ("halve.preflight.forecast", "forecast"),
+    "load_config": ("halve.model.checkpoint", "load_config"),
+    "load_recipe": ("halve.recipe.read", "load"),
+    "prove": ("halve.cut.proof.prove", "prove"),
+    "run": ("halve.pipeline.run", "run"),
+    "select": ("halve.cut.plan.plan", "select"),
+    "trim": ("halve.cut.surgery.trim", "trim"),
 }
 
 

@@ -2,14 +2,14 @@
 
 import sys
 
-from halve import fresh, interrupts
+from halve.process import fresh, interrupts
 
 
 def main() -> int:
     """Run the command line in a process that finds no code in the working folder."""
     fresh.shut_program()
     try:
-        from halve.cli import main as command
+        from halve.cli.app import main as command
     except KeyboardInterrupt:
         print(interrupts.farewell(interrupts.INTERRUPTED, sys.argv[1:]), file=sys.stderr)
         return interrupts.INTERRUPTED

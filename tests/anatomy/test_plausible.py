@@ -12,8 +12,8 @@ import pytest
 from families import config
 
 from halve.anatomy import plausible
-from halve.checkpoint import Checkpoint
 from halve.errors import CheckpointError
+from halve.model.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from halve.anatomy.runtimes import (
     worst,
     write_table,
 )
-from halve.cut.sizes import parse_layers
+from halve.cut.plan.sizes import parse_layers
 
 WINDOW = {"sliding_window": 8, "max_position_embeddings": 64}
 

@@ -12,16 +12,17 @@ from families import config
 from torch import Tensor
 
 from halve.anatomy import Anatomy, discover
-from halve.cut import apply, width
+from halve.cut import apply
 from halve.cut.apply import cut, turn
-from halve.cut.plan import select
-from halve.cut.refit_scores import score_by_refit
-from halve.cut.rotate import tie
-from halve.cut.scores import Scores, random_scores
-from halve.cut.surgery import trim
-from halve.cut.twins import random_twin
+from halve.cut.plan.plan import select
+from halve.cut.proof.twins import random_twin
+from halve.cut.repair.refit_scores import score_by_refit
+from halve.cut.repair.rotate import tie
+from halve.cut.score import width
+from halve.cut.score.scores import Scores, random_scores
+from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError
-from halve.recipe import Prune
+from halve.recipe.schema import Prune
 
 PLAIN: dict[str, Any] = {"gain": "none", "refit": "none", "rotation": "none", "selection": "rank"}
 

@@ -8,14 +8,14 @@ from families import config
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, discover
-from halve.cut.gain import constant_gains
 from halve.cut.iterative import composed, select_iteratively, sizes_on_the_way
-from halve.cut.plan import Importance, Plan, select
-from halve.cut.scores import Scores
-from halve.cut.sizes import check
-from halve.cut.surgery import trim
-from halve.cut.twins import RandomScores, logits, random_twin, twin_plan
-from halve.cut.width import score as width_score
+from halve.cut.plan.plan import Importance, Plan, select
+from halve.cut.plan.sizes import check
+from halve.cut.proof.twins import RandomScores, logits, random_twin, twin_plan
+from halve.cut.score.scores import Scores
+from halve.cut.score.width import score as width_score
+from halve.cut.surgery.gain import constant_gains
+from halve.cut.surgery.trim import trim
 
 FAMILIES = ["llama", "gpt2", "phi3", "gpt_neox", "olmo2", "nemotron"]
 

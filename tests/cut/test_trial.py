@@ -16,14 +16,14 @@ from rich.console import Console
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import trial
 from halve.cut.apply import cut, turn
-from halve.cut.scores import random_scores
-from halve.cut.shapes import shapes
-from halve.cut.sizes import budget_of, check
+from halve.cut.plan.shapes import shapes
+from halve.cut.plan.sizes import budget_of, check
+from halve.cut.proof.twins import random_twin
+from halve.cut.score.scores import random_scores
 from halve.cut.trial import HOPELESS, _descend, best, try_shapes
-from halve.cut.twins import random_twin
 from halve.errors import CorpusError
 from halve.progress import RichProgress
-from halve.recipe import Prune
+from halve.recipe.schema import Prune
 
 LLAMA = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6}
 SIZES = discover(config("llama", **LLAMA)).sizes

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halve.choices import load_items
 from halve.demo import baselines, corpus, task
 from halve.demo.corpus import HELD_OUT, Module, take_apart
 from halve.errors import CorpusError
+from halve.model.choices import load_items
 
 
 @pytest.fixture(scope="module")

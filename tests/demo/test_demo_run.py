@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from halve.checkpoint import Checkpoint
-from halve.cut.sizes import target
+from halve.cut.plan.sizes import target
 from halve.demo import corpus as demo_corpus
 from halve.demo import run as demo
 from halve.errors import CorpusError
-from halve.preflight import check
+from halve.model.checkpoint import Checkpoint
+from halve.preflight.check import check
 
 
 def test_the_teacher_that_ships() -> None:

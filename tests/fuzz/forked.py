@@ -16,7 +16,8 @@ from typing import Any
 
 import huggingface_hub.constants
 
-from halve import cli, fresh
+from halve.cli import app as cli
+from halve.process import fresh
 
 
 @dataclass(frozen=True)

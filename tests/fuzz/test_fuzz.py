@@ -17,9 +17,9 @@ import pytest
 from fuzz import forked, verdicts, world
 from fuzz.forked import Outcome
 
-from halve import reading
 from halve.errors import HalveError
-from halve.recipe import Recipe
+from halve.recipe import read as reading
+from halve.recipe.schema import Recipe
 
 RUN = ["recipe.yaml", "--out", "run"]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are forks")

@@ -13,8 +13,8 @@ from typing import Any
 
 from fuzz import mutations
 
-from halve import strict_yaml
-from halve.recipe import Recipe
+from halve.recipe import strict_yaml
+from halve.recipe.schema import Recipe
 
 ITEM = {"context": "The old cat", "choices": [" sees the small dog.", " dog the sees old."], "answer": 0}
 NOTES = (".lock",)

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halve import pipeline, preflight
-from halve.checkpoint import Checkpoint
-from halve.dryrun import forecast
 from halve.errors import RecipeError, RunError
-from halve.recipe import Recipe
+from halve.model.checkpoint import Checkpoint
+from halve.pipeline import run as pipeline
+from halve.preflight import check as preflight
+from halve.preflight.forecast import forecast
+from halve.recipe.schema import Recipe
 from halve.stages import correct
-from halve.train import adapters
+from halve.train.loop import adapters
 
 STEPS = {"tokens": 6 * 8 * 32, "batch": 8, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1, "eval_samples": 4}
 SOME = {"tokens": 4 * 8 * 32, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1}

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from halve import measure, saving
-from halve.checkpoint import Checkpoint
 from halve.errors import CorpusError
+from halve.model import measure, saving
+from halve.model.checkpoint import Checkpoint
 from halve.progress import SILENT
-from halve.recipe import Recipe
+from halve.recipe.schema import Recipe
 from halve.stages import evaluate
-from halve.train import corpus as corpora
+from halve.text import corpus as corpora
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halve.checkpoint import Checkpoint
-from halve.recipe import Recipe
+from halve.model.checkpoint import Checkpoint
+from halve.recipe.schema import Recipe
 from halve.stages import distill
-from halve.train import checkpoints, loop
+from halve.train.loop import checkpoints, loop
 
 MakeRecipe = Callable[..., Recipe]
 STEPS = {"tokens": 6 * 8 * 32, "batch": 8, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1, "eval_samples": 4}

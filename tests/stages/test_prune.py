@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halve import saving
-from halve.checkpoint import Checkpoint
-from halve.cut.layer_merge import Collapse, apply_merges, laco_search
-from halve.cut.plan import Plan
-from halve.cut.scores import Scores
+from halve.cut.layers.layer_merge import Collapse, apply_merges, laco_search
+from halve.cut.plan.plan import Plan
+from halve.cut.score.scores import Scores
 from halve.errors import AnatomyError, CheckpointError, PlanError, RunError
-from halve.recipe import Recipe
+from halve.model import saving
+from halve.model.checkpoint import Checkpoint
+from halve.recipe.schema import Recipe
 from halve.stages import prune, score
 
 MakeRecipe = Callable[..., Recipe]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from halve.checkpoint import Checkpoint
-from halve.cut.depth import DepthChoice
-from halve.cut.scores import Scores
+from halve.cut.layers.depth import DepthChoice
+from halve.cut.score.scores import Scores
 from halve.errors import CorpusError, PlanError, RecipeError
-from halve.recipe import Recipe
+from halve.model.checkpoint import Checkpoint
+from halve.recipe.schema import Recipe
 from halve.stages import score
 
 Make = Callable[..., Recipe]

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from halve.checkpoint import Checkpoint
 from halve.errors import CorpusError, TokenizerError, TrainError
-from halve.recipe import Recipe
+from halve.model.checkpoint import Checkpoint
+from halve.recipe.schema import Recipe
 from halve.stages import cache, correct, distill
 
 STEPS = {"tokens": 4 * 8 * 32, "batch": 8, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1, "eval_samples": 4}

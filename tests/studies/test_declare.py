@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from halve.checkpoint import Checkpoint
-from halve.cut.sizes import target
+from halve.cut.plan.sizes import target
 from halve.demo.run import TEACHER
 from halve.errors import RecipeError
-from halve.planned_rounds import shapes
+from halve.model.checkpoint import Checkpoint
+from halve.preflight.sizes import shapes
 from halve.studies import declare
 from halve.studies.arms import Setting, cell, correction, layered
 

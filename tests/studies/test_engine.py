@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from halve import pipeline
-from halve.cli import main
-from halve.recipe import Recipe
+from halve.cli.app import main
+from halve.pipeline import run as pipeline
+from halve.recipe.schema import Recipe
 from halve.studies import declare, engine, page
 from halve.studies.arms import Setting
 from halve.studies.setting import of_ones_own, split_items

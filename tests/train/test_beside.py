@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from halve.errors import TrainError
-from halve.head import split
-from halve.recipe import Correct, Distill
-from halve.train import adapters, checkpoints, loop, objectives
-from halve.train.batch import Batch
+from halve.model.head import split
+from halve.recipe.schema import Correct, Distill
+from halve.text.batch import Batch
+from halve.text.course import Course
 from halve.train.beside import Correction, correction
-from halve.train.course import Course
-from halve.train.step import Beside
-from halve.train.teachers import Live, Teacher
+from halve.train.loop import adapters, checkpoints, loop
+from halve.train.loop.step import Beside
+from halve.train.objectives import logits as objectives
+from halve.train.teachers.live import Live, Teacher
 
 VOCAB, CONTEXT, STEPS = 37, 12, 6
 ALL = STEPS * 8 * CONTEXT

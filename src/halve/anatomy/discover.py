@@ -2,7 +2,8 @@
 
 The configuration code is the specification: the model is built on the meta device at a handful of sizes, and each
 dimension of each parameter is solved for as a sum of products of axes. What shapes cannot tell comes from
-`quirks.py`; what neither tells is refused by axis. Nothing here is believed before `halve.cut.proof` has proved it.
+`quirks.py`; what neither tells is refused by axis. Nothing here is believed before `halve.cut.proof.prove` has proved
+it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a model is made of. `discover` makes it; `halve.cut.proof.prove` proves it on a random twin."""
+    """What a model is made of. `discover` makes it; `halve.cut.proof.prove.prove` proves it on a random twin."""
 
     family: str
     config: PretrainedConfig

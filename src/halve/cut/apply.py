@@ -18,18 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut import heads, layer_merge
-from halve.cut.gain import constant_gains, fit_gains
 from halve.cut.iterative import select_iteratively
-from halve.cut.plan import Importance, Plan, select
-from halve.cut.refit import refit
-from halve.cut.refit_scores import score_by_refit
-from halve.cut.rotate import principal_basis, rotate, stream_moment, tie, turns
-from halve.cut.scores import Scores
-from halve.cut.surgery import trim
+from halve.cut.layers import layer_merge
+from halve.cut.plan import heads
+from halve.cut.plan.plan import Importance, Plan, select
+from halve.cut.repair.refit import refit
+from halve.cut.repair.refit_scores import score_by_refit
+from halve.cut.repair.rotate import principal_basis, rotate, stream_moment, tie, turns
+from halve.cut.score.scores import Scores
+from halve.cut.surgery.gain import constant_gains, fit_gains
+from halve.cut.surgery.trim import trim
+from halve.process.waits import wait
 from halve.progress import SILENT, Progress
-from halve.recipe import Prune
-from halve.waits import wait
+from halve.recipe.schema import Prune
 
 FEW_SAMPLES = 32
 """For what has one unknown a norm or a channel: gains, and the final norm of a head that stays tied."""

@@ -17,11 +17,11 @@ from halve.anatomy import Anatomy, Arch
 from halve.anatomy.axes import Expr
 from halve.cut.apply import FEW_SAMPLES, selects_by_refit
 from halve.cut.iterative import sizes_on_the_way
-from halve.cut.refit_scores import choices
-from halve.cut.sites import output_expr, writes
-from halve.cut.taps import width
+from halve.cut.repair.refit_scores import choices
+from halve.cut.score.sites import output_expr, writes
+from halve.cut.score.taps import width
 from halve.cut.trial import fewer_samples, plain
-from halve.recipe import Prune, Score
+from halve.recipe.schema import Prune, Score
 
 _HIDDEN = Expr.parse("hidden")
 _PASSES_OF_STATES: Final = ("bi", "angular")

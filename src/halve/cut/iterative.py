@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch, discover
-from halve.cut.plan import Importance, Plan, select
-from halve.cut.sizes import check
-from halve.cut.surgery import trim
+from halve.cut.plan.plan import Importance, Plan, select
+from halve.cut.plan.sizes import check
+from halve.cut.surgery.trim import trim
 from halve.errors import PlanError
-from halve.recipe import Gain
+from halve.recipe.schema import Gain
 
 Gains = Callable[[PreTrainedModel, Anatomy, Plan], Mapping[str, float]]
 
@@ -40,8 +40,8 @@ def select_iteratively(
 
     Layers go in the first step (`kept_layers`, or the least important), widths in equal parts, each at the nearest
     sizes that the family's config accepts. `score` is called before each step on the model that is left; `gains` says
-    how norms between the steps make up for fewer channels (`halve.cut.gain`). `gain` is what the plan notes for the
-    final cut, which starts from the given model again. The given model is not changed.
+    how norms between the steps make up for fewer channels (`halve.cut.surgery.gain`). `gain` is what the plan notes for
+    the final cut, which starts from the given model again. The given model is not changed.
     """
     assert steps > 0, "a cut has at least one step"
     chosen: Plan | None = None

@@ -16,14 +16,14 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halve import measure
 from halve.anatomy import Anatomy, Arch
 from halve.cut.apply import Turned, cut
-from halve.cut.plan import select
-from halve.cut.scores import Scores
+from halve.cut.plan.plan import select
+from halve.cut.score.scores import Scores
 from halve.errors import CorpusError
+from halve.model import measure
 from halve.progress import SILENT, Progress
-from halve.recipe import Prune
+from halve.recipe.schema import Prune
 
 FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
 TOLERANCE = 0.1

@@ -1,0 +1,1 @@
+"""The demo: the whole pipeline on a teacher that comes with the package."""

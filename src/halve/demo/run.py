@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from halve import pipeline, strict_yaml
 from halve.demo.corpus import read_modules, standard_library, write_prose
 from halve.demo.task import build_items, write_items
+from halve.disk.files import atomic_file
 from halve.errors import CorpusError
-from halve.files import atomic_file
-from halve.reading import parse
-from halve.recipe import Recipe
+from halve.pipeline import run as pipeline
+from halve.recipe import strict_yaml
+from halve.recipe.read import parse
+from halve.recipe.schema import Recipe
 
 HERE = Path(__file__).parent
 TEACHER = HERE / "teacher"

@@ -10,15 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint import Checkpoint, resolve_device
+from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.process.waits import bytes_
 from halve.progress import SILENT, Progress
-from halve.recipe import Recipe
-from halve.stages.text import open_text
-from halve.train import answers, loop, objectives, teachers
-from halve.train import cache as caches
-from halve.train.cache import HELDOUT, TRAIN, Answer
-from halve.train.documents import require_apart
-from halve.waits import bytes_
+from halve.recipe.schema import Recipe
+from halve.text.documents import require_apart
+from halve.text.opened import open_text
+from halve.train.loop import loop
+from halve.train.objectives import logits as objectives
+from halve.train.teachers import answers
+from halve.train.teachers import cache as caches
+from halve.train.teachers import live as teachers
+from halve.train.teachers.cache import HELDOUT, TRAIN, Answer
 
 
 def run(

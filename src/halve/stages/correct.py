@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halve.card import name_of
-from halve.checkpoint import Checkpoint, resolve_device
+from halve.model.card import name_of
+from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
-from halve.recipe import Recipe
-from halve.stages.text import open_text
-from halve.train import adapters, loop, objectives, shards, watch
-from halve.train.documents import require_apart
-from halve.train.ranks import here
+from halve.recipe.schema import Recipe
+from halve.text.documents import require_apart
+from halve.text.opened import open_text
+from halve.train.loop import adapters, loop, watch
+from halve.train.objectives import logits as objectives
+from halve.train.ranks import shards
+from halve.train.ranks.group import here
 
 
 def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:

@@ -21,20 +21,25 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from halve.card import name_of
-from halve.checkpoint import Checkpoint, resolve_device
-from halve.head import Head, split
+from halve.model.card import name_of
+from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.head import Head, split
 from halve.progress import SILENT, Progress
-from halve.recipe import Distill, Dtype, Recipe
-from halve.stages.text import Text, open_text
-from halve.train import adapters, answers, intermediate, loop, objectives, shards, teachers, watch
-from halve.train.batch import Batch
+from halve.recipe.schema import Distill, Dtype, Recipe
+from halve.text.batch import Batch
+from halve.text.course import Course
+from halve.text.documents import require_apart
+from halve.text.opened import Text, open_text
 from halve.train.beside import Correction, correction
-from halve.train.cache import HELDOUT, CachedDraws, CachedHidden, Store
-from halve.train.course import Course
-from halve.train.documents import require_apart
-from halve.train.ranks import here
-from halve.train.teachers import Hidden, Live, Teacher
+from halve.train.loop import adapters, loop, watch
+from halve.train.objectives import intermediate
+from halve.train.objectives import logits as objectives
+from halve.train.ranks import shards
+from halve.train.ranks.group import here
+from halve.train.teachers import answers
+from halve.train.teachers import live as teachers
+from halve.train.teachers.cache import HELDOUT, CachedDraws, CachedHidden, Store
+from halve.train.teachers.live import Hidden, Live, Teacher
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
 

@@ -27,17 +27,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halve import measure
-from halve.checkpoint import Checkpoint, resolve_device
-from halve.choices import Answers, Encoded, answer_encoded
-from halve.files import write_json
+from halve.disk.files import write_json
+from halve.model import measure
+from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.choices import Answers, Encoded, answer_encoded
+from halve.model.speed import Speed, compare_speed, weight_bytes
 from halve.progress import SILENT, Progress
-from halve.recipe import Recipe
-from halve.speed import Speed, compare_speed, weight_bytes
-from halve.stages.text import require_embedded
-from halve.train import corpus
-from halve.train.batch import Batch
-from halve.train.questions import encoded_choices, encoded_prompts
+from halve.recipe.schema import Recipe
+from halve.text import corpus
+from halve.text.batch import Batch
+from halve.text.opened import require_embedded
+from halve.text.questions import encoded_choices, encoded_prompts
 
 FORWARD_TOKENS = 4096  # in one forward pass of the samples; no figure depends on it
 NEW_TOKENS, REPEATS = 32, 5

@@ -12,29 +12,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halve import fresh, measure, saving
 from halve.anatomy import Anatomy, Arch
-from halve.card import name_of
-from halve.checkpoint import Checkpoint, resolve_device
-from halve.cut import calibration, width
 from halve.cut.apply import Rescore, cut, turn
-from halve.cut.depth import DepthChoice
-from halve.cut.layer_merge import Merge, laco_search, search_setting
-from halve.cut.plan import Plan
-from halve.cut.proof import Proof, prove
-from halve.cut.rotate import student_anatomy, turns
-from halve.cut.scores import Scores, random_scores
-from halve.cut.shapes import to_try
-from halve.cut.sizes import target
+from halve.cut.layers.chosen import DEPTH, choose_layers, compares
+from halve.cut.layers.depth import DepthChoice
+from halve.cut.layers.layer_merge import Merge, laco_search, search_setting
+from halve.cut.plan.plan import Plan
+from halve.cut.plan.shapes import to_try
+from halve.cut.plan.sizes import target
+from halve.cut.proof.prove import Proof, prove
+from halve.cut.repair.rotate import student_anatomy, turns
+from halve.cut.score import calibration, width
+from halve.cut.score.scores import Scores, random_scores
 from halve.cut.trial import Tried, best, try_shapes
+from halve.disk.files import read_json, write_json
 from halve.errors import CheckpointError, PlanError
-from halve.files import read_json, write_json
+from halve.model import measure, saving
+from halve.model.card import name_of
+from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.process import fresh
+from halve.process.waits import wait
 from halve.progress import SILENT, Progress
-from halve.recipe import Prune, Recipe
-from halve.stages.removal import DEPTH, choose_layers, compares
-from halve.train import corpus
-from halve.train.mixture import open_mixture
-from halve.waits import wait
+from halve.recipe.schema import Prune, Recipe
+from halve.text import corpus
+from halve.text.mixture import open_mixture
 
 CHECK_SAMPLES = 8
 MICRO_BATCH = 4

@@ -6,30 +6,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halve import measure
-from halve.checkpoint import Checkpoint, resolve_device
-from halve.cut import calibration, width
-from halve.cut.rotate import student_anatomy
-from halve.cut.scores import samples_fingerprint
-from halve.cut.sizes import target
-from halve.files import write_json
+from halve.cut.layers.chosen import DEPTH, choose_layers, read_of
+from halve.cut.plan.sizes import target
+from halve.cut.repair.rotate import student_anatomy
+from halve.cut.score import calibration, width
+from halve.cut.score.scores import samples_fingerprint
+from halve.disk.files import write_json
+from halve.model import measure
+from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
-from halve.recipe import Recipe
-from halve.stages.boundary import warn_of_borders
-from halve.stages.removal import DEPTH, choose_layers, read_of
-from halve.stages.text import require_embedded
-from halve.train.mixture import open_mixture
+from halve.recipe.schema import Recipe
+from halve.text.boundary import warn_of_borders
+from halve.text.mixture import open_mixture
+from halve.text.opened import require_embedded
 
 SCORES = "scores.safetensors"
 
 
 def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
-    """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.scores`).
+    """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.score.scores`).
 
     Where the recipe removes layers without naming them, by more than their block importance, also `out/depth.json`:
-    every set that was compared (`halve.cut.depth.DepthChoice`), measured on the first `score.depth_samples` places of
-    the same spread. Single layers that were compared tell any number of them: another size needs no new scores. Where a
-    trial will say how many go, the prune stage compares them.
+    every set that was compared (`halve.cut.layers.depth.DepthChoice`), measured on the first `score.depth_samples`
+    places of the same spread. Single layers that were compared tell any number of them: another size needs no new
+    scores. Where a trial will say how many go, the prune stage compares them.
 
     The samples are spread evenly over the training text at places that the seed moves, a mixture's parts in their
     shares, packed to `data.context` tokens, documents joined. A corpus that has fewer than `score.samples` gives all it

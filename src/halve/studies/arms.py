@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve import strict_yaml
 from halve.errors import RecipeError
-from halve.reading import parse
-from halve.recipe import Recipe
+from halve.recipe import strict_yaml
+from halve.recipe.read import parse
+from halve.recipe.schema import Recipe
 from halve.studies.declare import BASE, Arm, Study
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from halve import strict_yaml
 from halve.errors import RecipeError
-from halve.recipe import Section
+from halve.recipe import strict_yaml
+from halve.recipe.schema import Section
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"

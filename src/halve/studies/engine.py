@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve import pipeline
-from halve.files import atomic_file, read_object, write_json
-from halve.recipe import Recipe
-from halve.rounds import named
-from halve.rundir import MANIFEST, read_manifest, sound
+from halve.disk.files import atomic_file, read_object, write_json
+from halve.disk.rundir import MANIFEST, read_manifest, sound
+from halve.pipeline import run as pipeline
+from halve.recipe.rounds import named
+from halve.recipe.schema import Recipe
 from halve.studies import page
 from halve.studies.arms import Setting, cell, correction
 from halve.studies.declare import Arm, Claim, Metric, Study
@@ -196,6 +196,6 @@ def _folder(out: Path, recipe: Recipe) -> Path:
 
 
 def _sizes(setting: Setting) -> Arch:
-    from halve.checkpoint import Checkpoint
+    from halve.model.checkpoint import Checkpoint
 
     return Checkpoint.open(setting.model).anatomy.sizes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halve import plots
-from halve.plots import Interval
-from halve.sections import Cell, estimate
+from halve.report import plots
+from halve.report.plots import Interval
+from halve.report.sections import Cell, estimate
 
 METRICS = {
     "kl_before": "KL, before",

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halve.card import name_of
 from halve.demo import run as demo
+from halve.disk.files import atomic_file
 from halve.errors import RecipeError
-from halve.files import atomic_file
+from halve.model.card import name_of
 from halve.studies.arms import Setting
 
 
@@ -54,7 +54,7 @@ def split_items(path: Path, texts: Path) -> tuple[str, str]:
 
     Raises `CorpusError` for what is no file of multiple-choice items.
     """
-    from halve.choices import json_line, load_items
+    from halve.model.choices import json_line, load_items
 
     lines = [json_line(item) for item in load_items(path)]
     made = []

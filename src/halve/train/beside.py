@@ -20,14 +20,17 @@ from torch import Tensor
 
 from halve.anatomy import discover
 from halve.errors import TrainError
-from halve.head import Body, Head
-from halve.recipe import Correct, Distill
-from halve.train import blocks, loop, objectives, schedule, shards, watch
-from halve.train.batch import Batch, predictions
-from halve.train.course import Course
-from halve.train.optimizers import make_optimizer
-from halve.train.step import Trained, apply, gradients
-from halve.train.teachers import Hidden
+from halve.model.head import Body, Head
+from halve.recipe.schema import Correct, Distill
+from halve.text import schedule
+from halve.text.batch import Batch, predictions
+from halve.text.course import Course
+from halve.train.loop import loop, watch
+from halve.train.loop.optimizers import make_optimizer
+from halve.train.loop.step import Trained, apply, gradients
+from halve.train.objectives import logits as objectives
+from halve.train.ranks import blocks, shards
+from halve.train.teachers.live import Hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

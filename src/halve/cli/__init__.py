@@ -1,0 +1,5 @@
+"""The command `halve`."""
+
+from halve.cli.app import main
+
+__all__ = ["main"]

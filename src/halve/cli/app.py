@@ -1,0 +1,406 @@
+"""The command `halve`: one verb a job, errors in three lines with exit code 2, tables with --json.
+
+Imports of torch and transformers wait until a verb needs them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from halve.cli import flags
+from halve.cli.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
+from halve.errors import HalveError, PlanError, Stopped, of_the_system
+from halve.process.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
+from halve.process.rank import leads
+from halve.process.waits import heard
+from halve.recipe.read import load, on_spikes
+from halve.recipe.schema import Prune, Recipe
+
+app = typer.Typer(
+    name="halve",
+    help="Make a Hugging Face language model smaller by pruning and distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 or 143 when interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    first = leads()
+    try:
+        shown = nullcontext() if first else redirect_stdout(io.StringIO())
+        with heeded(), heard(partial(print, file=sys.stderr) if first else None), shown:
+            app(args=words or ["--help"], prog_name="halve")
+    except (Stopped, Terminated) as stopped:
+        if first:
+            print(stopped if isinstance(stopped, Stopped) else farewell(TERMINATED, words), file=sys.stderr)
+        return TERMINATED
+    except HalveError as error:
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (refusal := of_the_system(error)) is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    except SystemExit as finished:  # the parser prints its own errors and always ends so
+        code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
+        if code == INTERRUPTED and first:
+            print(farewell(code, words), file=sys.stderr)
+        return code
+    raise AssertionError("the parser ends with SystemExit")
+
+
+@app.command()
+def demo(
+    long: Annotated[bool, typer.Option("--long", help="Use larger budgets: about an hour instead of minutes.")] = False,
+    out: flags.DemoOut = Path("runs/demo"),
+    corpus: flags.Corpus = None,
+    json_: AsJson = False,
+) -> None:
+    """Run the whole pipeline on a small built-in teacher, offline."""
+    from halve.demo.run import run as run_demo
+
+    _show_results(run_demo(out=out, long=long, corpus=corpus, console=Console(stderr=True)), json_=json_)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    proof: Annotated[
+        bool, typer.Option(help="Prove on a tiny random model which axes can be cut (takes seconds).")
+    ] = True,
+    json_: AsJson = False,
+) -> None:
+    """Show what a model is made of and which axes can be cut."""
+    from halve.cut.proof.prove import prove
+    from halve.model.checkpoint import Checkpoint
+    from halve.report import tables as show
+
+    anatomy = Checkpoint.open(model).anatomy
+    proved = prove(anatomy) if proof else None
+    if json_:
+        show.as_json(show.inspection(anatomy, proved))
+    else:
+        show.inspect(anatomy, proved)
+        _next(f"halve plan {model} --params ...")
+
+
+@app.command()
+def plan(
+    model: Model,
+    params: Annotated[str | None, typer.Option(help="Budget of total parameters, such as 4.5B.")] = None,
+    non_embedding_ratio: Annotated[
+        float | None, typer.Option(help="Budget as a share of the non-embedding parameters.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Channels of the residual stream to keep.")] = None,
+    ffn: Annotated[int | None, typer.Option(help="MLP neurons to keep in every layer.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads to keep in every layer.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key-value heads to keep in every layer.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers to keep.")] = None,
+    drop_layers: Annotated[str | None, typer.Option(help="Layers to drop, such as 16-31.")] = None,
+    context: Annotated[
+        int, typer.Option(min=1, max=10**9, help="Context length at which FLOPs per token are counted.")
+    ] = 4096,
+    most: Annotated[int, typer.Option(min=1, help="Number of candidates to list.")] = 10,
+    json_: AsJson = False,
+) -> None:
+    """List legal sizes near a budget, with exact counts.
+
+    Sizes can also be given by hand. No weights are read.
+    """
+    from halve.anatomy.runtimes import runtimes
+    from halve.cut.plan.sizes import Candidate, near
+    from halve.model.checkpoint import Checkpoint
+    from halve.report import tables as show
+
+    asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads}
+    wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
+    prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
+    anatomy = Checkpoint.open(model).anatomy
+    found: list[Candidate] = near(anatomy, prune, context=context)[:most]
+    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch, c.kept_layers)] for c in found]
+    if json_:
+        listed = [
+            {
+                "arch": c.arch.sizes,
+                "counts": vars(c.counts),
+                "kept_layers": c.kept_layers,
+                "runtimes": [{"name": name, "opens": opens, "remedy": remedy} for name, opens, remedy in verdict],
+            }
+            for c, verdict in zip(found, verdicts, strict=True)
+        ]
+        show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
+    else:
+        show.candidates(anatomy, found, verdicts)
+        _next("put these sizes under prune: in a recipe, then halve run")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Out = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, tokens, cost, memory and disk; run nothing.")
+    ] = False,
+    ranks: flags.Ranks = None,
+    mfu: flags.Mfu = None,
+    card: flags.Card = None,
+    on_spike: OnSpike = None,
+    quiet: Quiet = False,
+    json_: AsJson = False,
+) -> None:
+    """Run all stages of a recipe, or resume an earlier run."""
+    from halve.disk.rundir import equal_run
+    from halve.report.tables import plan_before
+
+    loaded = _spiking(load(recipe), on_spike)
+    if dry_run:
+        from halve.preflight.device import named
+        from halve.preflight.forecast import forecast
+        from halve.report import tables as show
+
+        expected = forecast(loaded, ranks=ranks or 1, device=named(card, mfu, ranks), compare=True)
+        if json_:
+            show.as_json(expected.to_json())
+        else:
+            show.forecast(expected)
+        return
+    if not quiet:
+        if out is None and (twin := equal_run(loaded, Path("runs"))) and leads():
+            print(f"{twin} is this recipe under another name; --out {twin} resumes it", file=sys.stderr)
+        if leads() and (line := plan_before(loaded, ranks=int(os.environ.get("WORLD_SIZE", "1")))):
+            print(line, file=sys.stderr)
+    folder = _run(loaded, out, only=None, quiet=quiet)
+    _show_results(folder, json_=json_)
+
+
+@app.command()
+def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
+    """Find the errors that need no weights to be loaded."""
+    from halve.model.checkpoint import Checkpoint
+    from halve.pipeline.run import check as preflight
+    from halve.preflight.sizes import shapes
+    from halve.preflight.work import trials
+    from halve.report import tables as show
+
+    loaded = load(recipe)
+    ranks = os.environ.get("WORLD_SIZE")
+    found = preflight(loaded, _folder(loaded, out), ranks=None if ranks is None else int(ranks))
+    if json_:
+        show.as_json([{"error": e.what, "why": e.why, "fix": e.fix} for e in found])
+    for error in found:
+        print(f"error: {error}", file=sys.stderr)
+    if found:
+        raise typer.Exit(2)
+    if not json_:
+        print(f"{recipe}: no errors found")
+        show.trial(trials(loaded, shapes(loaded, Checkpoint.open(loaded.model))))
+        _next(f"halve run {recipe}")
+
+
+@app.command()
+def export(
+    source: flags.Exported,
+    out: flags.NewFolder,
+    json_: AsJson = False,
+) -> None:
+    """Write the student of a run as an ordinary model folder.
+
+    This also works while the student is being trained.
+    """
+    from halve.pipeline.export import export as write
+    from halve.report import tables as show
+
+    folder = write(source, out)
+    if json_:
+        show.as_json({"model": str(folder)})
+    else:
+        print(folder)
+        _next(f"halve inspect {folder}")
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. --list shows the names.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+    out: flags.StudyOut = Path("runs/studies"),
+    model: flags.Teacher = None,
+    train: flags.Train = None,
+    valid: flags.Valid = None,
+    choices: flags.Choices = None,
+    seeds: flags.Seeds = 3,
+    tokens: flags.Tokens = None,
+    context: flags.Context = None,
+    quiet: Quiet = False,
+    json_: AsJson = False,
+) -> None:
+    """Reproduce a table of the papers on a small scale.
+
+    A study trains several configurations with several seeds and gives a verdict on each claim of the paper. It resumes
+    where it was interrupted.
+    """
+    from halve.report import tables as show
+    from halve.studies import declare
+
+    if list_ or name is None:
+        listed = [declare.load(each) for each in declare.names()]
+        if json_:
+            show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
+        else:
+            rows = [(s.name, s.title, f"arXiv {s.source}", len(s.arms)) for s in listed]
+            show.table("studies", ("name", "title", "after", "arms"), rows)
+            _next("halve study NAME, or halve study all")
+        return
+    from halve.studies import engine
+    from halve.studies import setting as settings
+
+    wanted = [declare.load(each) for each in (declare.names() if name == "all" else (name,))]
+    changes: dict[str, Any] = {}
+    if tokens is not None:
+        changes["distill"] = {"tokens": tokens}
+    if context is not None:
+        changes["data"] = {"context": context}
+    texts = out / "texts"
+    if model is None:
+        setting = settings.of_demo(texts, changes=changes)
+    else:
+        setting = settings.of_ones_own(
+            model, train=train or (), valid=valid or (), choices=choices, texts=texts, changes=changes
+        )
+    flags = {"model": model and Path(model).name, "seeds": seeds, "tokens": tokens, "context": context}
+    said = "".join(f" --{key} {value}" for key, value in flags.items() if value not in (None, 3))
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    found, failed = [], 0
+    for each in wanted:
+        try:
+            results = engine.run(
+                each,
+                setting,
+                seeds=range(seeds),
+                out=out,
+                command=f"halve study {each.name}{said}",
+                say=console.print,
+            )
+        except HalveError as error:
+            if len(wanted) == 1:
+                raise
+            print(f"error: {each.name}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        found.append(results)
+        if not json_:
+            show.study(results)
+            print(out / each.name / "results.json")
+    if json_:
+        show.as_json(found if name == "all" else found[0])
+    if failed:
+        raise typer.Exit(2)
+
+
+def _stage_command(section: str, summary: str, following: str) -> None:
+    def command(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
+        _stage(section, following, load(recipe), recipe, out, quiet=quiet, json_=json_)
+
+    def training(
+        recipe: RecipeFile, out: Out = None, on_spike: OnSpike = None, quiet: Quiet = False, json_: AsJson = False
+    ) -> None:
+        _stage(section, following, _spiking(load(recipe), on_spike), recipe, out, quiet=quiet, json_=json_)
+
+    chosen = training if section in ("correct", "distill") else command
+    chosen.__doc__ = summary
+    app.command(name=section)(chosen)
+
+
+def _stage(
+    section: str, following: str, loaded: Recipe, recipe: Path, out: Path | None, *, quiet: bool, json_: bool
+) -> None:
+    from halve.disk.files import read_json
+    from halve.disk.rundir import read_manifest
+    from halve.report import tables as show
+
+    folder = _run(loaded, out, only=section, quiet=quiet)
+    if section == "evaluate":
+        _show_results(folder, json_=json_)
+    elif json_:
+        show.as_json(read_manifest(folder / section)["metrics"])
+    else:
+        print(folder / section)
+        if section == "prune":
+            show.pruned(read_json(folder / section / "plan.json"), read_manifest(folder / section)["metrics"])
+    if following and not json_:
+        _next(f"halve {following} {recipe}")
+
+
+def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -> Recipe:
+    return recipe if policy is None else on_spikes(recipe, policy)
+
+
+_stage_command("correct", "Fine-tune the teacher on the corpus.", "score")
+_stage_command("score", "Score the importance of every axis in one forward pass.", "prune")
+_stage_command("prune", "Cut the model to its new size and check the result.", "distill")
+_stage_command("cache", "Store the teacher's answers on disk (distill.cache).", "distill")
+_stage_command("distill", "Train the student on the teacher's distribution.", "evaluate")
+_stage_command("evaluate", "Measure every model of the run.", "report")
+_stage_command("report", "Write the HTML page and the model card.", "")
+
+
+def _run(recipe: Recipe, out: Path | None, *, only: str | None, quiet: bool) -> Path:
+    from halve.pipeline import run as pipeline
+
+    return pipeline.run(recipe, _folder(recipe, out), only=only, console=None if quiet else Console(stderr=True))
+
+
+def _folder(recipe: Recipe, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / recipe.name
+
+
+def _prune(wishes: dict[str, Any]) -> Prune:
+    try:
+        return Prune.model_validate(wishes)
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        key = f"{lines[1].replace('_', '-')}: " if lines[1] in wishes else ""
+        message = key + lines[2 if key else -2].removeprefix("Value error, ").split(" [type")[0]
+        raise PlanError(
+            "these flags make no plan",
+            why=message,
+            fix="halve plan MODEL --params 4.5B, or --hidden 3072 --ffn 9216, or --drop-layers 16-31",
+        ) from None
+
+
+def _show_results(folder: Path, *, json_: bool) -> None:
+    from halve.disk.files import read_object
+    from halve.disk.rundir import read_manifest, sound
+    from halve.report import tables as show
+
+    evaluated = folder / "evaluate"
+    results = read_object(sound(evaluated, read_manifest(evaluated), "results.json"))
+    if json_:
+        show.as_json(results)
+        return
+    show.results(results)
+    subject = (results.get("differences") or {}).get("subject", "distilled")
+    student = folder / subject.replace("distilled", "distill") / "model"
+    for path in (folder / "report" / "report.html", student):
+        if path.exists():
+            print(path)
+
+
+def _next(hint: str) -> None:
+    if leads():
+        print(f"next: {hint}", file=sys.stderr)

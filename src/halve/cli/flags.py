@@ -1,0 +1,81 @@
+"""What the command's flags take: the same bounds as the recipe's keys have."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from halve.errors import RecipeError
+from halve.recipe import values
+
+
+def place(given: Any) -> Any:
+    """Raise `RecipeError` for a path or name, or one of a list, that could not be there."""
+    for one in given if isinstance(given, list) else [] if given is None else [given]:
+        try:
+            values.place(str(one))
+        except ValueError as error:
+            raise RecipeError(f"cannot use {str(one)[:80]!r} as a path", why=str(error), fix="give another") from None
+    return given
+
+
+def finite(given: float | None) -> float | None:
+    """Refuse what is no number: no range leaves it out, since it compares with nothing."""
+    if given is not None and not math.isfinite(given):
+        raise typer.BadParameter(f"{given} is no finite number.")
+    return given
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder (config.json is enough) or a hub name.", callback=place)
+]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", callback=place)]
+Out = Annotated[
+    Path | None, typer.Option(help="The run folder. Default: runs/NAME, with the recipe's name.", callback=place)
+]
+OnSpike = Annotated[
+    Literal["stop", "skip", "rewind"] | None,
+    typer.Option(help="Reaction to a loss spike; overrides the recipe's on_spike."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress on stderr.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, max=10**6, help="With --dry-run: number of H100s that train. Default: this machine's device."),
+]
+Mfu = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=1.0, callback=finite, help="With --dry-run: plan for an H100 at this share of its rate, not 0.4."
+    ),
+]
+Card = Annotated[
+    float | None,
+    typer.Option(
+        min=1.0, max=1e6, callback=finite, help="With --dry-run: plan for a GPU of so many GB, at an H100's rate."
+    ),
+]
+Exported = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A run folder, or one of its checkpoints.", callback=place)
+]
+NewFolder = Annotated[Path, typer.Option(help="The new model folder.", callback=place)]
+DemoOut = Annotated[Path, typer.Option(help="The run folder.", callback=place)]
+Corpus = Annotated[
+    Path | None,
+    typer.Option(help="Text to distill on if the standard library's sources are missing.", callback=place),
+]
+StudyOut = Annotated[
+    Path, typer.Option(help="Folder for runs and results; studies share runs where they can.", callback=place)
+]
+Teacher = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
+Train = Annotated[
+    list[str] | None, typer.Option(help="Text to distill on, with --model; may be repeated.", callback=place)
+]
+Valid = Annotated[list[str] | None, typer.Option(help="Held-out text, with --model; may be repeated.", callback=place)]
+Choices = Annotated[Path | None, typer.Option(help="Multiple-choice items, for the study depth-sets.", callback=place)]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds.")]
+Tokens = Annotated[int | None, typer.Option(min=1, max=values.MOST, help="Training tokens of each configuration.")]
+Context = Annotated[int | None, typer.Option(min=2, max=values.MOST, help="Tokens in one sample.")]

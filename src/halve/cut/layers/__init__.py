@@ -1,0 +1,1 @@
+"""Which layers go, and what becomes of those that stay beside them?"""

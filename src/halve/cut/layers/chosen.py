@@ -1,0 +1,59 @@
+"""Which layers go, where the recipe compares sets of them: shared by the stages that know how many."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halve.anatomy import Anatomy
+from halve.cut.layers.depth import DepthChoice, choose
+from halve.cut.score.scores import Scores
+from halve.model.choices import load_items
+from halve.progress import Progress
+from halve.recipe.schema import Recipe, Score
+
+DEPTH = "depth.json"
+
+
+def compares(score: Score) -> bool:
+    """Whether layers go by more than their block importance, one by one."""
+    return (score.depth, score.depth_pattern) != ("bi", "single")
+
+
+def read_of(score: Score, remove: int) -> int | bool | None:
+    """What the score stage's comparison depends on of the number of layers that go; None where it compares nothing.
+
+    Block importance comes with every score, and single layers that were compared tell any number of layers.
+    """
+    if not compares(score):
+        return None
+    return remove > 0 if score.depth_pattern == "single" else remove
+
+
+def choose_layers(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Tensor,
+    *,
+    remove: int,
+    tokenizer: PreTrainedTokenizerBase,
+    scores: Scores,
+    progress: Progress,
+) -> DepthChoice:
+    """Compare sets of `remove` layers as the section `score` says (see `halve.cut.layers.depth.choose`)."""
+    task = recipe.score.depth_task
+    return choose(
+        model,
+        anatomy,
+        samples_BS,
+        criterion=recipe.score.depth,
+        pattern=recipe.score.depth_pattern,
+        remove=remove,
+        items=load_items(task) if task is not None and recipe.score.depth == "task" else (),
+        tokenizer=tokenizer,
+        micro_batch=recipe.score.micro_batch,
+        seed=recipe.seed,
+        scores=scores,
+        progress=progress,
+    )

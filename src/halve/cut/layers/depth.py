@@ -1,0 +1,265 @@
+"""Which layers go: what is compared, and which set is chosen.
+
+A pattern says which sets of layers are compared, a criterion (`halve.cut.layers.depth_values`) what each is worth. The
+methods of the papers are special cases of `choose`:
+
+    ShortGPT (arXiv 2403.03853)             bi, single         the layers that turn their input least
+    Gromov et al. (arXiv 2403.17887)        angular, block     the block whose input and output are most alike
+    Shortened LLaMA (arXiv 2402.02834)      nll, single        by perplexity; taylor, single by first-order Taylor
+    SLEB (arXiv 2402.09025)                 nll, greedy        one by one, each measured in the model that is left
+    Nemotron Elastic (arXiv 2511.16664)     logit_mse, greedy
+    Minitron (2407.14679, Sec. 2.2)         bi or nll, single
+    Llama-Minitron (2408.11796)             task, block        contiguous layers by accuracy downstream
+
+No layer is protected from removal, the first and the last neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halve.anatomy import Anatomy
+from halve.cut.layers import depth_values
+from halve.cut.layers.depth_values import Compare, Compared
+from halve.cut.score.importance import block_importance
+from halve.cut.score.scores import Scores
+from halve.errors import CorpusError, PlanError, RecipeError
+from halve.model.choices import Item
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import DepthCriterion, DepthPattern
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A set of layers and what taking it out does, by the criterion: higher hurts more."""
+
+    layers: tuple[int, ...]
+    value: float
+
+
+@dataclass(frozen=True)
+class DepthChoice:
+    """The layers that stay, and every set that was compared on the way."""
+
+    criterion: DepthCriterion
+    pattern: DepthPattern
+    kept: tuple[int, ...]
+    removals: tuple[Removal, ...]
+    """In greedy order: sets of one layer first, each later set holding the layers chosen before it."""
+    passes: float
+    """Layers that were run, by tokens, over all layers: what the choice cost in whole forward passes."""
+    whole: float | None
+    """The criterion's value of the model with every layer; None where it has none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def of(self, remove: int) -> DepthChoice:
+        """The choice of another number of layers, which single layers tell; sets are of the number they were made for.
+
+        >>> removals = (Removal((0,), 3.0), Removal((1,), 1.0), Removal((2,), 2.0))
+        >>> DepthChoice("bi", "single", (0, 2), removals, 1.0, None).of(2).kept
+        (0,)
+        """
+        if self.pattern != "single":
+            return self
+        removed = _union(sorted(self.removals, key=_least)[:remove])
+        return replace(self, kept=tuple(layer for layer in range(len(self.removals)) if layer not in removed))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DepthChoice:
+        """From `to_json`'s data."""
+        return cls(
+            criterion=data["criterion"],
+            pattern=data["pattern"],
+            kept=tuple(data["kept"]),
+            removals=tuple(Removal(tuple(r["layers"]), r["value"]) for r in data["removals"]),
+            passes=data["passes"],
+            whole=data["whole"],
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pattern found: the layers to remove, the sets it compared and what that cost."""
+
+    removed: tuple[int, ...]
+    removals: tuple[Removal, ...]
+    passes: float
+    whole: float | None
+
+
+# ---- patterns
+
+
+def single(compare: Compare, num_layers: int, *, remove: int) -> Found:
+    """Compare every layer alone and remove those that hurt least; of equals the later goes.
+
+    >>> values = {(0,): 3.0, (1,): 1.0, (2,): 2.0}
+    >>> compare = lambda sets, removed: Compared(tuple(values[s] for s in sets), 1.0, None)
+    >>> single(compare, 3, remove=2).removed
+    (1, 2)
+    """
+    compared, removals = _compare(compare, [(layer,) for layer in range(num_layers)], ())
+    order = sorted(removals, key=_least)
+    return Found(_union(order[:remove]), removals, compared.passes, compared.whole)
+
+
+def blocks(compare: Compare, num_layers: int, *, remove: int) -> Found:
+    """Compare contiguous blocks of `remove` layers at every position and remove the one that hurts least.
+
+    The papers' figures of 1, 2, 8 and 16 removed layers by position are `removals`. Of equals the later goes.
+    """
+    sets = [tuple(range(start, start + remove)) for start in range(num_layers - remove + 1)]
+    compared, removals = _compare(compare, sets, ())
+    return Found(min(removals, key=_least).layers, removals, compared.passes, compared.whole)
+
+
+def greedy(compare: Compare, num_layers: int, *, remove: int) -> Found:
+    """Remove one layer at a time: the one that hurts least in the model that is left. Of equals the later goes.
+
+    SLEB, arXiv 2402.09025, Sec. 3: the layers need not be neighbors, and two that stand in for each other do not both
+    go, as they may when each is judged alone.
+    """
+    gone: tuple[int, ...] = ()
+    all_removals: list[Removal] = []
+    passes, whole = 0.0, None
+    for step in range(remove):
+        compared, removals = _compare(compare, [(i,) for i in range(num_layers) if i not in gone], gone)
+        all_removals += removals
+        passes += compared.passes
+        whole = compared.whole if step == 0 else whole
+        gone = min(removals, key=_least_beside(gone)).layers
+    return Found(gone, tuple(all_removals), passes, whole)
+
+
+def _compare(
+    compare: Compare, sets: Sequence[tuple[int, ...]], gone: tuple[int, ...]
+) -> tuple[Compared, tuple[Removal, ...]]:
+    compared = compare(sets, gone)
+    pairs = zip(sets, compared.values, strict=True)
+    return compared, tuple(Removal(tuple(sorted({*gone, *chosen})), value) for chosen, value in pairs)
+
+
+def _least(removal: Removal) -> tuple[float, int]:
+    return removal.value, -removal.layers[-1]
+
+
+def _least_beside(gone: tuple[int, ...]) -> Callable[[Removal], tuple[float, int]]:
+    return lambda removal: (removal.value, -next(layer for layer in removal.layers if layer not in gone))
+
+
+def _union(removals: Sequence[Removal]) -> tuple[int, ...]:
+    return tuple(sorted(layer for removal in removals for layer in removal.layers))
+
+
+PATTERNS: Final[Mapping[DepthPattern, Callable[..., Found]]] = {"single": single, "block": blocks, "greedy": greedy}
+
+
+# ---- the choice
+
+
+def choose(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    criterion: DepthCriterion,
+    pattern: DepthPattern,
+    remove: int,
+    items: Sequence[Item] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    micro_batch: int,
+    seed: int,
+    scores: Scores | None = None,
+    progress: Progress = SILENT,
+) -> DepthChoice:
+    """Choose `remove` layers to take out by one criterion and pattern; the model is as before on return.
+
+    `task` reads `items` and `tokenizer`, `taylor` reads `scores.layer_scores`, the others the samples. bi of single
+    layers is read from `scores` where they were measured in a forward pass, and then costs no further one.
+
+    Raises `PlanError` unless at least one layer goes and one stays, `RecipeError` for `task` without items and `taylor`
+    without layer scores, `CorpusError` for no samples, and `CheckpointError` where logits are not finite.
+    """
+    total = anatomy.sizes.layers
+    _check_count(remove, total)
+    if (known := _known(criterion, pattern, scores)) is not None:
+        compare = known
+    elif criterion == "random":
+        compare = depth_values.random(seed)
+    elif criterion == "task":
+        compare = _task(model, anatomy, items, tokenizer, progress)
+    else:
+        _check_samples(samples_BS)
+        compare = _MEASURED[criterion](model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
+    found = PATTERNS[pattern](compare, total, remove=remove)
+    kept = tuple(layer for layer in range(total) if layer not in found.removed)
+    return DepthChoice(criterion, pattern, kept, found.removals, found.passes, found.whole)
+
+
+_MEASURED: Final[Mapping[DepthCriterion, Callable[..., Compare]]] = {
+    "bi": partial(depth_values.from_states, distance=block_importance),
+    "angular": partial(depth_values.from_states, distance=depth_values.angular_distance),
+    "nll": depth_values.nll,
+    "logit_mse": depth_values.logit_mse,
+}
+
+
+def _known(criterion: DepthCriterion, pattern: DepthPattern, scores: Scores | None) -> Compare | None:
+    """Values that were measured before: BI of single layers, and layer scores from gradients."""
+    if criterion == "bi" and pattern == "single" and scores is not None and scores.statistics is not None:
+        return depth_values.additive(scores.layers)
+    if criterion != "taylor":
+        return None
+    layer_scores: Tensor | None = getattr(scores, "layer_scores", None)
+    if layer_scores is None:
+        raise RecipeError(
+            "depth: taylor needs scores from gradients",
+            why="layers are worth the sum of weight times gradient, and the scores given were made without a gradient",
+            fix="set score.method: taylor, or another score.depth",
+        )
+    return depth_values.additive(layer_scores)
+
+
+def _task(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    items: Sequence[Item],
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: Progress,
+) -> Compare:
+    if not items:
+        raise RecipeError(
+            "depth: task needs multiple-choice items",
+            why="layers are judged by the answers that the model gives without them, and no file was given",
+            fix="set score.depth_task to a multiple-choice file (JSON lines), or another score.depth",
+        )
+    assert tokenizer is not None, "items are tokenized"
+    return depth_values.task(model, anatomy, items, tokenizer, progress=progress)
+
+
+def _check_count(remove: int, total: int) -> None:
+    if not 0 < remove < total:
+        raise PlanError(
+            f"cannot remove {remove} of {total} layers",
+            why="at least one layer has to go and one to stay",
+            fix=f"keep between 1 and {total - 1} layers (--layers)",
+        )
+
+
+def _check_samples(samples_BS: Tensor) -> None:
+    if len(samples_BS) == 0:
+        raise CorpusError(
+            "no samples to judge layers by",
+            why="the calibration text has not one whole sample",
+            fix="give more text in data.train, a smaller data.context, or score.depth_samples above 0",
+        )

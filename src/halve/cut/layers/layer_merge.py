@@ -1,0 +1,289 @@
+"""Layer collapse: what removed layers did is added to the layer in front of them, instead of being lost.
+
+LaCo, arXiv 2402.11187, Sec. 2. With theta_l all parameters of layer l, attention and MLP and norms, merging m layers
+into the one before them gives
+
+    theta*_l = theta_l + sum_{k=1..m} (theta_{l+k} - theta_l)
+
+and layers l+1 .. l+m are dropped. For m = 1 that is theta_{l+1}. The notebook published with the paper computes
+something else; this is the paper's text. Merging is a change of the teacher's weights: `halve.cut.surgery.trim.trim`
+then drops the layers as in any other cut.
+
+Sums are float64 and rounded once to the parameter's own type.
+
+Legend: B batch, S seq, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+from halve.cut.layers import removal
+from halve.cut.layers.removal import Trace
+from halve.cut.score.importance import token_cosine
+from halve.errors import AnatomyError, CheckpointError, CorpusError, PlanError
+from halve.progress import SILENT, Progress
+
+THRESHOLD_STEP = 0.05
+_DEEP = 30
+
+
+def laco(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
+    """One parameter of a layer with those of the m layers behind it merged in.
+
+    `theta + sum_k (theta_k - theta)`; with nothing behind, the parameter itself.
+
+    >>> laco(torch.tensor([1.0, 2.0]), [torch.tensor([1.5, 0.0]), torch.tensor([2.0, 3.0])]).tolist()
+    [2.5, 1.0]
+    """
+    base = first.double()
+    merged = base + sum((other.double() - base for other in following), torch.zeros_like(base))
+    return merged.to(first.dtype)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Layers that collapse into the one in front of them, by their numbers in the whole model."""
+
+    into: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What the search found: merges in the order in which they are made, and the layers that are left."""
+
+    merges: tuple[Merge, ...]
+    kept: tuple[int, ...]
+    threshold: float
+    """The similarity that every merge had to exceed."""
+    similarity: float
+    """That of the last merged model with the whole one."""
+    passes: float
+    """Layers that were run, by tokens, over all layers: what the search cost in whole forward passes."""
+
+
+def merges_of(kept: Sequence[int], total: int) -> tuple[Merge, ...]:
+    """Every kept layer takes in the removed ones that follow it; what precedes the first kept layer is lost.
+
+    >>> merges_of([0, 3], 6)
+    (Merge(into=0, layers=(1, 2)), Merge(into=3, layers=(4, 5)))
+    """
+    ends = [*kept[1:], total]
+    groups = [Merge(layer, tuple(range(layer + 1, end))) for layer, end in zip(kept, ends, strict=True)]
+    return tuple(group for group in groups if group.layers)
+
+
+def merge_layers(model: PreTrainedModel, anatomy: Anatomy, kept: Sequence[int]) -> PreTrainedModel:
+    """A copy of the model in which each kept layer carries the differences of the removed ones behind it.
+
+    All layers are still there, the removed ones unchanged, for `trim` to drop. `kept` is in rising order.
+    Raises `AnatomyError` where layers that merge are not made of the same parameters.
+    """
+    return apply_merges(model, anatomy, merges_of(kept, anatomy.sizes.layers))
+
+
+def apply_merges(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> PreTrainedModel:
+    """A copy of the model with these merges made one after the other, each on what the earlier ones left.
+
+    Raises `AnatomyError` where layers that merge are not made of the same parameters.
+    """
+    result = copy.deepcopy(model)
+    _apply(result, anatomy, merges)
+    return result
+
+
+@contextmanager
+def _applied(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> Iterator[None]:
+    """Within, the model itself carries the merges; its own weights are put back on any exit."""
+    into = {merge.into for merge in merges}
+    own = {name: value.detach().clone() for name, value in model.named_parameters() if anatomy.layer_of(name) in into}
+    try:
+        _apply(model, anatomy, merges)
+        yield
+    finally:
+        _write(model, own)
+
+
+def _apply(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> None:
+    for merge in merges:
+        _write(model, _merged(model, anatomy, merge))
+
+
+def _merged(model: PreTrainedModel, anatomy: Anatomy, merge: Merge) -> dict[str, Tensor]:
+    """The new parameters of the layer that the others collapse into, by name."""
+    parameters = dict(model.named_parameters())
+    found = {}
+    for name in (n for n in parameters if anatomy.layer_of(n) == merge.into):
+        others = [parameters.get(anatomy.in_layer(name, layer)) for layer in merge.layers]
+        same = [other for other in others if other is not None and other.shape == parameters[name].shape]
+        if len(same) != len(others):
+            raise AnatomyError(
+                f"cannot merge layers {', '.join(map(str, merge.layers))} into layer {merge.into}",
+                why=f"they are not all made of the same parameters: {name} differs",
+                fix="set layer_merge: none, or remove other layers",
+            )
+        found[name] = laco(parameters[name].detach(), [other.detach() for other in same])
+    return found
+
+
+@torch.no_grad()
+def _write(model: PreTrainedModel, values: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+# ---- the search
+
+
+def search_setting(total: int) -> tuple[int, int]:
+    """How many layers a merge makes one of, and how far apart merges are, for a model of `total` layers.
+
+    The paper merges four at a time, two apart, in models of 30 layers and more. On few layers that is too coarse, and
+    pairs would be plain removal: there it is three at a time, one apart.
+
+    >>> search_setting(32), search_setting(10)
+    ((4, 2), (3, 1))
+    """
+    return (4, 2) if total >= _DEEP else (3, 1)
+
+
+def laco_search(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    layers: int,
+    combine: int = 4,
+    interval: int = 2,
+    threshold: float = 0.95,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> Collapse:
+    """Collapse a model to `layers` layers by the paper's procedure; the model is as before on return.
+
+    LaCo, Algorithm 1 (`collapse`), with the cosine of the last hidden states (those that the head reads) with the
+    whole model's, averaged over tokens. The paper tunes the threshold by hand until a size is met; here it is lowered
+    from the given one in steps of 0.05 until the number of layers is reached, at last to any similarity. What was
+    measured under a higher threshold is not measured again.
+
+    Keeps the last hidden states of all samples in main memory, and a copy of the merged layers' weights.
+    Raises `PlanError` for a number of layers that cannot be reached, `CorpusError` for no samples, `CheckpointError`
+    where hidden states are not finite, `AnatomyError` where layers that merge differ in their parameters.
+    """
+    total = anatomy.sizes.layers
+    if not 0 < layers < total:
+        raise PlanError(
+            f"cannot collapse {total} layers to {layers}",
+            why="at least one layer has to go and one to stay",
+            fix=f"keep between 1 and {total - 1} layers (--layers)",
+        )
+    if len(samples_BS) == 0:
+        raise CorpusError(
+            "no samples to judge merged layers by",
+            why="the calibration text has not one whole sample",
+            fix="give more text in data.train, or a smaller data.context",
+        )
+    found, batches = removal.find(model, anatomy), torch.split(samples_BS, micro_batch)
+    reference: list[Tensor] = []
+    passes = removal.sweep(
+        found,
+        batches,
+        (),
+        removed=(),
+        whole=lambda _, before: reference.append(before.hidden.cpu()),
+        each=removal.ignore,
+        progress=progress,
+    )
+    known: dict[tuple[Merge, ...], float] = {}
+
+    def similarity(merges: tuple[Merge, ...]) -> float:
+        nonlocal passes
+        if merges not in known:
+            sums = torch.zeros((), dtype=torch.float64)
+
+            def whole(b: int, before: Trace) -> None:
+                cosine_BS = token_cosine(before.hidden, reference[b].to(before.hidden.device))
+                sums.add_(cosine_BS.sum(dtype=torch.float64).cpu())
+
+            gone = [layer for merge in merges for layer in merge.layers]
+            with _applied(model, anatomy, merges):
+                passes += removal.sweep(
+                    found, batches, (), removed=gone, whole=whole, each=removal.ignore, progress=progress
+                )
+            known[merges] = _finite(sums.item() / samples_BS.numel(), merges[-1])
+        return known[merges]
+
+    bound = threshold
+    while True:
+        merges = collapse(total, layers, combine=combine, interval=interval, threshold=bound, similarity=similarity)
+        kept = kept_after(merges, total)
+        if len(kept) == layers:
+            return Collapse(merges, kept, bound, similarity(merges), passes)
+        if bound == -inf:
+            raise PlanError(
+                f"cannot collapse {total} layers to {layers}",
+                why=f"merging {combine} layers into one every {interval} layers leaves {len(kept)} at best",
+                fix="merge more layers at a time (combine), or keep more layers",
+            )
+        bound = bound - THRESHOLD_STEP if bound - THRESHOLD_STEP > -1 else -inf
+
+
+def collapse(
+    total: int,
+    layers: int,
+    *,
+    combine: int,
+    interval: int,
+    threshold: float,
+    similarity: Callable[[tuple[Merge, ...]], float],
+) -> tuple[Merge, ...]:
+    """The merges that LaCo's Algorithm 1 makes under one threshold, stopping at `layers` layers.
+
+    From the back: the present layer takes in `combine` - 1 layers behind it. If `similarity` of all merges up to this
+    one exceeds the threshold it stays, and the place moves `interval` layers to the front (more, where fewer than
+    `combine` layers would be left behind it); otherwise it is undone, and the place moves one. Places count the layers
+    that are left, so that a layer may be merged again. Only the last merge takes in fewer, where `combine` - 1 would
+    overshoot `layers`.
+    """
+    assert combine > 1, "a merge takes in at least one layer"
+    assert interval > 0, "places move to the front"
+    merges: tuple[Merge, ...] = ()
+    left = tuple(range(total))
+    place = max(0, total - combine)
+    while place >= 0 and len(left) > layers:
+        count = min(combine - 1, len(left) - place - 1, len(left) - layers)
+        tried = (*merges, Merge(left[place], left[place + 1 : place + 1 + count]))
+        if similarity(tried) > threshold:
+            merges, left = tried, kept_after(tried, total)
+            place = min(place - interval, max(0, len(left) - combine))
+        else:
+            place -= 1
+    return merges
+
+
+def kept_after(merges: Sequence[Merge], total: int) -> tuple[int, ...]:
+    """The layers that no merge has taken in."""
+    gone = {layer for merge in merges for layer in merge.layers}
+    return tuple(layer for layer in range(total) if layer not in gone)
+
+
+def _finite(value: float, merge: Merge) -> float:
+    if not isfinite(value):
+        raise CheckpointError(
+            f"hidden states are not finite with layers {', '.join(map(str, merge.layers))} merged into {merge.into}",
+            why="NaN or infinity came out of the merged model on the calibration samples",
+            fix="try dtype: float32; if that does not help, set layer_merge: none",
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Which sizes are legal, and which indices are kept?"""

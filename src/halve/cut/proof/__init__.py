@@ -1,0 +1,1 @@
+"""Can this family be cut along an axis? Random twins say."""

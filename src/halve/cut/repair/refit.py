@@ -1,0 +1,317 @@
+"""Solving for the weights around a cut, so that on the calibration samples the student does what the teacher does.
+
+Layer by layer, each problem on the inputs that the already cut and refit part of the student produces:
+
+    readers   q, k, v, gate, up see normalized states in which channels are missing and others are off. A linear map A
+              guesses the teacher's normalized state from the student's; a reader becomes W A. One map for all matrices
+              that read one tensor: least squares does not depend on what reads its result.
+    writers   output and down projections see fewer heads or neurons, and slightly other ones. They are solved for
+              directly; their target is what the teacher adds to the kept channels, plus what the student's residual
+              stream lacks there by now. Where layers were dropped, the writer in front of the gap aims at the stream
+              behind it.
+    head      as the readers: A guesses what the teacher's head reads.
+
+The papers cut and retrain; closed-form repair is in OSSCAR and SliceGPT for single layers. The targets that chase the
+student's accumulated error, and readers by one map, are ours; docs/decisions/0009-refit.md has what each is worth.
+
+`outputs` solves for the writers alone, `all` for everything. Each is a ridge regression toward the weights that the
+cut left (`halve.cut.repair.gram.ridge`): with nothing cut, the weights come back.
+
+Legend: B batch, S seq, D the teacher's hidden, K the student's hidden (kept channels), C channels that a writer reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+from halve.cut.plan.plan import Plan
+from halve.cut.repair.gram import Gram, raised, ridge
+from halve.cut.score.sites import Site, find_sites, input_dim
+from halve.cut.score.walk import (
+    Call,
+    Reached,
+    States,
+    first_states,
+    layer_modules,
+    record_calls,
+    run_layer,
+    states_bytes,
+    watching,
+)
+from halve.cut.surgery.trim import take
+from halve.progress import SILENT, Progress
+
+See = Callable[[Tensor, Tensor | None], None]
+
+
+@torch.no_grad()
+def refit(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    plan: Plan,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    strength: float,
+    everything: bool,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> PreTrainedModel:
+    """A new student, refit; `student` must be what `trim(teacher, plan, anatomy)` gave. Neither is changed.
+
+    One pass of the teacher and about two and a half of the student over the samples, and one solve of each width
+    cubed a site. Residual streams and what the present layer of the teacher writes are kept for all samples, in
+    memory or in a file (`walk.States`); their size stands in the progress line.
+
+    Raises `CheckpointError` where activations are not finite; warns with `SingularGramWarning` where there are fewer
+    tokens than channels.
+    """
+    return _Refit(student, teacher, plan, anatomy, samples_BS, strength, everything, micro_batch).run(progress)
+
+
+class _Refit:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        plan: Plan,
+        anatomy: Anatomy,
+        samples_BS: Tensor,
+        strength: float,
+        everything: bool,
+        micro_batch: int,
+    ) -> None:
+        self.teacher, self.student = teacher, copy.deepcopy(student)
+        self.plan, self.anatomy, self.strength, self.everything = plan, anatomy, strength, everything
+        self.samples_BS, self.micro_batch = samples_BS, micro_batch
+        self.device = teacher.device
+        self.kept_K = torch.tensor(plan.hidden, device=self.device)
+        self.found = find_sites(teacher, anatomy)
+        self.teacher_layers = layer_modules(teacher, anatomy)
+        self.student_anatomy = replace(anatomy, sizes=plan.after)  # as far as walking goes
+        self.student_layers = layer_modules(self.student, self.student_anatomy)
+        samples, seq = samples_BS.shape
+        sizes = anatomy.sizes
+        self.x_D = States(samples, seq, sizes.hidden, dtype=teacher.dtype)
+        self.z_K = States(samples, seq, plan.after.hidden, dtype=teacher.dtype)
+        self.calls: dict[int, tuple[list[Call], list[Call]]] = {}
+
+    def run(self, progress: Progress) -> PreTrainedModel:
+        samples, seq = self.samples_BS.shape
+        before = self.anatomy.sizes.hidden  # twice: in front of the present layer of the teacher and behind it
+        widths = [before, before, self.plan.after.hidden, *self._widths(0)]
+        size = states_bytes(samples, seq, widths, dtype=self.teacher.dtype)
+        total = self.samples_BS.numel() * self.plan.after.layers
+        with progress.task(f"refit (states: {size / 2**20:,.0f} MiB)", total) as task:
+            self._begin()
+            for layer in range(self.plan.after.layers):
+                self._layer(layer)
+                task.advance(self.samples_BS.numel())
+            if self.everything and not self._tied():
+                self._head()
+        return self.student
+
+    def _begin(self) -> None:
+        """Embed, and let the teacher go through what the plan drops before its first kept layer."""
+        for rows in self._rows():
+            ids_BS = self.samples_BS[rows]
+            self._calls(len(ids_BS))
+            self.x_D[rows] = first_states(self.teacher, self.anatomy, ids_BS)
+            self.z_K[rows] = first_states(self.student, self.student_anatomy, ids_BS)
+        self._skip(range(self.plan.layers[0]))
+
+    def _layer(self, layer: int) -> None:
+        """Refit one kept layer, and take both residual streams to the next."""
+        source = self.plan.layers[layer]
+        sites = self.found.layers[source]
+        before_D = self.x_D
+        given = self._teach(source, sites)
+        following = self.plan.layers[layer + 1] if layer + 1 < len(self.plan.layers) else self.anatomy.sizes.layers
+        self._skip(range(source + 1, following))
+        for number, site in enumerate(sites):
+            if site.kind == "write":
+                self._write(layer, number, sites, before_D, given)
+            elif self.everything:
+                self._read(layer, site, given[number])
+        for rows in self._rows():
+            z_BSK = self.z_K[rows].to(self.device)
+            self.z_K[rows] = run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
+
+    def _teach(self, source: int, sites: tuple[Site, ...]) -> list[States]:
+        """Run a layer of the teacher; what its readers read and its writers write (kept channels) at every site."""
+        samples, seq = self.samples_BS.shape
+        given = [States(samples, seq, width, dtype=self.teacher.dtype) for width in self._widths(source)]
+        after_D = States(samples, seq, self.anatomy.sizes.hidden, dtype=self.teacher.dtype)
+        for rows in self._rows():
+            with ExitStack() as hooks:
+                for site, states in zip(sites, given, strict=True):
+                    module = self.teacher.get_submodule(site.modules[0])
+                    see = self._keep_output(states, rows) if site.kind == "write" else _keep_input(states, rows)
+                    hooks.enter_context(watching(module, see, leave=False))
+                x_BSD = self.x_D[rows].to(self.device)
+                after_D[rows] = run_layer(self.teacher_layers[source], self._calls(len(x_BSD))[0][source], x_BSD)
+        self.x_D = after_D
+        return given
+
+    def _skip(self, layers: range) -> None:
+        for layer in layers:
+            for rows in self._rows():
+                x_BSD = self.x_D[rows].to(self.device)
+                self.x_D[rows] = run_layer(self.teacher_layers[layer], self._calls(len(x_BSD))[0][layer], x_BSD)
+
+    def _read(self, layer: int, site: Site, read_D: States) -> None:
+        names = [self.anatomy.in_layer(name, layer) for name in site.modules]
+        gram = Gram(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
+        for rows in self._rows():
+            seen, _ = self._run_to(layer, names[0], rows)
+            gram.add(seen, read_D[rows].to(self.device))
+        gram.check(names[0])
+        guess_DK = ridge(gram.xx_XX, gram.yx_YX, self._selection(), strength=self.strength)
+        for name, source in zip(names, site.modules, strict=True):
+            rows_kept = {axis: kept for axis, kept in self.plan.kept(layer).items() if axis != "hidden"}
+            full = take(self.teacher.get_parameter(f"{source}.weight"), self.anatomy, f"{source}.weight", rows_kept)
+            new = _oriented(full, self.anatomy, source).double() @ guess_DK
+            _weight(self.student.get_submodule(name)).copy_(_oriented(new, self.anatomy, source))
+
+    def _write(self, layer: int, number: int, sites: tuple[Site, ...], before_D: States, given: list[States]) -> None:
+        source = sites[number].modules[0]
+        name = self.anatomy.in_layer(source, layer)
+        module = self.student.get_submodule(name)
+        earlier = {
+            index: self.anatomy.in_layer(site.modules[0], layer)
+            for index, site in enumerate(sites[:number])
+            if site.kind == "write"
+        }
+        last = not any(site.kind == "write" for site in sites[number + 1 :])
+        scale = self.found.scales[self.plan.layers[layer]]
+        bias = getattr(module, "bias", None)
+        weight_KC = _oriented(_weight(module), self.anatomy, source)
+        gram = Gram(weight_KC.shape[1], weight_KC.shape[0], device=self.device)
+        for rows in self._rows():
+            seen, written = self._run_to(layer, name, rows, tuple(earlier.values()))
+            goal_BSK = raised(given[number][rows].to(self.device))
+            if scale is not None:
+                z_BSK = raised(self.z_K[rows].to(self.device))
+                if last:
+                    teacher_BSK = self._kept(self.x_D[rows])
+                    goal_BSK = (teacher_BSK - z_BSK) / scale - _sum(written)
+                else:
+                    due = (self._kept(before_D[rows]) - z_BSK) / scale
+                    taught = [given[index][rows].to(self.device) for index in earlier]
+                    goal_BSK = goal_BSK + due + _sum(taught) - _sum(written)
+            gram.add(seen, goal_BSK if bias is None else goal_BSK - raised(bias))
+        gram.check(name)
+        new = ridge(gram.xx_XX, gram.yx_YX, weight_KC, strength=self.strength)
+        _weight(module).copy_(_oriented(new, self.anatomy, source))
+
+    def _head(self) -> None:
+        """The head reads what the final norm makes of the streams."""
+        taught, learned = _final(self.teacher, self.anatomy), _final(self.student, self.anatomy)
+        gram = Gram(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
+        for rows in self._rows():
+            gram.add(learned(self.z_K[rows].to(self.device)), taught(self.x_D[rows].to(self.device)))
+        gram.check("the head")
+        guess_DK = ridge(gram.xx_XX, gram.yx_YX, self._selection(), strength=self.strength)
+        head, own = self.teacher.get_output_embeddings(), self.student.get_output_embeddings()
+        own.weight.copy_(head.weight.double() @ guess_DK)
+
+    # ---- small parts
+
+    def _rows(self) -> Iterator[slice]:
+        for start in range(0, len(self.samples_BS), self.micro_batch):
+            yield slice(start, min(start + self.micro_batch, len(self.samples_BS)))
+
+    def _calls(self, batch: int) -> tuple[list[Call], list[Call]]:
+        """How both models call their layers on so many samples."""
+        if batch not in self.calls:
+            ids_BS = self.samples_BS[:batch]
+            self.calls[batch] = (
+                record_calls(self.teacher, self.anatomy, ids_BS)[0],
+                record_calls(self.student, self.student_anatomy, ids_BS)[0],
+            )
+        return self.calls[batch]
+
+    def _run_to(self, layer: int, name: str, rows: slice, earlier: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Run a layer of the student up to a module: what that reads, and what `earlier` modules gave on the way."""
+        seen: list[Tensor] = []
+        written: list[Tensor] = []
+        z_BSK = self.z_K[rows].to(self.device)
+        with ExitStack() as hooks:
+            for other in earlier:
+                module = self.student.get_submodule(other)
+                hooks.enter_context(watching(module, _append_output(written), leave=False))
+            hooks.enter_context(watching(self.student.get_submodule(name), _append_input(seen), leave=True))
+            with suppress(Reached):
+                run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
+        return seen[0].reshape(*z_BSK.shape[:2], -1), written
+
+    def _widths(self, source: int) -> list[int]:
+        hidden, kept = self.anatomy.sizes.hidden, self.plan.after.hidden
+        return [kept if site.kind == "write" else hidden for site in self.found.layers[source]]
+
+    def _keep_output(self, states: States, rows: slice) -> See:
+        def see(_: Tensor, y: Tensor | None) -> None:
+            assert y is not None
+            states[rows] = y.index_select(-1, self.kept_K)
+
+        return see
+
+    def _kept(self, x_BSD: Tensor) -> Tensor:
+        return raised(x_BSD.to(self.device).index_select(-1, self.kept_K))
+
+    def _selection(self) -> Tensor:
+        """The map that a cut alone makes: every kept channel stands for itself."""
+        eye_DD = torch.eye(self.anatomy.sizes.hidden, dtype=torch.float64, device=self.device)
+        return eye_DD[:, self.kept_K]
+
+    def _tied(self) -> bool:
+        return self.student.get_output_embeddings().weight is self.student.get_input_embeddings().weight
+
+
+def _final(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
+    return nn.Identity() if anatomy.final_norm is None else model.get_submodule(anatomy.final_norm)
+
+
+def _oriented(weight: Tensor, anatomy: Anatomy, name: str) -> Tensor:
+    """A stored weight as [out, in], or the other way round."""
+    return weight if input_dim(anatomy, name) == 1 else weight.T
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return sum((raised(tensor) for tensor in tensors), start=torch.zeros(()))
+
+
+def _keep_input(states: States, rows: slice) -> See:
+    def see(x: Tensor, _: Tensor | None) -> None:
+        states[rows] = x
+
+    return see
+
+
+def _append_input(found: list[Tensor]) -> See:
+    def see(x: Tensor, _: Tensor | None) -> None:
+        found.append(x)
+
+    return see
+
+
+def _append_output(found: list[Tensor]) -> See:
+    def see(_: Tensor, y: Tensor | None) -> None:
+        assert y is not None
+        found.append(y)
+
+    return see

@@ -1,0 +1,312 @@
+"""Another basis for `hidden`: the residual stream turned to its principal axes, so that what is cut carries little.
+
+SliceGPT (arXiv 2401.15024) rotates between layers and pays with an extra matrix on every skip connection. Here one
+orthogonal matrix serves the whole network, so that the result is the family's own, ordinary config. RMS norms
+commute with a rotation once their weights are folded into the matrices that read them. Norms that take the mean
+off, norms on the sub-layers' outputs and norms of embeddings do not: their families are refused, by a proof on the
+random twin.
+
+A head that is tied to the embeddings cannot take the final norm's weight and stay tied: rotation unties it. That
+costs vocab x hidden more parameters, none of them in the layers. `tie` takes them back from a cut student: one factor
+a channel, fitted on the teacher's logits, stands in the final norm for what the folded head knew.
+
+Legend: N tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, discover
+from halve.anatomy.axes import Expr
+from halve.anatomy.configs import build
+from halve.cut.proof.prove import SAME
+from halve.cut.proof.twins import logits, random_twin
+from halve.cut.repair.gram import Gram
+from halve.cut.score.walk import watching
+from halve.cut.surgery.gain import norm_kind
+from halve.errors import AnatomyError
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import Prune
+
+_HIDDEN = Expr.parse("hidden")
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """Orthonormal columns, the one that carries most first, and the share of the whole that each carries."""
+
+    columns_DD: Float64[Tensor, "hidden hidden"]
+    energy_D: Float64[Tensor, " hidden"]
+
+
+def principal_basis(second_moment_DD: Float[Tensor, "hidden hidden"]) -> Basis:
+    """The eigenvectors of a second moment, largest eigenvalue first; signs make each one's largest entry positive.
+
+    >>> principal_basis(torch.diag(torch.tensor([1.0, 3.0]))).energy_D.tolist()
+    [0.75, 0.25]
+    """
+    values_D, vectors_DD = torch.linalg.eigh(second_moment_DD.double())
+    values_D, vectors_DD = values_D.flip(0).clamp_min(0), vectors_DD.flip(1)
+    largest_D = vectors_DD.gather(0, vectors_DD.abs().argmax(0)[None])[0]
+    return Basis(vectors_DD * largest_D.sign(), values_D / values_D.sum())
+
+
+def stream_moment(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> Float64[Tensor, "hidden hidden"]:
+    """The second moment of what the norms make of the residual stream: sum of `x x^T / |x|^2` over tokens and norms.
+
+    One forward pass. SliceGPT takes the PCA of the states themselves; norms read directions, and a few tokens have
+    states many times larger than the rest, so that every token counts alike here (LOG.md: 0.46 against 0.66 nats
+    straight after the cut to 70 %). The final norm's input counts as one of the points.
+    """
+    gram = Gram(anatomy.sizes.hidden, device=model.device)
+
+    def see(x: Tensor, _: Tensor | None) -> None:
+        gram.add(torch.nn.functional.normalize(x.float(), dim=-1))
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name in anatomy.norms:
+            hooks.enter_context(watching(model.get_submodule(name), see, leave=False))
+        task = hooks.enter_context(progress.task("principal basis", samples_BS.numel()))
+        for part_BS in torch.split(samples_BS, micro_batch):
+            model.base_model(input_ids=part_BS.to(model.device), use_cache=False)
+            task.advance(part_BS.numel())
+    gram.check("the residual stream")
+    return gram.xx_XX.cpu()
+
+
+def untied(anatomy: Anatomy) -> Anatomy:
+    """The anatomy of the same model with a head of its own; the same one where the head is not tied."""
+    if not anatomy.tied:
+        return anatomy
+    config = copy.deepcopy(anatomy.config)
+    config.tie_word_embeddings = False
+    return discover(config)
+
+
+def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
+    """The anatomy that a student's sizes and counts are those of: one with a head of its own if rotation may untie."""
+    return untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+
+
+def turns(anatomy: Anatomy, prune: Prune) -> bool:
+    """Whether a cut of hidden is made in another basis.
+
+    Raises `AnatomyError` for `rotation: pca` in a family that does not allow it; `auto` then leaves the basis alone.
+    """
+    if prune.rotation == "none" or (prune.rotation == "auto" and prune.steps > 1):
+        return False
+    try:
+        prove_rotation(anatomy)
+    except AnatomyError:
+        if prune.rotation == "pca":
+            raise
+        return False
+    return True
+
+
+def prove_rotation(anatomy: Anatomy, *, seed: int = 0) -> float:
+    """Rotate the random twin by a random matrix; returns the largest difference of its logits.
+
+    Raises `AnatomyError` for a family whose logits change: its norms do not commute with a rotation.
+    """
+    twin = anatomy.twin()
+    model = random_twin(twin, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    size = twin.sizes.hidden
+    columns_DD = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    turned, turned_anatomy = rotate(model, twin, columns_DD)
+    gap = float((logits(turned, turned_anatomy) - logits(model, twin)).abs().max())
+    if not gap <= SAME:
+        raise _refused(anatomy, f"its twin's logits change by {gap:.2g}: a norm of this family takes the mean off")
+    return gap
+
+
+def rotate(
+    model: PreTrainedModel, anatomy: Anatomy, columns_DD: Float[Tensor, "hidden hidden"]
+) -> tuple[PreTrainedModel, Anatomy]:
+    """The same function with its residual stream in the basis of these orthonormal columns, and its anatomy.
+
+    A new model; logits agree up to rounding. Norm weights are folded into the matrices that read the norms (a bias of
+    a norm into the bias that the norm keeps), then every dimension made of `hidden` is turned. In float64, stored in
+    the model's own precision. A tied head is untied.
+
+    Raises `AnatomyError` where a norm over hidden is read by anything but matrices, or another weight over hidden has
+    no rotated form.
+    """
+    readers = readers_of_norms(model, anatomy)
+    result_anatomy = untied(anatomy)
+    result = build(result_anatomy.config, device=str(model.device), dtype=model.dtype)
+    old = dict(model.named_parameters(remove_duplicate=False))
+    folded = _folded(model, anatomy, readers)
+    columns_DD = columns_DD.double().to(model.device)
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            source = name if name in old else anatomy.head
+            value = old[source].double()
+            norm = name.rpartition(".")[0]
+            if norm in folded:
+                value = _plain_norm(model, norm, name, value, columns_DD)
+            else:
+                value = _turn(name, value, result_anatomy, columns_DD, folded)
+            parameter.data = value.to(parameter.dtype)
+        new_buffers, old_buffers = result.state_dict(), model.state_dict()
+        for name in new_buffers.keys() - dict(result.named_parameters(remove_duplicate=False)).keys():
+            new_buffers[name].copy_(old_buffers[name])
+    result.generation_config = model.generation_config
+    return result.eval(), result_anatomy
+
+
+@torch.no_grad()
+def tie(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    final_norm: str,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    strength: float,
+    micro_batch: int,
+) -> PreTrainedModel:
+    """A new student whose head is its embedding table E again, the loss made up for in the final norm.
+
+    The final norm is multiplied, channel by channel, by g that brings the logits closest to the teacher's:
+
+        argmin_g  sum_n |W t_n - E (g * s_n)|^2 + r |g - 1|^2
+
+    W is the teacher's head, t and s are what both heads read. The normal equations need two Gram matrices:
+    `((E^T E) * (S^T S)) g = rowsum((E^T W) * (S^T T))`. One pass of both models over the samples.
+    """
+    gram = Gram(student.get_input_embeddings().weight.shape[1], teacher.get_output_embeddings().weight.shape[1])
+    for part_BS in torch.split(samples_BS, micro_batch):
+        read = [m.base_model(input_ids=part_BS.to(m.device), use_cache=False)[0] for m in (student, teacher)]
+        gram.add(read[0].cpu(), read[1].cpu())
+    gram.check("the head")
+    table_VK, head_VD = (
+        module.weight.double().cpu() for module in (student.get_input_embeddings(), teacher.get_output_embeddings())
+    )
+    normal_KK = (table_VK.T @ table_VK) * gram.xx_XX
+    goal_K = ((table_VK.T @ head_VD) * gram.yx_YX.T).sum(1)
+    r = strength * normal_KK.diagonal().mean()
+    factors_K = torch.linalg.solve(normal_KK + r * torch.eye(len(goal_K), dtype=torch.float64), goal_K + r)
+    config = copy.deepcopy(student.config)
+    config.tie_word_embeddings = True
+    result = build(config, device=str(student.device), dtype=student.dtype)
+    own = student.state_dict()
+    names = {name for name, _ in result.named_parameters()}
+    for name, value in result.state_dict().items():
+        if name in names or name in own:
+            value.copy_(own[name])
+    result.get_input_embeddings().weight.copy_(student.get_input_embeddings().weight)
+    result.tie_weights()
+    module = result.get_submodule(final_norm)
+    offset = norm_kind(module).offset
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight.copy_((weight.double() + offset) * factors_K.to(weight.device) - offset)
+    result.generation_config = student.generation_config
+    return result.eval()
+
+
+def _turn(
+    name: str, value: Tensor, anatomy: Anatomy, columns_DD: Tensor, folded: Mapping[str, tuple[Tensor, tuple[str, ...]]]
+) -> Tensor:
+    """Turn every dimension of a matrix, table or writer's bias that is made of hidden."""
+    module = name.rpartition(".")[0]
+    linear = module in anatomy.modules or name in anatomy.embeddings
+    for dim, expr in enumerate(anatomy.params[name]):
+        if "hidden" not in expr.axes:
+            continue
+        if expr != _HIDDEN or not linear:
+            raise _refused(anatomy, f"{name}, made of {expr}, has no rotated form")
+        if name.endswith(".weight") and anatomy.modules.get(module) == _HIDDEN:
+            for gain_D, readers in folded.values():
+                if module in readers and _input_dim(value, anatomy, name) == dim:
+                    value = value * gain_D.view([-1 if d == dim else 1 for d in range(value.ndim)])
+        value = torch.tensordot(value, columns_DD, dims=([dim], [0])).movedim(-1, dim)
+    return value
+
+
+def _input_dim(value: Tensor, anatomy: Anatomy, name: str) -> int:
+    """The dimension of a matrix that its input multiplies: `Linear` stores it last, `Conv1D` first."""
+    shape = anatomy.params[name]
+    return 1 if shape[1] == anatomy.modules[name.rpartition(".")[0]] else 0
+
+
+def _folded(
+    model: PreTrainedModel, anatomy: Anatomy, readers: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    """By norm: what its readers' matrices take over, and who they are."""
+    result = {}
+    for name in anatomy.norms:
+        module = model.get_submodule(name)
+        if not readers[name]:
+            raise _refused(anatomy, f"{name} hands its output to no matrix: it stands behind a sub-layer")
+        weight = getattr(module, "weight", None)
+        gain_D = (
+            torch.ones(anatomy.sizes.hidden, dtype=torch.float64, device=model.device)
+            if weight is None
+            else weight.detach().double() + norm_kind(module).offset
+        )
+        result[name] = (gain_D, readers[name])
+    return result
+
+
+def _plain_norm(model: PreTrainedModel, norm: str, name: str, value: Tensor, columns_DD: Tensor) -> Tensor:
+    """A norm that multiplies by one, and adds what its bias is before the weight, turned."""
+    kind = norm_kind(model.get_submodule(norm))
+    if name.endswith(".weight"):
+        return torch.full_like(value, 1.0 - kind.offset)
+    gain_D = model.get_submodule(norm).weight.detach().double() + kind.offset
+    return torch.where(gain_D == 0, torch.zeros_like(value), value / gain_D) @ columns_DD
+
+
+def readers_of_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
+    """Watch two tokens go through: by norm, the matrices that read its output as it is."""
+    made: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    candidates = [name for name, expr in anatomy.modules.items() if expr == _HIDDEN]
+    head = anatomy.head.rpartition(".")[0] if not anatomy.tied else _head_module(model)
+    with ExitStack() as hooks, torch.no_grad():
+        for name in anatomy.norms:
+            hooks.enter_context(watching(model.get_submodule(name), _keeper(made, name, output=True), leave=False))
+        for name in dict.fromkeys([*candidates, head]):
+            hooks.enter_context(watching(model.get_submodule(name), _keeper(read, name, output=False), leave=False))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    # The head reads a slice of the final norm's output: the address is the same for a slice of everything.
+    return {
+        norm: tuple(name for name, tensor in read.items() if tensor.data_ptr() == output.data_ptr())
+        for norm, output in made.items()
+    }
+
+
+def _keeper(found: dict[str, Tensor], name: str, *, output: bool) -> Callable[[Tensor, Tensor | None], None]:
+    def see(x: Tensor, y: Tensor | None) -> None:
+        found[name] = y if output and y is not None else x
+
+    return see
+
+
+def _head_module(model: PreTrainedModel) -> str:
+    wanted = model.get_output_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
+def _refused(anatomy: Anatomy, why: str) -> AnatomyError:
+    return AnatomyError(
+        f"cannot rotate hidden of {anatomy.family}", why=why, fix="set prune.rotation: none; refit works there too"
+    )

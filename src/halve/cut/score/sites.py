@@ -1,0 +1,123 @@
+"""Where a layer reads the residual stream and where it writes to it, in the order in which its code does.
+
+A site is one least-squares problem of the refit: the matrices that read one and the same tensor, or one matrix that
+writes. Found by watching two tokens go through, so that parallel blocks, fused projections and families that
+normalize elsewhere need no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+from halve.anatomy.axes import Expr
+from halve.cut.score.walk import watching
+
+_HIDDEN = Expr.parse("hidden")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One or more matrices of a layer, by module name."""
+
+    kind: Literal["read", "write"]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of every layer in call order, and whether the layer adds what its writers give to its input."""
+
+    layers: tuple[tuple[Site, ...], ...]
+    scales: tuple[float | None, ...]
+    """By layer: c where `output = input + c * sum of the writers' outputs`; None where that does not hold."""
+
+
+def find_sites(model: PreTrainedModel, anatomy: Anatomy) -> Sites:
+    """Watch every layer once. Matrices that are called more or less than once are no sites: experts, for one."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    passages: dict[int, tuple[Tensor, Tensor]] = {}
+    wanted = [name for name in anatomy.modules if anatomy.layer_of(name) is not None]
+
+    def note(name: str) -> Callable[[Tensor, Tensor | None], None]:
+        def see(x: Tensor, y: Tensor | None) -> None:
+            assert y is not None
+            calls.append((name, x, y))
+
+        return see
+
+    def pass_by(layer: int) -> Callable[[Tensor, Tensor | None], None]:
+        def see(x: Tensor, y: Tensor | tuple[Tensor, ...] | None) -> None:
+            assert y is not None
+            passages[layer] = (x, y if isinstance(y, Tensor) else y[0])
+
+        return see
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name in wanted:
+            hooks.enter_context(watching(model.get_submodule(name), note(name), leave=False))
+        for layer in range(anatomy.sizes.layers):
+            module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
+            hooks.enter_context(watching(module, pass_by(layer), leave=False))
+        ids = torch.arange(8, device=model.device).remainder(anatomy.sizes.vocab)[None]
+        model.base_model(input_ids=ids, use_cache=False)
+    times = [name for name, _, _ in calls]
+    once = [call for call in calls if times.count(call[0]) == 1]
+    layers, scales = [], []
+    for layer in range(anatomy.sizes.layers):
+        here = [call for call in once if anatomy.layer_of(call[0]) == layer]
+        layers.append(_group(here, anatomy))
+        written = [y for name, _, y in here if writes(anatomy, name)]
+        scales.append(_scale(*passages[layer], written))
+    return Sites(tuple(layers), tuple(scales))
+
+
+def writes(anatomy: Anatomy, name: str) -> bool:
+    """Whether a matrix's output is made of hidden and its input is not: it writes to the residual stream."""
+    return output_expr(anatomy, name) == _HIDDEN and anatomy.modules[name] != _HIDDEN
+
+
+def output_expr(anatomy: Anatomy, name: str) -> Expr:
+    """What the output of a matrix is made of."""
+    shape = anatomy.params[f"{name}.weight"]
+    return shape[1 - input_dim(anatomy, name)]
+
+
+def input_dim(anatomy: Anatomy, name: str) -> int:
+    """The dimension of the stored weight that the input multiplies: `Linear` has it last, `Conv1D` first."""
+    return 1 if anatomy.params[f"{name}.weight"][1] == anatomy.modules[name] else 0
+
+
+def _group(calls: list[tuple[str, Tensor, Tensor]], anatomy: Anatomy) -> tuple[Site, ...]:
+    sites: list[Site] = []
+    readers: dict[int, int] = {}  # address of what is read -> number of its site
+    for name, x, _ in calls:
+        if writes(anatomy, name):
+            sites.append(Site("write", (name,)))
+        elif anatomy.modules[name] == _HIDDEN:
+            if (known := readers.get(x.data_ptr())) is not None:
+                sites[known] = Site("read", (*sites[known].modules, name))
+            else:
+                readers[x.data_ptr()] = len(sites)
+                sites.append(Site("read", (name,)))
+    return tuple(sites)
+
+
+def _scale(before: Tensor, after: Tensor, written: list[Tensor]) -> float | None:
+    """c of `after = before + c * sum(written)` where one exists."""
+    if not written:
+        return None
+    change = (after - before).double().flatten()
+    total = sum(y.double().flatten() for y in written)
+    assert isinstance(total, Tensor)
+    c = float(change @ total / (total @ total).clamp_min(torch.finfo(torch.float64).tiny))
+    gap = float((change - c * total).norm() / change.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    eps = torch.finfo(before.dtype).eps
+    return c if c and gap < 64 * eps * max(1.0, float(before.norm() / change.norm().clamp_min(1e-30))) else None

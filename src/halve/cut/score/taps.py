@@ -1,0 +1,358 @@
+"""Listening to a model: one forward pass over the calibration samples, and what it says of every axis.
+
+Where the scores are taken (a point is one tensor that weights read or make):
+
+    ffn      down_input: the input of the down projection, after the activation function
+             up_output: the output of the first matrix, before it
+    heads    the input of the attention's output projection
+    hidden   every tensor that attention and MLP read from the residual stream, each once: the outputs of the
+             norms in front of them, or the stream itself in families that normalize after them
+    layers   each layer's input beside its output
+
+2407.14679's formula for ffn reads the first matrix's output, before the activation; down_input is what the removed
+column multiplies. Of a gated MLP the first matrix is the gate, of a fused one its first block of ffn. The paper scores
+hidden at all LayerNorms; we leave out the final norm, as NVIDIA's code does, and norms on the sub-layers' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+from halve.cut.score.importance import block_importance, seq_statistics, sums_over_batch
+from halve.cut.score.scores import WIDTH_AXES, Statistics
+from halve.cut.score.sites import output_expr
+from halve.cut.score.structures import positions
+from halve.errors import AnatomyError, CheckpointError
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import FfnPoint
+
+Point = tuple[int, str]
+"""The layer and the module whose input is scored."""
+Hear = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One point and how to open it: `open(module, call)` hands every tensor that passes there to `call`."""
+
+    layer: int
+    module: str
+    open: Callable[[nn.Module, Hear], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What one pass leaves, on the CPU."""
+
+    sums: dict[str, Tensor]
+    """By axis: what the reduction gave, summed over samples, `[..., points, channels]`."""
+    block_sums: Float64[Tensor, " layers"]
+    """`importance.block_importance` of every layer, summed over samples."""
+
+
+def measure(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    ffn_point: FfnPoint = "down_input",
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> Statistics:
+    """Run the samples through the model's body once and collect every score's statistics.
+
+    The logits are never made. `micro_batch` samples go through at a time and are moved to the model's device
+    then; the result does not depend on how many, but for rounding in the model's own products. No activation
+    is kept beyond the module that reads it.
+
+    Raises `AnatomyError` where the anatomy names a module that the model does not call as expected, and
+    `CheckpointError` where activations are not finite.
+    """
+    taps = input_taps(model, anatomy)
+    if "ffn" in taps:
+        taps["ffn"] = FFN_POINTS[ffn_point](model, anatomy, taps["ffn"])
+    heard = listen(model, anatomy, samples_BS, taps, statistics, micro_batch=micro_batch, progress=progress)
+    return Statistics(
+        sums=heard.sums,
+        point_layers={axis: tuple(tap.layer for tap in found) for axis, found in taps.items()},
+        block_sums=heard.block_sums,
+        num_samples=len(samples_BS),
+        head_dim=width(anatomy, "heads") // anatomy.sizes.heads,
+        kv_heads=anatomy.sizes.kv_heads,
+        ffn_point=ffn_point,
+    )
+
+
+def statistics(act_BSC: Tensor) -> Tensor:
+    """What every aggregator needs of one micro-batch: [2, 3, channels]."""
+    return sums_over_batch(seq_statistics(act_BSC))
+
+
+def listen(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    taps: Mapping[str, Sequence[Tap]],
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    micro_batch: int,
+    progress: Progress = SILENT,
+) -> Heard:
+    """Run the samples through the model's body and add up `reduce` of every tap's [batch, seq, channels], and BI.
+
+    `reduce` gives [..., channels] in float64 whose sums over micro-batches are those of the whole. Raises
+    `CheckpointError` where a sum is not finite.
+    """
+    assert not model.training, "score a model in eval mode"
+    assert len(samples_BS) > 0, "no samples"
+    device = model.device
+    sums: dict[str, dict[int, Tensor]] = {axis: {} for axis in taps}
+    batch = 0  # samples in the present forward pass; the hooks read it, since some modules see tokens flattened
+
+    def hear(axis: str, index: int) -> Hear:
+        def add(act: Tensor) -> None:
+            found = reduce(act.reshape(batch, -1, act.shape[-1]))
+            sums[axis][index] = sums[axis][index].add_(found) if index in sums[axis] else found
+
+        return add
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for axis, found in taps.items():
+            for index, tap in enumerate(found):
+                hooks.enter_context(tap.open(model.get_submodule(tap.module), hear(axis, index)))
+        block_sums = hooks.enter_context(on_layers(model, anatomy))
+        task = hooks.enter_context(progress.task("score", samples_BS.numel()))
+        for part_BS in torch.split(samples_BS, micro_batch):
+            batch = len(part_BS)
+            model.base_model(input_ids=part_BS.to(device), use_cache=False)
+            task.advance(part_BS.numel())
+
+    # outside of inference mode, so that what comes back are ordinary tensors
+    stacked = {axis: torch.stack([parts[i] for i in range(len(parts))], dim=-2) for axis, parts in sums.items()}
+    heard = Heard({axis: tensor.cpu() for axis, tensor in stacked.items()}, block_sums.clone().cpu())
+    _check_finite(heard, taps)
+    return heard
+
+
+@contextmanager
+def on_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Float64[Tensor, " layers"]]:
+    """While open, add up each layer's `block_importance` over all samples that go through, into what this gives."""
+    block_sums = torch.zeros(anatomy.sizes.layers, dtype=torch.float64, device=model.device)
+
+    def turn(layer: int, before_BSD: Tensor, after_BSD: Tensor) -> None:
+        block_sums[layer] += block_importance(before_BSD.detach(), after_BSD.detach()).sum()
+
+    with ExitStack() as hooks:
+        for layer in range(anatomy.sizes.layers):
+            module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
+            hooks.enter_context(on_passage(module, partial(turn, layer)))
+        yield block_sums
+
+
+def width(anatomy: Anatomy, axis: str) -> int:
+    """Channels at this axis' points; heads are scored channel by channel first, each having as many as values have."""
+    exprs = {anatomy.modules[name] for names in anatomy.readers(axis) for name in names}
+    return max((expr.size(anatomy.sizes.sizes) for expr in exprs), default=0)
+
+
+def _readers(anatomy: Anatomy, axis: str) -> list[tuple[str, ...]]:
+    """By layer, every module that reads an axis; routers and experts read `hidden` as the matrices beside them do."""
+    found = [*anatomy.readers(axis)]
+    for name in anatomy.mixers if axis == "hidden" else ():
+        layer = anatomy.layer_of(name)
+        assert layer is not None
+        found[layer] = (*found[layer], name)
+    return found
+
+
+def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Point, ...]]:
+    """Find the points of each axis: of modules that read one and the same tensor, the first.
+
+    Raises what `find_readers` raises.
+    """
+    found = find_readers(model, anatomy)
+    return {axis: tuple((layer, names[0]) for layer, names in points) for axis, points in found.items()}
+
+
+def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
+    """Every tensor that modules inside the layers read of each axis: its layer, and all modules that read it.
+
+    Watches the model read two tokens. Layers that have no such axis have no points, and an axis that the anatomy
+    refuses is left out where it has none. Raises `AnatomyError` where a point of another axis is missing.
+    """
+    read: dict[str, list[Tensor]] = {}
+    names = {name for axis in WIDTH_AXES for layer in _readers(anatomy, axis) for name in layer}
+    with ExitStack() as hooks, torch.inference_mode():
+        for name in names:
+            # What was read is kept alive here, so that one address means one tensor.
+            hooks.enter_context(on_input(model.get_submodule(name), read.setdefault(name, []).append))
+        _two_tokens(model)
+    found = {}
+    for axis in WIDTH_AXES:
+        problem = _problem(anatomy, axis, read)
+        if problem is None:
+            found[axis] = tuple(_distinct(anatomy, axis, read))
+        elif axis not in anatomy.refusals:
+            raise _unscorable(anatomy, axis, problem)
+    return found
+
+
+def input_taps(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Tap, ...]]:
+    """A tap at every point of `find_points`."""
+    found = find_points(model, anatomy)
+    return {axis: tuple(Tap(layer, name, on_input) for layer, name in points) for axis, points in found.items()}
+
+
+def _as_read(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap]) -> tuple[Tap, ...]:
+    return tuple(taps)
+
+
+def first_outputs(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap] = ()) -> tuple[Tap, ...]:
+    """A tap in every layer at the first matrix whose output is made of ffn, at its first block of ffn.
+
+    Of several the first that the model calls: in a gated MLP the gate, whose output the activation function reads.
+    Watches the model read two tokens. Raises `AnatomyError` for a layer that has none.
+    """
+    called: dict[int, str] = {}
+
+    def note(layer: int, name: str, _: Tensor) -> None:
+        called.setdefault(layer, name)
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for name in anatomy.modules:
+            layer = anatomy.layer_of(name)
+            if layer is not None and "ffn" in output_expr(anatomy, name).axes:
+                hooks.enter_context(on_output(model.get_submodule(name), partial(note, layer, name)))
+        _two_tokens(model)
+    if missing := [layer for layer in _layers_with(anatomy, "ffn") if layer not in called]:
+        raise _unscorable(anatomy, "ffn", f"no module of layer {missing[0]} makes it")
+    sizes, found = anatomy.sizes.sizes, []
+    for layer, name in sorted(called.items()):
+        first_F = positions(output_expr(anatomy, name), "ffn", sizes)[:, 0].to(model.device)
+        found.append(Tap(layer, name, partial(_on_entries, entries=first_F)))
+    return tuple(found)
+
+
+FFN_POINTS: Final[Mapping[FfnPoint, Callable[..., tuple[Tap, ...]]]] = {
+    "down_input": _as_read,
+    "up_output": first_outputs,
+}
+
+
+def _two_tokens(model: PreTrainedModel) -> None:
+    model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+
+
+def _unscorable(anatomy: Anatomy, axis: str, problem: str) -> AnatomyError:
+    return AnatomyError(
+        f"cannot score {axis} of family {anatomy.family}",
+        why=problem,
+        fix=f"this family's {axis} cannot be cut yet; please report the model",
+    )
+
+
+def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str | None:
+    having = _layers_with(anatomy, axis)
+    if not having:
+        return "no layer has it"
+    for layer, readers in enumerate(_readers(anatomy, axis)):
+        if not readers and layer in having:
+            return f"no module of layer {layer} reads it"
+        for name in readers:
+            if len(read[name]) != 1:
+                return f"{name} is called {len(read[name])} times in a forward pass"
+            if read[name][0].shape[-1] != width(anatomy, axis):
+                return f"{name} reads {read[name][0].shape[-1]} channels, not {width(anatomy, axis)}"
+            if name in anatomy.modules and anatomy.modules[name].terms[0][0] != axis:
+                return f"{name} reads {anatomy.modules[name]}: what belongs to one entry does not lie together"
+    return None
+
+
+def _layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
+    """The layers that have weights made of an axis: hybrids have layers without heads, mixtures some without ffn."""
+    owners = (anatomy.layer_of(name) for name, shape in anatomy.params.items() if any(axis in e.axes for e in shape))
+    return frozenset(layer for layer in owners if layer is not None)
+
+
+def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    for layer, readers in enumerate(_readers(anatomy, axis)):
+        by_address: dict[int, list[str]] = {}
+        for name in readers:
+            by_address.setdefault(read[name][0].data_ptr(), []).append(name)
+        for names in by_address.values():
+            yield layer, tuple(names)
+
+
+@contextmanager
+def on_input(module: nn.Module, call: Callable[[Tensor], None]) -> Iterator[None]:
+    """While open, hand the first input of a module to `call`, before the module sees it."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call(_first(args, kwargs))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def on_output(module: nn.Module, call: Hear) -> Iterator[None]:
+    """While open, hand the output of a module to `call`."""
+    handle = module.register_forward_hook(lambda _module, _args, output: call(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _on_entries(module: nn.Module, call: Hear, *, entries: Tensor) -> AbstractContextManager[None]:
+    """`on_output` for some entries of the last dimension."""
+    return on_output(module, lambda output: call(output[..., entries]))
+
+
+@contextmanager
+def on_passage(module: nn.Module, call: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, hand the first input and the first output of a module to `call`."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call(_first(args, kwargs), output if isinstance(output, Tensor) else output[0])
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    first = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(first, Tensor), f"the first input is a {type(first).__name__}"
+    return first
+
+
+def _check_finite(heard: Heard, taps: Mapping[str, Sequence[Tap]]) -> None:
+    bad = []
+    for axis, found in taps.items():
+        sums = heard.sums[axis]
+        finite_P = sums.isfinite().all(-1).reshape(-1, len(found)).all(0)
+        bad += [(tap.layer, tap.module) for tap, finite in zip(found, finite_P.tolist(), strict=True) if not finite]
+    turns = heard.block_sums.isfinite().tolist()
+    bad += [(layer, f"layer {layer}") for layer, finite in enumerate(turns) if not finite]
+    if bad:
+        raise CheckpointError(
+            f"activations are not finite, first at {min(bad)[1]}",
+            why="NaN or infinity came out of the model on the calibration samples",
+            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
+        )

@@ -1,0 +1,273 @@
+"""One interface to every importance of width: `score` by a method's name.
+
+    activation    Minitron: what drives each part (`halve.cut.score.taps`), any of nine aggregators
+    random        uniform numbers
+    magnitude     squared weights                        every parameter that carries the axis
+    taylor        |weight x gradient|                    every parameter that carries the axis
+    wanda         |weight| x norm of its input           matrices that read the axis
+    fluctuation   variance of input x squared weight     matrices that read the axis
+
+The four baselines add up a function of `halve.cut.score.baselines` over all that goes with a structure. Those of
+weights alone see rows and columns, norms, biases and embeddings; those that read inputs see the columns that a
+structure's output meets: down projections for ffn, output projections for heads, and for hidden all matrices inside the
+layers that read the residual stream. A head's score is the sum over its channels; a key-value group's that of its query
+heads and, where weights are counted, of its own keys and values.
+
+Taylor is LLM-Pruner's element-wise first-order form, which its released code uses: `taylor_vector` lets the weights of
+a structure cancel, and at a minimum of the loss its sum over any scale that the model ignores is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+from halve.cut.score import baselines, gradients, taps
+from halve.cut.score.importance import group_importance, token_moments, token_variance
+from halve.cut.score.scores import WIDTH_AXES, Scores, random_scores
+from halve.cut.score.sites import input_dim
+from halve.cut.score.structures import Place, row_scores, totals
+from halve.errors import AnatomyError
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import Aggregator, FfnPoint, Method
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What `score` was given."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    samples_BS: Int64[Tensor, "batch seq"]
+    ffn_point: FfnPoint
+    batch_agg: Aggregator
+    seq_agg: Aggregator
+    micro_batch: int
+    seed: int
+    model_fingerprint: str
+    samples_fingerprint: str
+    progress: Progress
+
+
+def score(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    samples_BS: Int64[Tensor, "batch seq"],
+    *,
+    method: Method,
+    ffn_point: FfnPoint,
+    batch_agg: Aggregator,
+    seq_agg: Aggregator,
+    micro_batch: int,
+    seed: int,
+    model_fingerprint: str,
+    samples_fingerprint: str,
+    progress: Progress = SILENT,
+) -> Scores:
+    """Score every axis that can be cut; the model is as before on return.
+
+    `ffn_point` and the aggregators are read by activation alone, `seed` by random. `layers` is BI where the method
+    makes a forward pass, else ones (random: random numbers); taylor gives `layer_scores` as well. Axes that the anatomy
+    refuses are None, but for kv_heads of families whose query heads have keys and values of their own.
+
+    Raises `AnatomyError` where the model does not call its modules as the anatomy says, and `CheckpointError` where
+    activations, loss or gradients are not finite.
+    """
+    job = _Job(
+        model=model,
+        anatomy=anatomy,
+        samples_BS=samples_BS,
+        ffn_point=ffn_point,
+        batch_agg=batch_agg,
+        seq_agg=seq_agg,
+        micro_batch=micro_batch,
+        seed=seed,
+        model_fingerprint=model_fingerprint,
+        samples_fingerprint=samples_fingerprint,
+        progress=progress,
+    )
+    return replace(METHODS[method](job), method=method, model=model_fingerprint)
+
+
+# ---- methods
+
+
+def _activation(job: _Job) -> Scores:
+    statistics = taps.measure(
+        job.model,
+        job.anatomy,
+        job.samples_BS,
+        ffn_point=job.ffn_point,
+        micro_batch=job.micro_batch,
+        progress=job.progress,
+    )
+    return statistics.scores(
+        batch_agg=job.batch_agg,
+        seq_agg=job.seq_agg,
+        model=job.model_fingerprint,
+        samples=job.samples_fingerprint,
+    )
+
+
+def _random(job: _Job) -> Scores:
+    return random_scores(job.anatomy, job.seed)
+
+
+def _magnitude(job: _Job) -> Scores:
+    parameters = dict(job.model.named_parameters())
+
+    @torch.no_grad()
+    def weigh(place: Place) -> Tensor:
+        weight = parameters[place.name]
+        return row_scores(baselines.magnitude, weight, dim=place.dim, positions_NP=place.positions)
+
+    layers_L = torch.ones(job.anatomy.sizes.layers)
+    return replace(_by_weights(job, weigh, layers_L), samples="weights alone")
+
+
+def _taylor(job: _Job) -> Scores:
+    found = gradients.measure(
+        job.model, job.anatomy, job.samples_BS, micro_batch=job.micro_batch, progress=job.progress
+    )
+    parameters = dict(job.model.named_parameters())
+
+    @torch.no_grad()
+    def weigh(place: Place) -> Tensor:
+        weight, gradient = parameters[place.name], found.by_name[place.name]
+        return row_scores(baselines.taylor_element, weight, gradient, dim=place.dim, positions_NP=place.positions)
+
+    scores = _by_weights(job, weigh, (found.block_sums / len(job.samples_BS)).float())
+    return replace(scores, layer_scores=_layer_taylor(job, found))
+
+
+def _layer_taylor(job: _Job, found: gradients.Gradients) -> Tensor:
+    """Shortened LLaMA, arXiv 2402.02834, Sec. 3: the sum of |weight x gradient| over a layer's matrices.
+
+    Its "+" (first four and last two layers always kept) is left out, as `halve.cut.layers.depth` protects no layer.
+    """
+    layers_L = torch.zeros(job.anatomy.sizes.layers, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in job.model.named_parameters():
+            layer = job.anatomy.layer_of(name)
+            if layer is not None and name.removesuffix(".weight") in job.anatomy.modules:
+                gradient = found.by_name[name]
+                layers_L[layer] += baselines.taylor_element(parameter.flatten(1), gradient.flatten(1)).sum().cpu()
+    return layers_L.float()
+
+
+def _wanda(job: _Job) -> Scores:
+    return _by_inputs(job, _token_squares, lambda sums: sums[0].sqrt(), baselines.activation_times_weight)
+
+
+def _token_squares(act_BSC: Tensor) -> Tensor:
+    wide = torch.promote_types(act_BSC.dtype, torch.float32)
+    norms_BC = torch.linalg.vector_norm(act_BSC, dim=1, dtype=wide).double()
+    squares_1C: Tensor = norms_BC.square().sum(0, keepdim=True)
+    return squares_1C
+
+
+def _fluctuation(job: _Job) -> Scores:
+    num_samples, num_tokens = len(job.samples_BS), job.samples_BS.numel()
+
+    def variance(moments: Tensor) -> Tensor:
+        return token_variance(moments, num_samples=num_samples, num_tokens=num_tokens)
+
+    return _by_inputs(job, token_moments, variance, baselines.fluctuation)
+
+
+METHODS: Final[Mapping[Method, Callable[[_Job], Scores]]] = {
+    "activation": _activation,
+    "random": _random,
+    "magnitude": _magnitude,
+    "wanda": _wanda,
+    "taylor": _taylor,
+    "fluctuation": _fluctuation,
+}
+
+
+# ---- from places and points to axes
+
+
+def _by_weights(job: _Job, weigh: Callable[[Place], Tensor], layers_L: Tensor) -> Scores:
+    """Sum a score of rows over every parameter that carries an axis."""
+    anatomy = job.anatomy
+    sums = {axis: totals(anatomy, axis, weigh) for axis in WIDTH_AXES if axis not in anatomy.refusals}
+    by_layer = {axis: found.layers for axis, found in sums.items()}
+    groups_LG = totals(anatomy, "kv_heads", weigh).layers if "heads" in sums else None
+    outside_D = sums["hidden"].outside if "hidden" in sums else None
+    return _scores(job, by_layer, layers_L, own_groups_LG=groups_LG, outside_D=outside_D)
+
+
+def _by_inputs(
+    job: _Job,
+    reduce: Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor], Tensor],
+    weigh: Callable[[Tensor, Tensor], Tensor],
+) -> Scores:
+    """Listen to what matrices read, and sum a score of their input channels over those that read an axis."""
+    model, anatomy = job.model, job.anatomy
+    if "hidden" not in anatomy.refusals and anatomy.mixers:
+        raise AnatomyError(
+            f"cannot score hidden of {anatomy.family} by what its matrices read",
+            why="routers and experts read it with weights that are no plain matrices",
+            fix="score.method: activation, magnitude or taylor",
+        )
+    readers = taps.find_readers(model, anatomy)
+    points = {
+        axis: [taps.Tap(layer, names[0], taps.on_input) for layer, names in found] for axis, found in readers.items()
+    }
+    heard = taps.listen(
+        model, anatomy, job.samples_BS, points, reduce, micro_batch=job.micro_batch, progress=job.progress
+    )
+    parameters = dict(model.named_parameters())
+    by_layer = {}
+    for axis, found in readers.items():
+        numbers_PC = finish(heard.sums[axis])
+        channels_LC = numbers_PC.new_zeros(anatomy.sizes.layers, numbers_PC.shape[1])
+        for numbers_C, (layer, names) in zip(numbers_PC, found, strict=True):
+            for name in names:
+                weight_YC = parameters[f"{name}.weight"].detach().movedim(input_dim(anatomy, name), -1)
+                channels_LC[layer] += weigh(numbers_C.to(weight_YC.device), weight_YC).cpu()
+        by_layer[axis] = channels_LC
+    if "heads" in by_layer:
+        channels_LC = by_layer["heads"]
+        by_layer["heads"] = channels_LC.view(len(channels_LC), anatomy.sizes.heads, -1).sum(-1)
+    return _scores(job, by_layer, (heard.block_sums / len(job.samples_BS)).float(), own_groups_LG=None, outside_D=None)
+
+
+def _scores(
+    job: _Job,
+    by_layer: Mapping[str, Tensor],
+    layers_L: Tensor,
+    *,
+    own_groups_LG: Tensor | None,
+    outside_D: Tensor | None,
+) -> Scores:
+    hidden_LD, heads_LH = by_layer.get("hidden"), by_layer.get("heads")
+    hidden_D = groups_LG = None
+    if hidden_LD is not None:
+        hidden_D = hidden_LD.sum(0) if outside_D is None else hidden_LD.sum(0) + outside_D
+    if heads_LH is not None:
+        groups_LG = group_importance(heads_LH, kv_heads=job.anatomy.sizes.kv_heads)
+        groups_LG = groups_LG if own_groups_LG is None else groups_LG + own_groups_LG
+    return Scores(
+        hidden=_single(hidden_D),
+        ffn=_single(by_layer.get("ffn")),
+        heads=_single(heads_LH),
+        kv_heads=_single(groups_LG),
+        layers=layers_L,
+        model=job.model_fingerprint,
+        samples=job.samples_fingerprint,
+        hidden_layers=_single(hidden_LD),
+    )
+
+
+def _single(scores: Tensor | None) -> Tensor | None:
+    return None if scores is None else scores.float()

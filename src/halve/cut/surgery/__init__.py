@@ -1,0 +1,1 @@
+"""What do the weights of a cut model look like?"""

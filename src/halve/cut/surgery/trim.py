@@ -1,0 +1,111 @@
+"""Taking a Plan's entries out of a model: a pure function that returns a new, ordinary model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy
+from halve.anatomy.configs import build, resized
+from halve.anatomy.kinds import require_same
+from halve.cut.plan.plan import Plan
+from halve.cut.plan.sizes import config_sizes
+from halve.cut.surgery.gain import norm_kind
+
+
+def trim(
+    model: PreTrainedModel, plan: Plan, anatomy: Anatomy, *, gains: Mapping[str, float] | None = None
+) -> PreTrainedModel:
+    """A new model made of the entries that the plan keeps; the given model is not changed.
+
+    `gains` multiplies the output of norms over `hidden` by module name in the given model (see
+    `halve.cut.surgery.gain`). Where the family's code multiplies embeddings by sqrt(hidden), the table makes up for the
+    smaller factor and, if it is the head as well, the final norm for the larger table. Rebuilt from a rewritten config,
+    so that rotary tables, layer numbers and group counts are the family's own; tied weights stay tied.
+
+    Raises `AnatomyError` where the family's code would make another kind of layer of one that is kept.
+    """
+    require_same(model.config, anatomy.layers_path, plan.layers)
+    config = resized(model.config, config_sizes(anatomy, plan.after), kept_layers=plan.layers)
+    student = build(config, device=str(model.device), dtype=model.dtype)
+    old = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            source, kept = _origin(name, plan, anatomy)
+            value = take(old[source], anatomy, source, kept)
+            assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
+            parameter.data = value.to(parameter.device).clone()
+        _copy_buffers(model, student, plan, anatomy)
+    student.tie_weights()
+    _scale_norms(student, gains or {}, plan, anatomy)
+    if (scale := _embedding_factor(plan, anatomy)) != 1.0:
+        with torch.no_grad():
+            student.get_input_embeddings().weight.mul_(scale)
+        if anatomy.tied and anatomy.final_norm is not None:
+            _scale_output(student.get_submodule(anatomy.final_norm), 1 / scale)
+    student.generation_config = model.generation_config
+    return student.eval()
+
+
+def take(value: Tensor, anatomy: Anatomy, name: str, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """The surviving part of one parameter (of any shape the anatomy gives it)."""
+    sizes = anatomy.sizes.sizes
+    for dim, expr in enumerate(anatomy.params[name]):
+        cut = [axis for axis in expr.axes if axis in kept and len(kept[axis]) != sizes[axis]]
+        moved = [axis for axis in expr.axes if axis in kept and tuple(kept[axis]) != tuple(range(sizes[axis]))]
+        if cut or moved:
+            value = value.index_select(dim, expr.indices(sizes, kept).to(value.device))
+    return value
+
+
+def _origin(name: str, plan: Plan, anatomy: Anatomy) -> tuple[str, dict[str, tuple[int, ...]]]:
+    layer = anatomy.layer_of(name)
+    if layer is None:
+        return name, plan.kept(None)
+    return anatomy.in_layer(name, plan.layers[layer]), plan.kept(layer)
+
+
+def _copy_buffers(model: PreTrainedModel, student: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> None:
+    """Saved buffers are weights in all but name; in no proved family do their shapes depend on a cut axis."""
+    old = model.state_dict()
+    parameters = {name for name, _ in student.named_parameters(remove_duplicate=False)}
+    for name, value in student.state_dict().items():
+        if name not in parameters:
+            value.copy_(old[_origin(name, plan, anatomy)[0]])
+
+
+def _embedding_factor(plan: Plan, anatomy: Anatomy) -> float:
+    return sqrt(plan.before.hidden / plan.after.hidden) if anatomy.scaled_embedding else 1.0
+
+
+def _scale_norms(student: PreTrainedModel, gains: Mapping[str, float], plan: Plan, anatomy: Anatomy) -> None:
+    for new_name in anatomy.norms:
+        layer = anatomy.layer_of(new_name)
+        if layer is not None and layer not in plan.layers:
+            continue
+        here = new_name if layer is None else anatomy.in_layer(new_name, plan.layers.index(layer))
+        factor = gains.get(new_name, 1.0)
+        if factor == 1.0:
+            continue
+        _scale_weight(student.get_submodule(here), factor)
+
+
+def _scale_weight(module: nn.Module, factor: float) -> None:
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return  # a norm without parameters cannot carry a gain
+    offset = norm_kind(module).offset
+    with torch.no_grad():
+        weight.copy_((weight.double() + offset) * factor - offset)
+
+
+def _scale_output(module: nn.Module, factor: float) -> None:
+    """All that a norm gives out, its bias as well."""
+    _scale_weight(module, factor)
+    if isinstance(bias := getattr(module, "bias", None), Tensor):
+        with torch.no_grad():
+            bias.mul_(factor)

@@ -1,0 +1,1 @@
+"""What survives a kill, and is it sound? Files, folders and their hashes."""

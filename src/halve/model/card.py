@@ -1,0 +1,80 @@
+"""The short model card that lies in every model folder halve writes; the report stage writes a long one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halve.recipe import strict_yaml
+
+CARD = "README.md"
+_LICENSE = ("license", "license_name", "license_link")
+_FRONT_CHARS = 1 << 16
+_DONE = {
+    "correct": "adapted to a corpus by fine-tuning with cross-entropy",
+    "prune": "pruned, and not yet distilled: expect it to be much worse than its base model",
+    "distill": "pruned and distilled from its base model",
+}
+
+
+def name_of(source: str | Path) -> str:
+    """What a model is called outside this machine: a hub name as it is, a folder by its own name."""
+    return Path(source).name if Path(source).exists() else str(source)
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """What the card in a model folder says of its license: license, license_name and license_link, as far as it does.
+
+    Line by line, because a card of the wide world need not be sound YAML elsewhere.
+    """
+    try:
+        with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
+            front = file.read(_FRONT_CHARS).replace("\r\n", "\n").removeprefix("\ufeff")
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for line in front.split("\n---", 1)[0].splitlines() if front.startswith("---\n") else ():
+        key = line.partition(":")[0]
+        if key in _LICENSE:
+            with suppress(yaml.YAMLError):
+                value = strict_yaml.parse(line).get(key)
+                found |= {key: value} if isinstance(value, str) else {}
+    return found
+
+
+def model_card(record: Mapping[str, Any], *, license: Mapping[str, str] | None = None) -> str:
+    """A README.md with front matter from what `halve.json` says: `stage`, `base_model` and, if cut, `plan`.
+
+    The license is the original model's.
+
+    >>> print(model_card({"stage": "prune", "base_model": "owner/name"}).splitlines()[1])
+    base_model: owner/name
+    """
+    base = str(record.get("base_model", "unknown"))
+    front = {
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["halve", str(record.get("stage"))],
+        **(license or {}),
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {base}, made smaller", ""]
+    lines.append(f"A model {_DONE.get(str(record.get('stage')), 'written')} by halve. `halve.json` says how.")
+    if plan := record.get("plan"):
+        lines += ["", "| axis | before | after |", "|---|---|---|"]
+        lines += [f"| {axis} | {plan['before'][axis]} | {plan['after'][axis]} |" for axis in plan["before"]]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

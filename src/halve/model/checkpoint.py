@@ -1,0 +1,234 @@
+"""A model that somebody brings, opened once: `Checkpoint` is what travels from stage to stage.
+
+In goes a Hugging Face folder or a hub name. Safetensors only; no code from a checkpoint ever runs; every tensor is
+there, finite and of the shape that the config says. Every guard about models lives here and in `soundness`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from halve.anatomy import Anatomy, discover, plausible
+from halve.anatomy.configs import build, quiet
+from halve.disk import plain_json, soundness
+from halve.disk.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
+from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
+from halve.model import loading
+from halve.process.waits import bytes_, wait
+from halve.recipe.schema import Device, Dtype
+
+__all__ = ["Checkpoint", "load_config", "resolve_device"]
+
+_PROBE = "The quick brown fox, 0123!\n\tna\u00efve \u6f22\u5b57 \U0001f600 \x01"
+"""Characters of every width: a tokenizer that lacks what it stands on fails at one of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model folder; what it holds is read when it is first asked for, and then kept.
+
+    >>> Checkpoint.open("no/such/folder/here")
+    Traceback (most recent call last):
+    halve.errors.CheckpointError: there is no model no/such/folder/here
+      why: no such folder, and it is no hub name
+      fix: give an existing folder
+    """
+
+    source: str
+    """What the user called it: a folder or a hub name."""
+    folder: Path
+    """Where its config.json lies. Weights and tokenizer of a hub name may not be there yet: see `files`."""
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Find a model folder (a config alone will do for its anatomy) or hub name. Raises `CheckpointError`."""
+        return cls(str(source), soundness.locate(source, config_only=True))
+
+    @cached_property
+    def files(self) -> Path:
+        """The folder with weights and tokenizer; a hub name is downloaded. Raises `CheckpointError`."""
+        return soundness.locate(self.source)
+
+    @cached_property
+    def config(self) -> transformers.PretrainedConfig:
+        """The configuration; whoever changes it works on a copy.
+
+        Raises `CheckpointError` for a folder without a sound config.json, a model type that this transformers
+        does not know, and one that has no causal language model.
+        """
+        return _read_config(self.folder, self.source)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """What the model is made of, from its config alone. Raises `AnatomyError`."""
+        return discover(self.config)
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Every tensor of the weights, from the files' headers. Raises `CheckpointError` for what is not sound."""
+        return soundness.read_headers(self.files)
+
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The tokenizer. Raises `TokenizerError`."""
+        return _load_tokenizer(self.files, self.source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and the safetensors files, in the order of their names."""
+        return soundness.fingerprint(self.files)
+
+    def require_tokenizer(self) -> None:
+        """Raise `TokenizerError` if the tokenizer reads no text or its vocabulary has ids without an embedding.
+
+        A model may have more rows than the tokenizer has ids (a padded vocabulary). It may have fewer only by tokens
+        that were added to the tokenizer afterwards: what is refused then is text that holds one.
+        """
+        vocab = self.config.get_text_config().vocab_size
+        added = self.tokenizer.added_tokens_decoder
+        largest = max((token for token in self.tokenizer.get_vocab().values() if token not in added), default=-1)
+        if largest < 0 or largest >= vocab:
+            raise TokenizerError(
+                f"the tokenizer of {self.source} is not the model's",
+                why=f"its largest id is {largest}, the model's vocabulary has {vocab} entries",
+                fix="use the tokenizer that the model was trained with",
+            )
+        _require_ids(self.files / TOKENIZER_FILES[0], self.tokenizer, vocab)
+        try:
+            self.tokenizer(_PROBE)
+        except Exception as error:  # the library's own type of error is Exception itself
+            raise TokenizerError(
+                f"the tokenizer of {self.source} cannot read text", why=str(error), fix="copy the tokenizer files again"
+            ) from error
+
+    def require_embedded(self, largest: int, where: str) -> None:
+        """Raise `CorpusError` if the largest id that text is made of is that of a token without an embedding."""
+        vocab = self.config.get_text_config().vocab_size
+        if largest >= vocab:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise CorpusError(
+                f"{where} holds {token}, which the model has no embedding for",
+                why=f"it is token {largest} of the tokenizer, the model's vocabulary has {vocab} entries",
+                fix=f"remove {token} from the text, or give a model whose embedding has a row for it",
+            )
+
+    def load(self, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
+        """A new model in evaluation mode, every weight of it read from the checkpoint.
+
+        `dtype="auto"` keeps the checkpoint's own precision. Raises `CheckpointError` for anything but sound,
+        complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
+        """
+        _sound = self.config, self.headers
+        size = sum(path.stat().st_size for path in self.files.glob("*.safetensors"))
+        with wait(f"loading {self.source} ({bytes_(size)})"):
+            model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+            loading.require_parameters(self.files, model, self.parameters)
+            return model.eval().to(device)
+
+    def require_weights(self) -> None:
+        """Raise `CheckpointError` unless the files hold the model's tensors, all and no other, by their headers."""
+        loading.require(self.files, self.config, self.headers)
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names of the model's parameters, as its own code has them; a tied table stands once."""
+        return frozenset(name for name, _ in build(self.config, device="meta").named_parameters())
+
+
+def load_config(source: str | Path) -> transformers.PretrainedConfig:
+    """The configuration of a model folder (a config alone will do) or hub name: `Checkpoint.open(source).config`."""
+    return Checkpoint.open(source).config
+
+
+def resolve_device(device: Device) -> str:
+    """`cpu` or `cuda`; auto takes CUDA where there is one. Raises `RecipeError` for cuda without one."""
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise RecipeError(
+            "device cuda is not there",
+            why="torch sees no CUDA device",
+            fix="--device cpu, or a torch with CUDA",
+        )
+    return ("cuda" if found else "cpu") if device == "auto" else device
+
+
+def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
+    raw = soundness.read_config(folder)
+    plausible.require_layers(raw, folder / CONFIG)
+    kind = raw["model_type"]
+    if kind not in CONFIG_MAPPING:
+        own_code = "; the code it brings is never run" if "auto_map" in raw else ""
+        raise CheckpointError(
+            f"unknown model_type {kind!r} in {folder / CONFIG}",
+            why=f"transformers {transformers.__version__} has no such architecture{own_code}",
+            fix="use a newer transformers if it has the architecture, or another model",
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if config._attn_implementation not in (None, "eager", "sdpa"):
+                config._attn_implementation = None  # how somebody's trainer ran it, not what the model is
+    except Exception as error:  # transformers raises many types here
+        raise CheckpointError(
+            f"{folder / CONFIG} is not a valid {kind} config",
+            why=str(error),
+            fix="take the config.json that belongs to the model",
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{source} is not a causal language model",
+            why=f"transformers has no causal language model of type {kind}",
+            fix="give a model that generates text",
+        )
+    plausible.require(config, folder / CONFIG)
+    return config
+
+
+def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9] + TOKENIZER_FILES[-2:]):
+        raise TokenizerError(
+            f"{source} has no tokenizer",
+            why="neither tokenizer.json nor another vocabulary is in the folder",
+            fix="copy the tokenizer files of the teacher into it",
+        )
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many types here
+        raise TokenizerError(
+            f"cannot load the tokenizer of {source}",
+            why=str(error),
+            fix="copy the tokenizer files again"
+            if (folder / TOKENIZER_FILES[0]).is_file()
+            else f"put the model's {TOKENIZER_FILES[0]} into the folder, or pip install sentencepiece tiktoken",
+        ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):  # said of text that is too long, and of no use here
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
+    return tokenizer
+
+
+def _require_ids(path: Path, tokenizer: transformers.PreTrainedTokenizerBase, vocab: int) -> None:
+    """Refuse ids of a tokenizer.json, beyond the model's, that are other ids as soon as it is loaded.
+
+    The library counts added tokens on from the vocabulary, whatever the file says.
+    """
+    if max(tokenizer.get_vocab().values()) < vocab or not path.is_file():
+        return
+    for token in plain_json.parse(path.read_text(encoding="utf-8")).get("added_tokens", ()):
+        loaded = tokenizer.convert_tokens_to_ids(token["content"])
+        if token["id"] >= vocab and loaded != token["id"]:
+            raise TokenizerError(
+                f"{path} gives {token['content']} the id {token['id']}",
+                why=f"it is loaded as {loaded}, so the file is not what the tokenizer's library writes",
+                fix="copy the tokenizer files again, or correct that id",
+            )

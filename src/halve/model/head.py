@@ -1,0 +1,136 @@
+"""A language model in two parts: the body that makes hidden states and the head that makes logits of them.
+
+Losses and measurements need the two apart, so that logits are made a chunk at a time. Whatever a
+family does to its logits (a scale, a soft-cap, a bias) is part of the head. Nothing is believed:
+`split` compares body and head with the whole model on real token ids.
+
+Shapes: B batch, S seq, N tokens, D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from halve.errors import AnatomyError, CheckpointError
+from halve.model.products import product
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How a config spells what its model does between the output matrix and the logits.
+_MULTIPLIERS = ("logit_scale",)
+_DIVISORS = ("logits_scaling",)
+_SOFTCAP = "final_logit_softcapping"
+
+_PROBE_TOKENS = 8
+_FIX = "use a causal language model whose logits are output matrix, bias, scale and soft-cap"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden states to logits: `softcap * tanh(scale * (W h + b) / softcap)`.
+
+    `weight` and `bias` are the model's own parameters, not copies: gradients and optimizer steps reach them.
+    Without a soft-cap the outer `tanh` is the identity. With `accumulates`, chunked losses add the weight's gradient to
+    `weight.grad` on the way forward, so that nothing of its size is held beside it. Who sets it calls `backward`
+    on the loss itself, once, and not on a multiple.
+    """
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    accumulates: bool = False
+
+    def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """Return logits in float32 (float64 where an operand is), whatever the precision of the weights."""
+        z_NV = product(hidden.reshape(-1, hidden.shape[-1]), self.weight.t())
+        if self.bias is not None:
+            z_NV = z_NV + self.bias
+        if self.scale != 1.0:
+            z_NV = z_NV * self.scale
+        if self.softcap is not None:
+            z_NV = self.softcap * torch.tanh(z_NV / self.softcap)
+        return z_NV.reshape(*hidden.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Body:
+    """Everything of a model below its head: token ids in, last hidden states (after the final norm) out."""
+
+    module: nn.Module
+
+    def __call__(self, input_ids: Int[Tensor, "batch seq"], **kwargs: Any) -> Float[Tensor, "batch seq hidden"]:
+        """Run the body; further keywords (such as `attention_mask`) go to the model's own forward."""
+        hidden: Tensor = self.module(input_ids=input_ids, **({"use_cache": False} | kwargs))[0]
+        return hidden
+
+
+def split(model: PreTrainedModel) -> tuple[Body, Head]:
+    """Take a causal language model apart into its body and its head, and prove that they make it whole again.
+
+    Raises `AnatomyError` where the model has no output matrix, or where its logits are not what the config
+    says of them; then neither distillation nor measurement may trust the parts. Raises `CheckpointError` for logits
+    that are not finite.
+    """
+    body, head = parts(model)
+    error = _difference(model, body, head)
+    if math.isnan(error):
+        raise CheckpointError(
+            f"the logits of this {type(model).__name__} are not finite",
+            why="NaN or infinity comes out of it for a few random tokens",
+            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
+        )
+    if not error < (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise AnatomyError(
+            f"cannot split {type(model).__name__} into body and head",
+            why=f"the head's logits differ from the model's by {error:.2g} of their size",
+            fix=_FIX,
+        )
+    return body, head
+
+
+def parts(model: PreTrainedModel) -> tuple[Body, Head]:
+    """The same without the proof, for models without values. Raises `AnatomyError` if there is no output matrix."""
+    output = model.get_output_embeddings()
+    module = model.base_model
+    if module is model or not isinstance(getattr(output, "weight", None), Tensor):
+        raise AnatomyError(
+            f"cannot split {type(model).__name__} into body and head", why="it has no output matrix", fix=_FIX
+        )
+    config = model.config.get_text_config()
+    scale = 1.0
+    for key in _MULTIPLIERS:
+        scale *= _number(config, key) or 1.0
+    for key in _DIVISORS:
+        scale /= _number(config, key) or 1.0
+    return Body(module), Head(output.weight, getattr(output, "bias", None), scale, _number(config, _SOFTCAP))
+
+
+def _number(config: Any, key: str) -> float | None:
+    value = getattr(config, key, None)
+    return None if value is None else float(value)
+
+
+def _difference(model: PreTrainedModel, body: Body, head: Head) -> float:
+    """Return the largest difference between both ways to the logits, relative to the largest logit."""
+    random = torch.Generator().manual_seed(0)
+    ids_BS = torch.randint(head.weight.shape[0], (1, _PROBE_TOKENS), generator=random).to(head.weight.device)
+    training = model.training
+    model.eval()  # dropout would differ between the two passes
+    try:
+        with torch.no_grad():
+            want_BSV = model(input_ids=ids_BS, use_cache=False).logits.float()
+            have_BSV = head.logits(body(ids_BS)).float()
+    finally:
+        model.train(training)
+    if want_BSV.shape != have_BSV.shape:
+        return float("inf")
+    size = want_BSV.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((want_BSV - have_BSV).abs().max() / size)

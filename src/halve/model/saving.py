@@ -1,0 +1,108 @@
+"""Saving models, so that what comes out opens everywhere.
+
+Out comes an ordinary Hugging Face folder whose config.json speaks to older readers, too (`halve.anatomy.spelling`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import GenerationConfig
+
+from halve.anatomy.configs import quiet
+from halve.anatomy.spelling import spelled_out
+from halve.disk.files import disk_guard, sync, sync_tree
+from halve.disk.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
+from halve.errors import CheckpointError
+from halve.model.card import CARD, license_of, model_card
+from halve.process.waits import wait
+
+RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
+
+
+def save_model(
+    model: transformers.PreTrainedModel,
+    folder: str | Path,
+    *,
+    extra_from: Path | None,
+    record: Mapping[str, Any] | None,
+) -> None:
+    """Write an ordinary Hugging Face folder, whole or not at all.
+
+    `extra_from` is the folder whose tokenizer, chat templates, generation config and terms of use are copied; `record`
+    becomes halve.json and a short model card, which names that folder's license. An earlier model in `folder` is
+    replaced. Raises `DiskError` when the device is full and `CheckpointError` for a folder that holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} is in the way",
+            why="it is not empty and holds no model that could be replaced",
+            fix="choose a new folder",
+        )
+    draft = folder.with_name(f".{folder.name}.tmp")
+    try:
+        with disk_guard(folder), wait(f"writing {folder}"):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            _write_weights(model, draft)
+            _write_config(draft, model.config)
+            _copy_extras(extra_from, draft)
+            if record is not None:
+                _write_object(draft / RECORD, record)
+                license = {} if extra_from is None else license_of(extra_from)
+                (draft / CARD).write_text(model_card(record, license=license), encoding="utf-8")
+            sync_tree(draft)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(draft, folder)
+            sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
+    """`save_pretrained` writes into the model's config; it gets copies."""
+    config, generation = model.config, model.generation_config
+    model.config = copy.deepcopy(config)
+    model.generation_config = GenerationConfig()
+    try:
+        with quiet():
+            model.save_pretrained(draft)
+    finally:
+        model.config, model.generation_config = config, generation
+    for file in draft.glob("*.safetensors"):
+        file.chmod((draft / CONFIG).stat().st_mode)  # safetensors writes files that others cannot read
+    (draft / GENERATION).unlink(missing_ok=True)
+    if generation is not None:
+        generation.to_json_file(draft / GENERATION)
+
+
+def _write_config(draft: Path, config: transformers.PretrainedConfig) -> None:
+    """Complete the config.json that `save_pretrained` wrote with what other readers need."""
+    raw = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
+    _write_object(draft / CONFIG, spelled_out(config, raw))
+
+
+def _copy_extras(source: Path | None, draft: Path) -> None:
+    if source is None:
+        return
+    own = [source / name for name in (*TOKENIZER_FILES, GENERATION)]
+    terms = [path for path in source.iterdir() if is_terms(path)]
+    for path in (*own, *terms, *(source / TEMPLATES).glob("*.jinja")):
+        if path.is_file():
+            target = draft / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _write_object(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

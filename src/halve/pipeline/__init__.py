@@ -1,0 +1,1 @@
+"""In which order? Read this first."""

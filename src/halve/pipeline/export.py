@@ -1,0 +1,137 @@
+"""An ordinary model folder of what a run has trained so far: of its last student, or of any checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from halve.disk.files import CHANGED, disk_guard, read_object, read_sealed, sync, sync_tree
+from halve.disk.rundir import MARKER, RECIPE, RunDir
+from halve.errors import RunError
+from halve.model import saving
+from halve.model.card import name_of
+from halve.model.checkpoint import Checkpoint
+from halve.pipeline.run import Stage, stages
+from halve.recipe.schema import Recipe
+from halve.train.loop import checkpoints
+
+_SCRATCH = ".checkpoints"
+_TRIES = 5
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Write the model of a run folder or of a checkpoint to the folder `out`, as safetensors, and return it.
+
+    Of a run: its last distilled student, where that is being trained (anew) its newest checkpoint. A checkpoint
+    lies in the stage at work, such as `run/.distill.work/.checkpoints/step-00000200`, and holds float32 masters; what
+    is written has the precision of the model that the training began with. The run may be going on meanwhile.
+
+    Raises `RunError` where there is nothing to export or `out` is in the way, `DiskError` where the disk is full; then
+    nothing is left.
+    """
+    source, out = Path(source).absolute(), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
+    if (source / checkpoints.FACTS).is_file():
+        return _of_checkpoint(source, out)
+    if not (source / MARKER).is_file():
+        raise RunError(
+            f"{source} is neither a run folder nor a checkpoint",
+            why=f"it has no {MARKER} and no {checkpoints.FACTS}",
+            fix="give the folder of a run, or one such as run/.distill.work/.checkpoints/step-00000200 in it",
+        )
+    for stage in reversed([s for s in stages(_recipe(source)) if _is_student(s)]):
+        for _ in range(_TRIES):
+            if not (kept := checkpoints.complete(source / f".{stage.name}.work" / _SCRATCH)):
+                break
+            try:
+                return _of_checkpoint(kept[-1], out)
+            except (OSError, CheckpointException):
+                if kept[-1].exists():
+                    raise
+                # the run has written the next one meanwhile, and removed this
+        if (source / stage.name / "model").is_dir():
+            with RunDir.follow(source) as run:
+                run.verify(stage.name)
+            return _copied(source / stage.name / "model", out)
+    raise RunError(
+        f"{source} has no student that has learned anything",
+        why="no distillation of it has finished or left a checkpoint",
+        fix="let halve run continue until the first checkpoint (distill.checkpoint_every)",
+    )
+
+
+def _is_student(stage: Stage) -> bool:
+    return stage.section == "distill" and (stage.name == stage.section or stage.name.rpartition("-")[2].isdigit())
+
+
+def _recipe(run: Path) -> Recipe:
+    try:
+        return Recipe.model_validate(read_object(run / RECIPE))
+    except ValidationError as error:
+        why = f"it is no recipe of this halve: {error.errors()[0]['msg']}"
+        raise RunError(f"cannot read {run / RECIPE}", why=why, fix=CHANGED) from error
+
+
+def _of_checkpoint(folder: Path, out: Path) -> Path:
+    run, work = folder.parents[2], folder.parents[1].name
+    name = work.removeprefix(".").removesuffix(".work")
+    stage = next((s for s in stages(_recipe(run)) if s.name == name), None) if (run / RECIPE).is_file() else None
+    if stage is None:
+        raise RunError(
+            f"{folder} does not lie in its run",
+            why="the model's config and tokenizer are taken from the run that the checkpoint belongs to",
+            fix="give its path inside the run: run/.distill.work/.checkpoints/...",
+        )
+    recipe = stage.recipe
+    cut = [name for name in stage.after if name.partition("-")[0] == "prune"]
+    begun = Checkpoint.open(run / cut[-1] / "model" if cut else recipe.model)
+    model = begun.load(dtype=recipe.dtype)
+    masters = checkpoints.parameters(folder, "student")
+    own = dict(model.named_parameters())
+    if masters.keys() != own.keys():
+        raise RunError(
+            f"{folder} does not hold a whole model",
+            why="such a training keeps only what it trains, such as adapters",
+            fix="let the stage finish: its model folder has them merged",
+        )
+    if any(masters[key].shape != parameter.shape for key, parameter in own.items()):
+        raise RunError(
+            f"{folder} is of a model with other sizes",
+            why=f"{begun.source}, which its training started from, has changed since then",
+            fix="let halve run continue: it starts this training again",
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(masters[key])
+    facts = read_sealed(folder / checkpoints.FACTS)
+    record = {
+        "stage": stage.section,
+        "base_model": name_of(recipe.model),
+        "checkpoint": name,
+        "step": facts["step"],
+        "seed": recipe.seed,
+        "training": facts["identity"]["training"],
+    }
+    saving.save_model(model, out, extra_from=begun.files, record=record)
+    return out
+
+
+def _copied(model: Path, out: Path) -> Path:
+    draft = out.with_name(f".{out.name}.tmp")
+    try:
+        with disk_guard(out):
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(model, draft)
+            sync_tree(draft)
+            os.replace(draft, out)  # over an empty folder, too
+            sync(out.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return out

@@ -1,0 +1,118 @@
+"""What identifies a stage's result: the fields of the recipe that it reads, and the content of what it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.disk.files import content_hashes
+from halve.disk.soundness import CONFIG, TOKENIZER_FILES
+from halve.recipe.schema import Recipe
+from halve.text import sources
+
+if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """What of a stage its key is made of."""
+
+    name: str
+    section: str
+    """The command that runs this stage alone; but for cache, the recipe's section."""
+    recipe: Recipe
+    """The run's recipe; from the second round on that round's."""
+    reads: tuple[str, ...]
+    """That recipe's fields that its result depends on; `-section.field` leaves a field out again."""
+    after: tuple[str, ...]
+    """The stages whose artifacts it takes."""
+    outside: tuple[str, ...]
+    """What else it takes: teacher, train, valid, choices, depth_task."""
+    number: int
+    """The round it belongs to; what looks at the whole run belongs to the first."""
+
+
+def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, memo: Path) -> dict[str, str]:
+    """The keys of stages, each after those it needs, by their names; `memo` remembers hashes of what is outside."""
+    taken = dict.fromkeys(name for stage in stages for name in stage.outside)
+    outside = {name: content(recipe, name, memo, teacher=teacher) for name in taken}
+    removed = _removed(recipe, teacher)
+    keys: dict[str, str] = {}
+    for stage in stages:
+        parts: dict[str, Any] = {
+            "stage": stage.name,
+            "recipe": fields(stage.recipe, stage.reads),
+            "after": [keys[name] for name in stage.after],
+            "outside": [outside[name] for name in stage.outside],
+        }
+        if stage.section == "score" and removed:
+            parts["removed"] = removed[stage.number - 1]
+        keys[stage.name] = hashed(parts)
+    return keys
+
+
+def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
+    """By round, what its scores depend on of the number of layers that go; empty where they depend on nothing."""
+    from halve.cut.layers.chosen import compares, read_of
+    from halve.preflight.sizes import shapes
+
+    if not compares(recipe.score):
+        return []
+    numbers = [
+        0 if shape.kept_layers is not None else shape.before.sizes.layers - shape.after.layers
+        for shape in shapes(recipe, teacher)
+    ]
+    return [read_of(recipe.score, number) for number in numbers]
+
+
+def hashed(parts: Mapping[str, Any]) -> str:
+    """One hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
+    """The values of dotted fields as plain data."""
+    plain = recipe.model_dump(mode="json")
+    chosen: dict[str, Any] = {}
+    for path in reads:
+        section, _, field = path.removeprefix("-").partition(".")
+        if path.startswith("-"):
+            chosen[section] = {key: value for key, value in chosen[section].items() if key != field}
+        elif field:
+            chosen[section] = {**chosen.get(section, {}), field: plain[section][field]}
+        else:
+            chosen[section] = plain[section]
+    return chosen
+
+
+def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
+    """What identifies an input by its content, wherever it lies."""
+    if name == "teacher":
+        used = {CONFIG, *TOKENIZER_FILES}
+        files = [p for p in sorted(teacher.files.iterdir()) if p.suffix == ".safetensors" or p.name in used]
+    elif name == "choices":
+        files = [Path(path) for path in recipe.evaluate.choices]
+    elif name == "depth_task":
+        files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
+    elif name == "train" and isinstance(recipe.data.train, dict):
+        parts = recipe.data.train.items()
+        return [[part, mixed.weight, _texts(mixed.sources, memo)] for part, mixed in parts]
+    else:
+        return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
+    return _hashed(files, memo)
+
+
+def _texts(listed: Sequence[str], memo: Path) -> list[Any]:
+    hub = [source for source in listed if source.startswith(sources.HUB)]
+    files = [path for source in listed if source not in hub for path in sources.files(source)]
+    return [*hub, *_hashed(files, memo)]
+
+
+def _hashed(files: Sequence[Path], memo: Path) -> list[Any]:
+    """A file's suffixes say how it is read; its name says nothing."""
+    return [[path.suffixes, sha256] for path, sha256 in zip(files, content_hashes(files, memo=memo), strict=True)]

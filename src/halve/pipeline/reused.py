@@ -1,0 +1,51 @@
+"""What a run would take from the finished stages of its folder, looked at before anything is done."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halve.disk.rundir import HASHES, MARKER, RunDir, read_manifest, sound
+from halve.pipeline.keys import Keyed, keys_of
+from halve.recipe.schema import Recipe
+from halve.report import page as report
+
+if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
+
+
+def check(recipe: Recipe, teacher: Checkpoint, out: Path, stages: Sequence[Keyed], *, cache: Path) -> None:
+    """Raise `RunError` if a run in `out` would take what has changed since; writes nothing."""
+    if not (out / MARKER).exists():
+        return
+    with RunDir.follow(out) as folder, tempfile.TemporaryDirectory(prefix="halve-check-") as scratch:
+        memo = Path(scratch) / HASHES
+        if (cache / HASHES).is_file():
+            memo.write_bytes((cache / HASHES).read_bytes())
+        keys = keys_of(recipe, teacher, stages, memo=memo)
+        require_sound(folder, stages, {stage.name for stage in stages if folder.is_done(stage.name, keys[stage.name])})
+
+
+def require_sound(folder: RunDir, wanted: Sequence[Keyed], done: Collection[str]) -> None:
+    """Raise `RunError` unless finished stages are as they were, as far as others are made from them or they are shown.
+
+    Those that are finished themselves need no more of what they were made from.
+    """
+    for stage in wanted:
+        before = [name for name in stage.after if name in done]
+        if stage.name in done:
+            shown = stage.section == "evaluate"
+            _require_sound(folder, [stage.name] if shown else [], report.READS)
+        elif stage.section == "report":
+            _require_sound(folder, before, report.READS)
+        else:
+            folder.verify(*before)
+
+
+def _require_sound(folder: RunDir, stages: Sequence[str], files: Collection[str]) -> None:
+    for stage in stages:
+        manifest = read_manifest(folder.stage(stage))
+        for file in set(files) & set(manifest["files"]):
+            sound(folder.stage(stage), manifest, file)

@@ -1,0 +1,1 @@
+"""What will it take, and can it work? Reads no weights."""

@@ -1,0 +1,114 @@
+"""What a recipe asks of memory, processors, the tokenizer and the model's context, against what there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.disk.rundir import LOCK, MARKER, RECIPE
+from halve.errors import RecipeError, RunError
+from halve.recipe.rounds import rounds
+from halve.recipe.schema import Correct, Recipe, Training
+
+if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
+
+_BYTES_OF_AN_ID = 8
+_PROCESSES_A_CORE = 16
+
+
+def of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
+    """Checks that raise a `HalveError` each."""
+    yield partial(_check_questions, recipe, teacher)
+    trainings: list[tuple[str, Training | None]] = [("correct", recipe.correct)]
+    for number, part in enumerate(rounds(recipe), 1):
+        trainings.append(("distill" if number == 1 else f"distill of round {number}", part.distill))
+    for name, training in trainings:
+        if training is not None and not (isinstance(training, Correct) and recipe.corrects_beside):
+            yield partial(_check_step, recipe, teacher, name, training)
+
+
+def check_workers(recipe: Recipe) -> None:
+    """Refuse more processes than a machine can start."""
+    most = _PROCESSES_A_CORE * (os.cpu_count() or 1)
+    if recipe.data.workers > most:
+        raise RecipeError(
+            f"data.workers {recipe.data.workers} is more than this machine can start",
+            why=f"it has {os.cpu_count()} processors, and more than {_PROCESSES_A_CORE} processes on each only wait",
+            fix=f"set data.workers to {os.cpu_count()}",
+        )
+
+
+def check_place(out: Path) -> None:
+    """Refuse a run folder that cannot be made where it is asked for."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(
+            f"cannot make run folder {out}",
+            why=f"{nearest} is no folder that may be written to",
+            fix="choose another --out",
+        )
+    for name, folder in ((LOCK, False), (MARKER, False), (RECIPE, False), ("data", True)):
+        if (out / name).exists() and (out / name).is_dir() != folder:
+            raise RunError(
+                f"{out / name} is not what halve wrote",
+                why=f"it is a {'file' if folder else 'folder'}, and a run folder has a {'folder' if folder else 'file'}"
+                " of that name",
+                fix="move it away and run the same command, or choose another --out",
+            )
+
+
+def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
+    """Multiple-choice items and prompts fit the teacher's context and vocabulary."""
+    from halve.model import measure
+    from halve.model.choices import encode, load_items
+    from halve.text.questions import encoded_choices, encoded_prompts
+
+    evaluated, task = recipe.evaluate, recipe.score.depth_task
+    if not (evaluated.choices or evaluated.prompts or task):
+        return
+    teacher.require_tokenizer()
+    limit = measure.context_length(teacher.config)
+    for row in encoded_prompts(recipe, teacher.tokenizer, limit):
+        teacher.require_embedded(max(row), "a prompt of evaluate.prompts")
+    files = encoded_choices(recipe, teacher.tokenizer, limit)
+    if task is not None:
+        files = {**files, task: encode(teacher.tokenizer, load_items(task), max_tokens=limit)}
+    for name, items in files.items():
+        largest = max(max(row) for item in items for row in item.sequences)
+        teacher.require_embedded(largest, f"multiple-choice file {name}")
+
+
+def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Training) -> None:
+    """No plan, only what no way of training does without: the ids of a step, the states that enter a layer."""
+    sizes = teacher.anatomy.sizes
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    context = max([recipe.data.context, *(phase.context or 0 for phase in training.phases)])
+    share = max(1, training.batch // ranks)
+    samples = min(training.micro_batch or share, share)
+    needed = max(share * context * _BYTES_OF_AN_ID, samples * context * 2 * sizes.hidden * sizes.layers)
+    there = _memory(recipe)
+    if needed > there:
+        raise RecipeError(
+            f"{name} cannot hold {samples:,} samples of {context:,} tokens at once",
+            why=f"its layers' inputs alone take {needed / 1e9:,.0f} GB, the device and main memory have"
+            f" {there / 1e9:,.0f} GB",
+            fix=f"set {name.split()[0]}.micro_batch to a small divisor of batch, or batch itself lower",
+        )
+
+
+def _memory(recipe: Recipe) -> int:
+    """Of the device and of the machine together: some states may wait there."""
+    import psutil
+
+    from halve.model.checkpoint import resolve_device
+
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if resolve_device(recipe.device) == "cuda":
+        import torch
+
+        there += sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return int(there)

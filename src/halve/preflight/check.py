@@ -1,0 +1,254 @@
+"""Every error that can be known before any weight is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.disk.rundir import check_folder
+from halve.errors import DiskError, HalveError, RecipeError
+from halve.preflight import bounds as preflight_bounds
+from halve.preflight import samples as preflight_text
+from halve.recipe.rounds import learns_from_previous, rounds
+from halve.recipe.schema import Boundary, Distill, Phase, Recipe, Training
+from halve.text import sources
+
+if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
+    from halve.preflight.sizes import Shape
+
+
+def check(
+    recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None, ranks: int | None = None
+) -> tuple[HalveError, ...]:
+    """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
+
+    Looks at the teacher's config, file headers and tokenizer, the beginning of every file of text, the samples that
+    short text makes, the plan's sizes, the multiple-choice files, the device, and, with `out`, the run folder and the
+    room on its disk.
+    `teacher` is the recipe's model, where the caller has opened it. `ranks` is how many processes will train together;
+    None is not known yet, as on the machine from which a job is sent to a cluster.
+    """
+    found: list[HalveError] = []
+
+    def tell(probes: Iterator[Callable[[], Any]]) -> None:
+        for probe in probes:
+            try:
+                probe()
+            except HalveError as error:
+                if str(error) not in map(str, found):
+                    found.append(error)
+
+    tell(_of_the_place(recipe, out))
+    try:
+        teacher = teacher or _opened(recipe)
+    except HalveError as error:
+        found.append(error)
+    else:
+        tell(_of_the_teacher(recipe, teacher, ranks))
+    tell(_of_the_text(recipe))
+    if out is not None and teacher is not None:
+        tell(iter([partial(_check_room, recipe, teacher, out)]))
+    if not found and teacher is not None:  # what is wrong so far would be told again
+        tell(iter([partial(preflight_text.check_samples, recipe, teacher, out and out / "data")]))
+    return tuple(found)
+
+
+def _opened(recipe: Recipe) -> Checkpoint:
+    from halve.model.checkpoint import Checkpoint
+
+    return Checkpoint.open(recipe.model)
+
+
+def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any]]:
+    from halve.model.checkpoint import resolve_device
+
+    if out is not None:
+        yield partial(check_folder, out, recipe)
+        yield partial(preflight_bounds.check_place, out)
+    yield partial(resolve_device, recipe.device)
+    yield partial(preflight_bounds.check_workers, recipe)
+
+
+def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> Iterator[Callable[[], Any]]:
+    yield teacher.require_weights
+    yield partial(_check_tokenizer, recipe, teacher)
+    yield partial(_check_plan, recipe, teacher)
+    yield partial(_check_causal, teacher)
+    yield partial(_check_proof, recipe, teacher)
+    yield partial(_check_correction, recipe, teacher)
+    for name, training in _trainings(recipe):
+        if ranks is not None:
+            yield partial(_check_shares, training, ranks)
+        yield partial(_check_place, training)
+        yield partial(_check_packages, training)
+        for phase in training.phases:
+            yield partial(_check_phase, recipe, teacher, name, phase)
+    if recipe.data.documents == "apart":
+        yield partial(_check_apart, teacher, recipe.data.boundary)
+    yield from preflight_bounds.of_the_teacher(recipe, teacher)
+
+
+def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
+    from halve.model.choices import load_items
+
+    for source in dict.fromkeys((*recipe.data.train_sources, *recipe.data.valid)):
+        yield partial(_check_corpus, source, recipe.data.text_field)
+    for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
+        yield partial(load_items, path)
+
+
+def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
+    from halve.model import measure
+    from halve.text import tokenize
+
+    measure.require_context(teacher.config, recipe.data.context, "a sample")
+    teacher.require_tokenizer()
+    marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
+    teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")
+
+
+def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
+    from halve.preflight.sizes import shapes
+
+    _check_states(recipe, shapes(recipe, teacher))
+    for number in range(2, 2 + len(recipe.then)):
+        if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
+            raise RecipeError(
+                f"round {number} learns from the last student, which has learned nothing",
+                why=f"round {number - 1} has no section distill, so its student is what the cut left",
+                fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
+            )
+
+
+def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:
+    """What the correction trains is in the model, and the package for it is there."""
+    if recipe.correct is not None:
+        from halve.train.loop import adapters
+
+        adapters.require(teacher.anatomy, recipe.correct)
+
+
+def _check_states(recipe: Recipe, found: Sequence[Shape]) -> None:
+    """Teacher and student have the layers whose states are compared."""
+    from halve.train.objectives.intermediate import layer_pairs
+
+    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        states = None if part.distill is None else part.distill.intermediate
+        if states is not None:
+            teacher = shape if learns_from_previous(recipe, number) else found[0]
+            layer_pairs(states.layers, teacher=teacher.before.sizes.layers, student=shape.after.layers)
+
+
+def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:
+    """Every section of the recipe that trains, with its name."""
+    if recipe.correct is not None and recipe.corrects_before:
+        yield "correct", recipe.correct
+    for number, part in enumerate(rounds(recipe), 1):
+        if part.distill is not None:
+            yield "distill" if number == 1 else f"distill of round {number}", part.distill
+
+
+def _check_shares(training: Training, ranks: int) -> None:
+    """There are ranks for its replicas, and a step's samples fall into equal shares."""
+    from halve.train.ranks.group import require_shares
+
+    require_shares(training, ranks)
+
+
+def _check_packages(training: Training) -> None:
+    """What its optimizer and its loggers are made with is installed."""
+    from halve.train.loop import journal, optimizers
+
+    optimizers.require(training)
+    journal.require(training.loggers)
+
+
+def _check_place(training: Training) -> None:
+    from halve.train.teachers.live import require_place
+
+    if isinstance(training, Distill):
+        require_place(training)
+
+
+def _check_phase(recipe: Recipe, teacher: Checkpoint, section: str, phase: Phase) -> None:
+    from halve.model import measure
+
+    known = list(recipe.data.train) if isinstance(recipe.data.train, dict) else []
+    unknown = [name for name in phase.mixture or {} if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise RecipeError(
+            f"a phase of {section} mixes {unknown[0]}, which data.train does not have",
+            why=f"its parts are {', '.join(known)}" if known else "data.train is a list of sources without parts",
+            fix=f"did you mean {near[0]}?"
+            if near
+            else f"add a part {unknown[0]} with sources and weight to data.train",
+        )
+    limit = measure.context_length(teacher.config)
+    if limit is not None and phase.context is not None and phase.context > limit:
+        raise RecipeError(
+            f"a phase of {section} has context {phase.context}, the model's has {limit}",
+            why="positions past the model's context were never trained",
+            fix=f"set that phase's context to {limit} or less",
+        )
+
+
+def _check_causal(teacher: Checkpoint) -> None:
+    from halve.cut.proof.causal import check_causal
+
+    check_causal(teacher.anatomy)
+
+
+def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
+    """What the first round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
+    from halve.cut.proof.prove import prove
+    from halve.preflight.sizes import shapes
+
+    shape, *_ = shapes(recipe, teacher)
+    prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
+
+
+def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
+    """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart."""
+    from halve.cut.proof.twins import random_twin
+    from halve.text import documents, tokenize
+
+    documents.require_border(tokenize.border(teacher.tokenizer, boundary))
+    documents.require_apart(random_twin(teacher.anatomy.twin(), seed=0))
+
+
+def _check_corpus(source: str, text_field: str) -> None:
+    if not source.startswith(sources.HUB):
+        sources.probe(source, text_field=text_field)
+
+
+def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
+    """The disk plan's bytes, less those that an earlier start of the run has written, are free."""
+    from halve.model.checkpoint import resolve_device
+    from halve.preflight.sizes import shapes
+    from halve.preflight.space import planned
+
+    needed = planned(recipe, shapes(recipe, teacher), cuda=resolve_device(recipe.device) == "cuda").total_bytes
+    left = needed - _written(out)
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    if free < left:
+        written = f" {_in_words(needed - left)} of {_in_words(needed)} are written." if left < needed else ""
+        raise DiskError(
+            f"{out} needs about {_in_words(left)}{' more' if written else ''}",
+            why=f"{_in_words(free)} are free there.{written}" if written else f"{_in_words(free)} are free there",
+            fix="free some space, choose another folder with --out, or drop some of distill.baselines",
+        )
+
+
+def _written(out: Path) -> int:
+    """Bytes of the files in a run folder."""
+    return sum(path.lstat().st_size for path in out.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,215 @@
+"""What a run will do and cost, said before it starts: sizes, tokens, FLOPs, memory, disk. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halve.anatomy import Arch, Counts
+from halve.anatomy.runtimes import runtimes, worst
+from halve.model.checkpoint import Checkpoint
+from halve.preflight import work
+from halve.preflight.device import GPU_MFU, Device, at_hand, card
+from halve.preflight.memory import Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
+from halve.preflight.sizes import Shape, shapes
+from halve.preflight.space import Disk, planned
+from halve.recipe.rounds import learns_from_previous, named, rounds
+from halve.recipe.schema import Recipe, Training
+from halve.text.schedule import spans
+from halve.train.ranks.group import require_shares
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of pruning and distilling makes."""
+
+    student: Arch
+    counts: Counts
+    dropped_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything that `--dry-run` prints; `student` and what follows it is the last round's."""
+
+    name: str
+    teacher: Arch
+    student: Arch
+    teacher_counts: Counts
+    student_counts: Counts
+    dropped_layers: tuple[int, ...]
+    rounds: tuple[Round, ...]
+    runtimes: tuple[tuple[str, str, str], ...]
+    tokens: dict[str, int]
+    flops: dict[str, float]
+    memory: dict[str, Memory]
+    """What a rank holds in every stage that trains."""
+    settings: tuple[Setting, ...]
+    """Other ways to carry out the distillation that takes most, where they are asked for."""
+    place: Place
+    device: Device
+    """What memory and hours are planned for."""
+    disk: Disk
+    schedule: dict[str, Any]
+    trial: tuple[tuple[Arch, ...], ...]
+    """For every round the sizes that its trial chooses from; what is shown above is then width alone."""
+
+    @property
+    def hours(self) -> float | None:
+        """Hours on the device, shared among its ranks; None where its rate is not known."""
+        return self.device.hours(sum(self.flops.values()), ranks=self.place.ranks)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of one H100 at `gpu_mfu`, whatever the device is: people plan on a laptop for a cluster."""
+        hours = card(mfu=self.gpu_mfu).hours(sum(self.flops.values()))
+        assert hours is not None
+        return hours
+
+    @property
+    def gpu_mfu(self) -> float:
+        """The share of its rate that a card is planned with."""
+        return self.device.mfu if self.device.cuda else GPU_MFU
+
+    @property
+    def room_bytes(self) -> float:
+        """The memory that one rank has of the device's."""
+        return self.device.memory_bytes / (1 if self.device.cuda else self.place.ranks)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage that trains fits the device."""
+        return all(memory.fits(self.room_bytes) for memory in self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+
+        def told(memory: Memory) -> dict[str, Any]:
+            return {**asdict(memory), "total_bytes": memory.total_bytes, "fits": memory.fits(self.room_bytes)}
+
+        memory = {stage: told(one) for stage, one in self.memory.items()}
+        settings = [{**asdict(one), "memory": told(one.memory)} for one in self.settings]
+        disk = {**asdict(self.disk), "total_bytes": self.disk.total_bytes}
+        sums = {"gpu_hours": self.gpu_hours, "hours": self.hours, "fits": self.fits}
+        return {**asdict(self), "memory": memory, "settings": settings, "disk": disk, **sums}
+
+
+def forecast(
+    recipe: Recipe,
+    teacher: Checkpoint | None = None,
+    *,
+    ranks: int = 1,
+    device: Device | None = None,
+    compare: bool = False,
+) -> Forecast:
+    """Plan and cost of a recipe from the teacher's config alone, on so many ranks.
+
+    `teacher` is the recipe's model, where the caller has opened it. `device` is by default what this machine would run
+    the recipe on; a recipe with `device: cpu` is always planned for that. `compare` adds `settings`: what the
+    distillation would take on a GPU in other ways. Raises what planning raises: `CheckpointError`, `AnatomyError`,
+    `PlanError`, and `TrainError` for ranks that the samples of a step cannot be shared among.
+    """
+    if device is None or recipe.device == "cpu":
+        device = at_hand(recipe.device)
+    context = recipe.data.context
+    teacher = teacher or Checkpoint.open(recipe.model)
+    found = shapes(recipe, teacher)
+    whole, last = found[0].before, found[-1]
+    before = whole.ledger.count(whole.sizes, context=context)
+    made = tuple(_made(shape, context) for shape in found)
+    done = work.planned(recipe, found, teacher)
+    place = _place(recipe, ranks, cuda=device.cuda)
+    memory, settings = _memory(recipe, found, place, compare=compare and place.cuda)
+    return Forecast(
+        name=recipe.name,
+        teacher=whole.sizes,
+        student=last.after,
+        teacher_counts=before,
+        student_counts=made[-1].counts,
+        dropped_layers=made[-1].dropped_layers,
+        rounds=made,
+        runtimes=_opened(found),
+        tokens={stage: round(one.tokens) for stage, one in done.items()},
+        flops={stage: float(one.flops) for stage, one in done.items()},
+        memory=memory,
+        settings=settings,
+        place=place,
+        device=device,
+        disk=planned(recipe, found, cuda=place.cuda),
+        schedule=_schedule(recipe),
+        trial=work.trials(recipe, found),
+    )
+
+
+def _made(shape: Shape, context: int) -> Round:
+    kept, layers = shape.kept_layers, range(shape.before.sizes.layers)
+    return Round(
+        shape.after, shape.counts(context=context), () if kept is None else tuple(i for i in layers if i not in kept)
+    )
+
+
+def _opened(found: Sequence[Shape]) -> tuple[tuple[str, str, str], ...]:
+    """Which runtimes open the last student: what a round moves stays moved in those after it."""
+    rounds = [runtimes(shape.before, shape.after, shape.kept_layers) for shape in found]
+    return tuple(
+        (told[0].name, worst(r.opens for r in told), next((r.remedy for r in told if r.remedy), ""))
+        for told in zip(*rounds, strict=True)
+    )
+
+
+def _place(recipe: Recipe, ranks: int, *, cuda: bool) -> Place:
+    """Where training runs, and in which precision."""
+    trainings = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
+    for training in trainings:
+        require_shares(training, ranks)
+    precisions = {training.precision for training in trainings}
+    half = "bfloat16" in precisions or (cuda and "auto" in precisions)
+    return Place(ranks, max((training.replicas for training in trainings), default=1), cuda, half)
+
+
+def _memory(
+    recipe: Recipe, found: tuple[Shape, ...], place: Place, *, compare: bool
+) -> tuple[dict[str, Memory], tuple[Setting, ...]]:
+    """What every stage that trains takes, and other settings for the distillation that takes most."""
+    teacher = _sized(found[0], found[0].before.sizes)
+    memory: dict[str, Memory] = {}
+    distillations: dict[str, Distillation] = {}
+    if recipe.correct is not None and recipe.corrects_before:
+        memory["correct"] = correcting(recipe.correct, teacher, place, context=_longest(recipe.correct, recipe))
+    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        if part.distill is None:
+            continue
+        name = named("distill", number)
+        one = distillations[name] = Distillation(
+            part.distill,
+            _sized(shape, shape.after),
+            _sized(shape, shape.before.sizes) if learns_from_previous(recipe, number) else teacher,
+            place,
+            _longest(part.distill, recipe),
+            dtype_of(recipe, teacher.config),
+        )
+        corrects = recipe.correct is not None and recipe.corrects_beside
+        memory[name] = one.with_correction(recipe.correct) if corrects and recipe.correct else one.memory()
+    if not (distillations and compare):
+        return memory, ()
+    return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()
+
+
+def _longest(training: Training, recipe: Recipe) -> int:
+    return max(span.context for span in spans(training, recipe.data.context))
+
+
+def _sized(shape: Shape, arch: Arch) -> Sized:
+    """The model before a round's cut, or after it."""
+    if arch == shape.before.sizes:
+        return Sized(shape.before.config, arch, shape.before.ledger.count(arch))
+    return Sized(shape.config(), arch, shape.counts())
+
+
+def _schedule(recipe: Recipe) -> dict[str, Any]:
+    section: Training | None = recipe.distill
+    if section is None:
+        return {}
+    keys = ("lr", "min_lr", "warmup_steps", "batch", "tokens")
+    return {key: getattr(section, key) for key in keys} | {"context": recipe.data.context}

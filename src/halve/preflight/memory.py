@@ -1,0 +1,243 @@
+"""The memory plan: what one rank of a training run holds at the moment that takes most, before anything is loaded.
+
+    masters      float32 weights of what is trained, a rank's share of them
+    gradients    float32, of the same parameters
+    moments      the optimizer's
+    teacher      its weights, where and as the recipe keeps them; of one that learns beside, masters and moments too
+    gathered     what ranks put together for a moment: two layers, the embeddings, the head
+    passing      activations, copies in half precision and the chunks of the loss, by a rehearsal (`train.rehearsal`)
+
+Not counted: PyTorch's own context and fragments of its allocator, for which `fits` leaves a tenth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from halve.anatomy import Arch, Counts
+from halve.preflight.rehearsal import Cast, Learned, Rehearsal, rehearse
+from halve.recipe.schema import Correct, Distill, Recipe, Training
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SPARE = 0.1
+"""Share of the memory that the plan leaves free."""
+
+_QUANTIZED = 1 + 4 / 256
+"""Bytes of a moment in 8 bits: torchao keeps a float32 scale for every 256 entries."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    masters_bytes: int
+    gradient_bytes: int
+    moment_bytes: int
+    teacher_bytes: int
+    gathered_bytes: int
+    passing_bytes: int
+    unknown: str = ""
+    """Why `passing_bytes` could not be rehearsed, where that is so; they are 0 then."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return sum(value for value in asdict(self).values() if isinstance(value, int))
+
+    def fits(self, room: float) -> bool:
+        """Whether a card or machine of so many bytes holds it with `SPARE` to spare; what is not known does not."""
+        return not self.unknown and self.total_bytes < (1 - SPARE) * room
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A model as far as a plan knows it."""
+
+    config: PretrainedConfig
+    arch: Arch
+    counts: Counts
+
+    @property
+    def layer(self) -> float:
+        """Parameters of one layer, on average."""
+        return self.counts.non_embedding / self.arch.layers
+
+    @property
+    def table(self) -> int:
+        """Parameters of the embeddings, or of the head."""
+        return self.arch.vocab * self.arch.hidden
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is planned: ranks, groups of them that hold a whole model, the kind of device, its precision."""
+
+    ranks: int = 1
+    replicas: int = 1
+    cuda: bool = True
+    half: bool = True
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one model."""
+        return self.ranks // self.replicas
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to carry a distillation out, and what it takes."""
+
+    optimizer: str
+    recompute: str
+    teacher: str
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is planned: who learns from whom, where, in samples of how many tokens."""
+
+    training: Distill
+    student: Sized
+    teacher: Sized
+    place: Place
+    context: int
+    teacher_dtype: torch.dtype
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        """Its passes, gone through."""
+        return _rehearsed(self._cast(), self.training, self.training, self.context, ranks=self.place.ranks)
+
+    def memory(self) -> Memory:
+        """What it takes."""
+        return self._memory(self.training, self.rehearsal)
+
+    def _memory(self, training: Distill, found: Rehearsal) -> Memory:
+        place = self.place
+        own = _learning(training, self.student, found, place, batch=training)
+        held, gathered = _frozen(training, self.teacher, self._cast().teacher_dtype.itemsize, place)
+        return replace(own, teacher_bytes=held, gathered_bytes=own.gathered_bytes + gathered)
+
+    def with_correction(self, section: Correct) -> Memory:
+        """The same where the teacher is corrected beside: they take turns, so that the fuller turn counts."""
+        own = _learning(self.training, self.student, self.rehearsal, self.place, batch=self.training)
+        cast = replace(self._cast(), student=self.teacher.config, teacher=None)
+        played = _rehearsed(cast, section, self.training, self.context, ranks=self.place.ranks)
+        its = _learning(section, self.teacher, played, self.place, batch=self.training)
+        fuller = max(own, its, key=lambda one: one.gradient_bytes + one.gathered_bytes + one.passing_bytes)
+        held = its.masters_bytes + its.moment_bytes
+        unknown = own.unknown or its.unknown
+        kept = {"masters_bytes": own.masters_bytes, "moment_bytes": own.moment_bytes, "teacher_bytes": held}
+        return replace(fuller, **kept, unknown=unknown)
+
+    def settings(self) -> tuple[Setting, ...]:
+        """Other ways to carry it out: optimizer, recomputation, where the teacher is."""
+        training = self.training
+        ways = [way for way in _OPTIMIZERS if way == "adamw" or self.place.ranks == 1]
+        cacheable = training.intermediate is None and set(training.terms) != {"ce"}
+        places = [where for where in _TEACHERS if where != "cached" or cacheable]
+        found = []
+        for recompute in ("none", "full"):
+            one = self
+            if training.activation_checkpointing != recompute:
+                one = replace(self, training=training.model_copy(update={"activation_checkpointing": recompute}))
+            for way, where in product(ways, places):
+                asked = one.training.model_copy(update={**_OPTIMIZERS[way], **_TEACHERS[where]})
+                found.append(Setting(way, recompute, where, one._memory(asked, one.rehearsal)))
+        return tuple(found)
+
+    def _cast(self) -> Cast:
+        place = self.place
+        asked = None if self.training.cache == "logits" else self.teacher.config
+        dtype = self.teacher_dtype if place.half else torch.float32
+        return Cast(self.student.config, asked, place.half, dtype, place.cuda, place.ranks > 1)
+
+
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "adamw", "offload_optimizer": False},
+    "adamw8bit": {"optimizer": "adamw8bit", "offload_optimizer": False},
+    "adamw, offloaded": {"optimizer": "adamw", "offload_optimizer": True},
+}
+_TEACHERS: dict[str, dict[str, Any]] = {
+    "on the device": {"offload_teacher": False, "teacher_device": "same", "cache": "none"},
+    "offloaded": {"offload_teacher": True, "teacher_device": "same", "cache": "none"},
+    "cached": {"offload_teacher": False, "teacher_device": "same", "cache": "hidden"},
+}
+
+
+def dtype_of(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
+    """The precision that a recipe loads a model in."""
+    if recipe.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, recipe.dtype))
+    own = config.dtype
+    return own if isinstance(own, torch.dtype) else torch.float32
+
+
+def correcting(training: Correct, teacher: Sized, place: Place, *, context: int) -> Memory:
+    """What correcting the teacher before anything else takes."""
+    cast = Cast(teacher.config, None, place.half, cuda=place.cuda, in_shards=place.ranks > 1)
+    found = _rehearsed(cast, training, training, context, ranks=place.ranks)
+    return _learning(training, teacher, found, place, batch=training)
+
+
+def _samples(batch: Training, ranks: int) -> int:
+    """Of one micro-batch on one rank."""
+    return min(batch.micro_batch or batch.batch, max(1, batch.batch // ranks))
+
+
+def _rehearsed(cast: Cast, training: Training, batch: Training, context: int, *, ranks: int) -> Rehearsal:
+    return rehearse(cast, training, samples=_samples(batch, ranks), context=context)
+
+
+def _learning(training: Training, model: Sized, found: Rehearsal, place: Place, *, batch: Training) -> Memory:
+    """What one learner takes; how many micro-batches make a step, `batch` says."""
+    one_pass = place.ranks == 1 and _samples(batch, 1) == batch.batch
+    gradients = 4 * found.trained / place.shards
+    scratch = 10 * found.largest if training.optimizer == "muon" else 0  # its update in float32, three factors in half
+    passing = max(found.first - gradients, 0) if one_pass else found.later
+    return Memory(
+        masters_bytes=round(4 * model.counts.params / place.shards),
+        gradient_bytes=round(gradients),
+        moment_bytes=0 if training.offload_optimizer else round(moments(training, found) / place.shards),
+        teacher_bytes=0,
+        gathered_bytes=0 if place.ranks == 1 else round(_gathered(model, 2 if place.half else 4)),
+        passing_bytes=0 if found.problem else round(max(passing, scratch)),
+        unknown=found.problem,
+    )
+
+
+def moments(training: Training, found: Learned) -> float:
+    """Bytes of an optimizer's moments, wherever they are."""
+    if training.offload_optimizer:
+        return 8.0 * found.trained
+    if training.optimizer == "adamw8bit":
+        return 2 * _QUANTIZED * found.trained
+    if training.optimizer == "muon":
+        return 4.0 * found.matrices + 8.0 * (found.trained - found.matrices)
+    return 8.0 * found.trained
+
+
+def _gathered(model: Sized, each: int) -> float:
+    """Two layers with their gradients, the embeddings, and the head with its gradient."""
+    return 2 * model.layer * (each + 4) + 4 * model.table + 8 * model.table
+
+
+def _frozen(training: Distill, teacher: Sized, each: int, place: Place) -> tuple[int, int]:
+    """A teacher's weights on the student's device, and what ranks put together of them."""
+    head, params = each * teacher.table, each * teacher.counts.params
+    if training.cache != "none" or training.teacher_device != "same":
+        return head, 0
+    if training.offload_teacher:
+        layers = each * teacher.counts.non_embedding
+        return round(params - layers + each * teacher.layer), 0
+    if place.ranks > 1 and training.shard_teacher:
+        return round(params / place.shards) + head, round(2 * each * teacher.layer) + head
+    return params, 0

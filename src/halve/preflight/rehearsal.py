@@ -1,0 +1,311 @@
+"""How much memory one step takes, found by going through it on tensors that have shapes and no contents.
+
+The passes are those of the loop itself, under PyTorch's fake tensors, so that every family, precision and kind of
+recomputation is counted by what it really keeps. No weight is read and no memory is taken; an 8B model takes seconds.
+
+A GPU is rehearsed on the CPU: attention keeps the same there (queries, keys, values, the result and a number for each
+row). What differs are the factors of the head's products, and they are given as the GPU has them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from halve.anatomy import discover
+from halve.anatomy.configs import build, resized
+from halve.errors import HalveError
+from halve.model.head import Body, Head, parts
+from halve.process.waits import wait
+from halve.recipe.schema import Correct, Distill, Training
+from halve.text.batch import Batch, predictions
+from halve.train.loop import adapters
+from halve.train.losses import chunked, divergences
+from halve.train.objectives import intermediate
+from halve.train.objectives import logits as objectives
+from halve.train.ranks import blocks
+from halve.train.teachers.live import Live
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_FEW = 2
+"""Layers of the shallower play: families that take turns between two kinds of layers do so within it."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays: a student, the teacher whom it follows (None: it learns from text alone), and how they are held.
+
+    `half` says whether products are taken in bfloat16; `in_shards`, that layers are then gathered in it, and not cast.
+    """
+
+    student: PretrainedConfig
+    teacher: PretrainedConfig | None
+    half: bool
+    teacher_dtype: torch.dtype = torch.bfloat16
+    cuda: bool = False
+    in_shards: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a training moves: so many parameters; `matrices` of them are in matrices between hidden states, the largest
+    of which has `largest`.
+    """
+
+    trained: int
+    matrices: int
+    largest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal(Learned):
+    """What a step takes beside the weights of both and the optimizer's moments.
+
+    `first` is the most bytes during a step's first micro-batch, its growing gradients included; `later` the most
+    during the others, beside gradients. `kept` are the bytes that wait for the way back when the loss is known. Where
+    the family's code cannot be gone through without contents, `problem` says why, and bytes are 0.
+    """
+
+    first: int
+    later: int
+    kept: int
+    problem: str = ""
+
+
+class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made while it watches: `now`, and the `most` so far."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the operation run, and count what it made."""
+        grouped = func is torch.ops.aten._grouped_mm.default
+        result = _grouped(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        self.most = max(self.most, self.now)
+        return result
+
+    def begin_anew(self) -> int:
+        """Forget the most so far; give what there is now."""
+        self.most = self.now
+        return self.now
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, num_bytes = storage._cdata, storage.nbytes()
+        if address not in self._alive:
+            self._alive.add(address)
+            self.now += num_bytes
+            weakref.finalize(storage, self._drop, address, num_bytes)
+
+    def _drop(self, address: int, num_bytes: int) -> None:
+        self._alive.discard(address)
+        self.now -= num_bytes
+
+
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
+    """What a mixture's experts make of their tokens, or their gradients: `torch._grouped_mm` by its shapes.
+
+    PyTorch's own rule for tensors without contents refuses all but bfloat16, which its kernels do not.
+    """
+    if a.ndim == b.ndim == 2:
+        assert offs is not None, "groups of columns are told by their ends"
+        return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+    groups = a.shape[:1] if a.ndim == b.ndim else ()
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
+def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> Rehearsal:
+    """Go through two micro-batches of so many samples.
+
+    A deep student is played by two shallow ones: what a pass takes grows by the same with every layer. Raises what
+    `intermediate.match` raises.
+    """
+    problem = ""
+    try:
+        with _quietly(), wait("going through a step on tensors without contents, for the memory plan"):
+            played = _played(cast, training, samples=samples, context=context)
+    except HalveError:
+        raise
+    except Exception as error:  # a family's code may look at contents, which are not there
+        played, problem = _Played(0, 0, 0), " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return Rehearsal(**played._asdict(), **asdict(learned(cast.student, training)), problem=problem)
+
+
+def learned(config: PretrainedConfig, training: Training) -> Learned:
+    """What a training moves of a model."""
+    model = _learner(Cast(config, None, half=False), training)
+    matrices = [
+        p.numel() for layer in blocks.layers(model) for p in layer.parameters() if p.requires_grad and p.ndim == 2
+    ]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Learned(trained=trained, matrices=sum(matrices), largest=max(matrices, default=0))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep PyTorch from logging what a family's code could not do without contents: `problem` says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+class _Played(NamedTuple):
+    first: int
+    later: int
+    kept: int
+
+
+def _played(cast: Cast, training: Training, *, samples: int, context: int) -> _Played:
+    depth = discover(cast.student).sizes.layers
+    by_number = isinstance(training, Distill) and training.intermediate is not None and training.intermediate.layers
+    if depth <= 2 * _FEW or by_number:
+        return _play(cast, training, samples=samples, context=context)
+    few, more = (
+        _play(_shallow(cast, layers), training, samples=samples, context=context) for layers in (_FEW, 2 * _FEW)
+    )
+    steps = (depth - 2 * _FEW) / _FEW
+    return _Played(*(round(b + steps * (b - a)) for a, b in zip(few, more, strict=True)))
+
+
+def _play(cast: Cast, training: Training, *, samples: int, context: int) -> _Played:
+    student, frozen = _learner(cast, training), None
+    if cast.teacher is not None:
+        frozen = build(cast.teacher, device="meta", dtype=cast.teacher_dtype).requires_grad_(False)
+    with FakeTensorMode():
+        for model in filter(None, (student, frozen)):
+            _give_storage(model)
+        act = _Act.of(cast, training, student, frozen)
+        batch = Batch(torch.zeros(samples, context, dtype=torch.long), tuple(range(samples)))
+        body, own_head = parts(student)
+        head = replace(own_head, accumulates=True)
+        most, kept = [], 0
+        with Watched(act.known) as watched:
+            for _ in range(2):
+                before = watched.begin_anew()
+                with torch.autocast("cpu", torch.bfloat16, enabled=cast.half):
+                    loss, _ = act.objective(body, head, batch)
+                kept = watched.now - before
+                torch.autograd.backward(loss)
+                del loss
+                most.append(watched.most - before)
+    return _Played(most[0], most[1], kept)
+
+
+def _shallow(cast: Cast, layers: int) -> Cast:
+    """The same with so many layers; a teacher keeps nothing from layer to layer, and needs few."""
+
+    def cut(config: PretrainedConfig | None) -> PretrainedConfig | None:
+        if config is None or discover(config).sizes.layers <= layers:
+            return config
+        return resized(config, {"layers": layers}, kept_layers=tuple(range(layers)))
+
+    student = cut(cast.student)
+    assert student is not None
+    return replace(cast, student=student, teacher=cut(cast.teacher))
+
+
+@dataclass(frozen=True)
+class _Act:
+    objective: objectives.Objective
+    known: tuple[Tensor, ...]
+    """Weights: they are there before."""
+
+    @classmethod
+    def of(cls, cast: Cast, training: Training, student: PreTrainedModel, teacher: PreTrainedModel | None) -> _Act:
+        objective, more = _objective(cast, training, student, teacher)
+        models = [model for model in (student, teacher) if model is not None]
+        weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        return cls(objective, (*weights, *more))
+
+
+def _objective(
+    cast: Cast, training: Training, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> tuple[objectives.Objective, list[Tensor]]:
+    """What the stage would minimize, with the chunks of the device in question, and weights that it has of its own."""
+
+    def summed(hidden_ND: Tensor, head: Head, target: chunked.Target) -> Tensor:
+        vocab = head.weight.shape[0]
+        chunk = chunked.chunk_tokens(vocab, cuda=cast.cuda)
+        hidden_ND = hidden_ND[: 2 * chunk]  # further chunks take the same room, and time
+        return chunked.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=operand)
+
+    operand = torch.bfloat16 if cast.half else None
+    if teacher is None or not isinstance(training, Distill) or not objectives.teacher_terms(training):
+
+        def from_text(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
+            labels = batch.labels()
+            return summed(predictions(body, batch), head, chunked.cross_entropy(labels)), labels.numel()
+
+        return from_text, []
+    rows = divergences.weighted(objectives.teacher_terms(training))
+    its_body, its_head = parts(teacher)
+    if cast.cuda:  # a CPU would make a float32 copy of it, which there is not on a GPU
+        its_head = replace(its_head, weight=its_head.weight.float())
+    live = Live(its_body, its_head)
+
+    def from_teacher(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
+        states_ND, taught = live.answer(batch)
+        target = chunked.follow(states_ND, taught, rows, vocab=head.weight.shape[0], operand=operand)
+        if ce := training.terms.get("ce", 0.0):
+            target = chunked.sum_of([(1.0, target), (ce, chunked.cross_entropy(batch.labels()))])
+        return summed(predictions(body, batch), head, target), batch.labels().numel()
+
+    states = training.intermediate
+    # relations of attention are taken a head at a time, over positions that no shape tells: they are not rehearsed
+    heard = () if states is None else tuple(state for state in states.states if state != "attention")
+    if states is None or not heard:
+        return from_teacher, [its_head.weight]
+    matching = intermediate.match(student, teacher, states=heard, layers=states.layers, seed=0)
+    mapping = [] if matching.map is None else [matching.map.weight]
+    return intermediate.with_states(from_teacher, matching, alpha=states.alpha), [its_head.weight, *mapping]
+
+
+def _learner(cast: Cast, training: Training) -> PreTrainedModel:
+    """The student as `shards.learner` leaves it; a teacher that is corrected, with what it may change. On meta."""
+    model = build(cast.student, device="meta").requires_grad_(True)
+    if isinstance(training, Correct):
+        adapters.choose(model, training, seed=0)
+    if cast.in_shards and cast.half:
+        for module in (module for layer in blocks.layers(model) for module in layer.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.bfloat16(), parameter.requires_grad))
+    blocks.recompute(model, training.activation_checkpointing)
+    return model
+
+
+def _give_storage(model: PreTrainedModel) -> None:
+    """Put every tensor from meta to the CPU; under fake tensors that takes no memory. Tied ones stay tied."""
+    there: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in there:
+                    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    there[id(tensor)] = (
+                        nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                    )
+                tensors[name] = there[id(tensor)]

@@ -1,0 +1,125 @@
+"""Whether a recipe's text makes the samples that it asks for, known before a run where the text is short.
+
+Short text is tokenized as a run would, into a folder that is thrown away. Of text that a run has tokenized before, the
+token files tell.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halve.progress import SILENT
+from halve.recipe.rounds import rounds
+from halve.recipe.schema import Boundary, Recipe, Training
+from halve.text import sources
+
+if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
+
+_SHORT_CHARS = 1 << 20
+"""Tokenized in a second. Longer text makes many samples, unless these are long."""
+_CHARS_A_TOKEN = 16
+
+
+def check_samples(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> None:
+    """Raise the `CorpusError` of a run whose text holds too few samples, or tokens that the model does not know.
+
+    `cache` is the run's folder of token files; a `RunError` tells which of them has changed.
+    """
+    if any(source.startswith(sources.HUB) for source in _sources(recipe)):
+        return
+    with _opened(recipe, teacher, cache) as found:
+        if found is not None:
+            _look(*found, teacher)
+
+
+@contextmanager
+def _opened(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> Iterator[tuple[Recipe, Path] | None]:
+    """The recipe, its boundary settled, and a folder in which its text is, or can be, tokenized in a moment."""
+    from halve.text.boundary import bounded
+
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})
+    for boundary in _settled(recipe, teacher):
+        if cache is not None and cache.is_dir() and _is_tokenized(bounded(plain, boundary), teacher, cache):
+            yield bounded(plain, boundary), cache
+            return
+    if not _is_short(recipe):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="halve-check-") as scratch:
+        yield plain, Path(scratch)
+
+
+def _settled(recipe: Recipe, teacher: Checkpoint) -> tuple[Boundary, ...]:
+    """What a run may have made of `data.boundary`: see `stages.boundary.settled`."""
+    from halve.text import tokenize
+
+    asked = recipe.data.boundary
+    open_ = asked == "auto" and tokenize.marks(teacher.tokenizer, asked).follows is not None
+    return ("auto", "bos") if open_ else (asked,)
+
+
+def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:
+    """Whether the token files of all texts are there and as they were made. Raises `RunError` for one that is not."""
+    from halve.text import corpus
+
+    how = {"tokenizer": teacher.tokenizer, "boundary": recipe.data.boundary, "text_field": recipe.data.text_field}
+    found = [corpus.known(listed, **how, cache=cache) for listed in _texts(recipe)]
+    return None not in found
+
+
+def _is_short(recipe: Recipe) -> bool:
+    """Whether all text together is short, or not long beside the longest sample."""
+    longest = max([recipe.data.context, *(phase.context or 0 for one in _trainings(recipe) for phase in one.phases)])
+    left = max(_SHORT_CHARS, _CHARS_A_TOKEN * longest)
+    for source in dict.fromkeys(_sources(recipe)):
+        for piece in sources.read(source, text_field=recipe.data.text_field):
+            left -= len(piece.text)
+            if left < 0:
+                return False
+    return True
+
+
+def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
+    """Make the samples that stages begin with."""
+    from halve.cut import trial
+    from halve.cut.plan.shapes import to_try
+    from halve.cut.score import calibration
+    from halve.preflight.sizes import shapes
+    from halve.text import corpus
+    from halve.text.course import open_course
+    from halve.text.mixture import open_mixture
+    from halve.text.opened import require_embedded
+
+    text = {"cache": cache, "tokenizer": teacher.tokenizer}
+    for split in ("train", "valid"):
+        require_embedded(recipe, teacher, split, cache=cache, progress=SILENT)
+    corpus.Samples(corpus.open_split(recipe, "valid", **text), recipe.data.context, recipe.seed)
+    mixture = open_mixture(recipe, **text)
+    vocab = teacher.config.get_text_config().vocab_size
+    calibration.check(mixture.calibration(recipe.score.samples), vocab=vocab)
+    for part, shape in zip(rounds(recipe), shapes(recipe, teacher), strict=True):
+        if to_try(shape.student, part.prune):
+            trial.require(len(mixture.calibration(max(part.prune.refit_samples, part.score.samples))))
+    for training in _trainings(recipe):
+        open_course(recipe, training, **text)
+
+
+def _trainings(recipe: Recipe) -> list[Training]:
+    found = [recipe.correct, *(part.distill for part in rounds(recipe))]
+    return [training for training in found if training is not None]
+
+
+def _texts(recipe: Recipe) -> list[Sequence[str]]:
+    """The sources of each token file."""
+    train = recipe.data.train
+    parts = [part.sources for part in train.values()] if isinstance(train, dict) else [train]
+    return [*parts, recipe.data.valid]
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    return [source for listed in _texts(recipe) for source in listed]

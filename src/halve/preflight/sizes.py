@@ -1,0 +1,52 @@
+"""What every round of a recipe makes of the model before it, from the teacher's config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from halve.anatomy import Anatomy, Arch, Counts, discover
+from halve.anatomy.configs import resized
+from halve.cut.plan.sizes import config_sizes, target
+from halve.cut.repair.rotate import student_anatomy
+from halve.model.checkpoint import Checkpoint
+from halve.recipe.rounds import rounds
+from halve.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one round cuts: the model before, the sizes after and, where the recipe names them, the kept layers."""
+
+    before: Anatomy
+    student: Anatomy
+    """What the student's sizes are those of: rotation may give it a head of its own."""
+    after: Arch
+    kept_layers: tuple[int, ...] | None
+
+    def counts(self, *, context: int = 4096) -> Counts:
+        """What the student costs."""
+        return self.student.ledger.count(self.after, kept_layers=self.kept_layers, context=context)
+
+    def config(self) -> PretrainedConfig:
+        """The student's; the first layers stand for those kept where they are not named yet."""
+        kept = tuple(range(self.after.layers)) if self.kept_layers is None else self.kept_layers
+        return resized(self.student.config, config_sizes(self.student, self.after), kept_layers=kept)
+
+
+def shapes(recipe: Recipe, teacher: Checkpoint) -> tuple[Shape, ...]:
+    """The sizes before and after every round, from the teacher's config alone.
+
+    Which layers a round drops may be known only when they are scored: until then the first ones stand for those
+    that are kept. Raises `CheckpointError`, `AnatomyError` and `PlanError`.
+    """
+    anatomy = teacher.anatomy
+    found: list[Shape] = []
+    for part in rounds(recipe):
+        own = student_anatomy(anatomy, part.prune)
+        after, kept = target(own, part.prune)
+        found.append(Shape(anatomy, own, after, kept))
+        if len(found) <= len(recipe.then):
+            anatomy = discover(found[-1].config())
+    return tuple(found)

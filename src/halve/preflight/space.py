@@ -1,0 +1,125 @@
+"""The disk plan: what a run holds at its fullest moment, stage by stage, before anything is written.
+
+    models       every stage's, in the precision of the checkpoint; they stay
+    states       masters and moments of a training that is going on: `keep_checkpoints` and one that is being written
+    caches       teachers' answers at most
+    text         tokens, about as many bytes as the text has; of a data set of the hub, of as many as are trained on
+
+Not counted: scores, hidden states that a refit spills (it says how many bytes before it does), reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from halve.errors import HalveError
+from halve.preflight.memory import dtype_of, moments
+from halve.preflight.rehearsal import Learned, learned
+from halve.preflight.sizes import Shape
+from halve.recipe.rounds import learns_from_previous, rounds
+from halve.recipe.schema import Recipe, Training
+from halve.text import sources
+from halve.text.schedule import spans
+from halve.train.teachers.answers import token_bytes
+
+_FLOAT32_BYTES = 4
+_NARROW_VOCAB = 2**16  # tokens of a larger one take four bytes instead of two
+
+
+@dataclass
+class _Timeline:
+    """What lies on the disk, and the most that ever did."""
+
+    held: int = 0
+    peak: int = 0
+
+    def make(self, num_bytes: int, *, state: int = 0, training: Training | None = None, context: int = 0) -> None:
+        """A stage that leaves so many bytes; while it trains, states of `state` bytes lie beside."""
+        written = 0
+        if training is not None:
+            steps = sum(span.steps for span in spans(training, context))
+            written = (steps - 1) // training.checkpoint_every + (training.on_spike == "rewind")
+            keep = training.keep_checkpoints
+            self.peak = max(self.peak, self.held + min(written, keep + 1) * state)
+            written = min(written, keep)
+        self.held += num_bytes
+        self.peak = max(self.peak, self.held + written * state)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a run's folder."""
+
+    model_bytes: int
+    """Models and training states, at the fullest moment."""
+    cache_bytes: int
+    text_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.model_bytes + self.cache_bytes + self.text_bytes
+
+
+def planned(recipe: Recipe, found: Sequence[Shape], *, cuda: bool) -> Disk:
+    """Plan a run from what every round cuts. Nothing is read but the sizes of files of text."""
+    teacher = found[0].before
+    itemsize, params = dtype_of(recipe, teacher.config).itemsize, teacher.ledger.count(teacher.sizes).params
+    line, context, whole = _Timeline(), recipe.data.context, params * itemsize
+    if recipe.correct is not None and recipe.corrects_before:
+        changed = learned(teacher.config, recipe.correct)
+        state = _state(recipe.correct, changed, changed.trained)
+        line.make(whole, state=state, training=recipe.correct, context=context)
+    for part, shape in zip(rounds(recipe), found, strict=True):
+        student, training = shape.counts().params, part.distill
+        own = student * itemsize
+        line.make(own)
+        if training is None:
+            continue
+        state, beside = _state(training, learned(shape.config(), training), student), 0
+        if recipe.correct is not None and recipe.corrects_beside:
+            beside = _state(recipe.correct, learned(teacher.config, recipe.correct), params)
+        for variant in ("student", *training.baselines):
+            if variant == "random_prune":
+                line.make(own)  # its start is a model of its own
+            made, states = own, state
+            if recipe.corrects_beside and variant != "ce":
+                made, states = made + whole, states + beside
+            line.make(made, state=states, training=training, context=context)
+    return Disk(line.peak, _cache_bytes(recipe, found, cuda=cuda), _text_bytes(recipe, teacher.sizes.vocab))
+
+
+def _state(training: Training, changed: Learned, weights: int) -> int:
+    """One checkpoint of a training: float32 weights, and the moments of those that it changes."""
+    return round(_FLOAT32_BYTES * weights + moments(training, changed))
+
+
+def _cache_bytes(recipe: Recipe, found: Sequence[Shape], *, cuda: bool) -> int:
+    """What caches take at most: samples that are drawn more than once are kept once, in the precision of products."""
+    total = 0
+    for number, part in enumerate(rounds(recipe), 1):
+        if part.distill is not None:
+            teacher = found[number - 1 if learns_from_previous(recipe, number) else 0].before.sizes
+            total += part.distill.tokens * token_bytes(
+                part.distill.cache,
+                hidden=teacher.hidden,
+                vocab=teacher.vocab,
+                samples=part.distill.cache_samples,
+                half=part.distill.precision == "bfloat16" or (cuda and part.distill.precision == "auto"),
+            )
+    return total
+
+
+def _text_bytes(recipe: Recipe, vocab: int) -> int:
+    listed = (*recipe.data.train_sources, *recipe.data.valid)
+    text = 0
+    for source in (one for one in listed if not one.startswith(sources.HUB)):
+        with suppress(HalveError):  # what is not there is told elsewhere
+            text += sum(path.stat().st_size for path in sources.files(source))
+    if any(source.startswith(sources.HUB) for source in listed):
+        trained = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
+        tokens = max((part.tokens for part in trained), default=recipe.score.samples * recipe.data.context)
+        text += tokens * (4 if vocab > _NARROW_VOCAB else 2)
+    return text

@@ -1,0 +1,146 @@
+"""The work of a run, stage by stage: tokens that go through models, and FLOPs, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from halve.anatomy import Arch
+from halve.cut import cost
+from halve.cut.cost import Costed, Work
+from halve.cut.layers.chosen import compares
+from halve.cut.plan.shapes import to_try
+from halve.cut.repair.rotate import turns
+from halve.model.checkpoint import Checkpoint
+from halve.preflight.sizes import Shape
+from halve.recipe.rounds import learns_from_previous, named, rounds
+from halve.recipe.schema import Recipe, Training
+from halve.stages.prune import CHECK_SAMPLES
+from halve.text import boundary
+from halve.text.schedule import spans
+from halve.train.loop import watch
+
+_UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
+
+
+def planned(recipe: Recipe, found: Sequence[Shape], teacher: Checkpoint) -> dict[str, Work]:
+    """By stage, in order; of a trial the most that it may take.
+
+    Forward is one unit, backward two: 3 for what is trained, 1 for the teacher.
+    """
+    done: dict[str, Work] = {}
+
+    def add(name: str, training: Training, per_token: Callable[[int], float]) -> None:
+        done[name] = Work(training.tokens, _over_phases(training, recipe.data.context, per_token))
+
+    if asked := boundary.documents(recipe, teacher):
+        tokens = sum(map(len, asked))
+        done["boundary"] = Work(tokens, tokens * _whole(found[0], max(map(len, asked))))
+    if recipe.correct and recipe.corrects_before:
+        add("correct", recipe.correct, watch.correcting(found[0].before, recipe.correct))
+    for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        cut = _cut(part, shape)
+        done |= {named(stage, number): work for stage, work in cut.items() if work.flops}
+        if part.distill is None:
+            continue
+        distill = named("distill", number)
+        if "random_prune" in part.distill.baselines:
+            done[f"{named('prune', number)} (random)"] = _cut_at_random(part, shape)
+        source = shape if learns_from_previous(recipe, number) else found[0]
+        alone = partial(_learning, shape)
+        taught = partial(_learning, shape, teacher=source)
+        if part.distill.cache != "none":  # the teacher runs once for all students; of its states logits are made
+            add(named("cache", number), part.distill, partial(_whole, source))
+            taught = partial(_reading, shape, source) if part.distill.cache == "hidden" else alone
+        add(distill, part.distill, taught)
+        for baseline in part.distill.baselines:
+            add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
+        if recipe.correct and recipe.corrects_beside:
+            corrected = watch.correcting(source.before, recipe.correct)(recipe.data.context)
+            learned = min(recipe.correct.tokens, part.distill.tokens)
+            for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
+                done[name] += Work(0, learned * corrected)
+    return done
+
+
+def trials(recipe: Recipe, found: Sequence[Shape]) -> tuple[tuple[Arch, ...], ...]:
+    """For every round the sizes that its trial chooses from, each once; none where nothing is tried."""
+    return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
+
+
+def _tried(part: Recipe, shape: Shape) -> tuple[Arch, ...]:
+    families = to_try(shape.student, part.prune, refused=_UNMARKED.get(part.score.method))
+    return tuple(dict.fromkeys(arch for family in families for arch in family))
+
+
+def _cut(part: Recipe, shape: Shape) -> dict[str, Work]:
+    """What scoring and pruning do in one round."""
+    before, after = _models(part, shape)
+    prune, score = part.prune, part.score
+    scored = cost.scoring(before, score) + _looked_at_borders(before, score.samples)
+    tried = _tried(part, shape)
+    removals = {before.arch.layers - arch.layers for arch in tried} if tried and compares(score) else set()
+    if not tried and shape.kept_layers is None:
+        removals = {before.arch.layers - after.arch.layers}
+    layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
+    turned = turns(shape.before, prune)
+    refit = Work()
+    if prune.refit != "none":
+        refit = cost.refitting(before, after, prune, samples=prune.refit_samples, turned=turned)
+    return {
+        "score": scored,
+        "layers": max(layers, key=lambda work: work.flops, default=Work()),
+        "trial": cost.trying(before, shape.student, prune, score, tried, turned=turned),
+        "prune": (cost.turning(before, prune) if turned else Work())
+        + cost.choosing(before, after.arch, prune, score)
+        + cost.gaining(before, after.arch, prune, samples=prune.refit_samples)
+        + cost.tying(before, after, prune, samples=prune.refit_samples, turned=turned)
+        + cost.measuring(before, after, samples=CHECK_SAMPLES),
+        "refit": refit,
+    }
+
+
+def _cut_at_random(part: Recipe, shape: Shape) -> Work:
+    before, after = _models(part, shape)
+    gains = cost.gaining(before, after.arch, part.prune, samples=part.prune.refit_samples)
+    return gains + cost.measuring(before, after, samples=CHECK_SAMPLES)
+
+
+def _models(part: Recipe, shape: Shape) -> tuple[Costed, Costed]:
+    context = part.data.context
+    return (
+        Costed(shape.before, shape.before.sizes, context),
+        Costed(shape.student, shape.after, context, shape.kept_layers),
+    )
+
+
+def _looked_at_borders(model: Costed, samples: int) -> Work:
+    tokens = min(boundary.BORDER_SAMPLES, samples) * model.context
+    return Work(tokens, tokens * model.whole)
+
+
+# ---- a token of training
+
+
+def _whole(shape: Shape, context: int) -> int:
+    """FLOPs a token of the model that a round cuts."""
+    return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
+
+
+def _learning(shape: Shape, context: int, *, teacher: Shape | None = None) -> int:
+    """FLOPs a token of a round's student in training, with the teacher that it follows."""
+    own = 3 * shape.counts(context=context).flops_per_token
+    return own if teacher is None else own + _whole(teacher, context)
+
+
+def _reading(shape: Shape, teacher: Shape, context: int) -> int:
+    """The same where the teacher's hidden states are read."""
+    return _learning(shape, context) + 2 * teacher.before.sizes.vocab * teacher.before.sizes.hidden
+
+
+def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:
+    """The work of a training whose phases may differ in context."""
+    found = spans(training, context)
+    ends = [*(span.tokens_before for span in found[1:]), training.tokens]
+    parts = zip(found, ends, strict=True)
+    return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))

@@ -1,0 +1,1 @@
+"""Which process is this, what may it start, and how does it end?"""

@@ -1,0 +1,131 @@
+"""Fresh processes that find the code this one finds, and none in folders that hold what people bring.
+
+Python looks for code in the working folder first, in `python -c` and in whatever multiprocessing starts: a `torch.py`
+that lies there would be run. So fresh processes are started here only. They search where this process searches, without
+the working folder and without folders that were `distrust`ed: those of recipes and models. What PYTHONPATH or the
+user's own site installs stays, because that environment is the user's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from halve.process.interrupts import uninterrupted
+
+_distrusted: set[str] = set()
+
+
+def distrust(folder: str | Path) -> None:
+    """From now on no fresh process looks for code in this folder."""
+    _distrusted.add(os.path.realpath(folder))
+
+
+def search_path(*, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Where this process looks for code, less the working folder and what is distrusted, but for `keep`."""
+    shut = {os.path.realpath(os.curdir), *_distrusted} - keep
+    return [entry for entry in sys.path if os.path.realpath(entry) not in shut]
+
+
+def python(code: str, *words: str) -> str:
+    """Run code in a process that knows nothing of this one; gives the last line of its complaint, "" for none."""
+    command = [sys.executable, "-P", "-c", code, *words]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **_environment(search_path())},
+    )
+    if not done.returncode:
+        return ""
+    return (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode} and no message"])[-1]
+
+
+def pool(workers: int, begin: Callable[..., object], *arguments: Any) -> ProcessPoolExecutor:
+    """Processes that wait for work, each made ready by `begin(*arguments)`. Ctrl-C is this process's to answer.
+
+    They are spawned: a forked copy of a process whose libraries have threads may hang.
+    """
+    with _shut():  # the locks of a pool have a process of their own
+        return _Pool(workers, mp_context=_Context(), initializer=begin, initargs=arguments)
+
+
+def shut_program() -> None:
+    """Keep the working folder out of this process and all that it starts; for programs, not for libraries."""
+    sys.path[:] = search_path()
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if "PYTHONPATH" in os.environ:
+        listed = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(e for e in listed if os.path.realpath(e) != os.getcwd())
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *work: Any, **options: Any) -> Future[Any]:
+        with uninterrupted():  # it may start a process, which complains when it is told half of what to do
+            return super().submit(*work, **options)
+
+
+class _Process(SpawnProcess):
+    def start(self) -> None:
+        with _shut(), _deaf():
+            super().start()
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+@contextmanager
+def _shut() -> Iterator[None]:
+    """Within, multiprocessing starts processes that search where they should."""
+    path, before = sys.path, {key: os.environ.get(key) for key in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    sys.path = _program_path()
+    os.environ.update(_environment(sys.path))
+    try:
+        yield
+    finally:
+        sys.path = path
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Within, processes are started that never hear of Ctrl-C, not even while they wake up."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _program_path() -> list[str]:
+    """The search path of processes that go on with this program: its main module is theirs, too, and so is halve."""
+    main, home = sys.modules["__main__"], os.path.realpath(Path(__file__).parents[2])
+    keep = {home}
+    if (file := getattr(main, "__file__", None)) is not None:
+        name = "" if main.__spec__ is None else main.__spec__.name
+        keep.add(os.path.realpath(Path(file).absolute().parents[name.count(".")]))
+    found = search_path(keep=frozenset(keep))
+    return found if home in map(os.path.realpath, found) else [*found, home]
+
+
+def _environment(path: list[str]) -> dict[str, str]:
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}

@@ -1,0 +1,1 @@
+"""What did the user ask? Reads recipes; needs no torch."""

@@ -1,0 +1,43 @@
+"""Rounds of iterative compression: prune, distill, prune the student again (2407.14679: 15B to 8B to 4B).
+
+Each round reads like a recipe of its own, on the last student. Its stages and models carry its number from
+the second round on: prune-2, distill-2-ce; pruned-2, ce-2.
+"""
+
+from __future__ import annotations
+
+from halve.recipe.schema import Recipe
+
+
+def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
+    """The recipe of each round: the run's own, with that round's `prune` and `distill` and without `then`."""
+    first = recipe.model_copy(update={"then": ()})
+    return (
+        first,
+        *(first.model_copy(update={"prune": step.prune, "distill": step.distill}) for step in recipe.then),
+    )
+
+
+def learns_from_previous(recipe: Recipe, number: int) -> bool:
+    """Whether the student of round `number` (from 1) learns from the last student instead of the run's teacher."""
+    return number > 1 and recipe.then[number - 2].teacher == "previous"
+
+
+def named(base: str, number: int, variant: str = "") -> str:
+    """The name of a stage or a model in round `number`.
+
+    >>> named("prune", 1), named("distill", 2, "ce"), named("distilled", 3)
+    ('prune', 'distill-2-ce', 'distilled-3')
+    """
+    return "-".join(part for part in (base, str(number) if number > 1 else "", variant) if part)
+
+
+def parsed(name: str) -> tuple[str, int, str]:
+    """The base, the round and the variant of a name that `named` gave.
+
+    >>> parsed("prune"), parsed("distill-2-ce"), parsed("distill-ce")
+    (('prune', 1, ''), ('distill', 2, 'ce'), ('distill', 1, 'ce'))
+    """
+    base, _, rest = name.partition("-")
+    number, _, variant = rest.partition("-")
+    return (base, int(number), variant) if number.isdigit() else (base, 1, rest)

@@ -1,0 +1,137 @@
+"""The report's sections that are drawings alone: how the students learned, and what was important.
+
+Nothing here reads a file. A section whose facts are missing is None.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halve.report import plots
+from halve.report.plots import Number, Series
+from halve.report.sections import SUBJECT, Facts, Figure, Section, color, label
+
+_CURVE_POINTS = 160
+_RANKED_COLUMNS = 32
+
+
+# ---- learning ------------------------------------------------------------------------------------------------
+
+
+def learning(logs: Mapping[str, Sequence[Facts]]) -> Section | None:
+    """Loss against tokens, by the name of the model that learned."""
+    students = {name: log for name, log in logs.items() if name != "corrected"}
+    kl = _heldout(students, "kl")
+    ce = _heldout(students, "ce")
+    found = []
+    if kl:
+        positive = all(y > 0 for one in kl for _, y in one.points)
+        svg = plots.curves(kl, title="Held-out KL to the teacher", x_label="tokens", log_y=positive)
+        found.append(Figure("Held-out KL to the teacher", "Nats per token, on a logarithmic scale.", svg))
+    if ce:
+        svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
+        found.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
+    own = [one for name in students if color(name) == SUBJECT and (one := _losses(name, students[name]))]
+    if own:
+        svg = plots.curves(own, title="Training loss", x_label="tokens")
+        found.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
+    correction = _heldout({n: log for n, log in logs.items() if n == "corrected"}, "ce")
+    if correction:
+        shown = [Series("Teacher", one.color, one.points) for one in correction]
+        svg = plots.curves(shown, title="Teacher correction", x_label="tokens")
+        found.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
+    note = "All students see the same tokens in the same order; held-out figures are on a small fixed set of samples."
+    return Section("Learning", note, figures=tuple(found)) if found else None
+
+
+def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
+    found = []
+    for name, log in logs.items():
+        points = [
+            (float(line["tokens"]), float(line["heldout"][metric]))
+            for line in log
+            if (line.get("heldout") or {}).get(metric) is not None
+        ]
+        if len(points) > 1:
+            found.append(Series(label(name).split(",")[0], color(name), tuple(points)))
+    return found
+
+
+def _losses(name: str, log: Sequence[Facts]) -> Series | None:
+    steps = [(float(line["tokens"]), float(line["loss"])) for line in log if line.get("loss") is not None]
+    if len(steps) < 2:
+        return None
+    width = math.ceil(len(steps) / _CURVE_POINTS)
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    points = tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
+    return Series(label(name).split(",")[0], color(name), points)
+
+
+# ---- importance ----------------------------------------------------------------------------------------------
+
+
+def importance(
+    scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None, *, title: str = "Importance"
+) -> Section | None:
+    """Importance by axis and layer, and where the cut falls. `scores` are numpy arrays by axis."""
+    if not scores:
+        return None
+    num_layers = len(scores["layers"])
+    layers = set(plan["layers"]) if plan else set(range(num_layers))
+    names = [str(i) if i in layers else f"{i} \N{MULTIPLICATION SIGN}" for i in range(num_layers)]
+    place = {layer: i for i, layer in enumerate(plan["layers"])} if plan else {}
+    found = []
+    kept = [i in layers for i in range(num_layers)]
+    name = "Layers: block influence"
+    svg = plots.bars(scores["layers"].tolist(), kept, title=name, x_label="layer")
+    found.append(Figure(name, "1 - cosine between a layer's input and output. Outlined: dropped.", svg))
+    if "hidden" in scores:
+        values = scores["hidden"].tolist()
+        num_kept = len(plan["hidden"]) if plan else len(values)
+        svg = plots.profile(values, num_kept, title="Hidden channels by importance", x_label="channels, best first")
+        found.append(Figure("Hidden channels", "One ranking for the whole network.", svg))
+    if "ffn" in scores:
+        cut_at = plan["after"]["ffn"] / plan["before"]["ffn"] if plan else 1
+        svg = plots.ranked(
+            [_shades(row.tolist()) for row in scores["ffn"]],
+            names,
+            title="ffn neurons by importance in each layer",
+            x_label="share of the layer's neurons, best first",
+            cut_at=cut_at if cut_at < 1 else None,
+        )
+        words = "A row a layer; from a quarter of the layer's median (pale) to four times it (full)."
+        found.append(Figure("ffn neurons", words, svg))
+    if "heads" in scores:
+        heads = scores["heads"]
+        keeps = [
+            [not plan or (i in place and j in plan["heads"][place[i]]) for j in range(heads.shape[1])]
+            for i in range(num_layers)
+        ]
+        svg = plots.grid(
+            [(row / max(float(row.max()), 1e-30)).tolist() for row in heads],
+            keeps,
+            names,
+            title="Attention heads by importance",
+            x_label="head, in groups that share keys and values",
+            group=heads.shape[1] // max(1, scores["kv_heads"].shape[1]) if "kv_heads" in scores else 1,
+        )
+        found.append(Figure("Attention heads", "Relative to the layer's strongest. Outlined: cut.", svg))
+    words = "From one forward pass over the calibration samples; scores compare within one layer only."
+    if about.get("batch_agg"):
+        words += f" Aggregated by {about['batch_agg']} over samples, {about['seq_agg']} over tokens."
+    if len(layers) < num_layers:
+        words += " \N{MULTIPLICATION SIGN} marks dropped layers."
+    return Section(title, words, figures=tuple(found))
+
+
+def _shades(values: Sequence[Number]) -> list[Number]:
+    """Ranked values in at most `_RANKED_COLUMNS` columns: log2 of the ratio to the median, -2 to 2 made 0 to 1."""
+    ordered = sorted(values, reverse=True)
+    middle = max(ordered[len(ordered) // 2], 1e-30)
+    columns = min(_RANKED_COLUMNS, len(ordered))
+    edges = [round(i * len(ordered) / columns) for i in range(columns + 1)]
+    means = [sum(ordered[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    return [min(max((math.log2(max(mean, 1e-30) / middle) + 2) / 4, 0.0), 1.0) for mean in means]

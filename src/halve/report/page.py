@@ -1,0 +1,257 @@
+"""The report: one HTML page and a model card, from the run folder and nothing else.
+
+The page needs no network, no script and no second file; the same run folder gives the same bytes. A stage
+that has not finished is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from safetensors import safe_open
+
+from halve.disk import plain_json
+from halve.disk.files import atomic_file, read_json, read_object
+from halve.disk.rundir import MANIFEST, RECIPE, read_manifest, sound
+from halve.model.card import CARD, license_of
+from halve.recipe import strict_yaml
+from halve.recipe.rounds import named, parsed
+from halve.report import charts, sections
+from halve.report.plots import figure
+from halve.report.sections import Section, Table
+
+STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
+"""In the order of the page; their variants, such as distill-ce, follow them."""
+
+READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
+"""Of a stage's files, those that the page is made from."""
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("halve", "templates"),
+    autoescape=jinja2.select_autoescape(("html.j2",)),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a round's scores and plan say; what has not finished is None or empty."""
+
+    plan: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
+    about_scores: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says; parts of stages that have not finished are empty or None."""
+
+    recipe: Mapping[str, Any]
+    manifests: Mapping[str, Mapping[str, Any]]
+    cuts: tuple[Cut, ...]
+    results: Mapping[str, Any] | None
+    logs: Mapping[str, Sequence[Mapping[str, Any]]]
+    license: Mapping[str, str]
+
+
+def write(run: Path, out: Path) -> None:
+    """Write `out/report.html` and the model card `out/README.md` from the run folder `run`.
+
+    Raises `RunError` naming a file that is there and cannot be read, or if `run` holds no recipe.
+    """
+    facts = read(run)
+    for template, name in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
+        text = _PAGES.get_template(template).render(_view(facts))
+        with atomic_file(Path(out) / name) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+
+def read(run: Path) -> Run:
+    """Read a run folder, finished stages only."""
+    run = Path(run)
+    manifests = {path.parent.name: read_manifest(path.parent) for path in sorted(run.glob(f"[!.]*/{MANIFEST}"))}
+    manifests = {name: manifests[name] for name in sorted(manifests, key=_order) if name != "report"}
+
+    def file(stage: str, name: str) -> Path | None:
+        assert name in READS
+        if name not in manifests.get(stage, {}).get("files", {}):
+            return None
+        return sound(run / stage, manifests[stage], name)
+
+    def part(stage: str, name: str) -> Any:
+        path = file(stage, name)
+        return None if path is None else read_json(path)
+
+    def cut(number: int) -> Cut:
+        # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
+        files = [file(stage, "scores.safetensors") for stage in (named("prune", number), named("score", number))]
+        scores, about = next((_scores(path) for path in files if path is not None), (None, {}))
+        return Cut(part(named("prune", number), "plan.json"), scores, about)
+
+    logs = {
+        _model_name(stage): _lines(path) for stage in manifests if (path := file(stage, "metrics.jsonl")) is not None
+    }
+    recipe = read_object(run / RECIPE)
+    cards = [card for stage in manifests if (card := file(stage, f"model/{CARD}")) is not None]
+    license = license_of(cards[0].parent) if cards else {}
+    cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
+    return Run(recipe, manifests, cuts, part("evaluate", "results.json"), logs, license)
+
+
+def _order(stage: str) -> tuple[bool, int, int, str]:
+    """Round by round; within one in the order of `STAGES`; the whole run's evaluation last."""
+    base, number, variant = parsed(stage)
+    place = STAGES.index(base) if base in STAGES else len(STAGES)
+    return (place >= STAGES.index("evaluate"), number, place, variant)
+
+
+def _model_name(stage: str) -> str:
+    """The evaluation's name of the model that a training stage makes."""
+    base, number, variant = parsed(stage)
+    return named(variant or {"correct": "corrected", "distill": sections.SUBJECT}.get(base, base), number)
+
+
+def _scores(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    with safe_open(path, framework="numpy") as file:
+        about = plain_json.parse((file.metadata() or {}).get("about", "{}"))
+        axes = [axis for axis in ("layers", "hidden", "ffn", "heads", "kv_heads") if axis in file.keys()]  # noqa: SIM118
+        return {axis: file.get_tensor(axis) for axis in axes}, about
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [plain_json.parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _view(run: Run) -> dict[str, Any]:
+    """What the templates show."""
+    pair = sections.ends(run.results)
+    name = str(run.recipe["name"])
+    found = (
+        sections.quality(run.results),
+        sections.shapes([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
+        sections.speed(run.results),
+        charts.learning(run.logs),
+        *(
+            charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))
+            for number, cut in enumerate(run.cuts, 1)
+        ),
+        sections.completions(run.results),
+    )
+    versions: Mapping[str, str] = next(
+        (m["versions"] for m in reversed(list(run.manifests.values())) if m.get("versions")), {}
+    )
+    model = str(run.recipe["model"])
+    headline = f"A run of {name}"
+    if pair is not None:
+        headline = f"From {figure(pair[0]['params'])} parameters to {figure(pair[1]['params'])}"
+    return {
+        "name": name,
+        "headline": headline,
+        "lead": _lead(run),
+        "tiles": [{"unit": "", "factor": ""} | tile for tile in sections.tiles(run.results)],
+        "sections": [section for section in found if section is not None],
+        "recipe_yaml": strict_yaml.dump(_shown(run.recipe)).rstrip(),
+        "stages": [_stage(stage, manifest) for stage, manifest in run.manifests.items()],
+        "facts": _provenance(run, versions),
+        "version": versions.get("halve", ""),
+        "teacher": _short(model),
+        "base_model": model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else "",
+        "license": strict_yaml.dump(dict(run.license)).rstrip() if run.license else "",
+        "tables": [_markdown(section) for section in found[:3] if section is not None and section.table],
+    }
+
+
+def _numbered(title: str, number: int) -> str:
+    return title if number == 1 else f"{title}, round {number}"
+
+
+def _lead(run: Run) -> list[tuple[str, bool]]:
+    """The run in two sentences, as (text, is strong) pieces."""
+    pair = sections.ends(run.results)
+    if run.results is None or pair is None:
+        return []
+    before, after = pair
+    kept = sections.share(after["non_embedding_params"], before["non_embedding_params"])
+    pieces = [(kept, True), (f" of the non-embedding parameters of {_short(str(run.recipe['model']))} remain. ", False)]
+    last = sections.subject(run.results) or ""
+    subject = "distilled student" if sections.color(last) == sections.SUBJECT else "pruned model"
+    bpb = sections.estimate(after["bits_per_byte"])
+    pm = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{bpb.error}" if bpb.error else ""
+    pieces += [(f"The {subject} needs ", False), (f"{bpb.value}{pm}", True), (" bits per byte", False)]
+    cut = named("pruned", parsed(last)[1])
+    others = [
+        f"{sections.estimate(one['bits_per_byte']).value} {words}"
+        for name, words in ((cut, "straight after the cut"), (run.results["reference"], "for its teacher"))
+        if (one := run.results["models"].get(name)) is not None and one is not after
+    ]
+    against = f", against {' and '.join(others)}" if others else ""
+    return [*pieces, (f"{against}.", False)]
+
+
+def _stage(stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    files = manifest.get("files") or {}
+    return {
+        "name": stage,
+        "key": str(manifest.get("key", ""))[:12],
+        "seed": manifest.get("seed", ""),
+        "files": len(files),
+        "size": sections.size(sum(entry["size"] for entry in files.values())) if files else "-",
+    }
+
+
+def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
+    facts = [(name, version) for name, version in versions.items()]
+    for number, cut in enumerate(run.cuts, 1):
+        if cut.about_scores.get("model"):
+            facts.append((_numbered("scored weights", number), cut.about_scores["model"]))
+            facts.append((_numbered("calibration samples", number), cut.about_scores["samples"]))
+    if run.results is not None:
+        facts.append(("held-out tokens", str(run.results["samples"]["fingerprint"])))
+        facts.append(("machine", sections.machine_words(run.results["machine"])))
+    for stage in (named(base, number) for number in range(len(run.cuts), 0, -1) for base in ("distill", "prune")):
+        files = (run.manifests.get(stage) or {}).get("files") or {}
+        facts += [(f"{stage}/{name}", f["sha256"]) for name, f in files.items() if name.endswith(".safetensors")]
+    return facts
+
+
+def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what is not set and without the folders of whoever ran it, which may be private."""
+    shown: dict[str, Any] = {key: _set(part) for key, part in recipe.items() if part is not None}
+    if not shown.get("then"):
+        shown.pop("then", None)
+    shown["model"] = _short(shown["model"])
+    if shown.get("score", {}).get("depth_task"):
+        shown["score"]["depth_task"] = _short(shown["score"]["depth_task"])
+    for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):
+        if key in shown.get(section, {}):
+            shown[section][key] = [_short(path) for path in shown[section][key]]
+    return shown
+
+
+def _set(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {key: _set(value) for key, value in part.items() if value is not None}
+    return [_set(one) for one in part] if isinstance(part, list) else part
+
+
+def _short(text: str) -> str:
+    return Path(text).name if text.startswith(("/", "~")) or Path(text).is_absolute() else text
+
+
+def _markdown(section: Section) -> dict[str, str]:
+    assert section.table is not None
+    return {"title": section.title, "note": section.note, "text": _markdown_table(section.table)}
+
+
+def _markdown_table(table: Table) -> str:
+    lines = ["| " + " | ".join(table.head) + " |", "|---" + "|---:" * (len(table.head) - 1) + "|"]
+    for row in table.rows:
+        cells = [f"{cell.value} ± {cell.error}" if cell.error else cell.value for cell in row.cells]
+        label = f"**{row.label}**" if row.subject else row.label
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,397 @@
+"""The report's sections: a run's facts made into words, tables and figures (those of curves and maps: `charts`).
+
+Nothing here reads a file. A section whose facts are missing is None.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from halve.recipe.rounds import parsed
+from halve.report import plots
+from halve.report.plots import Interval, Number, figure
+from halve.report.tables import accuracies
+
+LABELS = {
+    "teacher": "Teacher",
+    "corrected": "Corrected teacher",
+    "pruned": "Pruned, untrained",
+    "distilled": "Distilled student",
+    "ce": "Trained with CE",
+    "random_init": "Random start",
+    "random_prune": "Random cut",
+}
+CONTROLS = {
+    "ce": "the same cut, trained on the text alone with cross-entropy",
+    "random_init": "the student's sizes with random weights, distilled",
+    "random_prune": "a cut at random of the same sizes, distilled",
+}
+SUBJECT = "distilled"
+_SHOWN = ("teacher", "corrected", "pruned", "distilled")
+
+Facts = Mapping[str, Any]
+
+
+def label(name: str) -> str:
+    """What a model is called on the page: that of the second round is a Distilled student 2."""
+    base, number, _ = parsed(name)
+    return LABELS.get(base, base) + (f" {number}" if number > 1 else "")
+
+
+def color(name: str) -> str:
+    """The color's class: the same in every round."""
+    return parsed(name)[0]
+
+
+def subject(results: Facts) -> str | None:
+    """The model that came out: the last round's distilled student, or else its pruned one."""
+    found = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
+    return max(found, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table, with its standard error as text; `clear` if it is beyond two of them from zero."""
+
+    value: str
+    error: str = ""
+    clear: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    cells: tuple[Cell, ...]
+    color: str = ""
+    subject: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    head: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    note: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: str
+    texts: tuple[Facts, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with any of: a note, a table, a second table under a note of its own, figures, completions."""
+
+    title: str
+    note: str = ""
+    table: Table | None = None
+    between: str = ""
+    second: Table | None = None
+    figures: tuple[Figure, ...] = ()
+    completions: tuple[Completion, ...] = field(default=())
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------
+
+
+def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) -> Cell:
+    """A figure to the second digit of its standard error; a share is given in percent, without the sign."""
+    if not one or one.get("value") is None:
+        return Cell("-")
+    scale = 100 if percent else 1
+    value, stderr = one["value"] * scale, (one.get("stderr") or 0) * scale
+    places = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 3
+    places = min(max(places, 0), 1 if percent else 4)
+    sign = "+" if signed and value > 0 else ""
+    text = f"{sign}{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
+    return Cell(text, f"{stderr:.{places}f}" if stderr > 0 else "", signed and abs(value) > 2 * stderr)
+
+
+def size(num_bytes: Number) -> str:
+    """Bytes with a decimal unit."""
+    return figure(num_bytes).replace("k", " k").replace("M", " M").replace("B", " G").replace("T", " T") + (
+        " B" if abs(num_bytes) < 999.5 else "B"
+    )
+
+
+def times(ratio: Number) -> str:
+    """A factor such as 1.8x."""
+    return f"{figure(ratio)}\N{MULTIPLICATION SIGN}"
+
+
+def share(part: Number, whole: Number) -> str:
+    """A share in percent."""
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+# ---- before and after ----------------------------------------------------------------------------------------
+
+
+def ends(results: Facts | None) -> tuple[Facts, Facts] | None:
+    """The first model, which went in, and the one that came out."""
+    last = subject(results) if results else None
+    return None if not results or last is None else (next(iter(results["models"].values())), results["models"][last])
+
+
+def tiles(results: Facts | None) -> list[dict[str, str]]:
+    """The headline figures: what went in, what came out."""
+    pair = ends(results)
+    if results is None or pair is None:
+        return []
+    before, after = pair
+    found = [
+        _tile("Parameters", before["params"], after["params"], figure),
+        _tile("Without embeddings", before["non_embedding_params"], after["non_embedding_params"], figure),
+        _tile("Weights", before["weight_bytes"], after["weight_bytes"], size),
+    ]
+    if before.get("speed") and after.get("speed"):
+        for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
+            old, new = (one["speed"][f"{key}_tokens_per_second"] for one in pair)
+            found.append(_tile(label, old, new, figure) | {"unit": "tok/s", "factor": times(new / old)})
+    # against what the student learned from: the corrected teacher knows this text better than the one that went in
+    taught = results["models"][results["reference"]]
+    old, new = (one["bits_per_byte"]["value"] for one in (taught, after))
+    found.append({"label": "Bits per byte", "after": figure(new), "before": f"its teacher: {figure(old)}"})
+    for task in after["choices"]:
+        old, new = (100 * one["choices"][task]["value"] for one in (taught, after))
+        found.append({"label": _task(task), "after": f"{new:.1f} %", "before": f"its teacher: {old:.1f} %"})
+    if after.get("agreement"):
+        agreement = estimate(after["agreement"], percent=True).value
+        found.append(
+            {"label": "Same first choice", "after": f"{agreement} %", "before": "for the next token as its teacher"}
+        )
+    return found
+
+
+def _tile(label: str, before: Number, after: Number, spell: Callable[[Number], str]) -> dict[str, str]:
+    return {"label": label, "after": spell(after), "before": f"from {spell(before)}", "factor": share(after, before)}
+
+
+def shapes(plans: Sequence[Facts], results: Facts | None) -> Section | None:
+    """Sizes by axis before and after each round, and what was cut."""
+    if not plans:
+        return None
+    sizes = [plans[0]["before"], *(plan["after"] for plan in plans)]
+    rows = []
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
+        rows.append(_sizes_row(axis, [one[axis] for one in sizes], lambda n: f"{n:,}"))
+    caches = [4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in sizes]
+    rows.append(_sizes_row("key-value cache per token, 16 bit", caches, size))
+    models = _cut_models(results, len(plans))
+    if models:
+        for name, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
+            rows.append(_sizes_row(name, [one[key] for one in models], lambda n: f"{n:,}"))
+        rows.append(_sizes_row("weights", [one["weight_bytes"] for one in models], size))
+    after = ("after",) if len(plans) == 1 else tuple(f"round {i}" for i in range(1, len(plans) + 1))
+    words = [_cut_words(plan) for plan in plans]
+    if len(plans) > 1:
+        words = [f"Round {i}: {text}" for i, text in enumerate(words, 1)]
+    note = f"A {plans[0]['family']} model. " + " ".join(words)
+    return Section("What was cut", note.rstrip(), Table(("", "before", *after, "kept"), tuple(rows)))
+
+
+def _cut_models(results: Facts | None, count: int) -> list[Facts]:
+    """The model that went in and the pruned one of each round; none if one of them was not measured."""
+    if not results:
+        return []
+    pruned = {parsed(name)[1]: one for name, one in results["models"].items() if color(name) in (SUBJECT, "pruned")}
+    if set(pruned) != set(range(1, count + 1)):
+        return []
+    return [next(iter(results["models"].values())), *(pruned[i] for i in range(1, count + 1))]
+
+
+def _sizes_row(name: str, sizes: Sequence[Number], spell: Callable[[Number], str]) -> Row:
+    old, new = sizes[0], sizes[-1]
+    kept = Cell("unchanged" if old == new else share(new, old))
+    return Row(name, (*(Cell(spell(one)) for one in sizes), kept))
+
+
+def _cut_words(plan: Facts) -> str:
+    dropped = sorted(set(range(plan["before"]["layers"])) - set(plan["layers"]))
+    words = []
+    if dropped:
+        words.append(f"Dropped {'layers' if len(dropped) > 1 else 'layer'} {_ranges(dropped)}, counted from 0.")
+    trimmed = [axis for axis in ("hidden", "ffn", "heads", "kv_heads") if plan["before"][axis] != plan["after"][axis]]
+    if trimmed:
+        words.append(f"Trimmed {', '.join(trimmed)}.")
+    if "hidden" in trimmed:
+        words.append(f"Norm gain: {plan['gain']}.")
+    return " ".join(words)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+# ---- quality and speed ---------------------------------------------------------------------------------------
+
+
+def quality(results: Facts | None) -> Section | None:
+    """Every model on the same held-out samples, with standard errors, and the differences in pairs."""
+    if not results:
+        return None
+    models = results["models"]
+    reference: str = results["reference"]
+    first = next(iter(models.values()))
+    tasks, columns = list(first["choices"]), list(accuracies(first))
+    rows = []
+    for name, one in models.items():
+        cells = [estimate(one["perplexity"]), estimate(one["bits_per_byte"])]
+        cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
+        cells += [estimate(accuracies(one).get(column), percent=True) for column in columns]
+        rows.append(Row(label(name), tuple(cells), color(name), name == subject(results)))
+    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(columns))
+    samples = results["samples"]
+    note = (
+        f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
+        f"KL in nats per token, from the {_lower(label(reference))}. ± is one standard error."
+    ) + controls(models)
+    note += " acc and acc_norm are by lm-evaluation-harness's rules." * (len(columns) > len(tasks))
+    found = [
+        _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
+        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token; 0: the same."),
+        _dot_plot(
+            {name: one.get("agreement") for name, one in models.items()},
+            "Same first choice as the teacher",
+            "Percent of tokens.",
+            scale=100,
+        ),
+        *(
+            _dot_plot(
+                {name: one["choices"].get(task) for name, one in models.items()},
+                _task(task),
+                f"Accuracy in percent over {first['choices'][task]['items']} items.",
+                scale=100,
+            )
+            for task in tasks
+        ),
+    ]
+    between, second = _differences(results.get("differences"), tasks)
+    figures = tuple(one for one in found if one is not None)
+    return Section("Quality", note, Table(head, tuple(rows)), between, second, figures)
+
+
+def controls(names: Iterable[str]) -> str:
+    """What the controls among these models are, in words."""
+    known = [base for base in dict.fromkeys(map(color, names)) if base in CONTROLS]
+    return "".join(f" {LABELS[base]}: {CONTROLS[base]}." for base in known)
+
+
+def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, Table | None]:
+    if not differences or not differences["against"]:
+        return "", None
+    rows = []
+    for name, one in differences["against"].items():
+        cells = [estimate(one.get("nll"), signed=True), estimate(one.get("kl"), signed=True)]
+        cells.append(estimate(one.get("agreement"), percent=True, signed=True))
+        cells += [estimate(one["choices"].get(task), percent=True, signed=True) for task in tasks]
+        rows.append(Row(f"minus {_lower(label(name))}", tuple(cells), color(name)))
+    words = (
+        "The distilled student minus each other model, sample by sample, with the standard error of the pairs: "
+        "all saw the same text, so these are sharper than the table above. Colored: beyond two standard errors."
+    )
+    head = ("distilled student", "nats per token", "KL to teacher", "same first choice, %", *_percent(tasks))
+    return words, Table(head, tuple(rows))
+
+
+def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, scale: int = 1) -> Figure | None:
+    rows = []
+    for name, one in estimates.items():
+        if one and one.get("value") is not None:
+            stderr = one.get("stderr")
+            error = None if stderr is None else stderr * scale
+            rows.append(Interval(label(name), color(name), one["value"] * scale, error))
+    if not rows:
+        return None
+    return Figure(title, f"{words} Whiskers: two standard errors.", plots.dots(rows, title=title))
+
+
+def speed(results: Facts | None) -> Section | None:
+    """Tokens per second and memory, before and after."""
+    pair = ends(results)
+    if results is None or pair is None or not all(one.get("speed") for one in pair):
+        return None
+    before, after = (one["speed"] for one in pair)
+    rows = []
+    for label, key, spell in (
+        ("prefill, tokens per second", "prefill_tokens_per_second", figure),
+        ("decode, tokens per second", "decode_tokens_per_second", figure),
+        ("peak memory", "peak_memory_bytes", size),
+    ):
+        cells = (Cell(spell(before[key])), Cell(spell(after[key])), Cell(times(after[key] / before[key])))
+        rows.append(Row(label, cells))
+    test, machine = results["speed_test"], results["machine"]
+    note = (
+        f"Plain transformers on {machine_words(machine)}, {timed_dtype(pair)}: "
+        f"batch {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new ones; the median of "
+        f"{test['repeats']} interleaved repeats. Peak memory is weights and the most that tensors take at once."
+    )
+    return Section("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
+
+
+def machine_words(machine: Facts) -> str:
+    """What a run was measured on."""
+    threads = machine["threads"]
+    return f"{machine['device']}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def timed_dtype(pair: tuple[Facts, Facts]) -> str:
+    """The precision that both were timed in."""
+    first, second = (str(one["dtype"]) for one in pair)
+    return first if first == second else f"{first} and {second}"
+
+
+# ---- completions ---------------------------------------------------------------------------------------------
+
+
+def completions(results: Facts | None) -> Section | None:
+    """What teacher, pruned and distilled model write after the recipe's prompts."""
+    if not results or not results["completions"]:
+        return None
+    found = []
+    for one in results["completions"]:
+        texts = [
+            {"label": label(name), "color": color(name), "text": _folded(text)}
+            for name, text in one["texts"].items()
+            if color(name) in _SHOWN
+        ]
+        found.append(Completion(one["prompt"], tuple(texts)))
+    return Section(
+        "What they write",
+        "Greedy continuations of the recipe's prompts (gray); blank lines are folded.",
+        completions=tuple(found),
+    )
+
+
+def _folded(text: str) -> str:
+    """Without runs of blank lines, which weak models love and which would push everything else off the screen."""
+    return re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", text).rstrip()
+
+
+def _task(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").capitalize()
+
+
+def _percent(tasks: Sequence[str]) -> list[str]:
+    return [f"{_task(task)}, %" for task in tasks]
+
+
+def _lower(label: str) -> str:
+    return label[:1].lower() + label[1:]

@@ -1,0 +1,337 @@
+"""Tables for people: what the command prints on stdout. With --json the same figures as plain data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from halve.errors import HalveError
+from halve.process.waits import bytes_
+
+if TYPE_CHECKING:
+    from halve.anatomy import Anatomy, Arch
+    from halve.cut.plan.sizes import Candidate
+    from halve.cut.proof.prove import Proof
+    from halve.preflight.forecast import Forecast
+    from halve.preflight.memory import Memory
+    from halve.recipe.schema import Recipe
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table; all columns but the first are numbers unless they hold words."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(_numeric(row[index]) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    wide = None if sys.stdout.isatty() else 120
+    Console(highlight=False, width=wide).print(drawn)
+
+
+def _numeric(cell: object) -> bool:
+    return isinstance(cell, int | float) or (isinstance(cell, str) and cell[:1].isdigit()) or cell == ""
+
+
+def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """What a cut did: sizes, parameters and perplexity of the model before and after it, on the same held-out text."""
+    before, after = plan["before"], plan["after"]
+    rows: list[tuple[object, ...]] = [(axis, f"{before[axis]:,}", f"{after[axis]:,}") for axis in after]
+    rows.append(("parameters", f"{metrics['teacher_params']:,}", f"{metrics['params']:,}"))
+    was, now = metrics["teacher_perplexity"], metrics["perplexity"]
+    rows.append(("perplexity", *(f"{one['value']:.4g} ± {one['stderr']:.2g}" for one in (was, now))))
+    table("cut", ("", "before", "after"), rows)
+
+
+def cache_(count: int | None) -> str:
+    """The bytes of a cache, where the family's code tells them."""
+    return "unknown" if count is None else bytes_(count)
+
+
+def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
+    """What `halve inspect` says, as plain data."""
+    counts = anatomy.ledger.count(anatomy.sizes)
+    refused = proof.refusals if proof is not None else anatomy.refusals
+    return {
+        "family": anatomy.family,
+        "sizes": anatomy.sizes.sizes,
+        "params": counts.params,
+        "non_embedding": counts.non_embedding,
+        "active_params": counts.active_params,
+        "flops_per_token": counts.flops_per_token,
+        "kv_cache_bytes_per_token": counts.kv_cache_bytes_per_token,
+        "tied_embeddings": anatomy.tied,
+        "coupled": anatomy.coupled,
+        "weights": {name: [str(expr) for expr in shape] for name, shape in anatomy.params.items()},
+        "can_be_cut": [a for a in ("layers", "hidden", "ffn", "heads", "kv_heads") if a not in refused],
+        "refused": dict(refused),
+        "proof": None
+        if proof is None
+        else [
+            {"axis": c.axis, "check": c.name, "passed": c.passed, "measure": c.measure, "detail": c.detail}
+            for c in proof.checks
+        ],
+    }
+
+
+def inspect(anatomy: Anatomy, proof: Proof | None) -> None:
+    """`halve inspect` for people: one layer's weights stand for those alike."""
+    from halve.cut.plan.sizes import format_count
+
+    facts = inspection(anatomy, proof)
+    print(f"{anatomy.family}: {anatomy.sizes}")
+    print(
+        f"{format_count(facts['params'])} parameters, {format_count(facts['non_embedding'])} without embeddings"
+        f"{', tied embeddings' if anatomy.tied else ''}; key-value cache"
+        f" {cache_(facts['kv_cache_bytes_per_token'])} a token"
+    )
+    shown = [n for n in anatomy.params if anatomy.layer_of(n) in (None, *_first_of_kind(anatomy))]
+    rows = [(name, ", ".join(f"({expr})" for expr in anatomy.params[name])) for name in shown]
+    table("weights", ("weight", "made of"), rows)
+    axes = []
+    for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
+        reason = facts["refused"].get(axis)
+        verdict = "no" if reason else ("yes, proved" if proof is not None else "yes, if its proof passes")
+        if not reason and anatomy.coupled and axis in ("hidden", "heads"):
+            verdict += ", hidden and heads together (hidden = heads x head_dim in this family's code)"
+        axes.append((axis, getattr(anatomy.sizes, axis), verdict, reason or ""))
+    table("axes", ("axis", "size", "can be cut", "reason"), axes)
+    if proof is not None:
+        checks = [
+            (c.axis, c.name, "passed" if c.passed else "FAILED", f"{c.measure:.1e}", c.detail) for c in proof.checks
+        ]
+        table("proof on a random twin", ("axis", "check", "result", "difference", ""), checks)
+
+
+def _first_of_kind(anatomy: Anatomy) -> list[int]:
+    """The first layer of each set of layers whose weights are made of the same."""
+    seen: dict[object, int] = {}
+    for layer, made_of in enumerate(anatomy.ledger.layers):
+        seen.setdefault(made_of, layer)
+    return list(seen.values())
+
+
+def candidates(
+    anatomy: Anatomy, found: Sequence[Candidate], verdicts: Sequence[Sequence[tuple[str, str, str]]]
+) -> None:
+    """`halve plan` for people."""
+    from halve.cut.plan.sizes import format_count
+
+    before = anatomy.ledger.count(anatomy.sizes)
+    print(f"teacher: {anatomy.family}, {anatomy.sizes}: {format_count(before.params)} parameters")
+    rows: list[tuple[object, ...]] = []
+    for candidate, verdict in zip(found, verdicts, strict=True):
+        a, c = candidate.arch, candidate.counts
+        heads, cache = f"{a.heads}/{a.kv_heads}", cache_(c.kv_cache_bytes_per_token)
+        costs = (f"{c.params:,}", f"{c.non_embedding:,}", cache, f"{c.flops_per_token / 1e9:.3g}")
+        rows.append((a.layers, a.hidden, a.ffn, heads, *costs, _opened_by(verdict)))
+    columns = ("layers", "hidden", "ffn", "heads/kv", "params", "non-embedding", "KV/token", "GFLOP/token", "opens in")
+    table("candidates, best guess first", columns, rows)
+    remedies = {(name, remedy) for verdict in verdicts for name, opens, remedy in verdict if opens != "yes" and remedy}
+    for name, remedy in sorted(remedies)[:4]:
+        print(f"{name} would open it with: {remedy}")
+
+
+def _opened_by(verdict: Sequence[tuple[str, str, str]]) -> str:
+    """Names alone where a runtime opens it, with the verdict where it does not or nobody knows."""
+    return ", ".join(name if opens == "yes" else f"{name}: {opens}" for name, opens, _ in verdict)
+
+
+def forecast(found: Forecast) -> None:
+    """`halve run --dry-run` for people."""
+    from halve.cut.plan.sizes import format_count
+
+    archs = [found.teacher, *(one.student for one in found.rounds)]
+    counts = [found.teacher_counts, *(one.counts for one in found.rounds)]
+    names = ["student"] if len(found.rounds) == 1 else [f"round {i}" for i in range(1, len(counts))]
+    rows: list[Sequence[object]] = [
+        (axis, *(getattr(arch, axis) for arch in archs)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
+    ]
+    rows += [
+        ("parameters", *(f"{c.params:,} ({format_count(c.params)})" for c in counts)),
+        ("non-embedding", *(f"{c.non_embedding:,}" for c in counts)),
+        ("weights in 16 bits", *(bytes_(c.weight_bytes) for c in counts)),
+        ("KV cache a token", *(cache_(c.kv_cache_bytes_per_token) for c in counts)),
+        ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
+    ]
+    table(f"{found.name}: plan", ("", "teacher", *names), rows)
+    if any(found.trial):
+        print("shown is width alone; prune.shape: trial may take some of the same budget from depth")
+        trial(found.trial)
+    for name, opens, remedy in found.runtimes:
+        print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
+    work = [(_at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}") for stage, n in found.tokens.items()]
+    table("work", ("stage", "tokens", "FLOP"), work)
+    if "boundary" in found.tokens:
+        print("boundary: data.boundary: auto asks the teacher whether it knows the token behind documents")
+    _memory(found)
+    disk = found.disk
+    parts = [f"models and training states {bytes_(disk.model_bytes)}", f"text {bytes_(disk.text_bytes)}"]
+    parts += [f"caches at most {bytes_(disk.cache_bytes)}"] if disk.cache_bytes else []
+    print(f"{_hours(found)}; disk {bytes_(disk.total_bytes)}: {', '.join(parts)}")
+    if found.schedule:
+        print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
+
+
+def _at_most(stage: str) -> str:
+    return f"{stage}, at most" if stage.startswith("trial") else stage
+
+
+def trial(rounds: Sequence[Sequence[Arch]]) -> None:
+    """The shapes that the trial of every round chooses from."""
+    for number, shapes in enumerate(rounds, 1):
+        if shapes:
+            print(f"the trial{f' of round {number}' if len(rounds) > 1 else ''} chooses from {len(shapes)} shapes:")
+        for shape in shapes:
+            print(f"  {shape}")
+
+
+def plan_in_a_line(found: Forecast) -> str:
+    """The same before a run, in one line."""
+    most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
+    parts = [] if most is None else [f"{most[0]} holds {_held(most[1])} a rank"]
+    parts += [f"{sum(found.flops.values()):.3g} FLOP, {_hours(found)}"]
+    return f"plan: {'; '.join(parts)}; disk {bytes_(found.disk.total_bytes)}"
+
+
+def plan_before(recipe: Recipe, *, ranks: int) -> str:
+    """That line for a recipe; empty where the run itself refuses it, in three lines. Nothing in it stops a run."""
+    from halve.preflight.forecast import forecast
+
+    try:
+        return f"{plan_in_a_line(forecast(recipe, ranks=ranks))}; more by --dry-run"
+    except HalveError:
+        return ""
+    except Exception as error:
+        return f"no plan could be made: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+
+
+def _hours(found: Forecast) -> str:
+    """How long it takes on the device, and on a card to plan with."""
+    device, ranks = found.device, found.place.ranks
+    mfu = f"{found.gpu_mfu:.0%} MFU"
+    card = f"about {duration(found.gpu_hours)} of an H100 at {mfu}"
+    if device.name == "an H100":
+        return card + (f", {duration(found.gpu_hours / ranks)} on {ranks} of them" if ranks > 1 else "")
+    if found.hours is None:
+        return f"{card}; the rate of {device} is not known"
+    at = f" at {mfu}" if device.cuda else ""
+    return f"about {duration(found.hours)} on {f'{ranks} of ' if device.cuda and ranks > 1 else ''}{device}{at}; {card}"
+
+
+def duration(hours: float) -> str:
+    """In the unit that people would say it in.
+
+    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 6e4)]
+    ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
+    """
+    units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
+    unit, each = next((one for one in units if hours >= 2 * one[1]), units[-1])
+    return f"{hours / each:,.0f} {unit}" if hours >= 10 * each else f"{hours / each:.2g} {unit}"
+
+
+def _held(memory: Memory) -> str:
+    return f"{'over ' if memory.unknown else ''}{bytes_(memory.total_bytes)}"
+
+
+def _memory(found: Forecast) -> None:
+    """What training holds, and which settings would fit a card."""
+    place, room = found.place, bytes_(found.room_bytes)
+    if not found.memory:
+        return
+    where = f"each of {place.ranks} ranks" if place.ranks > 1 else found.device.name
+    precision = "bfloat16 products, float32 masters" if place.half else "float32"
+    names = ("masters", "gradients", "moments", "teacher", "gathered", "activations and loss", "all")
+    rows = []
+    for stage, m in found.memory.items():
+        held = (m.masters_bytes, m.gradient_bytes, m.moment_bytes, m.teacher_bytes, m.gathered_bytes, m.passing_bytes)
+        verdict = "?" if m.unknown else "yes" if m.fits(found.room_bytes) else "no"
+        cells = [*map(bytes_, (*held, m.total_bytes))]
+        if m.unknown:
+            cells[-2:] = "?", _held(m)
+        rows.append((stage, *cells, verdict))
+    columns = ("stage", *names, f"fits {room}")
+    table(f"memory on {where}, {precision}", columns, rows)
+    for unknown in dict.fromkeys(filter(None, (m.unknown for m in found.memory.values()))):
+        print(f"no plan could be made of activations: {unknown}")
+    if any(m.unknown for m in found.memory.values()):
+        return
+    if not place.cuda or (found.fits and place.ranks > 1):
+        return
+    ways = dict.fromkeys((one.recompute, one.teacher) for one in found.settings)
+    by_optimizer: dict[str, list[str]] = {}
+    for one in found.settings:
+        cell = bytes_(one.memory.total_bytes) + (" fits" if one.memory.fits(found.room_bytes) else "")
+        by_optimizer.setdefault(one.optimizer, []).append(cell)
+    table(
+        f"distilling with other settings, a tenth of {room} left free",
+        ("optimizer", *(f"teacher {teacher}, recompute {recompute}" for recompute, teacher in ways)),
+        [(optimizer, *cells) for optimizer, cells in by_optimizer.items()],
+    )
+
+
+def results(found: Mapping[str, Any]) -> None:
+    """The evaluate stage's table: every model with standard errors."""
+    models = found["models"]
+    tasks = sorted({name for model in models.values() for name in accuracies(model)})
+    rows = []
+    for name, model in models.items():
+        cells = [_estimate(model.get(key)) for key in ("perplexity", "bits_per_byte", "kl", "agreement")]
+        cells += [_estimate(accuracies(model).get(task)) for task in tasks]
+        rows.append((name, f"{model['params']:,}", f"{model['non_embedding_params']:,}", *cells))
+    columns = (
+        "model",
+        "params",
+        "non-embedding",
+        "perplexity",
+        "bits/byte",
+        f"KL to {found['reference']}",
+        "agreement",
+    )
+    table("held-out text (± standard error)", (*columns, *tasks), rows)
+
+
+def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What the evaluate stage found on multiple choice, by what the column is called."""
+    found = {}
+    for task, ours in model.get("choices", {}).items():
+        found[task] = ours
+        for rule in ("acc", "acc_norm"):
+            if ours.get(rule):
+                found[f"{task} {rule}"] = ours[rule]
+    return found
+
+
+def study(found: Mapping[str, Any]) -> None:
+    """A study's figures and verdicts."""
+    metrics = found["metrics"]
+    rows = [(arm["label"], *(_mean(arm["metrics"][metric]) for metric in metrics)) for arm in found["arms"]]
+    seeds = len(found["seeds"])
+    columns = (metric.replace("_", " ") for metric in metrics)
+    table(f"{found['title']} (mean of {seeds} seeds ± standard error)", ("arm", *columns), rows)
+    verdicts = [
+        (claim["text"], claim["metric"].replace("_", " "), _mean(claim["effect"]), claim["verdict"])
+        for claim in found["claims"]
+    ]
+    table("verdicts", ("claim", "figure", "effect", "verdict"), verdicts)
+
+
+def _mean(value: Mapping[str, Any] | None) -> str:
+    return _estimate(None if value is None else {"value": value["mean"], "stderr": value["stderr"]})
+
+
+def _estimate(value: Mapping[str, Any] | None) -> str:
+    if not value or value.get("value") is None:
+        return ""
+    error = value.get("stderr")
+    return f"{value['value']:.4g}" + (f" ± {error:.2g}" if error is not None else "")

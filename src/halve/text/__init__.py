@@ -1,0 +1,1 @@
+"""Which tokens does sample n hold? From files of text to batches, in an order that a seed fixes."""

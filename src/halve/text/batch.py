@@ -1,0 +1,88 @@
+"""A batch: samples of token ids with what a loss has to know about them.
+
+Shapes: B batch, S seq, N tokens that are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from halve.model.head import Body
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples `ids` and the `numbers` they have in their corpus, by which a teacher's answers can be kept.
+
+    `positions` are those of the tokens in their own documents, where attention ends at a document's border; None
+    where a sample is read as one text. `predicted` says which tokens after the first are predictions; None if all are.
+    """
+
+    ids: Int[Tensor, "batch seq"]
+    numbers: tuple[int, ...]
+    positions: Int[Tensor, "batch seq"] | None = None
+    predicted: Bool[Tensor, "batch predictions"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same on a device."""
+        return self._each(lambda part: part.to(device), self.numbers)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of at most so many samples."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return self._each(lambda part: part[rows], self.numbers[rows])
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """Batches of one kind as one."""
+        numbers = tuple(number for batch in batches for number in batch.numbers)
+
+        def all_of(parts: Sequence[Tensor | None]) -> Tensor | None:
+            return torch.cat(found) if (found := [part for part in parts if part is not None]) else None
+
+        positions, predicted = all_of([one.positions for one in batches]), all_of([one.predicted for one in batches])
+        return cls(torch.cat([one.ids for one in batches]), numbers, positions, predicted)
+
+    def rows(self, places: Sequence[int]) -> Batch:
+        """Some of its samples, in this order."""
+        return self._each(lambda part: part[list(places)], tuple(self.numbers[place] for place in places))
+
+    def _each(self, change: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) -> Batch:
+        parts = (None if part is None else change(part) for part in (self.positions, self.predicted))
+        return Batch(change(self.ids), numbers, *parts)
+
+    def counted(self) -> Bool[Tensor, "batch predictions"] | None:
+        """Which positions but the last predict a token that counts, of their own document; None if all do."""
+        if self.positions is None:
+            return self.predicted
+        own_BT = self.positions[:, 1:] > 0
+        return own_BT if self.predicted is None else own_BT & self.predicted
+
+    def labels(self) -> Int[Tensor, " tokens"]:
+        """The token that follows each counted position."""
+        counted = self.counted()
+        following = self.ids[:, 1:]
+        return following.reshape(-1) if counted is None else following[counted]
+
+
+def predictions(body: Body, batch: Batch) -> Float[Tensor, "tokens hidden"]:
+    """Return the hidden states at every position whose next token is in the sample and in the same document."""
+    # from positions that begin anew, transformers makes attention that ends at a document's border
+    where = {} if batch.positions is None else {"position_ids": batch.positions}
+    return at_predictions(body(batch.ids, **where), batch)
+
+
+def at_predictions(values: Float[Tensor, "batch seq width"], batch: Batch) -> Float[Tensor, "tokens width"]:
+    """Take the positions whose next token is in the sample and in the same document."""
+    counted, rows_BSW = batch.counted(), values[:, :-1]
+    return rows_BSW.reshape(-1, values.shape[-1]) if counted is None else rows_BSW[counted]

@@ -1,0 +1,384 @@
+"""Token files and samples: text is tokenized once, packed to fixed length, and drawn by (seed, step) alone.
+
+recipe -> sources (text) -> Tokens (a memory-mapped file) -> Samples -> int64 [batch, context]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from halve.disk.files import file_sha256, read_sealed, remembering, sealed, sync, write_json
+from halve.disk.rundir import HASHES
+from halve.errors import CorpusError, RunError
+from halve.process.rank import leads
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import Boundary, Recipe
+from halve.text import sources as text_sources
+from halve.text import tokenize
+from halve.text.batch import Batch
+from halve.text.documents import positions
+from halve.text.drafts import Draft, Mark, draft_of
+from halve.text.sources import HUB, Piece
+from halve.text.tokenize import UNMARKED, Border, Marks
+
+FORMAT = 4
+_GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
+MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A corpus as token ids in a file of `count` numbers of type `dtype`, documents one after another."""
+
+    path: Path
+    count: int
+    dtype: str
+    fingerprint: str
+    text_bytes: int  # of UTF-8, without the tokens around documents
+    marks: Marks = UNMARKED
+    largest: int = 0  # of the ids
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def ids(self) -> NDArray[Any]:
+        """The ids, memory-mapped and read-only."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
+
+    def rows(self, indices: Iterable[int], length: int, *, every: int | None = None) -> NDArray[Any]:
+        """Rows of `length` ids, of which one begins `every` so many; by default where the one before ends.
+
+        Read one by one: a page fault of the memory map would bring in hundreds of kilobytes around each.
+        """
+        dtype = np.dtype(self.dtype)
+        every = length if every is None else every
+        raw = bytearray()
+        with self.path.open("rb", buffering=0) as file:
+            for index in indices:
+                file.seek(index * every * dtype.itemsize)
+                raw += file.read(length * dtype.itemsize)
+        return np.frombuffer(raw, dtype=dtype).reshape(-1, length)
+
+
+def open_split(
+    recipe: Recipe,
+    split: Literal["train", "valid"],
+    *,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = SILENT,
+) -> Tokens:
+    """The token file of a recipe's held-out text, or of all its training text, made in `cache` if it is not there.
+
+    Training draws from `mixture.open_mixture` or `course.open_course`, which know a mixture's parts.
+    """
+    data = recipe.data
+    sources = data.train_sources if split == "train" else data.valid
+    return prepare(
+        sources,
+        tokenizer=tokenizer,
+        boundary=data.boundary,
+        text_field=data.text_field,
+        cache=cache,
+        workers=data.workers,
+        progress=progress,
+    )
+
+
+def prepare(
+    sources: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str,
+    cache: Path,
+    boundary: Boundary = "auto",
+    workers: int = 1,
+    progress: Progress = SILENT,
+) -> Tokens:
+    """Tokenise sources into one file in `cache`, or open the file made of the same content before.
+
+    The file's name is a hash of the content, the tokenizer, `text_field` and the tokens around documents, which
+    `boundary` chooses (see `tokenize.marks`). Special tokens spelled out in the text become those tokens. Documents
+    longer than a piece (`rows.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the
+    revision it had when it was first read into `cache`.
+
+    Works in bounded memory, in `workers` processes that the result does not depend on. A killed call leaves what it
+    has tokenized, and the next one goes on from there; of several at once one works and the others wait for it. Raises
+    `CorpusError` as `sources.read` does and when a tokenizing process dies, and `DiskError`.
+    """
+    revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
+    marks = tokenize.marks(tokenizer, boundary)
+    key = _key(sources, revisions, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
+    path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
+    if (known := reopen(note)) is not None:
+        return known
+
+    documents = 0
+
+    def pieces() -> Iterator[Piece]:
+        nonlocal documents
+        for source in sources:
+            for piece in text_sources.read(source, text_field=text_field, revision=revisions.get(source)):
+                documents += piece.last
+                yield piece
+
+    with draft_of(path) as draft:
+        if (known := reopen(note)) is None:  # another process may just have made it
+            dtype = tokenize.token_dtype(tokenizer)
+            how = {"tokenizer": tokenizer, "marks": marks, "dtype": dtype, "workers": workers}
+            written = _fill(draft, pieces(), **how, progress=progress)
+            facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources), "marks": asdict(marks)}
+            size = {"count": written.count, "text_bytes": written.text_bytes, "largest": written.largest}
+            size |= {"documents": documents}
+            progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
+            stamp = {"format": FORMAT, "sha256": file_sha256(draft.path)}
+            write_json(note, sealed({**stamp, **size, **facts}))  # counts once the token file is there too
+            os.replace(draft.path, path)
+            sync(path.parent)
+            known = reopen(note)
+    assert known is not None
+    return known
+
+
+def known(
+    sources: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str,
+    cache: Path,
+    boundary: Boundary = "auto",
+) -> Tokens | None:
+    """The token file that `prepare` has made of local sources, if it has; makes none. Raises `RunError` as `reopen`."""
+    marks = tokenize.marks(tokenizer, boundary)
+    key = _key(sources, {}, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
+    return reopen(cache / f"{key[:32]}.json")
+
+
+def _fill(
+    draft: Draft,
+    pieces: Iterable[Piece],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    marks: Marks,
+    dtype: np.dtype[Any],
+    workers: int,
+    progress: Progress,
+) -> Mark:
+    """Write what is missing of a token file; gives its size."""
+    mark, between = draft.resume(dtype.itemsize), marks.between
+    if mark.count == 0 and marks.bos is not None:
+        draft.file.write(np.array([marks.bos], dtype=dtype).tobytes())
+        mark = Mark(0, 1, 0)
+    # text that was tokenized before is read again, which takes a hundredth of the time
+    left = itertools.islice(tokenize.batches(pieces), mark.batches, None)
+    made = tokenize.encoded(left, tokenizer=tokenizer, between=between, dtype=dtype, workers=workers)
+    with closing(made), progress.task("tokenize", None, done=mark.count) as task:
+        for one in made:
+            draft.file.write(one.ids)
+            num_tokens = len(one.ids) // dtype.itemsize
+            size = mark.count + num_tokens, mark.text_bytes + one.text_bytes
+            mark = Mark(mark.batches + 1, *size, max(mark.largest, one.largest))
+            task.advance(num_tokens)
+            if mark.batches % MARK_BATCHES == 0:
+                draft.sync()
+                write_json(draft.mark, sealed(asdict(mark)))
+    if marks.follows is not None:  # no document follows the last one
+        mark = replace(mark, count=mark.count - 1)
+        draft.file.truncate(mark.count * dtype.itemsize)
+    draft.sync()
+    return mark
+
+
+def reopen(note: Path) -> Tokens | None:
+    """The token file that the JSON file `note` beside it describes; None unless both are there and whole."""
+    path = note.with_suffix(".tokens")
+    if not (note.exists() and path.exists()):
+        return None
+    facts = read_sealed(note)
+    if facts["format"] != FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
+        return None
+    if leads() and file_sha256(path) != facts["sha256"]:
+        raise RunError(
+            f"{path} is not what halve wrote",
+            why="its bytes have changed since the text was tokenized",
+            fix="remove that file and run the same command: the text is tokenized again",
+        )
+    return Tokens(
+        path=path,
+        count=facts["count"],
+        dtype=facts["dtype"],
+        fingerprint=facts["fingerprint"],
+        text_bytes=facts["text_bytes"],
+        marks=Marks(**facts["marks"]),
+        largest=facts["largest"],
+    )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A token file cut into samples of `context` tokens, in an order that depends on `seed` alone.
+
+    Every epoch is a fresh permutation of all samples, so that which samples step `n` sees is a pure function
+    of (seed, n, batch): a run resumes from its step number. Predictions stay inside a sample: `context`
+    tokens make `context - 1` of them. The tokens after the last whole sample are not used.
+
+    Where documents have a token in front (`Marks.bos`) every sample begins with it, also one that begins inside a
+    document: it holds `context - 1` tokens of the text behind it, each predicted once. Of a sample that begins with a
+    document the token is the text's own; its last token is predicted in the next sample. The token in front of a
+    document is not predicted where another one marks the end of the document before (see `Marks.follows`).
+
+    With a `border` the documents of a sample are apart: batches carry positions that begin anew with each. Texts of
+    different `stream` have orders of their own.
+
+    Raises `CorpusError` if there are fewer tokens than one sample.
+    """
+
+    tokens: Tokens
+    context: int
+    seed: int
+    border: Border | None = None
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        if self._step == 0:
+            raise CorpusError(
+                "a sample of one token holds no text",
+                why="every sample begins with the token that stands in front of documents",
+                fix="set data.context to 2 or more, or data.boundary to eos",
+            )
+        if self.tokens.count < self.context:
+            raise CorpusError(
+                f"the corpus has fewer tokens than one sample: {self.tokens.count} of {self.context}",
+                why="samples are packed to data.context tokens and none is padded",
+                fix=f"give more text, or set data.context to at most {max(self.tokens.count, 1)}",
+            )
+
+    def __len__(self) -> int:
+        return (self.tokens.count - self.context) // self._step + 1
+
+    @property
+    def _step(self) -> int:
+        """Tokens of the text from one sample to the next."""
+        return self.context if self.tokens.marks.bos is None else self.context - 1
+
+    def batch(self, step: int, batch: int) -> Batch:
+        """The `batch` samples that optimizer step `step` (from 0) sees."""
+        return self.numbered(self.numbers(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """The numbers of the samples of step `step`; no token is read."""
+        return tuple(self.draw(number) for number in range(step * batch, (step + 1) * batch))
+
+    def draw(self, number: int) -> int:
+        """The place in the corpus of the sample that is drawn as number `number` (from 0)."""
+        epoch, rest = divmod(number, len(self))
+        return int(self._epoch(epoch)[rest])
+
+    @cached_property
+    def _epoch(self) -> Callable[[int], NDArray[np.int64]]:
+        """The order of an epoch; a batch touches two at most, but for corpora smaller than a batch."""
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> NDArray[np.int64]:
+            return np.random.default_rng((self.seed, epoch, self.stream)).permutation(len(self))
+
+        return order
+
+    def numbered(self, numbers: Sequence[int]) -> Batch:
+        """Samples by their place in the corpus, as a batch."""
+        ids_BS, counted_BT = self._read(numbers)
+        places_BS = None if self.border is None else positions(ids_BS, self.border)
+        return Batch(ids_BS, tuple(numbers), places_BS, counted_BT)
+
+    def heldout(self, num_samples: int) -> Batch:
+        """At most `num_samples` samples, spread evenly over the corpus and independent of the seed, as a batch."""
+        return self.numbered(self._spread(num_samples))
+
+    def first(self, num_samples: int) -> Int64[Tensor, "samples context"]:
+        """At most `num_samples` samples, spread evenly over the corpus and independent of the seed."""
+        return self.take(self._spread(num_samples))
+
+    def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
+        """At most `num_samples` samples, one of each of as many equal strips of the corpus, placed by the seed.
+
+        Seed 0 takes each strip's first, as `first` does; every seed sees the whole length of the corpus.
+        """
+        num_samples = min(num_samples, len(self))
+        place = self.seed * _GOLDEN % 1
+        edges = [index * len(self) // num_samples for index in range(num_samples + 1)]
+        return self.take([a + int(place * (b - a)) for a, b in itertools.pairwise(edges)])
+
+    def _spread(self, num_samples: int) -> list[int]:
+        num_samples = min(num_samples, len(self))
+        return [index * len(self) // num_samples for index in range(num_samples)]
+
+    def take(self, indices: Iterable[int]) -> Int64[Tensor, "samples context"]:
+        """Samples by their place in the corpus."""
+        return self._read(indices)[0]
+
+    def _read(
+        self, indices: Iterable[int]
+    ) -> tuple[Int64[Tensor, "samples context"], Bool[Tensor, "samples predictions"] | None]:
+        """Samples by their place, and which of their tokens after the first are predicted; None if all are."""
+        rows = self.tokens.rows(indices, self.context, every=self._step).astype(np.int64)
+        ids_BS, marks = torch.from_numpy(rows), self.tokens.marks
+        if marks.bos is None:
+            return ids_BS, None
+        inside_B1 = ids_BS[:, :1] != marks.bos
+        moved_BS = ids_BS.roll(1, dims=1)
+        moved_BS[:, 0] = marks.bos
+        ids_BS = torch.where(inside_B1, moved_BS, ids_BS)
+        counted_BT = torch.ones_like(ids_BS[:, 1:], dtype=torch.bool)
+        counted_BT[:, -1:] = inside_B1
+        if marks.follows is not None:
+            counted_BT &= ids_BS[:, 1:] != marks.follows
+        return ids_BS, counted_BT
+
+
+def _key(
+    sources: Sequence[str],
+    revisions: dict[str, str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    marks: Marks,
+    text_field: str,
+    memo: Path,
+) -> str:
+    sha256 = remembering(memo)
+    parts = {
+        "format": FORMAT,
+        "sources": [
+            text_sources.fingerprint(source, revision=revisions.get(source), sha256=sha256) for source in sources
+        ],
+        "tokenizer": tokenize.fingerprint(tokenizer),
+        "marks": asdict(marks),
+        "text_field": text_field,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _pinned(source: str, cache: Path) -> str:
+    """The revision of a hub data set that this cache began with; the present one the first time."""
+    note = cache / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.hub.json"
+    if note.exists():
+        return str(read_sealed(note)["revision"])
+    revision = text_sources.hub_revision(source)
+    write_json(note, sealed({"source": source, "revision": revision}))
+    return revision

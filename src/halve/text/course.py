@@ -1,0 +1,175 @@
+"""The course of a run: what each step trains on and how fast, as a function of the step's number alone.
+
+recipe -> spans of steps (`schedule`) -> a mixture for each (`mixture`) -> the batch of any step
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
+
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import Recipe, Training
+from halve.text import corpus, schedule
+from halve.text.batch import Batch
+from halve.text.documents import require_border
+from halve.text.mixture import Mixture, Texts, open_texts
+from halve.text.schedule import Span
+from halve.text.tokenize import Border, border
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Packed samples whose order is a function of the step (see `corpus.Samples` and `mixture.Mixture`)."""
+
+    @property
+    def context(self) -> int:
+        """Tokens in a sample."""
+
+    def batch(self, step: int, batch: int) -> Batch:
+        """The samples of step `step`, counted from 0, of `batch` samples each."""
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """The numbers of that batch; no token is read."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Steps are counted from 1; `step` 0 is the state before the first.
+
+    `samples` are drawn from before the first phase, `later` from its phases on, one for each. `fingerprint` is of what
+    the samples' numbers stand for: two courses that share it find the same tokens under a number.
+    """
+
+    training: Training
+    samples: Samples
+    later: tuple[Samples, ...] = ()
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        assert len(self.later) == len(self.training.phases)
+        contexts = [span.context for span in self.spans]
+        assert contexts == [samples.context for samples in (self.samples, *self.later)]
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Steps that are alike: one span, and one more for each phase."""
+        return schedule.spans(self.training, self.samples.context)
+
+    @cached_property
+    def steps(self) -> int:
+        """How many whole optimizer steps cover the token budget."""
+        return sum(span.steps for span in self.spans)
+
+    def tokens(self, step: int) -> int:
+        """Tokens that were trained on when `step` is done."""
+        return self.spans[self._span(step)].tokens(step, batch=self.training.batch)
+
+    def batch(self, step: int) -> Batch:
+        """The samples of a step, of all ranks together."""
+        samples, drawn = self._drawn(step)
+        return samples.batch(drawn, self.training.batch)
+
+    def numbers(self, step: int) -> tuple[int, ...]:
+        """The numbers of a step's samples; no token is read."""
+        samples, drawn = self._drawn(step)
+        return samples.numbers(drawn, self.training.batch)
+
+    def context(self, step: int) -> int:
+        """Tokens in a sample of a step."""
+        return self.spans[self._span(step)].context
+
+    def lr(self, step: int) -> float:
+        """The rate of a step: linear warm-up to the peak of its phase, then a cosine that ends at `min_lr`."""
+        training, peak = self.training, self.spans[self._span(step)].lr
+        return schedule.rate(step, steps=self.steps, peak=peak, end=training.min_lr, warmup_steps=training.warmup_steps)
+
+    def _drawn(self, step: int) -> tuple[Samples, int]:
+        """What a step draws from, and which of its steps this is, counted from 0."""
+        which = self._span(step)
+        return (self.samples, *self.later)[which], step - self.spans[which].first
+
+    def _span(self, step: int) -> int:
+        """The last span that begins at or before the step."""
+        return max((i for i, span in enumerate(self.spans) if span.first <= step and span.steps), default=0)
+
+
+def open_course(
+    recipe: Recipe,
+    training: Training,
+    *,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = SILENT,
+) -> Course:
+    """The course of one of the recipe's trainings; token files are made in `cache` where they are not there.
+
+    Samples of each context that is trained in have numbers of their own. Phases of one context go on in the same
+    epochs; another context cuts the text anew and begins with epochs of its own.
+
+    Raises `CorpusError` for text that is too little or unfit, and `TrainError` where documents cannot be told apart.
+    """
+    between = _border(recipe, tokenizer)
+    texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
+    planned = schedule.spans(training, recipe.data.context)
+    first, *later = _mixtures(texts, planned, batch=training.batch, seed=recipe.seed, between=between)
+    contexts = list(dict.fromkeys(span.context for span in planned))
+    what = {
+        "texts": [tokens.fingerprint for tokens in texts.tokens],
+        "contexts": contexts,
+        "documents": recipe.data.documents,
+    }
+    found = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return Course(training, first, tuple(later), found)
+
+
+def open_heldout(
+    recipe: Recipe,
+    training: Training,
+    *,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = SILENT,
+) -> Batch:
+    """The held-out samples that a training is measured on while it runs: in `data.context`, documents as in it."""
+    between = _border(recipe, tokenizer)
+    tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    return corpus.Samples(tokens, recipe.data.context, recipe.seed, between).heldout(training.eval_samples)
+
+
+def _border(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Border | None:
+    """What documents are told apart by, where they are to be."""
+    return require_border(border(tokenizer, recipe.data.boundary)) if recipe.data.documents == "apart" else None
+
+
+def _mixtures(
+    texts: Texts, planned: tuple[Span, ...], *, batch: int, seed: int, between: Border | None
+) -> list[Mixture]:
+    """What each span draws from."""
+    found: list[Mixture] = []
+    last: dict[int, Mixture] = {}  # by context
+    drawn: dict[int, tuple[int, ...]] = {}
+    offset = 0
+    for span in planned:
+        weights = _weights(texts, span.weights)
+        known = last.get(span.context)
+        if known is None:
+            made = Mixture(texts.cut(span.context, seed=seed, border=between), weights, offset)
+            offset += len(made)
+        else:
+            made = Mixture(known.parts, weights, known.offset, drawn[span.context])
+        last[span.context], drawn[span.context] = made, made.after(span.steps * batch)
+        found.append(made)
+    return found
+
+
+def _weights(texts: Texts, asked: Mapping[str, float] | None) -> tuple[float, ...]:
+    """A phase's weights in the order of the parts; a part that it does not name is not drawn from."""
+    return texts.weights if asked is None else tuple(asked.get(name, 0.0) for name in texts.names)

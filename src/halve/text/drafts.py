@@ -1,0 +1,92 @@
+"""The draft of a token file: one process writes it, a kill leaves what was marked, and the next call goes on there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from halve.disk.files import disk_guard, read_sealed
+from halve.errors import CorpusError, RunError
+from halve.text import tokenize
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes must not tokenize the same text at once
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a draft is known to be on the disk."""
+
+    batches: int = 0
+    count: int = 0
+    text_bytes: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A token file in the making, which this process alone may write."""
+
+    path: Path
+    file: IO[bytes]
+
+    @property
+    def mark(self) -> Path:
+        return _mark_of(self.path)
+
+    def resume(self, itemsize: int) -> Mark:
+        """Where an earlier call stopped; what it wrote beyond its last mark is dropped."""
+        mark = Mark()
+        with suppress(RunError):  # one that cannot be read marks nothing
+            mark = Mark(**read_sealed(self.mark)) if self.mark.exists() else mark
+        if os.fstat(self.file.fileno()).st_size < mark.count * itemsize:
+            mark = Mark()
+        self.file.truncate(mark.count * itemsize)
+        return mark
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Draft]:
+    """The draft of `path`; stays for the next call where a kill or a full disk ends this one after a mark."""
+    draft = path.with_name(f".{path.name}.draft")
+    with disk_guard(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(draft)
+        try:
+            yield Draft(draft, file)
+            _mark_of(draft).unlink(missing_ok=True)
+        except CorpusError as error:
+            if not isinstance(error, tokenize.DeadWorkerError):  # the text has to change, and its draft with it
+                _mark_of(draft).unlink(missing_ok=True)
+            raise
+        finally:
+            if not _mark_of(draft).exists():
+                draft.unlink(missing_ok=True)
+            file.close()
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Open a file for appending once no other process has it open so."""
+    while True:
+        file = path.open("ab")
+        with suppress(OSError):  # a file system without locks, such as some network mounts
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # whoever held the lock has finished or dropped this file
+
+
+def _mark_of(draft: Path) -> Path:
+    return draft.with_suffix(".mark.json")

@@ -1,0 +1,239 @@
+"""Which files of a source are text, and as what they are read: their content decides, not their names alone.
+
+In a folder some files are left out, since they are not its text:
+
+- files and folders whose names begin with a dot or an underscore, and run folders of halve;
+- license files, and what the `datasets` library notes beside its data;
+- `README` files beside anything but Markdown and reStructuredText, and all of these two beside rows
+  (JSON lines, CSV, parquet): they tell about the data;
+- files of an ending that is not listed here, unless their content is JSON lines or parquet.
+
+A file that is named itself is read whatever it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from halve.disk import plain_json
+from halve.disk.rundir import MARKER
+from halve.disk.textfiles import DAMAGED, ending, open_packed, reason, shown, status
+from halve.errors import CorpusError
+
+Kind = Literal["text", "JSON lines", "CSV", "parquet"]
+
+MOST_LEFT_OUT = 20_000  # of the files of a folder, beyond as many as are read: a disk, not a corpus
+HEAD_BYTES = 1 << 16
+
+_BY_ENDING: dict[str, Kind] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json", ".jsonlines", ".jl"), "JSON lines"),
+    **dict.fromkeys((".csv", ".tsv"), "CSV"),
+    ".parquet": "parquet",
+}
+_PROSE = (".txt", ".text", ".md", ".rst")
+_MARKUP = (".md", ".rst")
+_LICENSES = re.compile(
+    r"(?i:license|licence|copying|notice|citation)(\.(?i:txt|md|rst|cff))?|(LICEN[SC]E|COPYING|NOTICE)[-_.].*"
+)
+_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+_ARRAY = re.compile(rb"\s*\[\s*\{\s*\"")
+_OBJECT = re.compile(rb"\s*\{\s*\"")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a source: those that are read, in order of their paths, and those that are left out."""
+
+    read: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+    @property
+    def told(self) -> str:
+        """What is left out, in words; empty if nothing is."""
+        if not self.left_out:
+            return ""
+        names = ", ".join(shown(path.name) for path in self.left_out[:3])
+        more = len(self.left_out) - 3
+        return f"left out {names}" + (f" and {more:,} more" if more > 0 else "")
+
+
+def find(source: str) -> Found:
+    """The files of a local source: itself, or those of the folder.
+
+    Raises `CorpusError` for a source that is not there or cannot be read, and for a folder without text or with so
+    much else that it must be a mistake.
+    """
+    path = Path(source)
+    try:
+        mode = status(path).st_mode
+    except OSError as error:
+        raise CorpusError(
+            f"there is no corpus {shown(source)}",
+            why="neither a file nor a folder of that name exists"
+            if isinstance(error, FileNotFoundError)
+            else reason(error),
+            fix="correct data.train or data.valid; write hub:owner/name for a data set of the hub",
+        ) from error
+    if stat.S_ISREG(mode):
+        return Found((path,), ())
+    if not stat.S_ISDIR(mode):
+        raise CorpusError(
+            f"{shown(source)} is neither a file nor a folder",
+            why="text is read more than once, and a device or a pipe cannot be",
+            fix="write what comes out of it to a file, and name that",
+        )
+    found = _in_folder(path)
+    if not found.read:
+        raise CorpusError(
+            f"folder {source} holds no corpus file",
+            why=f"read are files ending in {', '.join(sorted((*_PROSE, *_BY_ENDING)))}, and JSON lines and parquet"
+            f" of any name; {found.told or 'it has no file at all'}",
+            fix="rename the files, or name them one by one",
+        )
+    return found
+
+
+def kind(path: Path, *, text_field: str) -> Kind:
+    """How a file is read. Raises what opening it raises."""
+    suffix = ending(path)
+    if suffix in _BY_ENDING:
+        return _BY_ENDING[suffix]
+    now = status(path)
+    return _by_content(path, now.st_size, now.st_mtime_ns) or ("text" if suffix in _PROSE else _table(path, text_field))
+
+
+@lru_cache(maxsize=1 << 16)
+def _by_content(path: Path, size: int, changed: int) -> Kind | None:
+    """What a file's beginning says it is; None for text and for all else. `size` and `changed` say which content."""
+    if size == 0:  # as the files of /proc are, some of which never end
+        return None
+    with open_packed(path) as file:
+        head = file.read(HEAD_BYTES)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    return "JSON lines" if b"\0" not in head and _holds_rows(head.removeprefix(b"\xef\xbb\xbf")) else None
+
+
+def _table(path: Path, text_field: str) -> Kind:
+    """CSV, if the first line names `text_field` among other columns; else text."""
+    with open_packed(path) as file:
+        line = file.readline(HEAD_BYTES).decode("utf-8-sig", "replace").strip()
+    return "CSV" if delimiter(line, text_field) else "text"
+
+
+def delimiter(header: str, text_field: str) -> str | None:
+    """What stands between the columns of a table whose header has the column `text_field` and others.
+
+    >>> delimiter("id;text", "text")
+    ';'
+    """
+    for between in (",", "\t", ";", "|"):
+        columns = [column.strip('"') for column in header.split(between)]
+        if len(columns) > 1 and text_field in columns:
+            return between
+    return None
+
+
+def _holds_rows(head: bytes) -> bool:
+    """Whether more than half of the lines of a file's beginning are JSON objects, or it is an array of them."""
+    *lines, last = head.split(b"\n")
+    if len(head) < HEAD_BYTES:
+        lines.append(last)
+    lines = [line for line in lines if line.strip()]
+    if not lines:  # not even one line ends in there
+        return bool(_OBJECT.match(head))
+    return bool(_ARRAY.match(head)) or 2 * sum(map(_is_object, lines)) > len(lines)
+
+
+def _is_object(line: bytes) -> bool:
+    if not _OBJECT.match(line):
+        return False
+    try:
+        return isinstance(plain_json.parse(line.decode()), dict)
+    except ValueError:
+        return False
+
+
+def _in_folder(folder: Path) -> Found:
+    if folder.resolve() == Path(folder.resolve().anchor):
+        raise CorpusError(
+            f"{folder} is the whole disk",
+            why="a source is a folder of texts",
+            fix="name the folder or the files that hold the text",
+        )
+    kinds: dict[Path, Kind] = {}
+    left_out: list[Path] = []
+    for path in _walk(folder, left_out.append):
+        found = None if _is_note(path) else _kind_in_folder(path)
+        if found is None:
+            left_out.append(path)
+        else:
+            kinds[path] = found
+        if len(left_out) - len(kinds) > MOST_LEFT_OUT:
+            raise CorpusError(
+                f"folder {folder} holds too much that is not text",
+                why=f"of its files {len(left_out):,} are left out and {len(kinds):,} are text, and more follow",
+                fix="name the folder or the files that hold the text",
+            )
+    about = _about(kinds, alone=all(_is_note(path) for path in left_out))
+    return Found(tuple(sorted(path for path in kinds if path not in about)), tuple(sorted((*left_out, *about))))
+
+
+def _walk(folder: Path, leave_out: Callable[[Path], None]) -> Iterator[Path]:
+    """The files of a folder and of those in it, links to folders not followed."""
+
+    def failed(error: OSError) -> None:
+        raise CorpusError(
+            f"cannot read folder {shown(error.filename or folder)}",
+            why=reason(error),
+            fix="make it readable, or name the files that hold the text",
+        ) from error
+
+    for here, folders, names in os.walk(folder, onerror=failed):
+        inside = Path(here)
+        if MARKER in names and inside != folder:
+            leave_out(inside)
+            folders.clear()
+            continue
+        for name in [*folders, *names]:
+            if name.startswith((".", "_")):
+                leave_out(inside / name)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        for name in sorted(names):
+            path = inside / name
+            if not name.startswith((".", "_")) and os.path.isfile(path):
+                yield path
+
+
+def _kind_in_folder(path: Path) -> Kind | None:
+    suffix = ending(path)
+    if suffix in _BY_ENDING:
+        return _BY_ENDING[suffix]
+    try:
+        now = status(path)
+        found = _by_content(path, now.st_size, now.st_mtime_ns)
+    except (*DAMAGED, CorpusError):
+        found = None
+    return found or ("text" if suffix in _PROSE else None)
+
+
+def _is_note(path: Path) -> bool:
+    """A license, or a note of the `datasets` library."""
+    return path.name in _NOTES or bool(_LICENSES.fullmatch(path.name))
+
+
+def _about(kinds: dict[Path, Kind], *, alone: bool) -> set[Path]:
+    """The files that tell about the text beside them; `alone`: there is nothing else in the folder."""
+    markup = {path for path, found in kinds.items() if found == "text" and ending(path) in _MARKUP}
+    readme = {path for path, found in kinds.items() if found == "text" and path.name.lower().startswith("readme")}
+    if any(found != "text" for found in kinds.values()):
+        return markup | readme
+    return set() if alone and markup | readme == set(kinds) else readme

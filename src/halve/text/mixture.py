@@ -1,0 +1,206 @@
+"""A mixture: several texts drawn from in fixed shares, in an order that is a function of (seed, draw) alone.
+
+recipe -> parts (token files) -> Mixture -> Batch
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from halve.errors import CorpusError
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import Recipe
+from halve.text.batch import Batch
+from halve.text.corpus import Samples, Tokens, prepare
+from halve.text.tokenize import Border
+
+
+def shares(weights: Sequence[float], draws: int) -> list[int]:
+    """How many of the first `draws` draws each part has.
+
+    Each draw goes to the part that is furthest behind its share: the one with the smallest (had + 1/2) / weight, the
+    first of equals (Sainte-Lague's rule of apportionment). So counts never shrink as draws grow, and are weight * draws
+    rounded wherever these roundings add up. Exact for weights as they are written, whatever binary fractions make
+    of them; a part of weight 0 has none.
+
+    >>> shares([0.7, 0.2, 0.1], 1_000_000_000_000)
+    [700000000000, 200000000000, 100000000000]
+    """
+    whole = _whole(weights)
+    # Up to a moment not past the last draw every share is rounded by itself; the few left are dealt out one by one.
+    counts = [(2 * weight * max(draws - len(whole), 0) + sum(whole)) // (2 * sum(whole)) for weight in whole]
+    for _ in range(draws - sum(counts)):
+        counts[_next(whole, counts)] += 1
+    return counts
+
+
+def turns(weights: Sequence[float], first: int, count: int) -> Iterator[tuple[int, int]]:
+    """The draws `first`, `first + 1`, ...: which part each is from, and how many that part had before.
+
+    >>> [part for part, _ in turns([2.0, 1.0], 0, 6)]
+    [0, 1, 0, 0, 1, 0]
+    """
+    whole, counts = _whole(weights), shares(weights, first)
+    for _ in range(count):
+        part = _next(whole, counts)
+        yield part, counts[part]
+        counts[part] += 1
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Samples of several texts; those of one text have numbers in a row, the next text's follow.
+
+    `offset` is the number of the very first. `drawn` is how many draws each part has had in earlier phases: each
+    part goes on in its own epochs, so that none of its samples comes twice before all have come once. A mixture of
+    one text is that text's `Samples`.
+    """
+
+    parts: tuple[Samples, ...]
+    weights: tuple[float, ...]
+    offset: int = 0
+    drawn: tuple[int, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """Tokens in a sample, the same in every part."""
+        return self.parts[0].context
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def batch(self, step: int, batch: int) -> Batch:
+        """The `batch` samples of step `step`, counted from 0."""
+        return self._at(self._places(step, batch))
+
+    def numbers(self, step: int, batch: int) -> tuple[int, ...]:
+        """The numbers of the samples of step `step`; no token is read."""
+        starts = self._starts()
+        return tuple(starts[part] + place for part, place in self._places(step, batch))
+
+    def after(self, draws: int) -> tuple[int, ...]:
+        """How many draws each part has had once this mixture has been drawn from so often."""
+        drawn = self.drawn or (0,) * len(self.parts)
+        return tuple(before + had for before, had in zip(drawn, shares(self.weights, draws), strict=True))
+
+    def numbered(self, numbers: Sequence[int]) -> Batch:
+        """Samples by their numbers."""
+        starts = self._starts()
+        return self._at([(part := _last(starts, n), n - starts[part]) for n in numbers])
+
+    def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
+        """At most `num_samples` samples in the mixture's shares, each part's spread as `Samples.calibration` does.
+
+        They come in the order of draws: the first few have the same shares. A part that is too small gives all it has.
+        Nothing is gained by asking for more than a hundred times what all parts have.
+        """
+        num_samples = min(num_samples, 100 * len(self))
+        counts = shares(self.weights, num_samples)
+        rows = [iter(part.calibration(n)) if n else iter(()) for part, n in zip(self.parts, counts, strict=True)]
+        found = (next(rows[part], None) for part, _ in self._turns(0, num_samples))
+        return torch.stack([row for row in found if row is not None])
+
+    def _places(self, step: int, batch: int) -> list[tuple[int, int]]:
+        drawn = self.drawn or (0,) * len(self.parts)
+        return [(part, self.parts[part].draw(drawn[part] + had)) for part, had in self._turns(step * batch, batch)]
+
+    def _turns(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        return turns(self.weights, first, count)
+
+    def _starts(self) -> list[int]:
+        return list(itertools.accumulate((len(part) for part in self.parts[:-1]), initial=self.offset))
+
+    def _at(self, places: Sequence[tuple[int, int]]) -> Batch:
+        starts = self._starts()
+        rows: list[int] = []
+        read: list[Batch] = []
+        for part in sorted({part for part, _ in places}):
+            rows += (own := [row for row, (one, _) in enumerate(places) if one == part])
+            read.append(self.parts[part].numbered([places[row][1] for row in own]))
+        found = Batch.joined(read).rows(sorted(range(len(rows)), key=rows.__getitem__))
+        return replace(found, numbers=tuple(starts[part] + place for part, place in places))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The token files of a recipe's training text, by the names of its parts."""
+
+    names: tuple[str, ...]
+    tokens: tuple[Tokens, ...]
+    weights: tuple[float, ...]
+
+    def cut(self, context: int, *, seed: int, border: Border | None) -> tuple[Samples, ...]:
+        """Their samples of `context` tokens. Raises `CorpusError` naming a part that is too small for one."""
+        for name, tokens in zip(self.names, self.tokens, strict=True):
+            if name and tokens.count < context:
+                raise CorpusError(
+                    f"part {name} of data.train has fewer tokens than one sample: {tokens.count} of {context}",
+                    why="samples are packed to the context and none is padded",
+                    fix=f"give {name} more text, merge it with another part, or set a smaller context",
+                )
+        return tuple(Samples(tokens, context, seed, border, stream) for stream, tokens in enumerate(self.tokens))
+
+
+def open_texts(
+    recipe: Recipe, *, cache: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
+) -> Texts:
+    """The token files of a recipe's training text, made in `cache` where they are not there."""
+    data = recipe.data
+    if isinstance(data.train, dict):
+        named = {name: (part.sources, part.weight) for name, part in data.train.items()}
+    else:
+        named = {"": (data.train, 1.0)}
+    tokens = [
+        prepare(
+            sources,
+            tokenizer=tokenizer,
+            boundary=data.boundary,
+            text_field=data.text_field,
+            cache=cache,
+            workers=data.workers,
+            progress=progress,
+        )
+        for sources, _ in named.values()
+    ]
+    return Texts(tuple(named), tuple(tokens), tuple(weight for _, weight in named.values()))
+
+
+def open_mixture(
+    recipe: Recipe, *, cache: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
+) -> Mixture:
+    """The recipe's training text as scores and calibration see it: in `data.context`, documents joined."""
+    texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
+    return Mixture(texts.cut(recipe.data.context, seed=recipe.seed, border=None), texts.weights)
+
+
+def _whole(weights: Sequence[float]) -> list[int]:
+    """Integers in the ratio of the weights' decimal spellings."""
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    assert all(weight >= 0 for weight in exact)
+    assert any(exact)
+    common = math.lcm(*(weight.denominator for weight in exact))
+    return [int(weight * common) for weight in exact]
+
+
+def _next(whole: Sequence[int], counts: Sequence[int]) -> int:
+    """Of (2 count + 1) / weight the smallest, without division."""
+    best = next(part for part, weight in enumerate(whole) if weight)
+    for part in range(best + 1, len(whole)):
+        if (2 * counts[part] + 1) * whole[best] < (2 * counts[best] + 1) * whole[part]:
+            best = part
+    return best
+
+
+def _last(starts: Sequence[int], number: int) -> int:
+    """The part that a number lies in."""
+    return max(part for part, start in enumerate(starts) if start <= number)

@@ -1,0 +1,50 @@
+"""What a recipe's evaluation asks a model, as tokens: multiple-choice items and prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from halve.errors import CorpusError
+from halve.model.choices import Encoded, encode, load_items
+from halve.recipe.schema import Recipe
+
+
+def encoded_choices(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, tuple[Encoded, ...]]:
+    """The recipe's multiple-choice files as tokens, by file name without its ending.
+
+    Raises `CorpusError` for two files of one name and for an item that is longer than `limit`.
+    """
+    questions: dict[str, tuple[Encoded, ...]] = {}
+    for path in map(Path, recipe.evaluate.choices):
+        name = path.name.split(".")[0]
+        if name in questions:
+            raise CorpusError(
+                f"two multiple-choice files are called {name}",
+                why="the report tells them apart by their names",
+                fix="rename one of them",
+            )
+        questions[name] = encode(tokenizer, load_items(path), max_tokens=limit)
+    return questions
+
+
+def encoded_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[int]]:
+    """The recipe's prompts as tokens. Raises `CorpusError` for one that is empty or leaves its completion no room."""
+    prompts = []
+    for prompt in recipe.evaluate.prompts:
+        ids: list[int] = tokenizer(prompt).input_ids
+        if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        if not ids or (limit is not None and len(ids) + recipe.evaluate.completion_tokens > limit):
+            room = "no tokens" if not ids else f"{len(ids)} tokens"
+            raise CorpusError(
+                f"the prompt {prompt[:40]!r} of evaluate.prompts has {room}",
+                why=f"with evaluate.completion_tokens {recipe.evaluate.completion_tokens} more it must fit"
+                f" the model's context of {limit}, and it must not be empty",
+                fix="change that prompt or evaluate.completion_tokens",
+            )
+        prompts.append(ids)
+    return prompts

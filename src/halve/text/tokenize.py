@@ -1,0 +1,227 @@
+"""Text to token ids, in this process or in several: the same ids in the same order either way.
+
+This file is what a tokenizing process imports, so it does without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import connection, parent_process
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from halve.errors import CorpusError, TokenizerError
+from halve.process import fresh
+from halve.recipe.schema import Boundary
+from halve.text.sources import Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_CHARS = 1 << 19  # tokenized together; bounds memory
+_BATCH_PIECES = 1024
+_AHEAD = 2  # batches a process that are read before they are needed
+
+
+@dataclass(frozen=True)
+class Border:
+    """The token that documents are told apart by: the last of each (`ends`), or the first."""
+
+    token: int
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The tokens around documents: `bos` in front of each and of every sample, `eos` behind each; None where none is.
+
+    Where both are one id, one such token stands between two documents.
+    """
+
+    bos: int | None = None
+    eos: int | None = None
+
+    @property
+    def between(self) -> tuple[int, ...]:
+        """What stands behind a document, with what stands in front of the next.
+
+        >>> Marks(bos=1, eos=2).between, Marks(bos=1).between, Marks(bos=0, eos=0).between, Marks().between
+        ((2, 1), (1,), (0,), ())
+        """
+        return tuple(dict.fromkeys(token for token in (self.eos, self.bos) if token is not None))
+
+    @property
+    def border(self) -> Border | None:
+        """What tells documents apart: their first token where they have one, so that each is read behind it."""
+        if self.bos is not None:
+            return Border(self.bos, ends=False)
+        return None if self.eos is None else Border(self.eos, ends=True)
+
+    @property
+    def follows(self) -> int | None:
+        """The token that is told by the one before it, which marks the end, and is therefore no prediction."""
+        return self.bos if len(self.between) > 1 else None
+
+
+UNMARKED = Marks()
+
+
+class DeadWorkerError(CorpusError):
+    """A tokenizing process that was ended from outside; what the others made stays good."""
+
+
+class Encoded(NamedTuple):
+    """The ids of a batch of pieces as they stand in a token file, the UTF-8 bytes of its text, and the largest id."""
+
+    ids: bytes
+    text_bytes: int
+    largest: int
+
+
+def marks(tokenizer: PreTrainedTokenizerBase, boundary: Boundary) -> Marks:
+    """The tokens that a recipe's `data.boundary` puts around documents.
+
+    `auto`: the beginning-of-sequence token in front if the tokenizer puts one in front of text, the end-of-sequence
+    token behind if it has one; where that gives neither, the beginning-of-sequence token in front if there is one.
+    Raises `TokenizerError` for a token that the tokenizer does not have.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if boundary == "auto":
+        return Marks(bos if eos is None or _puts_in_front(tokenizer, bos) else None, eos)
+    for token, kind, wanted in ((bos, "beginning", ("bos", "both")), (eos, "end", ("eos", "both"))):
+        if boundary in wanted and token is None:
+            raise TokenizerError(
+                f"data.boundary {boundary} needs a token that the tokenizer does not have",
+                why=f"it has no {kind}-of-sequence token",
+                fix="set data.boundary to auto, which takes what there is",
+            )
+    return Marks(bos if boundary in ("bos", "both") else None, eos if boundary in ("eos", "both") else None)
+
+
+def border(tokenizer: PreTrainedTokenizerBase, boundary: Boundary = "auto") -> Border | None:
+    """The token that documents are told apart by; None where there is none."""
+    return marks(tokenizer, boundary).border
+
+
+def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in groups that are tokenized together; a group's size depends on the pieces alone."""
+    batch: list[Piece] = []
+    chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= BATCH_CHARS or len(batch) >= _BATCH_PIECES:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(
+    work: Iterable[list[Piece]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: np.dtype[Any],
+    workers: int,
+    between: Sequence[int] = (),
+) -> Generator[Encoded, None, None]:
+    """The batches of `work` as token ids, in their order; the tokens `between` follow each document.
+
+    With `workers` above one that many processes are started, unless there is less than a batch for each; at most two
+    batches for each of them are read ahead. Raises `DeadWorkerError` when one of them dies.
+    """
+    work = iter(work)
+    first = list(islice(work, workers))
+    work = chain(first, work)
+    if workers == 1 or len(first) < workers:
+        for batch in work:
+            yield encode(batch, tokenizer=tokenizer, between=between, dtype=dtype)
+        return
+    waiting: deque[Future[Encoded]] = deque()
+    with ExitStack() as stack:
+        pool = fresh.pool(workers, _begin, tokenizer, between, dtype)
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        try:
+            for batch in work:
+                waiting.append(pool.submit(_encode_here, batch))
+                if len(waiting) >= _AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DeadWorkerError(
+                "a tokenizing process died",
+                why="the system ended it, most often because memory ran out",
+                fix=f"set data.workers below {workers}; what is tokenized is kept",
+            ) from error
+
+
+def encode(
+    batch: list[Piece], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], between: Sequence[int] = ()
+) -> Encoded:
+    """Tokenize pieces; the tokens `between` follow each that is a document's last."""
+    texts = [piece.text for piece in batch]
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids: list[int] = []
+    for row, piece in zip(rows, batch, strict=True):
+        ids.extend(row)
+        if piece.last:
+            ids.extend(between)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    return Encoded(np.array(ids, dtype=dtype).tobytes(), text_bytes, max(ids, default=0))
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    """The smallest type that holds every id."""
+    largest = int(max(tokenizer.get_vocab().values()))
+    return np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A SHA-256 that changes with what a tokenizer makes of text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    what: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
+    for state in ("truncation", "padding"):  # left behind by whoever called the tokenizer last
+        what.pop(state, None)
+    what = {"model": what, "eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _puts_in_front(tokenizer: PreTrainedTokenizerBase, bos: int | None) -> bool:
+    """Whether text that a tokenizer is given comes back with the beginning-of-sequence token in front."""
+    dressed, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return bos is not None and dressed[:1] == [bos] and plain[:1] != [bos]
+
+
+# ---- inside a tokenizing process -----------------------------------------------------------------------------
+
+_own: dict[str, Any] = {}
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, between: Sequence[int], dtype: np.dtype[Any]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of several already
+    _own.update(tokenizer=tokenizer, between=between, dtype=dtype)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no pipe that its children share: they would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_here(batch: list[Piece]) -> Encoded:
+    return encode(batch, **_own)

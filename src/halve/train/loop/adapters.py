@@ -1,0 +1,123 @@
+"""What of a model a correction trains: everything, its norms alone, or adapters of low rank that are merged afterwards.
+
+2408.11796 corrects the whole teacher and names the other two as lighter ways (Sec. 3.2). Each function here decides in
+place which parameters take a gradient; an optimizer made afterwards has state for these alone, and so has a checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from halve.anatomy import Anatomy, discover
+from halve.errors import RecipeError
+from halve.recipe.schema import Correct
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ADAPTER = "default"  # peft's name for the only one
+
+
+def choose(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
+    """Let `model` train what the recipe's section says; `merge` undoes what this adds to it. As `require`, raises."""
+    require(discover(model.config), section)
+    if section.method == "lora":
+        add_lora(model, rank=section.lora_rank, alpha=section.lora_alpha, seed=seed)
+    elif section.method == "norms":
+        norms_alone(model)
+    else:
+        model.requires_grad_(True)
+
+
+def require(anatomy: Anatomy, section: Correct) -> None:
+    """Raise `RecipeError` where the section's method finds nothing to train in such a model, or lacks its package."""
+    if section.method == "norms" and not _has_norms(anatomy):
+        raise RecipeError(
+            f"correct.method: norms finds nothing to train in a {anatomy.family}",
+            why="its norms have no parameters",
+            fix="method: full or lora in the section correct",
+        )
+    if section.method == "lora" and importlib.util.find_spec("peft") is None:
+        raise RecipeError(
+            "correct.method: lora needs the package peft",
+            why="it is not installed; its adapters are an extra of halve",
+            fix="pip install 'halve[lora]', or method: full or norms",
+        )
+    if section.method == "lora" and section.lora_rank > (hidden := anatomy.sizes.hidden):
+        raise RecipeError(
+            f"correct.lora_rank {section.lora_rank} is larger than the model's hidden {hidden}",
+            why="no matrix that reads or writes hidden states has a higher rank than that",
+            fix=f"set correct.lora_rank to {hidden} or less; 16 is usual",
+        )
+
+
+def norms_alone(model: PreTrainedModel) -> None:
+    """Let the parameters of all norms train, those of queries and keys too, and nothing else."""
+    model.requires_grad_(False)
+    for name in norms(model):
+        model.get_submodule(name).requires_grad_(True)
+
+
+def norms(model: PreTrainedModel) -> list[str]:
+    """The modules that normalize and have parameters: those over `hidden` by the anatomy, others by their class."""
+    known = discover(model.config).norms
+    return [
+        name
+        for name, module in model.named_modules()
+        if (name in known or "norm" in type(module).__name__.lower())
+        and not any(module.children())
+        and any(True for _ in module.parameters())
+    ]
+
+
+def linears(model: PreTrainedModel) -> list[str]:
+    """The matrix products of the body, by the anatomy; the head, which losses take without running it, is none."""
+    anatomy = discover(model.config)
+    return [name for name in anatomy.modules if f"{name}.weight" not in anatomy.embeddings]
+
+
+def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> None:
+    """Put an adapter beside every matrix of the body and let the adapters alone train.
+
+    A matrix's product with x becomes `W x + alpha / rank * B A x`, where A [rank, inputs] is drawn from the seed and
+    B [outputs, rank] is zero (LoRA, 2106.09685, Sec. 4.1): at first the model computes what it did before.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    names = linears(model)
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+    config = LoraConfig(target_modules=names, r=rank, lora_alpha=alpha, lora_dropout=0.0, fan_in_fan_out=transposed)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        LoraModel(model, config, _ADAPTER)
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> None:
+    """Add every adapter to the matrix that it lies beside and take it out; a model without adapters stays as it is.
+
+    Works on shards too: every rank has to call it.
+    """
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name, module in adapted.items():
+        plain: nn.Module = module.get_base_layer()
+        change = module.get_delta_weight(_ADAPTER)
+        weight = plain.get_parameter("weight")
+        if isinstance(weight, DTensor):
+            change = change.redistribute(weight.device_mesh, weight.placements)
+        weight.add_(change.to(weight.dtype))
+        model.set_submodule(name, plain)
+    if adapted:
+        del model.peft_config
+
+
+def _has_norms(anatomy: Anatomy) -> bool:
+    return any(parameter.rpartition(".")[0] in anatomy.norms for parameter in anatomy.params)

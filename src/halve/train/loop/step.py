@@ -1,0 +1,116 @@
+"""One optimizer step, however many micro-batches and ranks it is made in: gradients first, then, if taken, the move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from halve.text.batch import Batch
+from halve.train.ranks.group import here
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Modules that one optimizer moves, by the names that a checkpoint gives them."""
+
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All their parameters."""
+        return [parameter for module in self.modules.values() for parameter in module.parameters()]
+
+    def gradients(self) -> list[Tensor]:
+        """What this rank holds of the gradients that are there."""
+        return [_local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """Something that learns in the same loop from the same samples with an optimizer of its own."""
+
+    @property
+    def trained(self) -> Trained:
+        """What a checkpoint keeps of it."""
+
+    def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
+        """Learn from the micro-batches of a step, counted from 1; give figures for the journal."""
+
+    def work(self, context: int, *, step: int) -> float:
+        """FLOPs a token of learning in a step, in samples of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `gradients` found: the mean loss of `count` tokens, and the norm of its gradient."""
+
+    loss: float
+    norm: float
+    count: int
+
+
+def gradients(
+    trained: Trained,
+    summed: Callable[[Batch], tuple[Tensor, int]],
+    parts: Iterable[Batch],
+    *,
+    settle: Callable[[], None] | None = None,
+) -> Found:
+    """Leave the gradient of the losses' sum over all tokens of all ranks in the parameters; give mean loss and norm.
+
+    `parts` are this rank's. `settle` is called after the last of them (see `shards.Learner.settle`).
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for part in parts:
+        loss, num_tokens = summed(part)
+        torch.autograd.backward(loss)
+        total, count = total.to(loss.device) + loss.detach(), count + num_tokens
+    if settle is not None:
+        settle()
+    both = here().sum(torch.stack([total, total.new_tensor(float(count))]))
+    total, tokens = both.unbind()
+    norm = _norm(trained) / tokens.to(torch.float32)
+    mean, size, number = torch.stack([total / tokens, norm.double(), tokens]).tolist()
+    return Found(mean, size, int(number))
+
+
+def apply(trained: Trained, found: Found, *, lr: float, clip: float) -> None:
+    """Take one optimizer step along the gradients that were found, and drop them."""
+    # they are those of the sum: one pass both takes the mean and clips it
+    torch._foreach_mul_(trained.gradients(), min(clip / (found.norm + 1e-6), 1.0) / found.count)
+    for group in trained.optimizer.param_groups:
+        group["lr"] = lr
+    trained.optimizer.step()
+    drop(trained)
+
+
+def drop(trained: Trained) -> None:
+    """Leave the gradients unused."""
+    trained.optimizer.zero_grad(set_to_none=True)
+
+
+def _norm(trained: Trained) -> Tensor:
+    """The norm of all gradients; those of parameters that every rank holds whole are summed over ranks first."""
+    grads = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
+    shards = [grad for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    if not here().alone:
+        for grad in whole:
+            dist.all_reduce(grad)
+    norm = torch.nn.utils.get_total_norm(whole, foreach=True)
+    if not shards:
+        return norm
+    square = torch.nn.utils.get_total_norm([_local(grad) for grad in shards], foreach=True).double().square()
+    dist.all_reduce(square, group=shards[0].device_mesh.get_group("shard"))
+    return (square + norm.to(square).square()).sqrt().float()
+
+
+@torch.no_grad()
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,280 @@
+"""Losses on what teacher and student hold between embedding and logits (2407.14679, Sec. 3).
+
+    L = L_logits + alpha L_is
+
+States are taken after the norms: a state of the residual stream is what the next layer reads of it, that is the input
+of whatever module of that layer is called first with it. In families that normalize a sub-layer's output instead of
+its input that is the stream itself. So there is one way for all families whose anatomy is known:
+
+    embedding   what layer 0 reads
+    input       what the layer reads
+    output      what the layer after it reads; of the last layer, what the head reads
+    attention   the layer's queries, keys and values as its projections make them, by their relations
+
+The first three are compared by their mean squared difference, the student's first brought to the teacher's width by
+one linear map that all of them share and that is learned beside the student; it is no part of the student.
+
+Shapes: B batch, S seq, N tokens, D hidden, C channels of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, Expr, discover
+from halve.errors import RecipeError, TrainError
+from halve.model.head import Body, Head
+from halve.recipe.schema import State
+from halve.text.batch import Batch, at_predictions
+from halve.train.losses.relations import relation_divergence
+from halve.train.objectives.logits import Objective
+
+_DEFAULT_LAYERS = {-2: -2}  # 2407.14679, Table 17
+_HEADS = {"heads", "kv_heads"}
+
+
+@dataclass(frozen=True, eq=False)
+class Ear:
+    """Where a state is heard: at the input of the first of these modules that is called, or at the output of one."""
+
+    modules: tuple[nn.Module, ...]
+    at_output: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One state of both models, and how (the student's, the teacher's) differ, summed over a batch's tokens."""
+
+    student: Ear
+    teacher: Ear
+    loss: Callable[[Tensor, Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """The states that a student shall match, and the map that it learns for it (None where no state needs one)."""
+
+    pairs: tuple[Pair, ...]
+    map: nn.Linear | None
+
+    def loss(self, learned: Sequence[Tensor], taught: Sequence[Tensor], batch: Batch) -> Float[Tensor, ""]:
+        """Return L_is, summed over pairs and over the tokens that count."""
+        total = torch.zeros((), device=batch.ids.device)
+        for pair, student, teacher in zip(self.pairs, learned, taught, strict=True):
+            # a copy: what inference mode made may not enter a graph
+            known = teacher.detach().to(student.device, copy=True)
+            total = total + pair.loss(student, known, batch)
+        return total
+
+
+def layer_pairs(layers: Mapping[int, int] | None, *, teacher: int, student: int) -> tuple[tuple[int, int], ...]:
+    """Return (teacher's layer, student's layer) of models with so many layers, counted from the beginning.
+
+    `layers` may count from the end; None is the last but one of both. Raises `RecipeError` for a layer that is not
+    there.
+
+    >>> layer_pairs({-2: -2, 3: 1}, teacher=12, student=6)
+    ((10, 4), (3, 1))
+    """
+    pairs = []
+    for of_teacher, of_student in (layers if layers is not None else _DEFAULT_LAYERS).items():
+        for who, index, num in (("teacher", of_teacher, teacher), ("student", of_student, student)):
+            if not -num <= index < num:
+                raise RecipeError(
+                    f"distill.intermediate.layers names the {who}'s layer {index}",
+                    why=f"the {who} has {num} layers, 0 to {num - 1} or {-num} to -1",
+                    fix="change the layers of distill.intermediate; they read teacher's: student's",
+                )
+        pairs.append((of_teacher % teacher, of_student % student))
+    return tuple(pairs)
+
+
+def match(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    *,
+    states: Sequence[State],
+    layers: Mapping[int, int] | None,
+    seed: int,
+) -> Matching:
+    """Prepare the comparison of these states.
+
+    The map starts as an isometry drawn from the seed, between equal widths as the identity. Raises
+    `AnatomyError` for a family that is not known, `RecipeError` for a layer that is not there, `TrainError` where the
+    two attend differently.
+    """
+    mine, its = discover(student.config), discover(teacher.config)
+    chosen = layer_pairs(layers, teacher=its.sizes.layers, student=mine.sizes.layers)
+    mapping = _mapping(mine.sizes.hidden, its.sizes.hidden, like=student, seed=seed)
+
+    def mapped(student_BSD: Tensor, teacher_BSD: Tensor, batch: Batch) -> Tensor:
+        return state_difference(mapping(student_BSD), teacher_BSD, batch)
+
+    pairs: list[Pair] = []
+    for state in states:
+        for its_layer, my_layer in chosen if state != "embedding" else ((0, 0),):
+            if state == "attention":
+                pairs += _attention(student, mine, my_layer, teacher, its, its_layer)
+            else:
+                after = state == "output"
+                ears = _reading(student, mine, my_layer + after), _reading(teacher, its, its_layer + after)
+                pairs.append(Pair(*ears, mapped))
+    return Matching(tuple(pairs), mapping if any(state != "attention" for state in states) else None)
+
+
+def with_states(objective: Objective, matching: Matching, *, alpha: float | None) -> Objective:
+    """Return `L + alpha L_is`, where L is an objective whose teacher answers live.
+
+    `alpha` None is the paper's dynamic weight, `L / L_is` of the moment without gradient: both then weigh the same, and
+    the value of the whole is twice L. The moment is a rank's micro-batch: that of a step would be known only after its
+    passes, and take them twice. So with it, unlike with a fixed `alpha`, a step's gradient depends a little on
+    `micro_batch` and the number of ranks.
+    """
+
+    def both(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
+        ears = zip(*((pair.student, pair.teacher) for pair in matching.pairs), strict=True)
+        with heard(next(ears)) as learned, heard(next(ears)) as taught:
+            loss, count = objective(body, head, batch)
+        states = matching.loss(learned, taught, batch)
+        weight = alpha if alpha is not None else _ratio(loss.detach(), states.detach())
+        return loss + weight * states, count
+
+    return both
+
+
+@contextmanager
+def heard(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
+    """While open, listen to one forward pass; the list that this gives then holds every ear's state.
+
+    What the pass computes again on its way back, under activation checkpointing, is not heard.
+    """
+    states: dict[int, Tensor] = {}
+    result: list[Tensor] = []
+
+    def listen(index: int, module: nn.Module, at_output: bool) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.setdefault(index, args[0] if args else next(iter(kwargs.values())))
+
+        def after(_: nn.Module, _args: Any, output: Any) -> None:
+            states.setdefault(index, output if isinstance(output, Tensor) else output[0])
+
+        return (
+            module.register_forward_hook(after)
+            if at_output
+            else module.register_forward_pre_hook(before, with_kwargs=True)
+        )
+
+    hooks = [listen(index, module, ear.at_output) for index, ear in enumerate(ears) for module in ear.modules]
+    try:
+        yield result
+        assert len(states) == len(ears), "a state was not heard: its teacher does not run here"
+        result += [states[index] for index in range(len(ears))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def state_difference(
+    student: Float[Tensor, "batch seq hidden"], teacher: Float[Tensor, "batch seq hidden"], batch: Batch
+) -> Float[Tensor, ""]:
+    """Return the mean squared difference over channels, summed over the tokens that count.
+
+    In float32 (float64 where a state is).
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    mine_ND, its_ND = (at_predictions(state, batch).to(dtype) for state in (student, teacher))
+    return (mine_ND - its_ND).square().mean(-1).sum()
+
+
+def _reading(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Ear:
+    """Where a layer's reading of the residual stream is heard; the layer after the last one is the head."""
+    if layer == anatomy.sizes.layers:
+        return Ear((model.base_model,), at_output=True)
+    return Ear(tuple(model.get_submodule(name) for name in anatomy.readers("hidden")[layer]))
+
+
+def _attention(
+    student: PreTrainedModel, mine: Anatomy, my_layer: int, teacher: PreTrainedModel, its: Anatomy, its_layer: int
+) -> Iterator[Pair]:
+    """A pair for every projection into heads, with the relations of all that it makes."""
+    made, taught = _projections(mine, my_layer), _projections(its, its_layer)
+    if not made or [_kinds(expr) for expr in made.values()] != [_kinds(expr) for expr in taught.values()]:
+        raise TrainError(
+            "the attention of student and teacher cannot be compared",
+            why=f"the student's layer {my_layer} makes heads by {', '.join(made) or 'nothing'},"
+            f" the teacher's layer {its_layer} by {', '.join(taught) or 'nothing'}",
+            fix="leave attention out of distill.intermediate.states, or pair layers of one kind",
+        )
+    for (name, expr), (its_name, its_expr) in zip(made.items(), taught.items(), strict=True):
+        yield Pair(
+            Ear((student.get_submodule(name),), at_output=True),
+            Ear((teacher.get_submodule(its_name),), at_output=True),
+            partial(_related, mine=(expr, mine.sizes.sizes), its=(its_expr, its.sizes.sizes)),
+        )
+
+
+def _related(
+    student_BSC: Tensor,
+    teacher_BSC: Tensor,
+    batch: Batch,
+    *,
+    mine: tuple[Expr, Mapping[str, int]],
+    its: tuple[Expr, Mapping[str, int]],
+) -> Tensor:
+    documents_BS = torch.zeros_like(batch.ids) if batch.positions is None else (batch.positions == 0).cumsum(1)
+    inside = batch.counted()
+    predicts = torch.ones_like(batch.ids[:, 1:], dtype=torch.bool) if inside is None else inside
+    counted_BS = nn.functional.pad(predicts, (0, 1))
+    parts = zip(_vectors(student_BSC, *mine), _vectors(teacher_BSC, *its), strict=True)
+    divergences = [relation_divergence(*pair, documents=documents_BS, counted=counted_BS) for pair in parts]
+    return torch.stack(divergences).sum()
+
+
+def _projections(anatomy: Anatomy, layer: int) -> dict[str, Expr]:
+    """The modules of a layer that read hidden and make heads, and what they make."""
+    return {
+        name: expr
+        for name in anatomy.readers("hidden")[layer]
+        for expr in anatomy.params[f"{name}.weight"]
+        if expr.axes & _HEADS
+    }
+
+
+def _kinds(expr: Expr) -> int:
+    """How many of queries, keys and values a projection makes."""
+    return sum(prod(factor for factor in term if isinstance(factor, int)) for term in expr.terms)
+
+
+def _vectors(made_BSC: Tensor, expr: Expr, sizes: Mapping[str, int]) -> list[Tensor]:
+    """Take a projection's output apart into [batch, seq, heads, head_dim] of each kind, however it lays them out."""
+    found: list[Tensor] = []
+    lengths = [[factor if isinstance(factor, int) else sizes[factor] for factor in term] for term in expr.terms]
+    blocks = torch.split(made_BSC, [prod(dims) for dims in lengths], dim=-1)
+    for term, dims, block in zip(expr.terms, lengths, blocks, strict=True):
+        kinds = [2 + place for place, factor in enumerate(term) if isinstance(factor, int)]
+        apart = torch.unflatten(block, -1, dims).movedim(kinds, list(range(len(kinds))))
+        found += apart.reshape(-1, *apart.shape[len(kinds) :]).unbind(0)
+    return found
+
+
+def _mapping(student: int, teacher: int, *, like: PreTrainedModel, seed: int) -> nn.Linear:
+    linear = nn.Linear(student, teacher, bias=False, dtype=torch.promote_types(like.dtype, torch.float32))
+    if student == teacher:
+        nn.init.eye_(linear.weight)
+    else:
+        nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(seed))
+    return linear if linear.weight.device == like.device else linear.to(like.device)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below, 0.0)

@@ -1,0 +1,1 @@
+"""Which processes train together, and who holds which part of a model?"""

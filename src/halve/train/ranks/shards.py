@@ -1,0 +1,149 @@
+"""Models over several ranks: trained in shards, frozen in shards, and made whole again to be saved.
+
+The head never runs as a module: losses take its matrix a chunk at a time. So a sharded head is gathered once a step,
+its gradient gathers over the micro-batches, and is then summed over ranks into the shards, once. On one rank nothing
+is gathered and nothing is summed.
+
+Shapes: D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
+
+from halve.model import saving
+from halve.model.head import Body, Head, split
+from halve.recipe.schema import Distill, Training
+from halve.train.ranks import blocks
+from halve.train.ranks.group import Ranks, here
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model that trains: its body, and its head, whose parameters are shards where there are several ranks."""
+
+    body: Body
+    own: Head
+
+    def head(self) -> Head:
+        """The whole head, for `step.gradients`. Where it is gathered, gradients stay in it until `settle`."""
+        weight, bias = _gathered(self.own.weight), _gathered(self.own.bias)
+        return replace(self.own, weight=weight, bias=bias, accumulates=True)
+
+    def rest(self) -> None:
+        """Drop what a forward pass without a way back has left gathered: parameters are shards again."""
+        if isinstance(self.body.module, FSDPModule):
+            self.body.module.reshard()
+
+    def settle(self, head: Head) -> None:
+        """Sum the gradients of a gathered head over ranks, into the shards'."""
+        for own, whole in ((self.own.weight, head.weight), (self.own.bias, head.bias)):
+            if isinstance(own, DTensor) and whole is not None and whole.grad is not None:
+                summed = DTensor.from_local(whole.grad, own.device_mesh, [Partial()] * own.device_mesh.ndim)
+                mine = summed.redistribute(placements=own.placements)
+                own.grad = mine if own.grad is None else own.grad + mine
+                whole.grad = None
+
+
+def learner(model: PreTrainedModel, training: Training, *, device: str, half: bool) -> Learner:
+    """Make a model ready to be trained by these ranks, in place, as float32 masters on `device`.
+
+    Of several ranks each takes its shards from a model that had better be in main memory (`Ranks.home`). `half` says
+    whether its products are taken in bfloat16. Whoever makes an optimizer makes it of the parameters that the model has
+    afterwards.
+    """
+    ranks = here()
+    model.eval()  # not train(): dropout would make a step depend on more than its number
+    if ranks.alone:
+        model.to(device)
+        if model.dtype in _HALF:
+            model.float()
+    body, head = split(model)
+    blocks.recompute(model, training.activation_checkpointing)
+    if training.compile:
+        blocks.compiled(model)
+    if not ranks.alone:
+        blocks.shard(model, body.module, ranks.mesh(training.replicas), half=half, trains=True)
+        output = model.get_output_embeddings()
+        head = replace(head, weight=output.weight, bias=getattr(output, "bias", None))
+        model.to(device)  # what is in no shard
+    if model.dtype in _HALF:  # only now: a rank holds float32 masters of its shards alone
+        model.float()
+    return Learner(body, head)
+
+
+def frozen(model: PreTrainedModel, body: Body, training: Distill, *, half: bool) -> None:
+    """Make a model that only runs forward ready: compiled and in shards where the recipe says so.
+
+    Its head, taken apart before, stays whole on every rank.
+    """
+    ranks = here()
+    if training.compile:
+        blocks.compiled(model)
+    if training.shard_teacher and not ranks.alone:
+        blocks.shard(model, body.module, ranks.mesh(training.replicas), half=half, trains=False)
+
+
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    extra_from: Path | None,
+    record: Mapping[str, Any] | None,
+) -> None:
+    """`saving.save_model` of a model that these ranks have trained; rank 0 writes, the others wait."""
+    ranks = here()
+    plain = model.to(dtype) if ranks.alone else _whole(model, dtype, ranks)
+
+    def write() -> None:
+        assert plain is not None
+        saving.save_model(plain, folder, extra_from=extra_from, record=record)
+
+    ranks.lead(write)
+
+
+def _gathered(own: Tensor | None) -> Any:
+    if not isinstance(own, DTensor):
+        return own
+    return _full(own).requires_grad_(own.requires_grad and torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _whole(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> PreTrainedModel | None:
+    """The model in one piece on the CPU of rank 0; every rank has to ask for it."""
+    state: dict[str, Tensor] = {}
+    done: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in done:
+            whole = _full(tensor)
+            done[id(tensor)] = whole.to("cpu", dtype if whole.is_floating_point() else None) if ranks.leads else whole
+            if not ranks.leads:
+                done[id(tensor)] = torch.empty(0)
+        state[name] = done[id(tensor)]
+    if not ranks.leads:
+        return None
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(copy.deepcopy(model.config))
+    plain.load_state_dict(state, assign=True)
+    plain.generation_config = model.generation_config
+    plain.tie_weights()
+    return plain

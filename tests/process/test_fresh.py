@@ -1,0 +1,131 @@
+"""Code that lies beside what people bring is never run, by whatever halve starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import halve
+from halve.disk import soundness
+from halve.errors import CheckpointError, RecipeError
+from halve.process import fresh
+from halve.recipe import read as reading
+
+HOME = str(Path(halve.__file__).parents[1])
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "yaml", "pydantic", "rich", "typer")
+OWN = ("random", "json", "typing", "tempfile", "subprocess", "signal", "secrets", "multiprocessing", "pickle", "socket")
+SITE = ("sitecustomize", "usercustomize")
+
+
+def lay(folder: Path, *names: str) -> Path:
+    """Put modules into a folder that note that they were run; gives the file of the notes."""
+    folder.mkdir(exist_ok=True)
+    notes = folder / "RAN"
+    for name in names:
+        (folder / f"{name}.py").write_text(f"open({str(notes)!r}, 'a').write('{name} ')\n", encoding="utf-8")
+    return notes
+
+
+def ran(notes: Path) -> str:
+    return notes.read_text() if notes.exists() else ""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that Python looks for code in first, in every way that it can come to that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", ".", str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path), os.environ.get("PYTHONPATH", HOME)]))
+    return tmp_path
+
+
+IMPORTS = "import random, json, typing, tempfile, yaml, safetensors, numpy, secrets, socket"
+
+
+def test_the_canaries_sing(tmp_path: Path) -> None:
+    """Python by itself does run them: the tests below can fail."""
+    notes = lay(tmp_path, *LIBRARIES, *OWN)
+    subprocess.run([sys.executable, "-c", "import random, yaml"], cwd=tmp_path, check=True)
+    assert ran(notes).split() == ["random", "yaml"]
+
+
+def test_a_fresh_process_runs_nothing_of_the_working_folder(work: Path) -> None:
+    notes = lay(work, *LIBRARIES, *OWN, *SITE)
+    assert fresh.python(IMPORTS) == ""
+    assert ran(notes) == ""
+    assert "No module named 'nowhere'" in fresh.python("import nowhere")
+
+
+def test_a_fresh_process_runs_nothing_beside_recipe_or_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes, model = tmp_path / "recipes", tmp_path / "model"
+    notes = [lay(folder, *LIBRARIES, *OWN, *SITE) for folder in (recipes, model)]
+    (recipes / "r.yaml").write_text("name: [")
+    with pytest.raises(RecipeError):
+        reading.load(recipes / "r.yaml")
+    with pytest.raises(CheckpointError):
+        soundness.read_config(soundness.locate(model))
+    monkeypatch.setattr(sys, "path", [str(recipes), str(model), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(model), str(recipes)]))
+    assert fresh.python(IMPORTS) == ""
+    assert [ran(one) for one in notes] == ["", ""]
+
+
+def test_a_fresh_process_finds_what_the_user_has_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "one_of_mine.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
+    assert fresh.python("import one_of_mine") == ""
+
+
+def test_workers_run_nothing_of_the_working_folder(work: Path) -> None:
+    notes = lay(work, *LIBRARIES, *OWN, *SITE)
+    before = dict(os.environ), list(sys.path)
+    with fresh.pool(1, eval, "__import__('random')") as pool:
+        path = pool.submit(eval, "[*map(__import__('os').path.realpath, __import__('sys').path)]").result()
+    assert ran(notes) == ""
+    assert str(work) not in path
+    assert os.path.realpath(HOME) in path
+    assert (dict(os.environ), sys.path) == before
+
+
+def test_workers_of_a_users_own_program_find_its_modules(tmp_path: Path) -> None:
+    """A script, or a package that is started with -m, in the working folder: the user's own code."""
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path, tmp_path / "mine"):
+        (folder / "go.py").write_text(
+            "import helper_of_mine\nfrom halve import fresh\n"
+            "if __name__ == '__main__':\n"
+            "    with fresh.pool(1, helper_of_mine.begin) as pool:\n"
+            "        print(pool.submit(helper_of_mine.answer).result())\n"
+        )
+    (tmp_path / "helper_of_mine.py").write_text("def begin(): pass\ndef answer(): return 42\n")
+    environment = {**os.environ, "PYTHONPATH": HOME}
+    for words in (["go.py"], ["-m", "go"], ["-m", "mine.go"]):
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == ["42"], done.stderr
+
+
+@pytest.mark.parametrize("listed", [HOME, f":{HOME}", f"{HOME}:."])
+def test_the_program_runs_nothing_of_the_working_folder(tmp_path: Path, listed: str) -> None:
+    """What Python itself loads before the program has a say, `-P` keeps out."""
+    notes = lay(tmp_path, *LIBRARIES, *OWN)
+    environment = {**os.environ, "PYTHONPATH": listed}
+    command = [sys.executable, "-m", "halve", "check", "none.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, ran(notes)) == (2, "")
+    assert "error: cannot read recipe none.yaml" in done.stderr
+
+
+def test_what_the_program_starts_is_told_to_do_likewise(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    kept = [entry for entry in sys.path if os.path.realpath(entry) != str(work)]
+    fresh.shut_program()
+    assert sys.path == kept
+    notes = lay(work, *OWN, *SITE)
+    subprocess.run([sys.executable, "-c", "import random, secrets"], check=True)
+    assert ran(notes) == ""

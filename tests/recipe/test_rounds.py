@@ -1,0 +1,74 @@
+"""Two rounds on a tiny llama, with the real stages: what comes out, and what the report says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from halve.model.checkpoint import Checkpoint
+from halve.pipeline import run as pipeline
+from halve.preflight.sizes import shapes
+from halve.recipe.rounds import rounds
+from halve.recipe.schema import Recipe
+
+DISTILL = {"tokens": 512, "batch": 4, "eval_every": 2, "eval_samples": 2, "warmup_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    then = [{"prune": {"hidden": 24}, "distill": {**DISTILL, "baselines": ["ce"]}, "teacher": "previous"}]
+    return make_recipe(distill=DISTILL, then=then)
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.run(recipe, tmp_path_factory.mktemp("rounds") / "run")
+
+
+def test_each_round_reads_like_a_recipe_of_its_own(recipe: Recipe) -> None:
+    first, second = rounds(recipe)
+    assert first == recipe.model_copy(update={"then": ()})
+    assert (second.prune.hidden, second.prune.ffn, second.name, second.seed) == (24, None, "tiny", 0)
+    assert rounds(first) == (first,)
+
+
+def test_the_sizes_of_a_round_follow_from_those_before(recipe: Recipe) -> None:
+    first, second = shapes(recipe, Checkpoint.open(recipe.model))
+    assert (first.before.sizes.ffn, first.after.ffn, first.after.layers) == (64, 40, 3)
+    assert second.before.sizes == first.after
+    assert second.after == first.after.at(hidden=24)
+
+
+def test_the_last_student_is_what_two_rounds_leave(run: Path) -> None:
+    config = AutoModelForCausalLM.from_pretrained(run / "distill-2" / "model").config
+    assert (config.num_hidden_layers, config.intermediate_size, config.hidden_size) == (3, 40, 24)
+    plan = json.loads((run / "prune-2" / "plan.json").read_text())
+    assert (plan["before"]["hidden"], plan["after"]["hidden"]) == (32, 24)
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    assert list(results["models"]) == ["teacher", "pruned", "distilled", "pruned-2", "distilled-2", "ce-2"]
+    assert results["differences"]["subject"] == "distilled-2"
+    params = {name: one["params"] for name, one in results["models"].items()}
+    assert params["distilled-2"] < params["distilled"] < params["teacher"]
+
+
+def test_the_report_shows_every_round(run: Path) -> None:
+    page = (run / "report" / "report.html").read_text()
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    for words in ("Distilled student 2", "Pruned, untrained 2", "Trained with CE 2", "Importance, round 2"):
+        assert words in text
+    assert re.search(r"Round 1: Dropped layer \d, counted from 0\. Trimmed ffn\. Round 2: Trimmed hidden\.", text)
+    assert "hidden 32 32 24 75 %" in text
+    assert "ffn 64 40 40 62 %" in text
+    assert 'class="swatch distilled"' in page
+    assert "distilled-2" not in re.sub(r"<details>.*", "", page.split("</style>")[1], flags=re.S)
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    assert f"{results['models']['distilled-2']['params']:,}" in text
+    assert text.count("the same cut, trained on the text alone") == 1
+    card = (run / "report" / "README.md").read_text()
+    assert "| hidden | 32 | 32 | 24 | 75 % |" in card
+    assert "then:" in card
