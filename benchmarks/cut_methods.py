@@ -16,7 +16,7 @@ from halve.anatomy import Anatomy, Arch
 from halve.cut import apply, trial
 from halve.cut.layers import depth, layer_merge
 from halve.cut.plan.plan import select
-from halve.cut.plan.shapes import shapes
+from halve.cut.plan.shapes import list_shapes
 from halve.cut.plan.sizes import budget_of, target
 from halve.cut.repair import refit, refit_scores
 from halve.cut.repair.rotate import student_anatomy
@@ -148,7 +148,7 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
             anatomy,
             scores,
             prune,
-            shapes(own, budget[0], total=budget[1]),
+            list_shapes(own, budget[0], total=budget[1]),
             setting.calibration_BS,
             turned=turned,
             micro_batch=MICRO_BATCH,

@@ -102,7 +102,7 @@ def benchmark(model: PreTrainedModel, samples_BS: Tensor, size: int, args: argpa
     total = anatomy.sizes.layers
     sets = [tuple(range(start, start + size)) for start in range(total - size + 1)]
     batches = torch.split(samples_BS, args.micro_batch)
-    layers, (_, head) = removal.find(model, anatomy), split(model)
+    layers, (_, head) = removal.layers_of(model, anatomy), split(model)
     compare = depth_values.nll(model, anatomy, samples_BS, micro_batch=args.micro_batch)
 
     def reused() -> list[float]:

@@ -203,19 +203,19 @@ def _value(default: Any) -> str:
 
 def runtimes_page() -> str:
     """What runtimes made of twins that were cut, from the table that `halve plan` reads."""
-    from halve.anatomy.runtimes import DEPTH, IN_PLACE, PROPORTION, SAME, WHOLE, measured
+    from halve.anatomy.runtimes import DEPTH_CUT, IN_PLACE, PROPORTION, ROUNDING, WHOLE, measured
 
     parts = [
         f"{HEADER}# Runtimes\n\n"
         "This page says whether other programs compute the same as transformers for a model that `halve` has cut. Each"
         " cell is the largest difference of logits on 40 tokens, in standard deviations of the logits, in float32. The"
         " model is a random twin of the family. It was cut in one way, saved, and run by `scripts/runtimes.py`.\n\n"
-        f"- Up to {SAME:g} the difference is only rounding. `halve plan` then says that the runtime opens the"
+        f"- Up to {ROUNDING:g} the difference is only rounding. `halve plan` then says that the runtime opens the"
         " model.\n"
         "- If the difference is larger (bold), or if the model does not load (-), `halve plan` says no.\n"
         "- Empty cells and families that are not listed were not measured. `halve plan` then says unknown.\n\n"
         "The columns and the names of twins:\n\n"
-        f"- *{DEPTH}*: one layer is dropped, so all later layers move to another position.\n"
+        f"- *{DEPTH_CUT}*: one layer is dropped, so all later layers move to another position.\n"
         f"- *{IN_PLACE}*: as many layers are dropped as the period in which the kinds of layers repeat. So every"
         " position keeps its kind of layer. The cell is empty where all layers are alike.\n"
         f"- *{PROPORTION}*: both are halved, and hidden stays heads x head_dim. In the columns before, each axis is cut"
@@ -225,7 +225,7 @@ def runtimes_page() -> str:
         " model by its number of layers, the twin has as many layers as the real model.\n\n"
         "Tokenizers are not tested, because a cut does not change them.\n",
     ]
-    columns = (WHOLE, DEPTH, IN_PLACE, "ffn", "hidden", "heads", "kv_heads", PROPORTION)
+    columns = (WHOLE, DEPTH_CUT, IN_PLACE, "ffn", "hidden", "heads", "kv_heads", PROPORTION)
     for runtime in ("llama.cpp", "vLLM", "transformers"):
         rows = [row for row in measured() if row.runtime == runtime]
         if not rows:
@@ -317,7 +317,7 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
 
     pages, listed = {}, []
     for name in declare.names():
-        study, path = declare.load(name), folder / f"{name}.json"
+        study, path = declare.load_study(name), folder / f"{name}.json"
         results = json.loads(_read(path)) if path.exists() else None
         if all_ or results is not None:
             listed.append((name, study.title, study.source, results))

@@ -22,7 +22,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.configs import quiet
-from halve.anatomy.runtimes import DEPTH, IN_PLACE, PROPORTION, WHOLE, Row, kind, measured, period, write_table
+from halve.anatomy.runtimes import (
+    DEPTH_CUT,
+    IN_PLACE,
+    PROPORTION,
+    WHOLE,
+    Measurement,
+    family_and_traits,
+    measured,
+    period,
+    write_table,
+)
 from halve.cut.plan.plan import select
 from halve.cut.proof.prove import prove
 from halve.cut.proof.twins import RandomScores, random_twin
@@ -99,13 +109,15 @@ def main() -> None:
     for family, values in TWINS:
         if not asked.family or family in asked.family:
             config = twin_config(family, values)
-            folders.append(asked.work.resolve() / kind(config))
+            folders.append(asked.work.resolve() / family_and_traits(config))
             make(config, folders[-1])
     models = sorted(path.parent for folder in folders for path in folder.glob("*/expected.npy"))
     for runtime, version, command in runtimes_of(asked):
         stem = f"{runtime} {version}"
         ask(models, stem, command)
-        write_table(Row(runtime, version, model.parent.name, model.name, *answer_of(model, stem)) for model in models)
+        write_table(
+            Measurement(runtime, version, model.parent.name, model.name, *answer_of(model, stem)) for model in models
+        )
 
 
 def twin_config(family: str, values: dict[str, Any]) -> PretrainedConfig:
@@ -167,7 +179,7 @@ def cuts(anatomy: Anatomy) -> Iterator[tuple[str, dict[str, int], Sequence[int] 
     everything = range(before.layers)
     yield WHOLE, {}, everything
     if "layers" not in refused:
-        yield DEPTH, {"layers": before.layers - 1}, [layer for layer in everything if layer != 2]
+        yield DEPTH_CUT, {"layers": before.layers - 1}, [layer for layer in everything if layer != 2]
         span = period(anatomy)
         if span is not None and 1 < span < before.layers:
             yield IN_PLACE, {"layers": before.layers - span}, everything[span:]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint, load_config
     from halve.pipeline.run import check, run
     from halve.preflight.forecast import forecast
-    from halve.recipe.read import load as load_recipe
+    from halve.recipe.read import load_recipe
     from halve.recipe.schema import Recipe
 
 __version__ = "0.1.0"
@@ -79,7 +79,7 @@ _HOMES = {
     "discover": ("halve.anatomy", "discover"),
     "forecast": ("halve.preflight.forecast", "forecast"),
     "load_config": ("halve.model.checkpoint", "load_config"),
-    "load_recipe": ("halve.recipe.read", "load"),
+    "load_recipe": ("halve.recipe.read", "load_recipe"),
     "prove": ("halve.cut.proof.prove", "prove"),
     "run": ("halve.pipeline.run", "run"),
     "select": ("halve.cut.plan.plan", "select"),

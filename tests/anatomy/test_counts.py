@@ -126,4 +126,4 @@ def test_experts_that_rest_are_those_of_the_mixture_alone() -> None:
 )
 def test_a_model_has_at_least_one_of_each(family: str, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"has {name}: 0\n  why: a model has .*\n  fix: take the config.json"):
-        plausible.require(config(family, **{name: 0}), Path("config.json"))
+        plausible.require_plausible(config(family, **{name: 0}), Path("config.json"))

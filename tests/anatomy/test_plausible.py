@@ -58,9 +58,9 @@ def test_a_window_that_sees_nothing_is_refused() -> None:
         sliding = config("qwen3", layer_types=["sliding_attention"] * 6)
         sliding.sliding_window = window
         with pytest.raises(CheckpointError, match=f"has sliding_window: {window}"):
-            plausible.require(sliding, Path("config.json"))
+            plausible.require_plausible(sliding, Path("config.json"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere2", "smollm3"])
 def test_sound_configs_are_taken(family: str) -> None:
-    plausible.require(config(family), Path("config.json"))
+    plausible.require_plausible(config(family), Path("config.json"))

@@ -12,14 +12,14 @@ from transformers import AutoConfig
 
 from halve.anatomy import Anatomy, discover
 from halve.anatomy.runtimes import (
-    DEPTH,
+    DEPTH_CUT,
     IN_PLACE,
     PROPORTION,
-    SAME,
+    ROUNDING,
     WHOLE,
-    Row,
+    Measurement,
     cuts,
-    kind,
+    family_and_traits,
     measured,
     period,
     runtimes,
@@ -51,16 +51,16 @@ def test_every_row_of_the_table_says_one_thing() -> None:
     versions = {row.runtime: {other.version for other in rows if other.runtime == row.runtime} for row in rows}
     assert versions.keys() == {"llama.cpp", "transformers", "vLLM"}
     assert all(len(found) == 1 and all(found) for found in versions.values())
-    named = {WHOLE, DEPTH, IN_PLACE, PROPORTION, "ffn", "hidden", "heads", "kv_heads"}
+    named = {WHOLE, DEPTH_CUT, IN_PLACE, PROPORTION, "ffn", "hidden", "heads", "kv_heads"}
     assert {row.cut for row in rows} == named
 
 
 def test_rounding_and_faults_are_far_apart() -> None:
     differences = [row.difference for row in measured() if row.difference is not None]
-    assert not [d for d in differences if 0.8 * SAME < d < 1.5 * SAME]
-    assert Row("r", "1", "llama", "ffn", 0.9 * SAME, "").opens == "yes"
-    assert Row("r", "1", "llama", "ffn", 1.1 * SAME, "").opens == "no"
-    assert Row("r", "1", "llama", "ffn", None, "does not load").opens == "no"
+    assert not [d for d in differences if 0.8 * ROUNDING < d < 1.5 * ROUNDING]
+    assert Measurement("r", "1", "llama", "ffn", 0.9 * ROUNDING, "").opens == "yes"
+    assert Measurement("r", "1", "llama", "ffn", 1.1 * ROUNDING, "").opens == "no"
+    assert Measurement("r", "1", "llama", "ffn", None, "does not load").opens == "no"
 
 
 def test_rows_are_replaced_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +69,12 @@ def test_rows_are_replaced_and_the_others_stay(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(module, "TABLE", tmp_path / "table.csv")
     measured.cache_clear()
     try:
-        write_table([Row("r", "1", "llama", "ffn", 0.5, ""), Row("r", "1", "llama", "layers", None, "no, it says")])
-        write_table([Row("r", "2", "llama", "ffn", 1e-6, "")])
+        kept = Measurement("r", "1", "llama", "layers", None, "no, it says")
+        write_table([Measurement("r", "1", "llama", "ffn", 0.5, ""), kept])
+        write_table([Measurement("r", "2", "llama", "ffn", 1e-6, "")])
         assert measured() == (
-            Row("r", "2", "llama", "ffn", 1e-6, ""),
-            Row("r", "1", "llama", "layers", None, "no, it says"),
+            Measurement("r", "2", "llama", "ffn", 1e-6, ""),
+            Measurement("r", "1", "llama", "layers", None, "no, it says"),
         )
     finally:
         monkeypatch.undo()
@@ -129,11 +130,11 @@ def test_a_family_that_a_runtime_does_not_know_is_no_for_every_cut() -> None:
 
 
 def test_a_family_is_known_by_what_sets_its_models_apart() -> None:
-    assert kind(families.config("mistral", sliding_window=None)) == "mistral"
-    assert kind(families.config("mistral", **WINDOW)) == "mistral with a window"
-    assert kind(families.config("mistral", sliding_window=64, max_position_embeddings=64)) == "mistral"
+    assert family_and_traits(families.config("mistral", sliding_window=None)) == "mistral"
+    assert family_and_traits(families.config("mistral", **WINDOW)) == "mistral with a window"
+    assert family_and_traits(families.config("mistral", sliding_window=64, max_position_embeddings=64)) == "mistral"
     own = families.config("gemma2", query_pre_attn_scalar=24, head_dim=16, **WINDOW)
-    assert kind(own) == "gemma2 with a window and with a scale"
+    assert family_and_traits(own) == "gemma2 with a window and with a scale"
 
 
 # ---- depth
@@ -182,5 +183,5 @@ def test_layers_that_are_all_alike_may_go_anywhere() -> None:
 def test_a_teacher_whose_layers_were_cut_before_stays_that_way() -> None:
     kinds = ["sliding_attention"] * 4 + ["full_attention"] * 2
     cut = anatomy_of("gemma3_text", layer_types=kinds, query_pre_attn_scalar=16, **WINDOW)
-    assert cuts(cut, cut.sizes.at(ffn=48)) == (DEPTH, "ffn")
+    assert cuts(cut, cut.sizes.at(ffn=48)) == (DEPTH_CUT, "ffn")
     assert said(cut, "llama.cpp", ffn=48)[0] == "no"

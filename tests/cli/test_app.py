@@ -23,7 +23,7 @@ from halve.disk.files import file_sha256, sealed, write_json
 from halve.disk.rundir import RunDir
 from halve.errors import Stopped, TrainError
 from halve.pipeline import run as pipeline
-from halve.recipe.read import load
+from halve.recipe.read import load_recipe
 from halve.recipe.schema import Recipe
 from halve.report import tables as show
 from halve.train.ranks.group import Elsewhere
@@ -423,7 +423,7 @@ def test_check_of_a_sound_recipe(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound: Recipe = make_recipe()
-    monkeypatch.setattr(cli, "load", lambda path: sound)
+    monkeypatch.setattr(cli, "load_recipe", lambda path: sound)
     assert main(["check", "sound.yaml", "--out", str(tmp_path / "run"), "--json"]) == 0
     assert said(capsys) == []
     assert main(["check", "sound.yaml", "--out", str(tmp_path / "run")]) == 0
@@ -465,7 +465,7 @@ def test_the_first_line_names_an_equal_run_under_another_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: sys.exit(3))
-    RunDir.open(tmp_path / "runs" / "tiny", load(recipe)).close()
+    RunDir.open(tmp_path / "runs" / "tiny", load_recipe(recipe)).close()
     recipe.write_text(recipe.read_text().replace("name: tiny", "name: other"))
     assert main(["run", str(recipe)]) == 3
     first = capsys.readouterr().err.splitlines()[0]

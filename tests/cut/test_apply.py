@@ -17,7 +17,7 @@ from halve.cut.apply import cut, turn
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import random_twin
 from halve.cut.repair.refit_scores import score_by_refit
-from halve.cut.repair.rotate import tie
+from halve.cut.repair.rotate import tie_head
 from halve.cut.score import width
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.surgery.trim import trim
@@ -172,7 +172,9 @@ def test_heads_with_keys_of_their_own_compete_within_their_layer() -> None:
 def test_a_merge_meets_by_activation_whoever_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     model, anatomy = _twin("llama")
     seen: list[Tensor] = []
-    monkeypatch.setattr(apply.heads, "merge", lambda model, plan, own, scores, **_: seen.append(scores.heads) or model)
+    monkeypatch.setattr(
+        apply.heads, "merge_heads", lambda model, plan, own, scores, **_: seen.append(scores.heads) or model
+    )
     _cut(model, anatomy, {"heads": anatomy.sizes.heads // 2}, selection="refit", refit="outputs", head_merge=0.5)
     wanted = _scores(model, anatomy).heads
     assert wanted is not None
@@ -235,7 +237,7 @@ def test_tying_back_what_was_never_cut_finds_the_final_norm() -> None:
     model, anatomy = _twin("llama", tie_word_embeddings=True)
     student = _untied_with_the_norm_folded(model)
     assert anatomy.final_norm is not None
-    again = tie(student, student, anatomy.final_norm, _samples(anatomy), strength=1e-9, micro_batch=8)
+    again = tie_head(student, student, anatomy.final_norm, _samples(anatomy), strength=1e-9, micro_batch=8)
     assert again.config.tie_word_embeddings
     torch.testing.assert_close(again.model.norm.weight, model.model.norm.weight, atol=1e-4, rtol=0)
     assert _gap(again, model, anatomy) < 1e-8

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy, discover
 from halve.cut.iterative import composed, select_iteratively, sizes_on_the_way
 from halve.cut.plan.plan import Importance, Plan, select
-from halve.cut.plan.sizes import check
+from halve.cut.plan.sizes import require_sizes
 from halve.cut.proof.twins import RandomScores, logits, random_twin, twin_plan
 from halve.cut.score.scores import Scores
 from halve.cut.score.width import score as width_score
@@ -101,7 +101,7 @@ def test_sizes_on_the_way_are_legal_and_fall(family: str, steps: int) -> None:
     assert path[-1] == after
     assert min(steps, anatomy.sizes.ffn - after.ffn) <= len(path) <= steps
     for earlier, later in zip([anatomy.sizes, *path], path, strict=False):
-        check(anatomy, later)
+        require_sizes(anatomy, later)
         assert all(later.sizes[axis] <= earlier.sizes[axis] for axis in later.sizes)
         assert later != earlier
 

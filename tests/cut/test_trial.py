@@ -16,8 +16,8 @@ from rich.console import Console
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import trial
 from halve.cut.apply import cut, turn
-from halve.cut.plan.shapes import shapes
-from halve.cut.plan.sizes import budget_of, check
+from halve.cut.plan.shapes import list_shapes
+from halve.cut.plan.sizes import budget_of, require_sizes
 from halve.cut.proof.twins import random_twin
 from halve.cut.score.scores import random_scores
 from halve.cut.trial import HOPELESS, _descend, best, try_shapes
@@ -38,7 +38,7 @@ def test_shapes_meet_the_budget_with_one_for_each_depth() -> None:
     before = anatomy.sizes
     budget = budget_of(anatomy, Prune(non_embedding_ratio=0.5))
     assert budget is not None
-    found = shapes(anatomy, budget[0], total=budget[1])
+    found = list_shapes(anatomy, budget[0], total=budget[1])
     cut = [
         [
             {axis for axis in ("hidden", "ffn", "kv_heads") if getattr(arch, axis) < getattr(before, axis)}
@@ -67,8 +67,8 @@ def test_shapes_meet_the_budget_with_one_for_each_depth() -> None:
 def test_shapes_cut_what_a_family_allows(family: str) -> None:
     anatomy = discover(config(family))
     total = anatomy.ledger.count(anatomy.sizes).params
-    for arch in (arch for family in shapes(anatomy, total * 3 // 4) for arch in family):
-        check(anatomy, arch)
+    for arch in (arch for family in list_shapes(anatomy, total * 3 // 4) for arch in family):
+        require_sizes(anatomy, arch)
         assert arch.kv_heads == anatomy.sizes.kv_heads or "kv_heads" not in anatomy.refusals or anatomy.coupled
 
 
@@ -77,7 +77,7 @@ def test_every_list_is_begun_and_only_the_hopeful_are_gone_through() -> None:
     model = random_twin(anatomy, seed=0).requires_grad_(False)
     budget = budget_of(anatomy, Prune(non_embedding_ratio=0.5))
     assert budget is not None
-    listed = shapes(anatomy, budget[0], total=budget[1])
+    listed = list_shapes(anatomy, budget[0], total=budget[1])
     tried = _tried(model, anatomy)
     assert len(set(tried)) == len(tried) < sum(map(len, listed))
     begun = {family[len(family) // 2] for family in listed}
@@ -132,7 +132,7 @@ def _tried(model: Any, anatomy: Anatomy, num: int = 72) -> Any:
         anatomy,
         random_scores(anatomy, 0),
         prune,
-        shapes(anatomy, budget[0], total=budget[1]),
+        list_shapes(anatomy, budget[0], total=budget[1]),
         samples,
         turned=turn(model, anatomy, prune, samples, micro_batch=24),
         micro_batch=24,

@@ -165,11 +165,11 @@ def test_a_library_stripped_of_docstrings_is_said(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def items(modules: list[Module]) -> list[task.Item]:
+def items(modules: list[Module]) -> list[task.TaskItem]:
     return task.build_items(module for module in modules if module.held_out)
 
 
-def test_items_ask_for_the_line_that_comes_next(items: list[task.Item], modules: list[Module]) -> None:
+def test_items_ask_for_the_line_that_comes_next(items: list[task.TaskItem], modules: list[Module]) -> None:
     code = "\n\0\n".join(module.code for module in modules if module.held_out)
     lines = set(code.split("\n"))
     assert len(items) == 400
@@ -186,7 +186,7 @@ def test_items_ask_for_the_line_that_comes_next(items: list[task.Item], modules:
 
 
 def test_items_are_deterministic_and_their_answers_balanced(
-    tmp_path: Path, items: list[task.Item], modules: list[Module]
+    tmp_path: Path, items: list[task.TaskItem], modules: list[Module]
 ) -> None:
     again = task.build_items([module for module in modules if module.held_out], seed=0)
     assert again == items

@@ -81,7 +81,7 @@ def _copy(sound: Path, folder: Path, *, finished: bool) -> Path:
 def _affordable(folder: Path) -> bool:
     """Whether a recipe that is in order asks for no more work than a test has time for."""
     with contextlib.suppress(HalveError):
-        return _work(reading.load(folder / "recipe.yaml")) < 50_000
+        return _work(reading.load_recipe(folder / "recipe.yaml")) < 50_000
     return False
 
 

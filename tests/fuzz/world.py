@@ -84,7 +84,7 @@ def _rows(content: bytes, draw: Random) -> bytes:
 
 
 def _recipe(content: bytes, draw: Random) -> bytes:
-    return mutations.as_json(mutations.data(strict_yaml.parse(content), draw)).encode()
+    return mutations.as_json(mutations.data(strict_yaml.parse_yaml(content), draw)).encode()
 
 
 def _lines(content: bytes, draw: Random) -> bytes:

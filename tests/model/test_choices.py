@@ -174,7 +174,7 @@ def test_damaged_files_and_what_is_no_file(tmp_path: Path, monkeypatch: pytest.M
     for path in (packed, tmp_path / "pipe", tmp_path / "folder", "/dev/zero", "a\0b", "\ud800", "a" * 5000):
         with pytest.raises(CorpusError, match="cannot read multiple-choice file"):
             load_items(path)
-    monkeypatch.setattr(choices, "LONGEST_LINE_BYTES", 20)
+    monkeypatch.setattr(choices, "LONGEST_ITEM_BYTES", 20)
     (tmp_path / "long.jsonl").write_text(json.dumps({"context": "a" * 99}))
     with pytest.raises(CorpusError, match=r"long\.jsonl line 1 is not a multiple-choice item\n  why: it is longer"):
         load_items(tmp_path / "long.jsonl")

@@ -286,9 +286,9 @@ def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(tiny_llama: Path, ask
     with torch.no_grad():
         for _ in range(8):
             want = torch.cat([want, model(want).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(measure.greedy(model, ids, num_new_tokens=8), want)
+    assert torch.equal(measure.generate_greedily(model, ids, num_new_tokens=8), want)
     assert model.generation_config.to_diff_dict().items() >= asked.items()
     end = int(want[0, 14])
     assert torch.equal(
-        measure.greedy(model, ids, num_new_tokens=8, end=end), want[:, : want[0].tolist().index(end, 12) + 1]
+        measure.generate_greedily(model, ids, num_new_tokens=8, end=end), want[:, : want[0].tolist().index(end, 12) + 1]
     )

@@ -71,7 +71,7 @@ def act(recipe_file: str, job: dict[str, Any], notes: Path) -> int:
     random.seed(os.urandom(8))
     torch.manual_seed(int.from_bytes(os.urandom(6), "big"))  # what a stage draws must not come from here
     arm(job.get("point"), job.get("at"), notes)
-    run(reading.load(recipe_file), job["out"])
+    run(reading.load_recipe(recipe_file), job["out"])
     notes.write_text(json.dumps(passed))
     return 0
 
@@ -94,7 +94,7 @@ def spare_what_starts_processes() -> None:
     prune: Any = halve.stages.prune
     assert callable(prune._check_reopens)
     prune._check_reopens = lambda *args: None
-    proof = prune.prove(Checkpoint.open(reading.load(sys.argv[1]).model).anatomy)
+    proof = prune.prove(Checkpoint.open(reading.load_recipe(sys.argv[1]).model).anatomy)
     prune.prove = lambda anatomy: proof
 
 

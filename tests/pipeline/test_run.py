@@ -69,7 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     for name in ("correct", "score", "prune", "cache", "distill", "evaluate"):
         monkeypatch.setattr(importlib.import_module(f"halve.stages.{name}"), "run", stage)
-    monkeypatch.setattr(halve, "report", SimpleNamespace(write=report), raising=False)
+    monkeypatch.setattr("halve.report.page.write_report", report)
     return made
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halve.cli.app import main
-from halve.preflight.device import GPU_MFU, at_hand, card, named
+from halve.preflight.device import GPU_MFU, at_hand, card, device_name
 from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
 from halve.report import tables as show
@@ -79,7 +79,7 @@ def test_the_page_compares_with_the_machines_memory(
     assert main(["run", str(path), "--dry-run"]) == 0
     page = capsys.readouterr().out
     assert "memory on this CPU, float32" in page
-    assert show.bytes_(psutil.virtual_memory().total).split()[0] in page
+    assert show.bytes_in_words(psutil.virtual_memory().total).split()[0] in page
     assert "50 GFLOP/s measured" in page
     for flags in (["--card", "24"], ["--mfu", "0.3"], ["--ranks", "2"]):
         assert main(["run", str(path), "--dry-run", *flags]) == 0
@@ -106,7 +106,7 @@ def test_the_plan_speaks_of_the_card_at_hand(make_recipe: MakeRecipe, monkeypatc
 
 
 def test_flags_name_a_card() -> None:
-    assert named(None, None, None) is None
-    assert named(24.0, None, None) == card(24e9)
-    assert named(None, 0.3, None) == card(mfu=0.3)
-    assert named(None, None, 8) == card()
+    assert device_name(None, None, None) is None
+    assert device_name(24.0, None, None) == card(24e9)
+    assert device_name(None, 0.3, None) == card(mfu=0.3)
+    assert device_name(None, None, 8) == card()

@@ -18,7 +18,7 @@ from halve.errors import TrainError
 from halve.model.head import split
 from halve.preflight.device import card
 from halve.preflight.forecast import Forecast, forecast
-from halve.preflight.memory import Distillation, Place, Sized
+from halve.preflight.memory import Distillation, Hardware, Sized
 from halve.preflight.rehearsal import Cast, Watched, rehearse
 from halve.recipe.read import parse
 from halve.recipe.schema import Correct, Distill
@@ -122,7 +122,7 @@ def test_a_mixture_of_experts_is_planned(tmp_path: Path, recompute: str) -> None
 
 def assert_measured(its: PretrainedConfig, own: PretrainedConfig, training: Distill, folder: Path) -> None:
     half = training.precision == "bfloat16"
-    place = Place(cuda=False, half=half)
+    place = Hardware(cuda=False, half=half)
     planned = Distillation(training, sized(own), sized(its), place, CONTEXT, torch.bfloat16).memory()
     dtype = torch.bfloat16 if half else torch.float32
     teacher: PreTrainedModel = AutoModelForCausalLM.from_config(its, dtype=dtype).eval().requires_grad_(False)
@@ -135,7 +135,7 @@ def test_recomputation_and_shards_and_moments_take_less() -> None:
     student, teacher = sized(llama(160, 384, 6)), sized(llama(192, 512, 6))
 
     def plan(ranks: int = 1, replicas: int = 1, **keys: Any) -> Any:
-        place = Place(ranks, replicas)
+        place = Hardware(ranks, replicas)
         return Distillation(section(**keys), student, teacher, place, CONTEXT, torch.bfloat16).memory()
 
     plain = plan()
@@ -157,7 +157,7 @@ def test_recomputation_and_shards_and_moments_take_less() -> None:
 
 def test_a_teacher_that_learns_beside_takes_its_turn() -> None:
     student, teacher = sized(llama(160, 384, 6)), sized(llama(192, 512, 6))
-    one = Distillation(section(), student, teacher, Place(), CONTEXT, torch.bfloat16)
+    one = Distillation(section(), student, teacher, Hardware(), CONTEXT, torch.bfloat16)
     full, norms = (one.with_correction(Correct(tokens=1, method=method, when="beside")) for method in ("full", "norms"))
     params = teacher.counts.params
     assert full.teacher_bytes == 12 * params
@@ -181,7 +181,7 @@ def test_the_llama_of_the_papers_fits_one_card_in_some_settings() -> None:
     training = Distill(tokens=10**9, batch=64, micro_batch=1)
     student, teacher = sized(four), sized(eight)
     assert round(student.counts.params / 1e8) == 45
-    found = Distillation(training, student, teacher, Place(), 2048, torch.bfloat16).settings()
+    found = Distillation(training, student, teacher, Hardware(), 2048, torch.bfloat16).settings()
     fitting = {(one.optimizer, one.recompute, one.teacher) for one in found if one.memory.fits(80e9)}
     assert fitting
     assert not any(optimizer == "adamw" for optimizer, _, _ in fitting)
@@ -205,7 +205,7 @@ def test_a_correction_is_rehearsed_with_what_it_trains(method: str) -> None:
         pytest.importorskip("peft")
     one, asked = config("llama"), Correct(tokens=1, method=method)
     model = _model(one)
-    adapters.choose(model, asked, seed=0)
+    adapters.choose_trained(model, asked, seed=0)
     found = rehearse(Cast(one, None, half=False), asked, samples=2, context=32)
     assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -21,7 +21,7 @@ from halve.cut.repair import rotate
 from halve.cut.trial import Tried
 from halve.model.checkpoint import Checkpoint
 from halve.preflight.forecast import forecast
-from halve.preflight.sizes import shapes
+from halve.preflight.sizes import planned_rounds
 from halve.preflight.work import trials
 from halve.recipe.schema import Recipe
 from halve.stages import prune, score
@@ -165,7 +165,7 @@ def test_rows_are_what_stages_compute(
 def test_the_row_of_a_trial_counts_every_shape(counted: Callable[..., tuple[Recipe, Counted]]) -> None:
     sections = {"samples": 48, "micro_batch": 16}, {"non_embedding_ratio": 0.5, "refit_samples": 24}
     recipe, found = counted(score=sections[0], prune=sections[1])
-    (listed,) = trials(recipe, shapes(recipe, Checkpoint.open(recipe.model)))
+    (listed,) = trials(recipe, planned_rounds(recipe, Checkpoint.open(recipe.model)))
     assert found.tried
     assert {one.arch for one in found.tried} <= {*listed}
     anatomy = Checkpoint.open(recipe.model).anatomy

@@ -65,7 +65,7 @@ def test_a_fresh_process_runs_nothing_beside_recipe_or_model(tmp_path: Path, mon
     notes = [lay(folder, *LIBRARIES, *OWN, *SITE) for folder in (recipes, model)]
     (recipes / "r.yaml").write_text("name: [")
     with pytest.raises(RecipeError):
-        reading.load(recipes / "r.yaml")
+        reading.load_recipe(recipes / "r.yaml")
     with pytest.raises(CheckpointError):
         soundness.read_config(soundness.locate(model))
     monkeypatch.setattr(sys, "path", [str(recipes), str(model), *sys.path])
@@ -97,7 +97,7 @@ def test_workers_of_a_users_own_program_find_its_modules(tmp_path: Path) -> None
     (tmp_path / "mine").mkdir()
     for folder in (tmp_path, tmp_path / "mine"):
         (folder / "go.py").write_text(
-            "import helper_of_mine\nfrom halve import fresh\n"
+            "import helper_of_mine\nfrom halve.process import fresh\n"
             "if __name__ == '__main__':\n"
             "    with fresh.pool(1, helper_of_mine.begin) as pool:\n"
             "        print(pool.submit(helper_of_mine.answer).result())\n"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from halve.cli.app import main
-from halve.recipe.read import load
+from halve.recipe.read import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -87,7 +87,7 @@ def on_config(recipe: str, config: dict[str, Any], folder: Path) -> Path:
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     text = (RECIPES / recipe).read_text(encoding="utf-8")
-    hub_name = load(RECIPES / recipe).model
+    hub_name = load_recipe(RECIPES / recipe).model
     copy = folder / recipe
     copy.write_text(text.replace(f"model: {hub_name}", f"model: {model}"), encoding="utf-8")
     return copy
@@ -101,7 +101,7 @@ def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 def test_a_shipped_recipe_parses_and_is_named_like_its_file(path: Path) -> None:
-    assert load(path).name == path.stem
+    assert load_recipe(path).name == path.stem
 
 
 def test_the_published_models_are_shipped() -> None:
@@ -117,7 +117,7 @@ def test_the_part_that_is_commented_out_is_a_recipe_too(path: Path, tmp_path: Pa
     lines[start:] = [line.removeprefix("# ") for line in lines[start:]]
     copy = tmp_path / path.name
     copy.write_text("\n".join(lines), encoding="utf-8")
-    correct = load(copy).correct
+    correct = load_recipe(copy).correct
     assert correct is not None
     assert (correct.tokens, correct.warmup_steps) == (100_000_000_000, 120)
 
@@ -131,7 +131,7 @@ def test_the_part_that_is_commented_out_is_a_recipe_too(path: Path, tmp_path: Pa
     ],
 )
 def test_hyperparameters_are_those_of_table_4(name: str, schedule: tuple[float, ...]) -> None:
-    recipe = load(RECIPES / f"{name}.yaml")
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.distill is not None
     d = recipe.distill
     assert (d.tokens, d.batch, d.lr, d.min_lr, d.warmup_steps) == schedule
@@ -143,7 +143,7 @@ def test_hyperparameters_are_those_of_table_4(name: str, schedule: tuple[float, 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 def test_the_papers_cut_is_plain(path: Path) -> None:
     """Entries are taken out and nothing is made up for: no other basis, no refit, no gains of norms, no merging."""
-    recipe = load(path)
+    recipe = load_recipe(path)
     for prune in (recipe.prune, *(step.prune for step in recipe.then)):
         assert (prune.rotation, prune.refit, prune.gain) == ("none", "none", "none")
         assert (prune.head_merge, prune.layer_merge, prune.steps) == (0, "none", 1)
@@ -209,7 +209,7 @@ def test_two_rounds_have_the_papers_shapes(tmp_path: Path, capsys: pytest.Captur
     assert found["flops"]["score-2"] == 1024 * 4096 * (smaller - head) + 8 * 4096 * smaller, "borders are looked at"
     assert found["flops"]["prune-2"] == 8 * 4096 * (smaller + least), "perplexity alone: nothing is made up for"
     assert found["flops"]["distill-2"] == 94e9 * (once + 3 * least), "the original teaches"
-    loaded = load(recipe)
+    loaded = load_recipe(recipe)
     assert [step.teacher for step in loaded.then] == ["original"]
     assert main(["run", str(recipe), "--dry-run", "--card", "80"]) == 0
     page = capsys.readouterr().out

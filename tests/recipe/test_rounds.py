@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
-from halve.preflight.sizes import shapes
+from halve.preflight.sizes import planned_rounds
 from halve.recipe.rounds import rounds
 from halve.recipe.schema import Recipe
 
@@ -38,7 +38,7 @@ def test_each_round_reads_like_a_recipe_of_its_own(recipe: Recipe) -> None:
 
 
 def test_the_sizes_of_a_round_follow_from_those_before(recipe: Recipe) -> None:
-    first, second = shapes(recipe, Checkpoint.open(recipe.model))
+    first, second = planned_rounds(recipe, Checkpoint.open(recipe.model))
     assert (first.before.sizes.ffn, first.after.ffn, first.after.layers) == (64, 40, 3)
     assert second.before.sizes == first.after
     assert second.after == first.after.at(hidden=24)

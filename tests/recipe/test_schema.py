@@ -41,7 +41,7 @@ distill: {tokens: 2000, batch: 8, micro_batch: 2, baselines: [ce, random_init]}
 """,
         encoding="utf-8",
     )
-    recipe = reading.load(path)
+    recipe = reading.load_recipe(path)
     assert recipe.name == "half-llama"
     assert recipe.data.train == (str(tmp_path / "text.txt"), "hub:owner/name:train")
     assert recipe.data.valid == ("/elsewhere/valid.jsonl",)
@@ -157,13 +157,13 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str | None, message: st
     if text is not None:
         (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
-        reading.load(tmp_path / "r.yaml")
+        reading.load_recipe(tmp_path / "r.yaml")
 
 
 def test_a_recipe_cannot_make_objects(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]")
     with pytest.raises(RecipeError, match="is not YAML"):
-        reading.load(tmp_path / "r.yaml")
+        reading.load_recipe(tmp_path / "r.yaml")
     assert not (tmp_path / "made").exists()
 
 

@@ -48,7 +48,7 @@ from halve.recipe import strict_yaml
     ],
 )
 def test_scalars_are_those_of_the_core_schema(text: str, value: object) -> None:
-    found = strict_yaml.parse(f"key: {text}")["key"]
+    found = strict_yaml.parse_yaml(f"key: {text}")["key"]
     assert (type(found), found) == (type(value), value)
 
 
@@ -77,7 +77,7 @@ def test_scalars_are_those_of_the_core_schema(text: str, value: object) -> None:
 )
 def test_what_has_no_one_meaning_is_refused(text: str | bytes, why: str) -> None:
     with pytest.raises(yaml.YAMLError, match=why):
-        strict_yaml.parse(text)
+        strict_yaml.parse_yaml(text)
 
 
 def _bomb() -> str:
@@ -101,12 +101,12 @@ def _bomb() -> str:
 def test_bombs_are_refused_at_once(text: str, why: str) -> None:
     began = time.process_time()
     with pytest.raises(yaml.YAMLError, match=why):
-        strict_yaml.parse(f"name: {text}" if text[0] in "&[" else text)
+        strict_yaml.parse_yaml(f"name: {text}" if text[0] in "&[" else text)
     assert time.process_time() - began < 5
 
 
 def test_aliases_repeat_what_they_name() -> None:
-    assert strict_yaml.parse("a: &x {b: [1]}\nc: *x") == {"a": {"b": [1]}, "c": {"b": [1]}}
+    assert strict_yaml.parse_yaml("a: &x {b: [1]}\nc: *x") == {"a": {"b": [1]}, "c": {"b": [1]}}
 
 
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text()
@@ -116,12 +116,12 @@ PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(all
 def test_line_breaks_of_every_kind_are_written_and_read_again(char: str) -> None:
     for text in (char, f"a{char}b", f" {char} ", f"a\n{char}\nb"):
         data = {text: None, "list": [text]}
-        assert strict_yaml.parse(strict_yaml.dump(data)) == data
+        assert strict_yaml.parse_yaml(strict_yaml.dump(data)) == data
 
 
 @given(st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
 def test_what_is_written_is_read_again(data: object) -> None:
-    assert strict_yaml.parse(strict_yaml.dump(data)) == data
+    assert strict_yaml.parse_yaml(strict_yaml.dump(data)) == data
 
 
 @pytest.mark.parametrize("text", ["on", "1:30", "1e-4", "1_000", "0o7", "null", "2026-01-02", ""])

@@ -217,7 +217,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("page")
-    report.write(run, out)
+    report.write_report(run, out)
     return (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -297,15 +297,15 @@ def test_blank_lines_are_folded_and_indents_kept() -> None:
 
 
 def test_the_same_folder_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
-    report.write(run, tmp_path / "a")
-    report.write(shutil.copytree(run, tmp_path / "copy"), tmp_path / "b")
+    report.write_report(run, tmp_path / "a")
+    report.write_report(shutil.copytree(run, tmp_path / "copy"), tmp_path / "b")
     for name in ("report.html", "README.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_only_the_two_files_are_written(run: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    report.write(run, tmp_path / "out")
+    report.write_report(run, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "report.html"]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -327,7 +327,7 @@ def test_unfinished_stages_are_left_out(run: Path, tmp_path: Path, missing: list
     part = shutil.copytree(run, tmp_path / "run")
     for stage in missing:
         (part / stage / "manifest.json").unlink()  # a stage without its manifest has not finished
-    report.write(part, tmp_path / "out")
+    report.write_report(part, tmp_path / "out")
     headings = set(Outline((tmp_path / "out/report.html").read_text(encoding="utf-8")).headings)
     assert headings == {
         "Quality", "What was cut", "Speed", "Learning", "Importance", "What they write", "Recipe and provenance",
@@ -341,7 +341,8 @@ def test_stages_stand_in_the_order_of_the_pipeline(run: Path, tmp_path: Path) ->
         shutil.copy(tmp_path / "run/score/manifest.json", tmp_path / "run" / stage)
         seal(tmp_path / "run" / stage)
     first = ["correct", "score", "prune", "cache", "distill", "distill-ce", "distill-random_init"]
-    assert list(report.read(tmp_path / "run").manifests) == [*first, "prune-2", "cache-2", "distill-2-ce", "evaluate"]
+    second = ["prune-2", "cache-2", "distill-2-ce"]
+    assert list(report.read_run(tmp_path / "run").manifests) == [*first, *second, "evaluate"]
 
 
 def test_the_accuracies_of_the_harness_stand_beside_ours() -> None:
@@ -366,14 +367,14 @@ def test_a_run_that_only_prunes(run: Path, tmp_path: Path) -> None:
         one["bits_per_byte"]["stderr"] = None  # one sample has no error
     (part / "evaluate/results.json").write_text(json.dumps(raw))
     seal(part / "evaluate")
-    report.write(part, tmp_path / "out")
+    report.write_report(part, tmp_path / "out")
     text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "The pruned model needs" in text
     assert "Distilled student" not in text
 
 
 def test_the_card(run: Path, tmp_path: Path) -> None:
-    report.write(run, tmp_path)
+    report.write_report(run, tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -394,7 +395,7 @@ def test_the_card_names_the_students_license(run: Path, tmp_path: Path) -> None:
     (part / "distill" / "model").mkdir()
     (part / "distill" / "model" / "README.md").write_text("---\nlicense: other\nlicense_name: 'llama3: 1'\n---\n")
     seal(part / "distill")
-    report.write(part, tmp_path / "out")
+    report.write_report(part, tmp_path / "out")
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert (front["license"], front["license_name"]) == ("other", "llama3: 1")
     assert front["tags"] == ["halve", "pruning", "distillation"]
@@ -404,7 +405,7 @@ def test_a_hub_teacher_is_named_as_base_model(run: Path, tmp_path: Path) -> None
     part = shutil.copytree(run, tmp_path / "run")
     recipe = json.loads((part / "recipe.json").read_text())
     (part / "recipe.json").write_text(json.dumps(recipe | {"model": "owner/name-8B"}))
-    report.write(part, tmp_path / "out")
+    report.write_report(part, tmp_path / "out")
     assert "\nbase_model: owner/name-8B\n" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
 
 
@@ -412,9 +413,9 @@ def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
     part = shutil.copytree(run, tmp_path / "run")
     (part / "prune/plan.json").write_text("{")
     with pytest.raises(RunError, match=r"plan\.json is not what halve wrote"):
-        report.write(part, tmp_path / "out")
+        report.write_report(part, tmp_path / "out")
     with pytest.raises(RunError, match=r"cannot read .*recipe\.json"):
-        report.write(tmp_path / "nothing", tmp_path / "out")
+        report.write_report(tmp_path / "nothing", tmp_path / "out")
 
 
 def test_it_does_not_import_torch() -> None:
@@ -449,7 +450,7 @@ def test_only_clear_differences_are_colored() -> None:
 
 @pytest.mark.parametrize(("num_bytes", "want"), [(512, "512 B"), (4_132_800, "4.13 MB"), (16e9, "16 GB")])
 def test_sizes_in_bytes(num_bytes: float, want: str) -> None:
-    assert sections.size(num_bytes) == want
+    assert sections.short_bytes(num_bytes) == want
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.013, 0.94), (2.1, 2.2), (0, 2_457_600), (-3, 5)])

@@ -12,28 +12,28 @@ from halve.cut.plan.sizes import target
 from halve.demo.run import TEACHER
 from halve.errors import RecipeError
 from halve.model.checkpoint import Checkpoint
-from halve.preflight.sizes import shapes
+from halve.preflight.sizes import planned_rounds
 from halve.studies import declare
-from halve.studies.arms import Setting, cell, correction, layered
+from halve.studies.arms import Setting, cell, correction_recipe, layered
 
 ANATOMY = Checkpoint.open(TEACHER).anatomy
 SETTING = Setting("demo", str(TEACHER), ("a.txt",), ("b.txt",), ("select.jsonl", "test.jsonl"), {})
 HALF = {"controls", "width-depth", "aggregators", "baselines", "depth-sets", "iterative-importance"}
-ARMS = [(name, arm) for name in declare.names() for arm, it in declare.load(name).arms.items() if it.of is None]
+ARMS = [(name, arm) for name in declare.names() for arm, it in declare.load_study(name).arms.items() if it.of is None]
 
 
 def recipe(study: str, arm: str, setting: Setting = SETTING, *, seed: int = 0) -> Any:
-    loaded = declare.load(study)
+    loaded = declare.load_study(study)
     return cell(loaded, loaded.arms[arm], setting, seed=seed, sizes=ANATOMY.sizes, teacher=str(TEACHER))
 
 
 def test_the_list_is_the_catalog() -> None:
-    assert sorted(declare.names()) == sorted(path.stem for path in (declare.HERE / "catalog").glob("*.yaml"))
+    assert sorted(declare.names()) == sorted(path.stem for path in (declare._HERE / "catalog").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", declare.names())
 def test_a_shipped_study_is_read(name: str) -> None:
-    study = declare.load(name)
+    study = declare.load_study(name)
     assert study.name == name
     assert study.claims
     assert all(len(arm.label) <= 20 for arm in study.arms.values()), "longer ones run into the plot"
@@ -44,7 +44,7 @@ def test_a_shipped_study_is_read(name: str) -> None:
 @pytest.mark.parametrize(("study", "arm"), ARMS)
 def test_an_arm_is_a_recipe_that_can_be_planned(study: str, arm: str) -> None:
     made = recipe(study, arm)
-    kept = [ANATOMY.ledger.count(shape.after).non_embedding for shape in shapes(made, Checkpoint.open(TEACHER))]
+    kept = [ANATOMY.ledger.count(shape.after).non_embedding for shape in planned_rounds(made, Checkpoint.open(TEACHER))]
     share = kept[-1] / ANATOMY.ledger.count(ANATOMY.sizes).non_embedding
     assert made.distill is not None
     tokens = made.distill.tokens + sum(step.distill.tokens for step in made.then)
@@ -63,7 +63,7 @@ def test_an_arm_is_a_recipe_that_can_be_planned(study: str, arm: str) -> None:
 
 @pytest.mark.parametrize("name", declare.names())
 def test_arms_differ(name: str) -> None:
-    study = declare.load(name)
+    study = declare.load_study(name)
     made = [(recipe(name, arm).name, it.teacher) for arm, it in study.arms.items() if it.of is None]
     assert len(set(made)) == len(made)
 
@@ -101,12 +101,12 @@ def test_items_are_told_apart() -> None:
 
 
 def test_the_correction_is_one_for_all_studies_of_a_seed() -> None:
-    made = correction(SETTING, seed=2)
+    made = correction_recipe(SETTING, seed=2)
     assert made.correct is not None
     assert (made.correct.tokens, made.seed, made.model) == (262_144, 2, str(TEACHER))
     longer = Setting("demo", str(TEACHER), ("a.txt",), ("b.txt",), None, {"distill": {"tokens": 1000}})
-    assert correction(longer, seed=2).name == made.name
-    assert correction(SETTING, seed=1).name != made.name
+    assert correction_recipe(longer, seed=2).name == made.name
+    assert correction_recipe(SETTING, seed=1).name != made.name
 
 
 def test_sizes_replace_each_other_and_other_keys_stay() -> None:
@@ -138,17 +138,17 @@ def test_a_study_with_a_mistake_is_refused(change: dict[str, Any], message: str)
         "arms": {"a": {"label": "A"}, "b": {"label": "B"}},
         "claims": [{"text": "t", "better": "a", "worse": "b", "metric": "kl_after"}],
     }
-    assert declare.read(yaml.safe_dump(raw), source="tiny").name == "tiny"
+    assert declare.read_study(yaml.safe_dump(raw), source="tiny").name == "tiny"
     with pytest.raises(RecipeError, match=message):
-        declare.read(yaml.safe_dump({**raw, **change}), source="tiny")
+        declare.read_study(yaml.safe_dump({**raw, **change}), source="tiny")
 
 
 def test_an_unknown_study_is_told() -> None:
     with pytest.raises(RecipeError, match="there is no study agregators\n  why: known: controls"):
-        declare.load("agregators")
+        declare.load_study("agregators")
 
 
 def test_a_study_says_nothing_twice() -> None:
-    text = yaml.safe_dump(declare.load("losses").model_dump(mode="json"))
+    text = yaml.safe_dump(declare.load_study("losses").model_dump(mode="json"))
     with pytest.raises(RecipeError, match="the key 'title' stands there twice"):
-        declare.read(text + "title: another\n", source="twice")
+        declare.read_study(text + "title: another\n", source="twice")

@@ -18,7 +18,7 @@ from halve.studies.arms import Setting
 from halve.studies.setting import of_ones_own, split_items
 
 ROOT = Path(__file__).parents[2]
-STUDY = declare.read(
+STUDY = declare.read_study(
     """
     name: tiny
     title: A tiny study
@@ -183,7 +183,8 @@ def test_pages_are_made_of_committed_results(finished: tuple[Path, dict[str, Any
     pages = make_docs().study_pages(tmp_path)
     assert {path.name for path in pages} == {"README.md", "losses.md", "losses.svg"}
     index = pages[tmp_path / "README.md"]
-    row = f"| [Losses of retraining](losses.md) | {declare.load('losses').source} | {losses['date']} | 1 | 0 | 1 |"
+    source = declare.load_study("losses").source
+    row = f"| [Losses of retraining](losses.md) | {source} | {losses['date']} | 1 | 0 | 1 |"
     assert row in index
     assert index.count("not run yet") == len(declare.names()) - 1
     text = pages[tmp_path / "losses.md"]

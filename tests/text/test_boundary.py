@@ -142,7 +142,7 @@ def test_the_dry_run_has_a_row_where_the_teacher_will_be_asked(
     settled(asked, Checkpoint.open(asked.model), cache=tmp_path / "cache", progress=SILENT)
     assert planned.tokens["boundary"] == sum(seen) > 0
     assert planned.flops["boundary"] > 0
-    show.forecast(planned)
+    show.forecast_tables(planned)
     assert "boundary: data.boundary: auto asks the teacher" in capsys.readouterr().out
     without = tmp_path / "config"  # a config alone is enough for a dry run
     without.mkdir()

@@ -157,7 +157,7 @@ def test_pieces_lose_nothing_and_are_bounded(text: str, size: int) -> None:
 def test_characters_may_lie_across_the_chunks_of_a_file(tmp_path: Path) -> None:
     text = "x" + "ä€😀" * 40_000  # 9 bytes a group: every alignment of a chunk's end occurs
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = list(sources.read(str(tmp_path / "a.txt"), text_field="text"))
+    pieces = list(sources.read_documents(str(tmp_path / "a.txt"), text_field="text"))
     assert "".join(piece.text for piece in pieces) == text
     assert len(pieces) > 1
 
@@ -169,7 +169,7 @@ def test_same_content_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.Monk
     cache = tmp_path / "cache"
     tokens = prepare([str(first)], tokenizer=TOKENIZER, text_field="text", cache=cache)
     TOKENIZER(["a", "bc"], padding=False, truncation=True, max_length=1)  # leaves its settings behind
-    monkeypatch.setattr(tokenize, "encode", None)
+    monkeypatch.setattr(tokenize, "encode_pieces", None)
     assert prepare([str(other)], tokenizer=TOKENIZER, text_field="text", cache=cache) == tokens
     assert (len(tokens), tokens.dtype, tokens.text_bytes) == (6, "uint16", 5)
     other.write_text("hallo")
@@ -204,7 +204,9 @@ def test_what_a_run_has_hashed_is_not_hashed_again(tmp_path: Path, monkeypatch: 
     assert prepare([str(text)], tokenizer=TOKENIZER, text_field="text", cache=cache) != first
 
 
-@pytest.mark.parametrize(("where", "moment"), [(tokenize, "encode"), (corpus, "write_json"), (corpus.os, "replace")])
+@pytest.mark.parametrize(
+    ("where", "moment"), [(tokenize, "encode_pieces"), (corpus, "write_json"), (corpus.os, "replace")]
+)
 def test_killed_tokenization_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, moment: str
 ) -> None:
@@ -236,7 +238,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenize, "encode", full)
+    monkeypatch.setattr(tokenize, "encode_pieces", full)
     with pytest.raises(DiskError, match="no room left"):
         tokens_of(tmp_path / "a.txt", cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -325,7 +327,7 @@ def test_a_large_file_needs_bounded_memory(tmp_path: Path, line_end: str, worker
         import resource, sys
         from pathlib import Path
         from transformers import PreTrainedTokenizerFast
-        from halve.train.corpus import prepare
+        from halve.text.corpus import prepare
         folder = Path(sys.argv[1])
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         for name in ("small", "big"):

@@ -25,7 +25,7 @@ from halve.process import fresh
 from halve.text import corpus, tokenize
 from halve.text.corpus import Tokens, prepare
 from halve.text.sources import Piece
-from halve.text.tokenize import Border, Encoded
+from halve.text.tokenize import Border, EncodedPieces
 
 NUM_DOCUMENTS = 60
 GRACE_SECONDS = 30
@@ -67,15 +67,15 @@ def counted(
 ) -> list[int]:
     """Batches that are tokenized in this process from now on; at the one numbered `stop_at` this is raised."""
     seen: list[int] = []
-    original = tokenize.encode
+    original = tokenize.encode_pieces
 
-    def encode(batch: list[Piece], **options: Any) -> Encoded:
+    def encode(batch: list[Piece], **options: Any) -> EncodedPieces:
         if len(seen) == stop_at:
             raise by or KeyboardInterrupt
         seen.append(len(batch))
         return original(batch, **options)
 
-    monkeypatch.setattr(tokenize, "encode", encode)
+    monkeypatch.setattr(tokenize, "encode_pieces", encode)
     return seen
 
 
@@ -222,7 +222,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from halve.train import corpus, tokenize
-from halve.train.corpus import prepare
+from halve.text.corpus import prepare
 from transformers import PreTrainedTokenizerFast
 tokenize.BATCH_CHARS, corpus.MARK_BATCHES = 128, 3
 folder = Path(sys.argv[1])
@@ -266,13 +266,13 @@ def test_of_two_callers_one_works_and_the_other_waits(
 ) -> None:
     seen = counted(monkeypatch)
     number = len(list(tokenize.batches(Piece(json.loads(row)["text"], True) for row in text.read_text().splitlines())))
-    slowed = tokenize.encode
+    slowed = tokenize.encode_pieces
 
-    def slow(batch: list[Piece], **options: Any) -> Encoded:
+    def slow(batch: list[Piece], **options: Any) -> EncodedPieces:
         time.sleep(0.005)
         return slowed(batch, **options)
 
-    monkeypatch.setattr(tokenize, "encode", slow)
+    monkeypatch.setattr(tokenize, "encode_pieces", slow)
     found: list[Tokens] = []
     callers = [threading.Thread(target=lambda: found.append(made(text, tmp_path / "cache"))) for _ in range(3)]
     for caller in callers:

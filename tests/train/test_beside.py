@@ -61,7 +61,7 @@ def learning(over: Course, *, seed: int = 1, **changes: Any) -> tuple[PreTrained
     """A teacher and what corrects it."""
     section = Correct(**({"tokens": ALL, **RATES} | changes))
     model = tiny(seed)
-    adapters.choose(model, section, seed=0)
+    adapters.choose_trained(model, section, seed=0)
     assert isinstance(over.training, Distill)
     return model, correction(model, section, over.training, over, device="cpu")
 

@@ -23,7 +23,7 @@ from halve.anatomy import caches, configs, kinds
 from halve.anatomy.arch import Arch, Layer, Ledger, Shape
 from halve.anatomy.axes import CUT_AXES, Expr
 from halve.anatomy.quirks import COUPLED, MULTI_QUERY, Quirk, quirk
-from halve.anatomy.solve import TWIN_POINT, alike, parse_shape, small, solve, solve_twin, tie
+from halve.anatomy.solve import TWIN_POINT, alike, parse_shape, small, solve, solve_twin, tied_point
 from halve.errors import AnatomyError, HalveError, PlanError
 
 V = TypeVar("V")
@@ -146,7 +146,7 @@ class Anatomy:
         point = dict(TWIN_POINT)
         if own_heads:
             point["head_dim"] = self.sizes.head_dim
-        point = tie(point, coupled=self.coupled or square)
+        point = tied_point(point, coupled=self.coupled or square)
         if not configs.has_heads(self.config):
             point |= {"heads": 1, "kv_heads": 1, "head_dim": point["hidden"]}
         if not self.grouped:

@@ -15,7 +15,7 @@ from halve.anatomy.quirks import KEYS, POSITION_KEYS
 from halve.errors import CheckpointError
 
 MOST_LAYERS = 10_000
-MOST = 10_000_000
+MOST_OF_AN_AXIS = 10_000_000
 """Of anything else that an axis counts; the widest models there are stay far below."""
 
 MOST_EPS = 0.1
@@ -34,7 +34,7 @@ def require_layers(raw: Mapping[str, Any], path: Path) -> None:
             raise _refusal(path, name, value, f"a model has between 1 and {MOST_LAYERS:,}")
 
 
-def require(config: PretrainedConfig, path: Path) -> None:
+def require_plausible(config: PretrainedConfig, path: Path) -> None:
     """Refuse sizes that no model has, windows that see nothing, and a text part that transformers did not read.
 
     Raises `CheckpointError` naming the config's own key.
@@ -53,7 +53,7 @@ def require(config: PretrainedConfig, path: Path) -> None:
             size = getattr(text, name) if name else None
         except Exception:  # transformers has a type of its own for a size that each layer has another of
             continue
-        most = MOST_LAYERS if axis == "layers" else MOST
+        most = MOST_LAYERS if axis == "layers" else MOST_OF_AN_AXIS
         if isinstance(size, int) and not 1 <= size <= most:
             raise _refusal(path, str(name), size, f"a model has between 1 and {most:,}")
     for name in POSITION_KEYS:

@@ -23,23 +23,23 @@ from halve.anatomy.configs import num_layers, quiet, resized
 from halve.anatomy.discover import Anatomy
 from halve.anatomy.lists import layer_lists
 
-Verdict = Literal["yes", "no", "unknown"]
+Opens = Literal["yes", "no", "unknown"]
 TABLE = Path(__file__).with_suffix(".csv")
 # Of the logits' standard deviation. Rounding stays below (the most is llama.cpp's table of GELU in 16 bits, in deep
 # twins), a layer that is computed as another kind, or with another scale, lies above.
-SAME = 0.1
+ROUNDING = 0.1
 # The ways of cutting that have rows, beside the axes ffn, hidden, heads and kv_heads cut alone.
-WHOLE, DEPTH, IN_PLACE, PROPORTION = "whole", "layers", "layers in place", "hidden with heads"
+WHOLE, DEPTH_CUT, IN_PLACE, PROPORTION = "whole", "layers", "layers in place", "hidden with heads"
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """What a runtime made of a twin that was cut in one way."""
 
     runtime: str
     version: str
     kind: str
-    """The family and what sets its models apart, as `kind` says it."""
+    """The family and what sets its models apart, as `family_and_traits` says it."""
     cut: str
     difference: float | None
     """The largest difference of logits, in standard deviations of the logits; None where the runtime gives none."""
@@ -47,9 +47,9 @@ class Row:
     """Why it gives none."""
 
     @property
-    def opens(self) -> Verdict:
+    def opens(self) -> Opens:
         """Whether the runtime computes the same."""
-        return "yes" if self.difference is not None and self.difference < SAME else "no"
+        return "yes" if self.difference is not None and self.difference < ROUNDING else "no"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Runtime:
     """Whether a runtime opens the result, and what would make it."""
 
     name: str
-    opens: Verdict
+    opens: Opens
     remedy: str = ""
 
 
@@ -81,10 +81,10 @@ def cuts(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None
     before = anatomy.sizes
     found = []
     if not _regular(anatomy.config):
-        found.append(DEPTH)  # layers were cut before
+        found.append(DEPTH_CUT)  # layers were cut before
     elif after.layers != before.layers:
         stays = period(anatomy) == 1 if kept_layers is None else _stays(anatomy, kept_layers)
-        found.append(IN_PLACE if stays else DEPTH)
+        found.append(IN_PLACE if stays else DEPTH_CUT)
     if after.ffn != before.ffn:
         found.append("ffn")
     changed = [axis for axis in ("hidden", "heads", "kv_heads") if getattr(before, axis) != getattr(after, axis)]
@@ -95,7 +95,7 @@ def cuts(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None
     return (*found, *changed) or (WHOLE,)
 
 
-def kind(config: PretrainedConfig) -> str:
+def family_and_traits(config: PretrainedConfig) -> str:
     """The family, and the traits that decide in some runtimes how it is computed.
 
     A *window* is a layer that sees only the latest tokens; a *scale* is one of attention that head_dim does not give.
@@ -116,23 +116,23 @@ def period(anatomy: Anatomy) -> int | None:
 
 
 @functools.cache
-def measured() -> tuple[Row, ...]:
+def measured() -> tuple[Measurement, ...]:
     """The table."""
     if not TABLE.exists():
         return ()
     with TABLE.open(encoding="utf-8", newline="") as file:
         return tuple(
-            Row(**{**line, "difference": float(line["difference"]) if line["difference"] else None})  # type: ignore[arg-type]
+            Measurement(**{**line, "difference": float(line["difference"]) if line["difference"] else None})  # type: ignore[arg-type]
             for line in csv.DictReader(file)
         )
 
 
-def write_table(rows: Iterable[Row]) -> None:
+def write_table(rows: Iterable[Measurement]) -> None:
     """Put these rows in the place of those about the same cuts in the same runtime."""
     measured.cache_clear()
     kept = {(row.runtime, row.kind, row.cut): row for row in (*measured(), *rows)}
     with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)], lineterminator="\n")
         writer.writeheader()
         for _, row in sorted(kept.items()):
             difference = "" if row.difference is None else f"{row.difference:.2g}"
@@ -140,16 +140,16 @@ def write_table(rows: Iterable[Row]) -> None:
     measured.cache_clear()
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst(verdicts: Iterable[Opens]) -> Opens:
     """What holds of a whole when these hold of its parts."""
     return max(verdicts, key=("yes", "unknown", "no").index, default="yes")
 
 
-def _verdict(runtime: str, anatomy: Anatomy, cut: str) -> Verdict:
-    family = kind(anatomy.config)
+def _verdict(runtime: str, anatomy: Anatomy, cut: str) -> Opens:
+    family = family_and_traits(anatomy.config)
     rows = {row.cut: row for row in measured() if (row.runtime, row.kind) == (runtime, family)}
     if cut == IN_PLACE and cut not in rows:
-        cut = DEPTH  # all layers of the twin are alike
+        cut = DEPTH_CUT  # all layers of the twin are alike
     return rows[cut].opens if cut in rows else "unknown"
 
 
@@ -184,11 +184,11 @@ def _remedy(runtime: str, anatomy: Anatomy, after: Arch, refused: Sequence[str])
     if not refused or _verdict(runtime, anatomy, WHOLE) != "yes":
         return ""
     parts = []
-    if DEPTH in refused and (other := _whole_periods(runtime, anatomy, after)):
+    if DEPTH_CUT in refused and (other := _whole_periods(runtime, anatomy, after)):
         parts.append(other)
     if {"hidden", "heads", "kv_heads"} & {*refused} and _verdict(runtime, anatomy, PROPORTION) == "yes":
         parts.append(_proportion(anatomy, after))
-    free = [cut for cut in ("ffn", DEPTH) if cut not in refused and _verdict(runtime, anatomy, cut) == "yes"]
+    free = [cut for cut in ("ffn", DEPTH_CUT) if cut not in refused and _verdict(runtime, anatomy, cut) == "yes"]
     if free:
         parts.append(f"cut only {' and '.join(free)}")
     return "; or ".join(parts)

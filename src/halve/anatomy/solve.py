@@ -47,14 +47,14 @@ TWIN_POINT = _POINTS[0]
 _STATE_HEADS = 8
 
 
-def tie(point: Mapping[str, int], *, coupled: bool) -> dict[str, int]:
+def tied_point(point: Mapping[str, int], *, coupled: bool) -> dict[str, int]:
     """The point as it is, or with hidden = heads x head_dim."""
     return {**point, "hidden": point["heads"] * point["head_dim"]} if coupled else dict(point)
 
 
 def alike(one: Shape, other: Shape) -> bool:
     """Whether two shapes are the same wherever hidden = heads x head_dim."""
-    points = [tie(point, coupled=True) for point in _POINTS]
+    points = [tied_point(point, coupled=True) for point in _POINTS]
     return all([expr.size(p) for expr in one] == [expr.size(p) for expr in other] for p in points)
 
 
@@ -150,7 +150,7 @@ def solve(
 
 def system(config: PretrainedConfig, *, coupled: bool) -> tuple[list[dict[str, int]], list[Expr], np.ndarray]:
     """The points to build at, the products of axes to solve for, and how large each is at each point."""
-    points = [tie(point, coupled=coupled) for point in _POINTS]
+    points = [tied_point(point, coupled=coupled) for point in _POINTS]
     if not coupled:  # a multiple of the heads of states, whose widths are whole numbers then
         unit = lcm(1, *(getattr(config, count) for _, count, _ in configs.states(config)))
         points = [{**point, "hidden": point["hidden"] * unit} for point in points]

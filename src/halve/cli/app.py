@@ -23,7 +23,7 @@ from halve.errors import HalveError, PlanError, Stopped, of_the_system
 from halve.process.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
 from halve.process.rank import leads
 from halve.process.waits import heard
-from halve.recipe.read import load, on_spikes
+from halve.recipe.read import load_recipe, on_spikes
 from halve.recipe.schema import Prune, Recipe
 
 app = typer.Typer(
@@ -96,7 +96,7 @@ def inspect(
     if json_:
         show.as_json(show.inspection(anatomy, proved))
     else:
-        show.inspect(anatomy, proved)
+        show.inspection_tables(anatomy, proved)
         _next(f"halve plan {model} --params ...")
 
 
@@ -146,7 +146,7 @@ def plan(
         ]
         show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
     else:
-        show.candidates(anatomy, found, verdicts)
+        show.candidates_table(anatomy, found, verdicts)
         _next("put these sizes under prune: in a recipe, then halve run")
 
 
@@ -157,7 +157,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, tokens, cost, memory and disk; run nothing.")
     ] = False,
-    ranks: flags.Ranks = None,
+    ranks: flags.RanksFlag = None,
     mfu: flags.Mfu = None,
     card: flags.Card = None,
     on_spike: OnSpike = None,
@@ -168,17 +168,17 @@ def run(
     from halve.disk.rundir import equal_run
     from halve.report.tables import plan_before
 
-    loaded = _spiking(load(recipe), on_spike)
+    loaded = _spiking(load_recipe(recipe), on_spike)
     if dry_run:
-        from halve.preflight.device import named
+        from halve.preflight.device import device_name
         from halve.preflight.forecast import forecast
         from halve.report import tables as show
 
-        expected = forecast(loaded, ranks=ranks or 1, device=named(card, mfu, ranks), compare=True)
+        expected = forecast(loaded, ranks=ranks or 1, device=device_name(card, mfu, ranks), compare=True)
         if json_:
             show.as_json(expected.to_json())
         else:
-            show.forecast(expected)
+            show.forecast_tables(expected)
         return
     if not quiet:
         if out is None and (twin := equal_run(loaded, Path("runs"))) and leads():
@@ -194,11 +194,11 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     """Find the errors that need no weights to be loaded."""
     from halve.model.checkpoint import Checkpoint
     from halve.pipeline.run import check as preflight
-    from halve.preflight.sizes import shapes
+    from halve.preflight.sizes import planned_rounds
     from halve.preflight.work import trials
     from halve.report import tables as show
 
-    loaded = load(recipe)
+    loaded = load_recipe(recipe)
     ranks = os.environ.get("WORLD_SIZE")
     found = preflight(loaded, _folder(loaded, out), ranks=None if ranks is None else int(ranks))
     if json_:
@@ -209,7 +209,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         raise typer.Exit(2)
     if not json_:
         print(f"{recipe}: no errors found")
-        show.trial(trials(loaded, shapes(loaded, Checkpoint.open(loaded.model))))
+        show.trial(trials(loaded, planned_rounds(loaded, Checkpoint.open(loaded.model))))
         _next(f"halve run {recipe}")
 
 
@@ -239,13 +239,13 @@ def study(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. --list shows the names.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     out: flags.StudyOut = Path("runs/studies"),
-    model: flags.Teacher = None,
+    model: flags.TeacherFlag = None,
     train: flags.Train = None,
     valid: flags.Valid = None,
     choices: flags.Choices = None,
     seeds: flags.Seeds = 3,
-    tokens: flags.Tokens = None,
-    context: flags.Context = None,
+    tokens: flags.TokensFlag = None,
+    context: flags.ContextFlag = None,
     quiet: Quiet = False,
     json_: AsJson = False,
 ) -> None:
@@ -258,7 +258,7 @@ def study(
     from halve.studies import declare
 
     if list_ or name is None:
-        listed = [declare.load(each) for each in declare.names()]
+        listed = [declare.load_study(each) for each in declare.names()]
         if json_:
             show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
         else:
@@ -269,7 +269,7 @@ def study(
     from halve.studies import engine
     from halve.studies import setting as settings
 
-    wanted = [declare.load(each) for each in (declare.names() if name == "all" else (name,))]
+    wanted = [declare.load_study(each) for each in (declare.names() if name == "all" else (name,))]
     changes: dict[str, Any] = {}
     if tokens is not None:
         changes["distill"] = {"tokens": tokens}
@@ -304,7 +304,7 @@ def study(
             continue
         found.append(results)
         if not json_:
-            show.study(results)
+            show.study_table(results)
             print(out / each.name / "results.json")
     if json_:
         show.as_json(found if name == "all" else found[0])
@@ -314,12 +314,12 @@ def study(
 
 def _stage_command(section: str, summary: str, following: str) -> None:
     def command(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
-        _stage(section, following, load(recipe), recipe, out, quiet=quiet, json_=json_)
+        _stage(section, following, load_recipe(recipe), recipe, out, quiet=quiet, json_=json_)
 
     def training(
         recipe: RecipeFile, out: Out = None, on_spike: OnSpike = None, quiet: Quiet = False, json_: AsJson = False
     ) -> None:
-        _stage(section, following, _spiking(load(recipe), on_spike), recipe, out, quiet=quiet, json_=json_)
+        _stage(section, following, _spiking(load_recipe(recipe), on_spike), recipe, out, quiet=quiet, json_=json_)
 
     chosen = training if section in ("correct", "distill") else command
     chosen.__doc__ = summary

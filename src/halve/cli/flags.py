@@ -16,7 +16,7 @@ def place(given: Any) -> Any:
     """Raise `RecipeError` for a path or name, or one of a list, that could not be there."""
     for one in given if isinstance(given, list) else [] if given is None else [given]:
         try:
-            values.place(str(one))
+            values.path_or_name(str(one))
         except ValueError as error:
             raise RecipeError(f"cannot use {str(one)[:80]!r} as a path", why=str(error), fix="give another") from None
     return given
@@ -42,7 +42,7 @@ OnSpike = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress on stderr.")]
-Ranks = Annotated[
+RanksFlag = Annotated[
     int | None,
     typer.Option(min=1, max=10**6, help="With --dry-run: number of H100s that train. Default: this machine's device."),
 ]
@@ -70,12 +70,12 @@ Corpus = Annotated[
 StudyOut = Annotated[
     Path, typer.Option(help="Folder for runs and results; studies share runs where they can.", callback=place)
 ]
-Teacher = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
+TeacherFlag = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
 Train = Annotated[
     list[str] | None, typer.Option(help="Text to distill on, with --model; may be repeated.", callback=place)
 ]
 Valid = Annotated[list[str] | None, typer.Option(help="Held-out text, with --model; may be repeated.", callback=place)]
 Choices = Annotated[Path | None, typer.Option(help="Multiple-choice items, for the study depth-sets.", callback=place)]
 Seeds = Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds.")]
-Tokens = Annotated[int | None, typer.Option(min=1, max=values.MOST, help="Training tokens of each configuration.")]
-Context = Annotated[int | None, typer.Option(min=2, max=values.MOST, help="Tokens in one sample.")]
+TokensFlag = Annotated[int | None, typer.Option(min=1, max=values.MOST, help="Training tokens of each configuration.")]
+ContextFlag = Annotated[int | None, typer.Option(min=2, max=values.MOST, help="Tokens in one sample.")]

@@ -24,7 +24,7 @@ from halve.cut.plan import heads
 from halve.cut.plan.plan import Importance, Plan, select
 from halve.cut.repair.refit import refit
 from halve.cut.repair.refit_scores import score_by_refit
-from halve.cut.repair.rotate import principal_basis, rotate, stream_moment, tie, turns
+from halve.cut.repair.rotate import principal_basis, rotate, rotates, stream_moment, tie_head
 from halve.cut.score.scores import Scores
 from halve.cut.surgery.gain import constant_gains, fit_gains
 from halve.cut.surgery.trim import trim
@@ -72,7 +72,7 @@ def turn(
 
     Raises `AnatomyError` for `rotation: pca` in a family whose norms do not allow it.
     """
-    if not turns(anatomy, prune):
+    if not rotates(anatomy, prune):
         return Turned(model, anatomy, None)
     samples_BS = samples_BS[: prune.refit_samples]
     moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
@@ -153,7 +153,7 @@ def cut(
     gains = _gains(source, own, plan, few_BS, micro_batch, progress)
     merged = source
     if prune.head_merge:
-        merged = heads.merge(merged, plan, own, ranking, coefficient=prune.head_merge)
+        merged = heads.merge_heads(merged, plan, own, ranking, coefficient=prune.head_merge)
     if prune.layer_merge == "laco":
         merged = layer_merge.merge_layers(merged, own, plan.layers)
     if merges:
@@ -176,7 +176,9 @@ def cut(
         if not prune.untie:
             assert own.final_norm is not None, "rotation folds the final norm, so that there is one"
             with wait("tying the head again"):
-                student = tie(student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch)
+                student = tie_head(
+                    student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch
+                )
             own = anatomy
     return Cut(student, own, plan, gains, figures)
 

@@ -20,7 +20,7 @@ from halve.cut.iterative import sizes_on_the_way
 from halve.cut.repair.refit_scores import choices
 from halve.cut.score.sites import output_expr, writes
 from halve.cut.score.taps import width
-from halve.cut.trial import fewer_samples, plain
+from halve.cut.trial import fewer_samples, without_extras
 from halve.recipe.schema import Prune, Score
 
 _HIDDEN = Expr.parse("hidden")
@@ -166,7 +166,7 @@ def trying(
 ) -> Work:
     """A trial of these shapes: each cut, refit and measured on a few samples."""
     held, fitted = fewer_samples(prune, max(prune.refit_samples, score.samples))
-    asked, measured = plain(prune), held * before.context
+    asked, measured = without_extras(prune), held * before.context
     done = Work()
     for shape in shapes:
         after = Costed(student, shape, before.context)

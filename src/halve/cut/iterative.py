@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut.plan.plan import Importance, Plan, select
-from halve.cut.plan.sizes import check
+from halve.cut.plan.sizes import require_sizes
 from halve.cut.surgery.trim import trim
 from halve.errors import PlanError
 from halve.recipe.schema import Gain
@@ -87,7 +87,7 @@ def _with_legal_hidden(anatomy: Anatomy, sizes: Arch, near: int, *, most: int) -
     for hidden in sorted(range(sizes.hidden, most + 1), key=lambda size: abs(size - near)):
         found = sizes.at(hidden=hidden)
         try:
-            check(anatomy, found)
+            require_sizes(anatomy, found)
         except PlanError:
             continue
         return found

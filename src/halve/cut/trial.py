@@ -26,7 +26,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune
 
 FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
-TOLERANCE = 0.1
+TIE_TOLERANCE = 0.1
 """Shapes this close to the best count as equal; of them the deepest wins, which the papers find to learn best."""
 NOISE = 0.03
 """A shape that is worse than its neighbor by less than this says nothing yet."""
@@ -48,7 +48,7 @@ class Tried:
         return asdict(self)
 
 
-def require(num_samples: int) -> None:
+def require_tried(num_samples: int) -> None:
     """Raise `CorpusError` for fewer calibration samples than a trial needs."""
     if num_samples < 3:
         raise CorpusError(
@@ -81,10 +81,10 @@ def try_shapes(
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
-    require(len(samples_BS))
+    require_tried(len(samples_BS))
     held, fitted = fewer_samples(prune, len(samples_BS))
     measured_BS, fit_BS = _apart(samples_BS, held)
-    asked = plain(prune)
+    asked = without_extras(prune)
     cost = fitted * samples_BS.shape[1]
     tried: dict[Arch, Tried] = {}
 
@@ -120,7 +120,7 @@ def try_shapes(
     return tuple(tried.values())
 
 
-def plain(prune: Prune) -> Prune:
+def without_extras(prune: Prune) -> Prune:
     """How a shape is cut to be tried."""
     usual = Prune(hidden=1)
     few = {"refit_samples": min(prune.refit_samples, FIT_SAMPLES)}
@@ -152,7 +152,7 @@ def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], fl
 
 
 def best(tried: Sequence[Tried]) -> Tried:
-    """The deepest of those within `TOLERANCE` of the lowest KL.
+    """The deepest of those within `TIE_TOLERANCE` of the lowest KL.
 
     >>> sizes = dict(hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
     >>> found = {6: 2.0, 5: 1.05, 4: 1.0}
@@ -160,7 +160,7 @@ def best(tried: Sequence[Tried]) -> Tried:
     5
     """
     lowest = min(one.kl for one in tried)
-    return max((one for one in tried if one.kl <= (1 + TOLERANCE) * lowest), key=lambda one: one.arch.layers)
+    return max((one for one in tried if one.kl <= (1 + TIE_TOLERANCE) * lowest), key=lambda one: one.arch.layers)
 
 
 def _apart(samples_BS: Tensor, held: int) -> tuple[Tensor, Tensor]:

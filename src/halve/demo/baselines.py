@@ -18,7 +18,7 @@ Keys = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Level:
+class NGramOrder:
     """The n-grams of one order, sorted by key, their counts, and the sums that their contexts need."""
 
     grams: Keys
@@ -34,7 +34,7 @@ class NGram:
     """An interpolated Kneser-Ney model of ids below `vocab`."""
 
     vocab: int
-    levels: tuple[Level, ...]
+    levels: tuple[NGramOrder, ...]
 
     def bits(self, ids: Sequence[int] | NDArray[Any]) -> NDArray[np.float64]:
         """-log2 p of every id but the first `order - 1`, given those before it.
@@ -71,13 +71,13 @@ def fit(ids: Sequence[int] | NDArray[Any], *, vocab: int, order: int = 5) -> NGr
     """
     assert vocab**order < 2**64, "n-grams are numbered in 64 bits"
     stream = np.asarray(ids, dtype=np.int64)
-    levels: list[Level] = []
+    levels: list[NGramOrder] = []
     grams, counts = np.unique(_keys(stream, order, vocab), return_counts=True)
     for n in range(order, 0, -1):
         contexts, start, kinds = np.unique(grams // np.uint64(vocab), return_index=True, return_counts=True)
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         levels.append(
-            Level(
+            NGramOrder(
                 grams=grams,
                 counts=counts.astype(np.int64),
                 contexts=contexts,

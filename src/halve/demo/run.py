@@ -38,7 +38,8 @@ def run(*, out: Path, long: bool, corpus: Path | None, console: Console) -> Path
 def make_recipe(texts: Path, *, long: bool, corpus: Path | None) -> Recipe:
     """Write the demo's texts into `texts` and give the recipe that uses them."""
     texts.mkdir(parents=True, exist_ok=True)
-    raw: dict[str, Any] = strict_yaml.parse((HERE / ("long.yaml" if long else "demo.yaml")).read_text(encoding="utf-8"))
+    text = (HERE / ("long.yaml" if long else "demo.yaml")).read_text(encoding="utf-8")
+    raw: dict[str, Any] = strict_yaml.parse_yaml(text)
     if corpus is not None:
         train, valid = _split(corpus, texts)
     else:

@@ -14,14 +14,16 @@ from pathlib import Path
 
 from halve.demo.corpus import Module
 
-Item = Mapping[str, str | int | list[str]]
+TaskItem = Mapping[str, str | int | list[str]]
 
 _CONTEXT_CHARS = 360  # about 140 tokens of the demo's tokenizer: with any choice it fits 256
 _FEWEST_CONTEXT_LINES = 3
 _SHORTEST, _LONGEST = 10, 80  # characters of a choice without its indentation
 
 
-def build_items(modules: Iterable[Module], *, num_items: int = 400, num_choices: int = 4, seed: int = 0) -> list[Item]:
+def build_items(
+    modules: Iterable[Module], *, num_items: int = 400, num_choices: int = 4, seed: int = 0
+) -> list[TaskItem]:
     """Items `{"context", "choices", "answer"}` at places drawn from the modules' code by `seed`.
 
     The context ends with a line break; every choice is one line, indentation kept, without a line break.
@@ -39,7 +41,7 @@ def build_items(modules: Iterable[Module], *, num_items: int = 400, num_choices:
                     places.append((source, number))
     pools = {indent: sorted(lines) for indent, lines in by_indent.items()}
     rng.shuffle(places)
-    items: list[Item] = []
+    items: list[TaskItem] = []
     for source, number in places:
         if len(items) == num_items:
             break
@@ -57,7 +59,7 @@ def build_items(modules: Iterable[Module], *, num_items: int = 400, num_choices:
     return items
 
 
-def write_items(path: Path, items: Iterable[Item]) -> Path:
+def write_items(path: Path, items: Iterable[TaskItem]) -> Path:
     """Write items as JSON lines, the form that `halve evaluate` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(item, ensure_ascii=False, sort_keys=True) for item in items)

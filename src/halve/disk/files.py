@@ -15,7 +15,7 @@ from typing import Any
 
 from halve.disk import plain_json
 from halve.errors import DiskError, RunError
-from halve.process.waits import bytes_, wait
+from halve.process.waits import bytes_in_words, wait
 
 CHANGED = "remove the folder it is in and run the same command: what was there is made again"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -90,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read what `write_json` wrote. Raises `RunError` naming the file."""
     try:
-        return plain_json.parse(Path(path).read_text(encoding="utf-8"))
+        return plain_json.parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read {path}", why=str(error), fix=CHANGED) from error
 
@@ -143,7 +143,7 @@ def file_sha256(path: Path) -> str:
     """
     known = _identity(path)
     if known not in _hashes:
-        with wait(f"hashing {path.name} ({bytes_(path.stat().st_size)})"), open(path, "rb") as file:
+        with wait(f"hashing {path.name} ({bytes_in_words(path.stat().st_size)})"), open(path, "rb") as file:
             _hashes[known] = hashlib.file_digest(file, "sha256").hexdigest()
     return _hashes[known]
 
@@ -176,7 +176,7 @@ def remembering(memo: Path) -> Callable[[Path], str]:
 
 def _remembered(memo: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
-        known = plain_json.parse(memo.read_text(encoding="utf-8"))
+        known = plain_json.parse_json(memo.read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
     return {}
 

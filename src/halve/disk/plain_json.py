@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-MAX_DEPTH = 100
+MAX_JSON_DEPTH = 100
 
 
-def parse(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """The value that a JSON text stands for.
 
-    >>> parse('{"a": [1, 2.5, null]}')
+    >>> parse_json('{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}
 
     Raises `ValueError`.
@@ -21,7 +21,7 @@ def parse(text: str | bytes) -> Any:
     except RecursionError:
         raise _too_deep() from None
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_JSON_DEPTH):
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
         if not level:
             return value
@@ -35,4 +35,4 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _too_deep() -> ValueError:
-    return ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    return ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")

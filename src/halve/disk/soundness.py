@@ -157,7 +157,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def fingerprint(source: str | Path) -> str:
+def model_fingerprint(source: str | Path) -> str:
     """SHA-256 over config.json and the safetensors files of a model, in the order of their names."""
     folder = locate(source)
     digest = hashlib.sha256()
@@ -181,7 +181,7 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
             )
         text = file.read(length)
     try:
-        header = plain_json.parse(text)
+        header = plain_json.parse_json(text)
         header.pop("__metadata__", None)
         tensors = {
             name: TensorHeader(
@@ -253,7 +253,7 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = plain_json.parse(path.read_text(encoding="utf-8"))
+        value = plain_json.parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}", why=str(error), fix=_AGAIN) from error
     if not isinstance(value, dict):

@@ -41,7 +41,7 @@ def license_of(folder: Path) -> dict[str, str]:
         key = line.partition(":")[0]
         if key in _LICENSE:
             with suppress(yaml.YAMLError):
-                value = strict_yaml.parse(line).get(key)
+                value = strict_yaml.parse_yaml(line).get(key)
                 found |= {key: value} if isinstance(value, str) else {}
     return found
 

@@ -24,7 +24,7 @@ from halve.disk import plain_json, soundness
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
 from halve.model import loading
-from halve.process.waits import bytes_, wait
+from halve.process.waits import bytes_in_words, wait
 from halve.recipe.schema import Device, Dtype
 
 __all__ = ["Checkpoint", "load_config", "resolve_device"]
@@ -86,7 +86,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the safetensors files, in the order of their names."""
-        return soundness.fingerprint(self.files)
+        return soundness.model_fingerprint(self.files)
 
     def require_tokenizer(self) -> None:
         """Raise `TokenizerError` if the tokenizer reads no text or its vocabulary has ids without an embedding.
@@ -130,14 +130,14 @@ class Checkpoint:
         """
         _sound = self.config, self.headers
         size = sum(path.stat().st_size for path in self.files.glob("*.safetensors"))
-        with wait(f"loading {self.source} ({bytes_(size)})"):
+        with wait(f"loading {self.source} ({bytes_in_words(size)})"):
             model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
             loading.require_parameters(self.files, model, self.parameters)
             return model.eval().to(device)
 
     def require_weights(self) -> None:
         """Raise `CheckpointError` unless the files hold the model's tensors, all and no other, by their headers."""
-        loading.require(self.files, self.config, self.headers)
+        loading.require_tensors(self.files, self.config, self.headers)
 
     @cached_property
     def parameters(self) -> frozenset[str]:
@@ -190,7 +190,7 @@ def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
             why=f"transformers has no causal language model of type {kind}",
             fix="give a model that generates text",
         )
-    plausible.require(config, folder / CONFIG)
+    plausible.require_plausible(config, folder / CONFIG)
     return config
 
 
@@ -224,7 +224,7 @@ def _require_ids(path: Path, tokenizer: transformers.PreTrainedTokenizerBase, vo
     """
     if max(tokenizer.get_vocab().values()) < vocab or not path.is_file():
         return
-    for token in plain_json.parse(path.read_text(encoding="utf-8")).get("added_tokens", ()):
+    for token in plain_json.parse_json(path.read_text(encoding="utf-8")).get("added_tokens", ()):
         loaded = tokenizer.convert_tokens_to_ids(token["content"])
         if token["id"] >= vocab and loaded != token["id"]:
             raise TokenizerError(

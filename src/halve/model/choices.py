@@ -30,7 +30,7 @@ from halve.errors import CorpusError
 from halve.model.head import Head, split
 from halve.model.measure import context_length, row_chunks, token_log_probs
 
-LONGEST_LINE_BYTES = 1 << 24
+LONGEST_ITEM_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def load_items(path: str | Path) -> tuple[Item, ...]:
     try:
         require_file(path)
         with open_packed(path) as file:
-            lines = iter(lambda: file.readline(LONGEST_LINE_BYTES + 1), b"")
+            lines = iter(lambda: file.readline(LONGEST_ITEM_BYTES + 1), b"")
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     items.append(_parse(line, f"{path} line {number}", first=number == 1))
@@ -120,10 +120,10 @@ def _parse(line: bytes, source: str, *, first: bool) -> Item:
 
 
 def _item(line: bytes, source: str, *, first: bool) -> Item:
-    if len(line) > LONGEST_LINE_BYTES:
-        raise _Broken(f"it is longer than {LONGEST_LINE_BYTES >> 20} MiB")
+    if len(line) > LONGEST_ITEM_BYTES:
+        raise _Broken(f"it is longer than {LONGEST_ITEM_BYTES >> 20} MiB")
     try:
-        raw: Any = plain_json.parse(line.decode("utf-8-sig" if first else "utf-8"))
+        raw: Any = plain_json.parse_json(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise _Broken(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:
@@ -293,7 +293,7 @@ def answer_encoded(model: PreTrainedModel, items: Sequence[Encoded], *, batch_to
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class PaddedBatch:
     """Sequences of like length that go through the model together, padded on the right."""
 
     ids: Int64[Tensor, "choices seq"]
@@ -307,7 +307,7 @@ class Batch:
     """Whether it counts by our rule, and by that of lm-evaluation-harness."""
 
 
-def batch_up(items: Sequence[Encoded], *, batch_tokens: int = 4096) -> tuple[Batch, ...]:
+def batch_up(items: Sequence[Encoded], *, batch_tokens: int = 4096) -> tuple[PaddedBatch, ...]:
     """Put all choices of all items into batches of at most so many tokens, padding included, shortest first.
 
     One sequence that is longer has a batch of its own.
@@ -322,12 +322,14 @@ def batch_up(items: Sequence[Encoded], *, batch_tokens: int = 4096) -> tuple[Bat
         places = [(n, s) for n, (_, _, row) in enumerate(group) for s in range(min(begins[n]), len(row))]
         row_of, at = torch.tensor(places).T
         counts_M2 = at[:, None] >= torch.tensor(begins)[row_of]
-        batches.append(Batch(ids_NS, tuple((i, c) for i, c, _ in group), row_of, at, counts_M2))
+        batches.append(PaddedBatch(ids_NS, tuple((i, c) for i, c, _ in group), row_of, at, counts_M2))
     return tuple(batches)
 
 
 @torch.no_grad()
-def choice_nats(head: Head, hidden: Float[Tensor, "choices seq hidden"], batch: Batch) -> Float64[Tensor, "choices 2"]:
+def choice_nats(
+    head: Head, hidden: Float[Tensor, "choices seq hidden"], batch: PaddedBatch
+) -> Float64[Tensor, "choices 2"]:
     """Log-probability of each choice of a batch from the last hidden states (CPU), by our rule and by the harness's.
 
     It is summed over the tokens that count. The head is applied to scored positions alone.
@@ -342,7 +344,7 @@ def choice_nats(head: Head, hidden: Float[Tensor, "choices seq hidden"], batch: 
     return sums_N2.cpu()
 
 
-def answers(items: Sequence[Encoded], batches: Sequence[Batch], nats: Sequence[Tensor]) -> Answers:
+def answers(items: Sequence[Encoded], batches: Sequence[PaddedBatch], nats: Sequence[Tensor]) -> Answers:
     """Which items are answered rightly, from what `choice_nats` gives of every batch."""
     found = [torch.empty(len(item.sequences), 2, dtype=torch.float64) for item in items]
     for batch, nats_N2 in zip(batches, nats, strict=True):

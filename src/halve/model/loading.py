@@ -1,7 +1,7 @@
 """From safetensors files to a model: every tensor that the model has, no other, each finite and of the right shape.
 
-`require` asks transformers' own loader, with tensors that have shapes and no data, so that a misfit is found before a
-weight is read, whatever the loader renames, fuses or splits on the way. `load` reads the weights.
+`require_tensors` asks transformers' own loader, with tensors that have shapes and no data, so that a misfit is found
+before a weight is read, whatever the loader renames, fuses or splits on the way. `load` reads the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 _CHUNK_ENTRIES = 1 << 24
 
 
-def require(folder: Path, config: PretrainedConfig, headers: Mapping[str, TensorHeader]) -> None:
+def require_tensors(folder: Path, config: PretrainedConfig, headers: Mapping[str, TensorHeader]) -> None:
     """Raise `CheckpointError` unless these tensors are the model's, by name, shape and kind; weights are not read.
 
     Where the config ties the head to the embedding and both are in the files, the two are compared: transformers would

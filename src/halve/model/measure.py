@@ -242,7 +242,7 @@ def require_context(config: PretrainedConfig, num_tokens: int, what: str) -> Non
 
 
 @torch.no_grad()
-def greedy(
+def generate_greedily(
     model: PreTrainedModel, prompt_1S: Int[Tensor, "1 seq"], *, num_new_tokens: int, end: int | list[int] | None = None
 ) -> Int[Tensor, "1 longer"]:
     """The prompt and the likeliest token after it, again and again, with the key-value cache; stops after `end`.

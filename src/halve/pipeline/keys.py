@@ -59,13 +59,13 @@ def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, mem
 def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
     """By round, what its scores depend on of the number of layers that go; empty where they depend on nothing."""
     from halve.cut.layers.chosen import compares, read_of
-    from halve.preflight.sizes import shapes
+    from halve.preflight.sizes import planned_rounds
 
     if not compares(recipe.score):
         return []
     numbers = [
         0 if shape.kept_layers is not None else shape.before.sizes.layers - shape.after.layers
-        for shape in shapes(recipe, teacher)
+        for shape in planned_rounds(recipe, teacher)
     ]
     return [read_of(recipe.score, number) for number in numbers]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
 
-def check(recipe: Recipe, teacher: Checkpoint, out: Path, stages: Sequence[Keyed], *, cache: Path) -> None:
+def require_unchanged(recipe: Recipe, teacher: Checkpoint, out: Path, stages: Sequence[Keyed], *, cache: Path) -> None:
     """Raise `RunError` if a run in `out` would take what has changed since; writes nothing."""
     if not (out / MARKER).exists():
         return

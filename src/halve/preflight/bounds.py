@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from halve.disk.rundir import LOCK, MARKER, RECIPE
 from halve.errors import RecipeError, RunError
+from halve.process.waits import bytes_in_words
 from halve.recipe.rounds import rounds
 from halve.recipe.schema import Correct, Recipe, Training
 
@@ -94,8 +95,8 @@ def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Traini
     if needed > there:
         raise RecipeError(
             f"{name} cannot hold {samples:,} samples of {context:,} tokens at once",
-            why=f"its layers' inputs alone take {needed / 1e9:,.0f} GB, the device and main memory have"
-            f" {there / 1e9:,.0f} GB",
+            why=f"its layers' inputs alone take {bytes_in_words(needed)}, the device and main memory have"
+            f" {bytes_in_words(there)}",
             fix=f"set {name.split()[0]}.micro_batch to a small divisor of batch, or batch itself lower",
         )
 

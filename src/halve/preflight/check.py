@@ -13,13 +13,14 @@ from halve.disk.rundir import check_folder
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.preflight import bounds as preflight_bounds
 from halve.preflight import samples as preflight_text
+from halve.process.waits import bytes_in_words
 from halve.recipe.rounds import learns_from_previous, rounds
 from halve.recipe.schema import Boundary, Distill, Phase, Recipe, Training
 from halve.text import sources
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
-    from halve.preflight.sizes import Shape
+    from halve.preflight.sizes import PlannedRound
 
 
 def check(
@@ -113,9 +114,9 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
-    from halve.preflight.sizes import shapes
+    from halve.preflight.sizes import planned_rounds
 
-    _check_states(recipe, shapes(recipe, teacher))
+    _check_states(recipe, planned_rounds(recipe, teacher))
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
             raise RecipeError(
@@ -130,10 +131,10 @@ def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:
     if recipe.correct is not None:
         from halve.train.loop import adapters
 
-        adapters.require(teacher.anatomy, recipe.correct)
+        adapters.require_trainable(teacher.anatomy, recipe.correct)
 
 
-def _check_states(recipe: Recipe, found: Sequence[Shape]) -> None:
+def _check_states(recipe: Recipe, found: Sequence[PlannedRound]) -> None:
     """Teacher and student have the layers whose states are compared."""
     from halve.train.objectives.intermediate import layer_pairs
 
@@ -165,7 +166,7 @@ def _check_packages(training: Training) -> None:
     from halve.train.loop import journal, optimizers
 
     optimizers.require(training)
-    journal.require(training.loggers)
+    journal.require_loggers(training.loggers)
 
 
 def _check_place(training: Training) -> None:
@@ -207,9 +208,9 @@ def _check_causal(teacher: Checkpoint) -> None:
 def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
     """What the first round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
     from halve.cut.proof.prove import prove
-    from halve.preflight.sizes import shapes
+    from halve.preflight.sizes import planned_rounds
 
-    shape, *_ = shapes(recipe, teacher)
+    shape, *_ = planned_rounds(recipe, teacher)
     prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
 
 
@@ -230,17 +231,20 @@ def _check_corpus(source: str, text_field: str) -> None:
 def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
     """The disk plan's bytes, less those that an earlier start of the run has written, are free."""
     from halve.model.checkpoint import resolve_device
-    from halve.preflight.sizes import shapes
-    from halve.preflight.space import planned
+    from halve.preflight.sizes import planned_rounds
+    from halve.preflight.space import planned_disk
 
-    needed = planned(recipe, shapes(recipe, teacher), cuda=resolve_device(recipe.device) == "cuda").total_bytes
+    cuda = resolve_device(recipe.device) == "cuda"
+    needed = planned_disk(recipe, planned_rounds(recipe, teacher), cuda=cuda).total_bytes
     left = needed - _written(out)
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if free < left:
-        written = f" {_in_words(needed - left)} of {_in_words(needed)} are written." if left < needed else ""
+        written = f" {bytes_in_words(needed - left)} of {bytes_in_words(needed)} are written." if left < needed else ""
         raise DiskError(
-            f"{out} needs about {_in_words(left)}{' more' if written else ''}",
-            why=f"{_in_words(free)} are free there.{written}" if written else f"{_in_words(free)} are free there",
+            f"{out} needs about {bytes_in_words(left)}{' more' if written else ''}",
+            why=f"{bytes_in_words(free)} are free there.{written}"
+            if written
+            else f"{bytes_in_words(free)} are free there",
             fix="free some space, choose another folder with --out, or drop some of distill.baselines",
         )
 
@@ -248,7 +252,3 @@ def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
 def _written(out: Path) -> int:
     """Bytes of the files in a run folder."""
     return sum(path.lstat().st_size for path in out.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _in_words(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -18,7 +18,7 @@ CARD_BYTES: Final = 80e9
 
 
 @dataclass(frozen=True)
-class Device:
+class PlannedDevice:
     """What runs a recipe, how much it holds, and how fast it multiplies."""
 
     name: str
@@ -44,27 +44,28 @@ class Device:
         return f"{self.name} ({cores}, {self.flops / 1e9:,.0f} GFLOP/s measured)"
 
 
-def card(memory_bytes: float = CARD_BYTES, mfu: float = GPU_MFU) -> Device:
+def card(memory_bytes: float = CARD_BYTES, mfu: float = GPU_MFU) -> PlannedDevice:
     """An H100 with so much memory, wherever it may be."""
-    return Device("an H100", True, memory_bytes, watch.GPU_FLOPS["H100"], mfu)
+    return PlannedDevice("an H100", True, memory_bytes, watch.GPU_FLOPS["H100"], mfu)
 
 
-def named(gigabytes: float | None, mfu: float | None, ranks: int | None) -> Device | None:
+def device_name(gigabytes: float | None, mfu: float | None, ranks: int | None) -> PlannedDevice | None:
     """The card that the command's flags speak of; None where none is given, so that the device at hand is meant."""
     if gigabytes is mfu is ranks is None:
         return None
     return card(CARD_BYTES if gigabytes is None else gigabytes * 1e9, GPU_MFU if mfu is None else mfu)
 
 
-def at_hand(asked: recipe.Device) -> Device:
+def at_hand(asked: recipe.Device) -> PlannedDevice:
     """The device of this machine that a recipe would run on; a card where it asks for CUDA that is not there.
 
     A CPU's rate is measured: a fraction of a second.
     """
     if asked != "cpu" and torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        return Device(found.name, True, float(found.total_memory), watch.matrix_rate("cuda", True), GPU_MFU)
+        return PlannedDevice(found.name, True, float(found.total_memory), watch.matrix_rate("cuda", True), GPU_MFU)
     if asked == "cuda":
         return card()
     rate = watch.matrix_rate("cpu", False)
-    return Device("this CPU", False, float(psutil.virtual_memory().total), rate, CPU_MFU, torch.get_num_threads())
+    there = float(psutil.virtual_memory().total)
+    return PlannedDevice("this CPU", False, there, rate, CPU_MFU, torch.get_num_threads())

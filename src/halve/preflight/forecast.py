@@ -10,10 +10,10 @@ from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
-from halve.preflight.device import GPU_MFU, Device, at_hand, card
-from halve.preflight.memory import Distillation, Memory, Place, Setting, Sized, correcting, dtype_of
-from halve.preflight.sizes import Shape, shapes
-from halve.preflight.space import Disk, planned
+from halve.preflight.device import GPU_MFU, PlannedDevice, at_hand, card
+from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
+from halve.preflight.sizes import PlannedRound, planned_rounds
+from halve.preflight.space import Disk, planned_disk
 from halve.recipe.rounds import learns_from_previous, named, rounds
 from halve.recipe.schema import Recipe, Training
 from halve.text.schedule import spans
@@ -45,10 +45,10 @@ class Forecast:
     flops: dict[str, float]
     memory: dict[str, Memory]
     """What a rank holds in every stage that trains."""
-    settings: tuple[Setting, ...]
+    settings: tuple[DistillSetting, ...]
     """Other ways to carry out the distillation that takes most, where they are asked for."""
-    place: Place
-    device: Device
+    place: Hardware
+    device: PlannedDevice
     """What memory and hours are planned for."""
     disk: Disk
     schedule: dict[str, Any]
@@ -100,7 +100,7 @@ def forecast(
     teacher: Checkpoint | None = None,
     *,
     ranks: int = 1,
-    device: Device | None = None,
+    device: PlannedDevice | None = None,
     compare: bool = False,
 ) -> Forecast:
     """Plan and cost of a recipe from the teacher's config alone, on so many ranks.
@@ -114,11 +114,11 @@ def forecast(
         device = at_hand(recipe.device)
     context = recipe.data.context
     teacher = teacher or Checkpoint.open(recipe.model)
-    found = shapes(recipe, teacher)
+    found = planned_rounds(recipe, teacher)
     whole, last = found[0].before, found[-1]
     before = whole.ledger.count(whole.sizes, context=context)
     made = tuple(_made(shape, context) for shape in found)
-    done = work.planned(recipe, found, teacher)
+    done = work.planned_work(recipe, found, teacher)
     place = _place(recipe, ranks, cuda=device.cuda)
     memory, settings = _memory(recipe, found, place, compare=compare and place.cuda)
     return Forecast(
@@ -136,20 +136,20 @@ def forecast(
         settings=settings,
         place=place,
         device=device,
-        disk=planned(recipe, found, cuda=place.cuda),
+        disk=planned_disk(recipe, found, cuda=place.cuda),
         schedule=_schedule(recipe),
         trial=work.trials(recipe, found),
     )
 
 
-def _made(shape: Shape, context: int) -> Round:
+def _made(shape: PlannedRound, context: int) -> Round:
     kept, layers = shape.kept_layers, range(shape.before.sizes.layers)
     return Round(
         shape.after, shape.counts(context=context), () if kept is None else tuple(i for i in layers if i not in kept)
     )
 
 
-def _opened(found: Sequence[Shape]) -> tuple[tuple[str, str, str], ...]:
+def _opened(found: Sequence[PlannedRound]) -> tuple[tuple[str, str, str], ...]:
     """Which runtimes open the last student: what a round moves stays moved in those after it."""
     rounds = [runtimes(shape.before, shape.after, shape.kept_layers) for shape in found]
     return tuple(
@@ -158,25 +158,25 @@ def _opened(found: Sequence[Shape]) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _place(recipe: Recipe, ranks: int, *, cuda: bool) -> Place:
+def _place(recipe: Recipe, ranks: int, *, cuda: bool) -> Hardware:
     """Where training runs, and in which precision."""
     trainings = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
     for training in trainings:
         require_shares(training, ranks)
     precisions = {training.precision for training in trainings}
     half = "bfloat16" in precisions or (cuda and "auto" in precisions)
-    return Place(ranks, max((training.replicas for training in trainings), default=1), cuda, half)
+    return Hardware(ranks, max((training.replicas for training in trainings), default=1), cuda, half)
 
 
 def _memory(
-    recipe: Recipe, found: tuple[Shape, ...], place: Place, *, compare: bool
-) -> tuple[dict[str, Memory], tuple[Setting, ...]]:
+    recipe: Recipe, found: tuple[PlannedRound, ...], place: Hardware, *, compare: bool
+) -> tuple[dict[str, Memory], tuple[DistillSetting, ...]]:
     """What every stage that trains takes, and other settings for the distillation that takes most."""
     teacher = _sized(found[0], found[0].before.sizes)
     memory: dict[str, Memory] = {}
     distillations: dict[str, Distillation] = {}
     if recipe.correct is not None and recipe.corrects_before:
-        memory["correct"] = correcting(recipe.correct, teacher, place, context=_longest(recipe.correct, recipe))
+        memory["correct"] = correction_memory(recipe.correct, teacher, place, context=_longest(recipe.correct, recipe))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         if part.distill is None:
             continue
@@ -200,7 +200,7 @@ def _longest(training: Training, recipe: Recipe) -> int:
     return max(span.context for span in spans(training, recipe.data.context))
 
 
-def _sized(shape: Shape, arch: Arch) -> Sized:
+def _sized(shape: PlannedRound, arch: Arch) -> Sized:
     """The model before a round's cut, or after it."""
     if arch == shape.before.sizes:
         return Sized(shape.before.config, arch, shape.before.ledger.count(arch))

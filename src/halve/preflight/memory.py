@@ -76,7 +76,7 @@ class Sized:
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """Where a run is planned: ranks, groups of them that hold a whole model, the kind of device, its precision."""
 
     ranks: int = 1
@@ -91,7 +91,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Setting:
+class DistillSetting:
     """A way to carry a distillation out, and what it takes."""
 
     optimizer: str
@@ -107,7 +107,7 @@ class Distillation:
     training: Distill
     student: Sized
     teacher: Sized
-    place: Place
+    place: Hardware
     context: int
     teacher_dtype: torch.dtype
 
@@ -138,7 +138,7 @@ class Distillation:
         kept = {"masters_bytes": own.masters_bytes, "moment_bytes": own.moment_bytes, "teacher_bytes": held}
         return replace(fuller, **kept, unknown=unknown)
 
-    def settings(self) -> tuple[Setting, ...]:
+    def settings(self) -> tuple[DistillSetting, ...]:
         """Other ways to carry it out: optimizer, recomputation, where the teacher is."""
         training = self.training
         ways = [way for way in _OPTIMIZERS if way == "adamw" or self.place.ranks == 1]
@@ -151,7 +151,7 @@ class Distillation:
                 one = replace(self, training=training.model_copy(update={"activation_checkpointing": recompute}))
             for way, where in product(ways, places):
                 asked = one.training.model_copy(update={**_OPTIMIZERS[way], **_TEACHERS[where]})
-                found.append(Setting(way, recompute, where, one._memory(asked, one.rehearsal)))
+                found.append(DistillSetting(way, recompute, where, one._memory(asked, one.rehearsal)))
         return tuple(found)
 
     def _cast(self) -> Cast:
@@ -181,7 +181,7 @@ def dtype_of(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
-def correcting(training: Correct, teacher: Sized, place: Place, *, context: int) -> Memory:
+def correction_memory(training: Correct, teacher: Sized, place: Hardware, *, context: int) -> Memory:
     """What correcting the teacher before anything else takes."""
     cast = Cast(teacher.config, None, place.half, cuda=place.cuda, in_shards=place.ranks > 1)
     found = _rehearsed(cast, training, training, context, ranks=place.ranks)
@@ -197,7 +197,7 @@ def _rehearsed(cast: Cast, training: Training, batch: Training, context: int, *,
     return rehearse(cast, training, samples=_samples(batch, ranks), context=context)
 
 
-def _learning(training: Training, model: Sized, found: Rehearsal, place: Place, *, batch: Training) -> Memory:
+def _learning(training: Training, model: Sized, found: Rehearsal, place: Hardware, *, batch: Training) -> Memory:
     """What one learner takes; how many micro-batches make a step, `batch` says."""
     one_pass = place.ranks == 1 and _samples(batch, 1) == batch.batch
     gradients = 4 * found.trained / place.shards
@@ -230,7 +230,7 @@ def _gathered(model: Sized, each: int) -> float:
     return 2 * model.layer * (each + 4) + 4 * model.table + 8 * model.table
 
 
-def _frozen(training: Distill, teacher: Sized, each: int, place: Place) -> tuple[int, int]:
+def _frozen(training: Distill, teacher: Sized, each: int, place: Hardware) -> tuple[int, int]:
     """A teacher's weights on the student's device, and what ranks put together of them."""
     head, params = each * teacher.table, each * teacher.counts.params
     if training.cache != "none" or training.teacher_device != "same":

@@ -256,7 +256,7 @@ def _objective(
 
         def from_text(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
             labels = batch.labels()
-            return summed(predictions(body, batch), head, chunked.cross_entropy(labels)), labels.numel()
+            return summed(predictions(body, batch), head, chunked.cross_entropy_target(labels)), labels.numel()
 
         return from_text, []
     rows = divergences.weighted(objectives.teacher_terms(training))
@@ -269,7 +269,7 @@ def _objective(
         states_ND, taught = live.answer(batch)
         target = chunked.follow(states_ND, taught, rows, vocab=head.weight.shape[0], operand=operand)
         if ce := training.terms.get("ce", 0.0):
-            target = chunked.sum_of([(1.0, target), (ce, chunked.cross_entropy(batch.labels()))])
+            target = chunked.sum_of([(1.0, target), (ce, chunked.cross_entropy_target(batch.labels()))])
         return summed(predictions(body, batch), head, target), batch.labels().numel()
 
     states = training.intermediate
@@ -286,7 +286,7 @@ def _learner(cast: Cast, training: Training) -> PreTrainedModel:
     """The student as `shards.learner` leaves it; a teacher that is corrected, with what it may change. On meta."""
     model = build(cast.student, device="meta").requires_grad_(True)
     if isinstance(training, Correct):
-        adapters.choose(model, training, seed=0)
+        adapters.choose_trained(model, training, seed=0)
     if cast.in_shards and cast.half:
         for module in (module for layer in blocks.layers(model) for module in layer.modules()):
             for name, parameter in module.named_parameters(recurse=False):

@@ -77,7 +77,7 @@ def _is_short(recipe: Recipe) -> bool:
     longest = max([recipe.data.context, *(phase.context or 0 for one in _trainings(recipe) for phase in one.phases)])
     left = max(_SHORT_CHARS, _CHARS_A_TOKEN * longest)
     for source in dict.fromkeys(_sources(recipe)):
-        for piece in sources.read(source, text_field=recipe.data.text_field):
+        for piece in sources.read_documents(source, text_field=recipe.data.text_field):
             left -= len(piece.text)
             if left < 0:
                 return False
@@ -89,7 +89,7 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     from halve.cut import trial
     from halve.cut.plan.shapes import to_try
     from halve.cut.score import calibration
-    from halve.preflight.sizes import shapes
+    from halve.preflight.sizes import planned_rounds
     from halve.text import corpus
     from halve.text.course import open_course
     from halve.text.mixture import open_mixture
@@ -101,10 +101,10 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     corpus.Samples(corpus.open_split(recipe, "valid", **text), recipe.data.context, recipe.seed)
     mixture = open_mixture(recipe, **text)
     vocab = teacher.config.get_text_config().vocab_size
-    calibration.check(mixture.calibration(recipe.score.samples), vocab=vocab)
-    for part, shape in zip(rounds(recipe), shapes(recipe, teacher), strict=True):
+    calibration.require_calibration(mixture.calibration(recipe.score.samples), vocab=vocab)
+    for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
         if to_try(shape.student, part.prune):
-            trial.require(len(mixture.calibration(max(part.prune.refit_samples, part.score.samples))))
+            trial.require_tried(len(mixture.calibration(max(part.prune.refit_samples, part.score.samples))))
     for training in _trainings(recipe):
         open_course(recipe, training, **text)
 

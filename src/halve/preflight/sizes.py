@@ -16,7 +16,7 @@ from halve.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Shape:
+class PlannedRound:
     """What one round cuts: the model before, the sizes after and, where the recipe names them, the kept layers."""
 
     before: Anatomy
@@ -35,18 +35,18 @@ class Shape:
         return resized(self.student.config, config_sizes(self.student, self.after), kept_layers=kept)
 
 
-def shapes(recipe: Recipe, teacher: Checkpoint) -> tuple[Shape, ...]:
+def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, ...]:
     """The sizes before and after every round, from the teacher's config alone.
 
     Which layers a round drops may be known only when they are scored: until then the first ones stand for those
     that are kept. Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     anatomy = teacher.anatomy
-    found: list[Shape] = []
+    found: list[PlannedRound] = []
     for part in rounds(recipe):
         own = student_anatomy(anatomy, part.prune)
         after, kept = target(own, part.prune)
-        found.append(Shape(anatomy, own, after, kept))
+        found.append(PlannedRound(anatomy, own, after, kept))
         if len(found) <= len(recipe.then):
             anatomy = discover(found[-1].config())
     return tuple(found)

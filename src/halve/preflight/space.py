@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from halve.errors import HalveError
 from halve.preflight.memory import dtype_of, moments
 from halve.preflight.rehearsal import Learned, learned
-from halve.preflight.sizes import Shape
+from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, rounds
 from halve.recipe.schema import Recipe, Training
 from halve.text import sources
 from halve.text.schedule import spans
-from halve.train.teachers.answers import token_bytes
+from halve.train.teachers.answers import answer_bytes
 
 _FLOAT32_BYTES = 4
 _NARROW_VOCAB = 2**16  # tokens of a larger one take four bytes instead of two
@@ -63,7 +63,7 @@ class Disk:
         return self.model_bytes + self.cache_bytes + self.text_bytes
 
 
-def planned(recipe: Recipe, found: Sequence[Shape], *, cuda: bool) -> Disk:
+def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -> Disk:
     """Plan a run from what every round cuts. Nothing is read but the sizes of files of text."""
     teacher = found[0].before
     itemsize, params = dtype_of(recipe, teacher.config).itemsize, teacher.ledger.count(teacher.sizes).params
@@ -96,13 +96,13 @@ def _state(training: Training, changed: Learned, weights: int) -> int:
     return round(_FLOAT32_BYTES * weights + moments(training, changed))
 
 
-def _cache_bytes(recipe: Recipe, found: Sequence[Shape], *, cuda: bool) -> int:
+def _cache_bytes(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -> int:
     """What caches take at most: samples that are drawn more than once are kept once, in the precision of products."""
     total = 0
     for number, part in enumerate(rounds(recipe), 1):
         if part.distill is not None:
             teacher = found[number - 1 if learns_from_previous(recipe, number) else 0].before.sizes
-            total += part.distill.tokens * token_bytes(
+            total += part.distill.tokens * answer_bytes(
                 part.distill.cache,
                 hidden=teacher.hidden,
                 vocab=teacher.vocab,

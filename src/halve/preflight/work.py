@@ -10,9 +10,9 @@ from halve.cut import cost
 from halve.cut.cost import Costed, Work
 from halve.cut.layers.chosen import compares
 from halve.cut.plan.shapes import to_try
-from halve.cut.repair.rotate import turns
+from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
-from halve.preflight.sizes import Shape
+from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, named, rounds
 from halve.recipe.schema import Recipe, Training
 from halve.stages.prune import CHECK_SAMPLES
@@ -23,7 +23,7 @@ from halve.train.loop import watch
 _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
 
 
-def planned(recipe: Recipe, found: Sequence[Shape], teacher: Checkpoint) -> dict[str, Work]:
+def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint) -> dict[str, Work]:
     """By stage, in order; of a trial the most that it may take.
 
     Forward is one unit, backward two: 3 for what is trained, 1 for the teacher.
@@ -33,11 +33,11 @@ def planned(recipe: Recipe, found: Sequence[Shape], teacher: Checkpoint) -> dict
     def add(name: str, training: Training, per_token: Callable[[int], float]) -> None:
         done[name] = Work(training.tokens, _over_phases(training, recipe.data.context, per_token))
 
-    if asked := boundary.documents(recipe, teacher):
+    if asked := boundary.asked_documents(recipe, teacher):
         tokens = sum(map(len, asked))
         done["boundary"] = Work(tokens, tokens * _whole(found[0], max(map(len, asked))))
     if recipe.correct and recipe.corrects_before:
-        add("correct", recipe.correct, watch.correcting(found[0].before, recipe.correct))
+        add("correct", recipe.correct, watch.correction_work(found[0].before, recipe.correct))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         cut = _cut(part, shape)
         done |= {named(stage, number): work for stage, work in cut.items() if work.flops}
@@ -56,24 +56,24 @@ def planned(recipe: Recipe, found: Sequence[Shape], teacher: Checkpoint) -> dict
         for baseline in part.distill.baselines:
             add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
         if recipe.correct and recipe.corrects_beside:
-            corrected = watch.correcting(source.before, recipe.correct)(recipe.data.context)
+            corrected = watch.correction_work(source.before, recipe.correct)(recipe.data.context)
             learned = min(recipe.correct.tokens, part.distill.tokens)
             for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
                 done[name] += Work(0, learned * corrected)
     return done
 
 
-def trials(recipe: Recipe, found: Sequence[Shape]) -> tuple[tuple[Arch, ...], ...]:
+def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, ...], ...]:
     """For every round the sizes that its trial chooses from, each once; none where nothing is tried."""
     return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
 
 
-def _tried(part: Recipe, shape: Shape) -> tuple[Arch, ...]:
+def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
     families = to_try(shape.student, part.prune, refused=_UNMARKED.get(part.score.method))
     return tuple(dict.fromkeys(arch for family in families for arch in family))
 
 
-def _cut(part: Recipe, shape: Shape) -> dict[str, Work]:
+def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     """What scoring and pruning do in one round."""
     before, after = _models(part, shape)
     prune, score = part.prune, part.score
@@ -83,7 +83,7 @@ def _cut(part: Recipe, shape: Shape) -> dict[str, Work]:
     if not tried and shape.kept_layers is None:
         removals = {before.arch.layers - after.arch.layers}
     layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
-    turned = turns(shape.before, prune)
+    turned = rotates(shape.before, prune)
     refit = Work()
     if prune.refit != "none":
         refit = cost.refitting(before, after, prune, samples=prune.refit_samples, turned=turned)
@@ -100,13 +100,13 @@ def _cut(part: Recipe, shape: Shape) -> dict[str, Work]:
     }
 
 
-def _cut_at_random(part: Recipe, shape: Shape) -> Work:
+def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:
     before, after = _models(part, shape)
     gains = cost.gaining(before, after.arch, part.prune, samples=part.prune.refit_samples)
     return gains + cost.measuring(before, after, samples=CHECK_SAMPLES)
 
 
-def _models(part: Recipe, shape: Shape) -> tuple[Costed, Costed]:
+def _models(part: Recipe, shape: PlannedRound) -> tuple[Costed, Costed]:
     context = part.data.context
     return (
         Costed(shape.before, shape.before.sizes, context),
@@ -122,18 +122,18 @@ def _looked_at_borders(model: Costed, samples: int) -> Work:
 # ---- a token of training
 
 
-def _whole(shape: Shape, context: int) -> int:
+def _whole(shape: PlannedRound, context: int) -> int:
     """FLOPs a token of the model that a round cuts."""
     return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
 
 
-def _learning(shape: Shape, context: int, *, teacher: Shape | None = None) -> int:
+def _learning(shape: PlannedRound, context: int, *, teacher: PlannedRound | None = None) -> int:
     """FLOPs a token of a round's student in training, with the teacher that it follows."""
     own = 3 * shape.counts(context=context).flops_per_token
     return own if teacher is None else own + _whole(teacher, context)
 
 
-def _reading(shape: Shape, teacher: Shape, context: int) -> int:
+def _reading(shape: PlannedRound, teacher: PlannedRound, context: int) -> int:
     """The same where the teacher's hidden states are read."""
     return _learning(shape, context) + 2 * teacher.before.sizes.vocab * teacher.before.sizes.hidden
 

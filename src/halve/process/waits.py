@@ -44,10 +44,10 @@ def wait(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def bytes_(count: int | float) -> str:
+def bytes_in_words(count: int | float) -> str:
     """Decimal units, as disks and GPUs are sold.
 
-    >>> bytes_(1.6e10)
+    >>> bytes_in_words(1.6e10)
     '16.0 GB'
     """
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

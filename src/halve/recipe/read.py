@@ -23,7 +23,7 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-def load(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file; relative paths in it become absolute.
 
     Raises `RecipeError` naming the key and, for an unknown key, the nearest known one.
@@ -32,7 +32,7 @@ def load(path: str | Path) -> Recipe:
     distrust(path.parent)
     try:
         with path.open("rb") as file:
-            raw = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))
+            raw = strict_yaml.parse_yaml(file.read(strict_yaml.MAX_BYTES + 1))
     except yaml.YAMLError as error:
         raise RecipeError(
             f"recipe {path} is not YAML", why=str(error), fix="compare it with a file in recipes/"

@@ -17,12 +17,12 @@ from halve.recipe.trainings import (
     Distill,
     Intermediate,
     Logger,
+    LossTerm,
     Phase,
     State,
-    Term,
     Training,
 )
-from halve.recipe.values import Context, Count, Factor, Place, Real, Section, Seed, Switch, TextSource, Written
+from halve.recipe.values import Context, Count, PathOrName, Real, Scale, Section, Seed, Switch, TextSource, Written
 
 __all__ = [
     "HOW",
@@ -42,6 +42,7 @@ __all__ = [
     "Intermediate",
     "LayerMerge",
     "Logger",
+    "LossTerm",
     "Method",
     "Phase",
     "Prune",
@@ -51,11 +52,10 @@ __all__ = [
     "Score",
     "Section",
     "Selection",
-    "Shape",
+    "ShapeChoice",
     "Source",
     "State",
     "Step",
-    "Term",
     "Training",
 ]
 
@@ -68,7 +68,7 @@ Gain = Literal["none", "constant", "fitted"]
 Rotation = Literal["auto", "none", "pca"]
 Refit = Literal["none", "outputs", "all"]
 Selection = Literal["auto", "rank", "refit"]
-Shape = Literal["width", "trial"]
+ShapeChoice = Literal["width", "trial"]
 LayerMerge = Literal["none", "laco", "laco_search"]
 Boundary = Literal["auto", "bos", "eos", "both", "none"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -95,7 +95,7 @@ class Source(Section):
     """One part of a mixture."""
 
     sources: tuple[TextSource, ...] = Field(min_length=1, description="files, folders or hub data sets of this part")
-    weight: Factor = Field(description="share of the samples, relative to the weights of the other parts")
+    weight: Scale = Field(description="share of the samples, relative to the weights of the other parts")
 
 
 class Data(Section):
@@ -153,7 +153,7 @@ class Score(Section):
         "single", description="which sets of layers are compared; greedy: one layer after another"
     )
     depth_samples: Count = Field(64, description="samples on which the removal of layers is measured")
-    depth_task: Place | None = Field(None, description="multiple-choice file for `depth: task`")
+    depth_task: PathOrName | None = Field(None, description="multiple-choice file for `depth: task`")
 
     @model_validator(mode="after")
     def _depth(self) -> Score:
@@ -179,7 +179,7 @@ class Prune(Section):
     kv_heads: Count | None = Field(None, description="key-value heads to keep in each layer")
     layers: Count | None = Field(None, description="number of layers to keep; the least important are dropped")
     drop_layers: Written | None = Field(None, description="layers to drop by hand, such as 16-31 or 3,5,7-9")
-    shape: Shape = Field(
+    shape: ShapeChoice = Field(
         "trial",
         description="how a budget becomes sizes; width: hidden and ffn shrink evenly; trial: cut and refit several"
         " shapes on a few samples and take the best",
@@ -208,7 +208,7 @@ class Prune(Section):
     refit: Refit = Field(
         "all", description="solve for the weights around the cut; outputs: only output and down projections"
     )
-    ridge: Factor = Field(1e-3, description="ridge of the refit, relative to the mean diagonal of the Gram matrix")
+    ridge: Scale = Field(1e-3, description="ridge of the refit, relative to the mean diagonal of the Gram matrix")
     refit_samples: Count = Field(128, description="calibration samples for rotation and refit")
     head_merge: Real = Field(
         0.0, ge=-100, le=100, description="coefficient of the head residual merge (2407.14679, Sec. 2.3); 0: off"
@@ -241,7 +241,7 @@ class Evaluate(Section):
     """What is measured for every model of the run."""
 
     samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
-    choices: tuple[Place, ...] = Field(
+    choices: tuple[PathOrName, ...] = Field(
         (),
         description="multiple-choice files: JSON lines with context, choices, answer or contexts, ending, answer",
     )
@@ -271,7 +271,7 @@ class Recipe(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="label of the run and name of its folder"
     )
-    model: Place = Field(description="the teacher: a folder or a hub name")
+    model: PathOrName = Field(description="the teacher: a folder or a hub name")
     seed: Seed = Field(0, description="seed of all random numbers: order of samples, random weights, draws")
     device: Device = Field("auto", description="where models run; auto: CUDA if there is a GPU")
     dtype: Dtype = Field("auto", description="precision of the weights; auto: that of the checkpoint")

@@ -15,7 +15,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.resolver import BaseResolver
 
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 32
+MAX_YAML_DEPTH = 32
 MAX_NODES = 20_000
 """Keys, values and lists of one document, each counted as often as aliases repeat it."""
 
@@ -56,8 +56,8 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         self.depth += 1
         self.nodes += 1
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        if self.depth > MAX_DEPTH:
-            raise _refusal(f"it is nested deeper than {MAX_DEPTH} levels", event)
+        if self.depth > MAX_YAML_DEPTH:
+            raise _refusal(f"it is nested deeper than {MAX_YAML_DEPTH} levels", event)
         if self.nodes > MAX_NODES:
             raise _refusal(f"it has more than {MAX_NODES:,} entries", event)
         node = super().compose_node(parent, index)
@@ -83,10 +83,10 @@ def _represent_text(dumper: _Dumper, text: str) -> ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def parse(text: str | bytes) -> Any:
+def parse_yaml(text: str | bytes) -> Any:
     """The plain data that a text stands for: dicts, lists, texts, numbers, booleans and None.
 
-    >>> parse("{lr: 1e-4, tokens: 1_000, at: 1:30, untie: on, name: 'yes'}")
+    >>> parse_yaml("{lr: 1e-4, tokens: 1_000, at: 1:30, untie: on, name: 'yes'}")
     {'lr': 0.0001, 'tokens': 1000, 'at': '1:30', 'untie': 'on', 'name': 'yes'}
 
     Bytes are UTF-8. Raises `yaml.YAMLError`.
@@ -103,7 +103,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def dump(data: Any) -> str:
-    """A text that `parse` reads as this data again; keys in their order."""
+    """A text that `parse_yaml` reads as this data again; keys in their order."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=88))
 
 

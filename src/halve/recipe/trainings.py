@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from halve.recipe.values import Context, Count, CountFromZero, Factor, Rate, Real, Section, Switch, Whole
+from halve.recipe.values import Context, Count, CountFromZero, Rate, Real, Scale, Section, Switch, Whole
 
-Term = Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "ce"]
+LossTerm = Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "ce"]
 State = Literal["embedding", "input", "output", "attention"]
 Cache = Literal["none", "hidden", "logits"]
 Logger = Literal["tensorboard", "wandb", "trackio"]
@@ -36,7 +36,7 @@ class Phase(Section):
     """After some tokens, another mixture, context or learning rate (2407.14679, Table 20)."""
 
     from_tokens: Count = Field(description="tokens after which the phase begins, rounded up to whole steps")
-    mixture: Annotated[dict[str, Factor], Field(min_length=1)] | None = Field(
+    mixture: Annotated[dict[str, Scale], Field(min_length=1)] | None = Field(
         None, description="new weights of the parts of data.train; parts that are not named are no longer drawn"
     )
     context: Context | None = Field(
@@ -56,7 +56,7 @@ class Training(Section):
     warmup_steps: CountFromZero = Field(40, description="steps of linear warm-up to the peak learning rate")
     weight_decay: Real = Field(0.0, ge=0, le=10, description="weight decay of the optimizer")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay rates of the first and second moment (AdamW)")
-    clip: Factor = Field(1.0, description="gradients are clipped to this global norm")
+    clip: Scale = Field(1.0, description="gradients are clipped to this global norm")
     phases: tuple[Phase, ...] = Field((), description="changes of mixture, context or learning rate, in order")
     optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
         "adamw",
@@ -79,7 +79,7 @@ class Training(Section):
         description="reaction to a loss spike or a loss that is not finite; stop: end with an error; skip: skip the"
         " step; rewind: return to the last checkpoint and skip those samples",
     )
-    spike_factor: Factor = Field(
+    spike_factor: Scale = Field(
         3.0,
         gt=1,
         description="a spike is a loss that exceeds its running mean by this factor times the mean, and by 6 standard"
@@ -115,7 +115,7 @@ class Correct(Training):
         "full", description="what is trained; lora: adapters that are merged at the end; norms: only the norms"
     )
     lora_rank: Count = Field(16, description="rank of the LoRA adapters")
-    lora_alpha: Factor = Field(32.0, description="LoRA scale: an adapter is multiplied by lora_alpha / lora_rank")
+    lora_alpha: Scale = Field(32.0, description="LoRA scale: an adapter is multiplied by lora_alpha / lora_rank")
     when: Literal["before", "beside"] = Field(
         "before",
         description="before: a stage of its own; beside: in the loop of the distillation, on its first `tokens` tokens"
@@ -133,7 +133,7 @@ class Intermediate(Section):
         None,
         description="teacher layer: student layer; negative numbers count from the end; default {-2: -2} (Table 17)",
     )
-    alpha: Factor | None = Field(
+    alpha: Scale | None = Field(
         None, description="weight of the loss; default: the current L_logits / L_is, as in the paper"
     )
 
@@ -141,7 +141,7 @@ class Intermediate(Section):
 class Distill(Training):
     """Train the pruned student on the teacher's distribution, by default with forward KL (2407.14679, Table 15)."""
 
-    objective: Term | Annotated[dict[Term, Factor], Field(min_length=1)] = Field(
+    objective: LossTerm | Annotated[dict[LossTerm, Scale], Field(min_length=1)] = Field(
         "kl", description="one loss term, or a weighted sum of terms such as {kl: 0.5, ce: 0.5}"
     )
     temperature: Real = Field(1.0, ge=0.01, le=100, description="softmax temperature of kl, reverse_kl and jsd")
@@ -176,7 +176,7 @@ class Distill(Training):
     )
 
     @property
-    def terms(self) -> dict[Term, float]:
+    def terms(self) -> dict[LossTerm, float]:
         """The objective's terms with their weights."""
         return {self.objective: 1.0} if isinstance(self.objective, str) else self.objective
 

@@ -56,7 +56,7 @@ Count = Annotated[Whole, Field(gt=0), AfterValidator(_countable)]
 CountFromZero = Annotated[Whole, Field(ge=0), AfterValidator(_countable)]
 Context = Annotated[Whole, Field(ge=2), AfterValidator(_countable)]
 """Tokens of a sample: one alone predicts nothing."""
-Factor = Annotated[Real, Field(gt=0), AfterValidator(_moderate)]
+Scale = Annotated[Real, Field(gt=0), AfterValidator(_moderate)]
 """A weight or a scale, far from where single precision ends."""
 Seed = Annotated[Whole, Field(ge=0), AfterValidator(_seed)]
 Rate = Annotated[Real, Field(gt=0, le=10)]
@@ -64,7 +64,7 @@ Rate = Annotated[Real, Field(gt=0, le=10)]
 Written = Annotated[str, BeforeValidator(_written), Field(min_length=1, max_length=10_000)]
 
 
-def place(text: str) -> str:
+def path_or_name(text: str) -> str:
     """The text, if it is a path or a name of the hub that could be there. Raises `ValueError`."""
     if not text.strip():
         raise ValueError("a path or name must not be blank")
@@ -89,5 +89,5 @@ def _source(text: str) -> str:
     return text
 
 
-Place = Annotated[str, AfterValidator(place)]
-TextSource = Annotated[Place, AfterValidator(_source)]
+PathOrName = Annotated[str, AfterValidator(path_or_name)]
+TextSource = Annotated[PathOrName, AfterValidator(_source)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from halve.report import plots
 from halve.report.plots import Number, Series
-from halve.report.sections import SUBJECT, Facts, Figure, Section, color, label
+from halve.report.sections import SUBJECT, Facts, Figure, PageSection, color, label
 
 _CURVE_POINTS = 160
 _RANKED_COLUMNS = 32
@@ -21,7 +21,7 @@ _RANKED_COLUMNS = 32
 # ---- learning ------------------------------------------------------------------------------------------------
 
 
-def learning(logs: Mapping[str, Sequence[Facts]]) -> Section | None:
+def learning(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     """Loss against tokens, by the name of the model that learned."""
     students = {name: log for name, log in logs.items() if name != "corrected"}
     kl = _heldout(students, "kl")
@@ -44,7 +44,7 @@ def learning(logs: Mapping[str, Sequence[Facts]]) -> Section | None:
         svg = plots.curves(shown, title="Teacher correction", x_label="tokens")
         found.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
     note = "All students see the same tokens in the same order; held-out figures are on a small fixed set of samples."
-    return Section("Learning", note, figures=tuple(found)) if found else None
+    return PageSection("Learning", note, figures=tuple(found)) if found else None
 
 
 def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
@@ -75,7 +75,7 @@ def _losses(name: str, log: Sequence[Facts]) -> Series | None:
 
 def importance(
     scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None, *, title: str = "Importance"
-) -> Section | None:
+) -> PageSection | None:
     """Importance by axis and layer, and where the cut falls. `scores` are numpy arrays by axis."""
     if not scores:
         return None
@@ -124,7 +124,7 @@ def importance(
         words += f" Aggregated by {about['batch_agg']} over samples, {about['seq_agg']} over tokens."
     if len(layers) < num_layers:
         words += " \N{MULTIPLICATION SIGN} marks dropped layers."
-    return Section(title, words, figures=tuple(found))
+    return PageSection(title, words, figures=tuple(found))
 
 
 def _shades(values: Sequence[Number]) -> list[Number]:

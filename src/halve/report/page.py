@@ -22,7 +22,7 @@ from halve.recipe import strict_yaml
 from halve.recipe.rounds import named, parsed
 from halve.report import charts, sections
 from halve.report.plots import figure
-from halve.report.sections import Section, Table
+from halve.report.sections import PageSection, Table
 
 STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
@@ -39,7 +39,7 @@ _PAGES = jinja2.Environment(
 
 
 @dataclass(frozen=True)
-class Cut:
+class RoundCut:
     """What a round's scores and plan say; what has not finished is None or empty."""
 
     plan: Mapping[str, Any] | None
@@ -53,25 +53,25 @@ class Run:
 
     recipe: Mapping[str, Any]
     manifests: Mapping[str, Mapping[str, Any]]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[RoundCut, ...]
     results: Mapping[str, Any] | None
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
     license: Mapping[str, str]
 
 
-def write(run: Path, out: Path) -> None:
+def write_report(run: Path, out: Path) -> None:
     """Write `out/report.html` and the model card `out/README.md` from the run folder `run`.
 
     Raises `RunError` naming a file that is there and cannot be read, or if `run` holds no recipe.
     """
-    facts = read(run)
+    facts = read_run(run)
     for template, name in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
         text = _PAGES.get_template(template).render(_view(facts))
         with atomic_file(Path(out) / name) as draft:
             draft.write_text(text, encoding="utf-8")
 
 
-def read(run: Path) -> Run:
+def read_run(run: Path) -> Run:
     """Read a run folder, finished stages only."""
     run = Path(run)
     manifests = {path.parent.name: read_manifest(path.parent) for path in sorted(run.glob(f"[!.]*/{MANIFEST}"))}
@@ -87,11 +87,11 @@ def read(run: Path) -> Run:
         path = file(stage, name)
         return None if path is None else read_json(path)
 
-    def cut(number: int) -> Cut:
+    def cut(number: int) -> RoundCut:
         # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
         files = [file(stage, "scores.safetensors") for stage in (named("prune", number), named("score", number))]
         scores, about = next((_scores(path) for path in files if path is not None), (None, {}))
-        return Cut(part(named("prune", number), "plan.json"), scores, about)
+        return RoundCut(part(named("prune", number), "plan.json"), scores, about)
 
     logs = {
         _model_name(stage): _lines(path) for stage in manifests if (path := file(stage, "metrics.jsonl")) is not None
@@ -118,22 +118,22 @@ def _model_name(stage: str) -> str:
 
 def _scores(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, framework="numpy") as file:
-        about = plain_json.parse((file.metadata() or {}).get("about", "{}"))
+        about = plain_json.parse_json((file.metadata() or {}).get("about", "{}"))
         axes = [axis for axis in ("layers", "hidden", "ffn", "heads", "kv_heads") if axis in file.keys()]  # noqa: SIM118
         return {axis: file.get_tensor(axis) for axis in axes}, about
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [plain_json.parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [plain_json.parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _view(run: Run) -> dict[str, Any]:
     """What the templates show."""
-    pair = sections.ends(run.results)
+    pair = sections.first_and_last(run.results)
     name = str(run.recipe["name"])
     found = (
         sections.quality(run.results),
-        sections.shapes([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
+        sections.sizes_section([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
         sections.speed(run.results),
         charts.learning(run.logs),
         *(
@@ -172,7 +172,7 @@ def _numbered(title: str, number: int) -> str:
 
 def _lead(run: Run) -> list[tuple[str, bool]]:
     """The run in two sentences, as (text, is strong) pieces."""
-    pair = sections.ends(run.results)
+    pair = sections.first_and_last(run.results)
     if run.results is None or pair is None:
         return []
     before, after = pair
@@ -200,7 +200,7 @@ def _stage(stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "key": str(manifest.get("key", ""))[:12],
         "seed": manifest.get("seed", ""),
         "files": len(files),
-        "size": sections.size(sum(entry["size"] for entry in files.values())) if files else "-",
+        "size": sections.short_bytes(sum(entry["size"] for entry in files.values())) if files else "-",
     }
 
 
@@ -243,7 +243,7 @@ def _short(text: str) -> str:
     return Path(text).name if text.startswith(("/", "~")) or Path(text).is_absolute() else text
 
 
-def _markdown(section: Section) -> dict[str, str]:
+def _markdown(section: PageSection) -> dict[str, str]:
     assert section.table is not None
     return {"title": section.title, "note": section.note, "text": _markdown_table(section.table)}
 

@@ -63,7 +63,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     label: str
     cells: tuple[Cell, ...]
     color: str = ""
@@ -73,7 +73,7 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     head: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading with any of: a note, a table, a second table under a note of its own, figures, completions."""
 
     title: str
@@ -118,7 +118,7 @@ def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) 
     return Cell(text, f"{stderr:.{places}f}" if stderr > 0 else "", signed and abs(value) > 2 * stderr)
 
 
-def size(num_bytes: Number) -> str:
+def short_bytes(num_bytes: Number) -> str:
     """Bytes with a decimal unit."""
     return figure(num_bytes).replace("k", " k").replace("M", " M").replace("B", " G").replace("T", " T") + (
         " B" if abs(num_bytes) < 999.5 else "B"
@@ -138,7 +138,7 @@ def share(part: Number, whole: Number) -> str:
 # ---- before and after ----------------------------------------------------------------------------------------
 
 
-def ends(results: Facts | None) -> tuple[Facts, Facts] | None:
+def first_and_last(results: Facts | None) -> tuple[Facts, Facts] | None:
     """The first model, which went in, and the one that came out."""
     last = subject(results) if results else None
     return None if not results or last is None else (next(iter(results["models"].values())), results["models"][last])
@@ -146,14 +146,14 @@ def ends(results: Facts | None) -> tuple[Facts, Facts] | None:
 
 def tiles(results: Facts | None) -> list[dict[str, str]]:
     """The headline figures: what went in, what came out."""
-    pair = ends(results)
+    pair = first_and_last(results)
     if results is None or pair is None:
         return []
     before, after = pair
     found = [
         _tile("Parameters", before["params"], after["params"], figure),
         _tile("Without embeddings", before["non_embedding_params"], after["non_embedding_params"], figure),
-        _tile("Weights", before["weight_bytes"], after["weight_bytes"], size),
+        _tile("Weights", before["weight_bytes"], after["weight_bytes"], short_bytes),
     ]
     if before.get("speed") and after.get("speed"):
         for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
@@ -178,7 +178,7 @@ def _tile(label: str, before: Number, after: Number, spell: Callable[[Number], s
     return {"label": label, "after": spell(after), "before": f"from {spell(before)}", "factor": share(after, before)}
 
 
-def shapes(plans: Sequence[Facts], results: Facts | None) -> Section | None:
+def sizes_section(plans: Sequence[Facts], results: Facts | None) -> PageSection | None:
     """Sizes by axis before and after each round, and what was cut."""
     if not plans:
         return None
@@ -187,18 +187,18 @@ def shapes(plans: Sequence[Facts], results: Facts | None) -> Section | None:
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
         rows.append(_sizes_row(axis, [one[axis] for one in sizes], lambda n: f"{n:,}"))
     caches = [4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in sizes]
-    rows.append(_sizes_row("key-value cache per token, 16 bit", caches, size))
+    rows.append(_sizes_row("key-value cache per token, 16 bit", caches, short_bytes))
     models = _cut_models(results, len(plans))
     if models:
         for name, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
             rows.append(_sizes_row(name, [one[key] for one in models], lambda n: f"{n:,}"))
-        rows.append(_sizes_row("weights", [one["weight_bytes"] for one in models], size))
+        rows.append(_sizes_row("weights", [one["weight_bytes"] for one in models], short_bytes))
     after = ("after",) if len(plans) == 1 else tuple(f"round {i}" for i in range(1, len(plans) + 1))
     words = [_cut_words(plan) for plan in plans]
     if len(plans) > 1:
         words = [f"Round {i}: {text}" for i, text in enumerate(words, 1)]
     note = f"A {plans[0]['family']} model. " + " ".join(words)
-    return Section("What was cut", note.rstrip(), Table(("", "before", *after, "kept"), tuple(rows)))
+    return PageSection("What was cut", note.rstrip(), Table(("", "before", *after, "kept"), tuple(rows)))
 
 
 def _cut_models(results: Facts | None, count: int) -> list[Facts]:
@@ -211,10 +211,10 @@ def _cut_models(results: Facts | None, count: int) -> list[Facts]:
     return [next(iter(results["models"].values())), *(pruned[i] for i in range(1, count + 1))]
 
 
-def _sizes_row(name: str, sizes: Sequence[Number], spell: Callable[[Number], str]) -> Row:
+def _sizes_row(name: str, sizes: Sequence[Number], spell: Callable[[Number], str]) -> TableRow:
     old, new = sizes[0], sizes[-1]
     kept = Cell("unchanged" if old == new else share(new, old))
-    return Row(name, (*(Cell(spell(one)) for one in sizes), kept))
+    return TableRow(name, (*(Cell(spell(one)) for one in sizes), kept))
 
 
 def _cut_words(plan: Facts) -> str:
@@ -243,7 +243,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 # ---- quality and speed ---------------------------------------------------------------------------------------
 
 
-def quality(results: Facts | None) -> Section | None:
+def quality(results: Facts | None) -> PageSection | None:
     """Every model on the same held-out samples, with standard errors, and the differences in pairs."""
     if not results:
         return None
@@ -256,7 +256,7 @@ def quality(results: Facts | None) -> Section | None:
         cells = [estimate(one["perplexity"]), estimate(one["bits_per_byte"])]
         cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
         cells += [estimate(accuracies(one).get(column), percent=True) for column in columns]
-        rows.append(Row(label(name), tuple(cells), color(name), name == subject(results)))
+        rows.append(TableRow(label(name), tuple(cells), color(name), name == subject(results)))
     head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(columns))
     samples = results["samples"]
     note = (
@@ -285,7 +285,7 @@ def quality(results: Facts | None) -> Section | None:
     ]
     between, second = _differences(results.get("differences"), tasks)
     figures = tuple(one for one in found if one is not None)
-    return Section("Quality", note, Table(head, tuple(rows)), between, second, figures)
+    return PageSection("Quality", note, Table(head, tuple(rows)), between, second, figures)
 
 
 def controls(names: Iterable[str]) -> str:
@@ -302,7 +302,7 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
         cells = [estimate(one.get("nll"), signed=True), estimate(one.get("kl"), signed=True)]
         cells.append(estimate(one.get("agreement"), percent=True, signed=True))
         cells += [estimate(one["choices"].get(task), percent=True, signed=True) for task in tasks]
-        rows.append(Row(f"minus {_lower(label(name))}", tuple(cells), color(name)))
+        rows.append(TableRow(f"minus {_lower(label(name))}", tuple(cells), color(name)))
     words = (
         "The distilled student minus each other model, sample by sample, with the standard error of the pairs: "
         "all saw the same text, so these are sharper than the table above. Colored: beyond two standard errors."
@@ -323,9 +323,9 @@ def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, 
     return Figure(title, f"{words} Whiskers: two standard errors.", plots.dots(rows, title=title))
 
 
-def speed(results: Facts | None) -> Section | None:
+def speed(results: Facts | None) -> PageSection | None:
     """Tokens per second and memory, before and after."""
-    pair = ends(results)
+    pair = first_and_last(results)
     if results is None or pair is None or not all(one.get("speed") for one in pair):
         return None
     before, after = (one["speed"] for one in pair)
@@ -333,17 +333,17 @@ def speed(results: Facts | None) -> Section | None:
     for label, key, spell in (
         ("prefill, tokens per second", "prefill_tokens_per_second", figure),
         ("decode, tokens per second", "decode_tokens_per_second", figure),
-        ("peak memory", "peak_memory_bytes", size),
+        ("peak memory", "peak_memory_bytes", short_bytes),
     ):
         cells = (Cell(spell(before[key])), Cell(spell(after[key])), Cell(times(after[key] / before[key])))
-        rows.append(Row(label, cells))
+        rows.append(TableRow(label, cells))
     test, machine = results["speed_test"], results["machine"]
     note = (
         f"Plain transformers on {machine_words(machine)}, {timed_dtype(pair)}: "
         f"batch {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new ones; the median of "
         f"{test['repeats']} interleaved repeats. Peak memory is weights and the most that tensors take at once."
     )
-    return Section("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
+    return PageSection("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
 
 
 def machine_words(machine: Facts) -> str:
@@ -361,7 +361,7 @@ def timed_dtype(pair: tuple[Facts, Facts]) -> str:
 # ---- completions ---------------------------------------------------------------------------------------------
 
 
-def completions(results: Facts | None) -> Section | None:
+def completions(results: Facts | None) -> PageSection | None:
     """What teacher, pruned and distilled model write after the recipe's prompts."""
     if not results or not results["completions"]:
         return None
@@ -373,7 +373,7 @@ def completions(results: Facts | None) -> Section | None:
             if color(name) in _SHOWN
         ]
         found.append(Completion(one["prompt"], tuple(texts)))
-    return Section(
+    return PageSection(
         "What they write",
         "Greedy continuations of the recipe's prompts (gray); blank lines are folded.",
         completions=tuple(found),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halve.errors import HalveError
-from halve.process.waits import bytes_
+from halve.process.waits import bytes_in_words
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
@@ -55,7 +55,7 @@ def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
 
 def cache_(count: int | None) -> str:
     """The bytes of a cache, where the family's code tells them."""
-    return "unknown" if count is None else bytes_(count)
+    return "unknown" if count is None else bytes_in_words(count)
 
 
 def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
     }
 
 
-def inspect(anatomy: Anatomy, proof: Proof | None) -> None:
+def inspection_tables(anatomy: Anatomy, proof: Proof | None) -> None:
     """`halve inspect` for people: one layer's weights stand for those alike."""
     from halve.cut.plan.sizes import format_count
 
@@ -121,7 +121,7 @@ def _first_of_kind(anatomy: Anatomy) -> list[int]:
     return list(seen.values())
 
 
-def candidates(
+def candidates_table(
     anatomy: Anatomy, found: Sequence[Candidate], verdicts: Sequence[Sequence[tuple[str, str, str]]]
 ) -> None:
     """`halve plan` for people."""
@@ -147,7 +147,7 @@ def _opened_by(verdict: Sequence[tuple[str, str, str]]) -> str:
     return ", ".join(name if opens == "yes" else f"{name}: {opens}" for name, opens, _ in verdict)
 
 
-def forecast(found: Forecast) -> None:
+def forecast_tables(found: Forecast) -> None:
     """`halve run --dry-run` for people."""
     from halve.cut.plan.sizes import format_count
 
@@ -160,7 +160,7 @@ def forecast(found: Forecast) -> None:
     rows += [
         ("parameters", *(f"{c.params:,} ({format_count(c.params)})" for c in counts)),
         ("non-embedding", *(f"{c.non_embedding:,}" for c in counts)),
-        ("weights in 16 bits", *(bytes_(c.weight_bytes) for c in counts)),
+        ("weights in 16 bits", *(bytes_in_words(c.weight_bytes) for c in counts)),
         ("KV cache a token", *(cache_(c.kv_cache_bytes_per_token) for c in counts)),
         ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
@@ -176,9 +176,12 @@ def forecast(found: Forecast) -> None:
         print("boundary: data.boundary: auto asks the teacher whether it knows the token behind documents")
     _memory(found)
     disk = found.disk
-    parts = [f"models and training states {bytes_(disk.model_bytes)}", f"text {bytes_(disk.text_bytes)}"]
-    parts += [f"caches at most {bytes_(disk.cache_bytes)}"] if disk.cache_bytes else []
-    print(f"{_hours(found)}; disk {bytes_(disk.total_bytes)}: {', '.join(parts)}")
+    parts = [
+        f"models and training states {bytes_in_words(disk.model_bytes)}",
+        f"text {bytes_in_words(disk.text_bytes)}",
+    ]
+    parts += [f"caches at most {bytes_in_words(disk.cache_bytes)}"] if disk.cache_bytes else []
+    print(f"{_hours(found)}; disk {bytes_in_words(disk.total_bytes)}: {', '.join(parts)}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
 
@@ -201,7 +204,7 @@ def plan_in_a_line(found: Forecast) -> str:
     most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
     parts = [] if most is None else [f"{most[0]} holds {_held(most[1])} a rank"]
     parts += [f"{sum(found.flops.values()):.3g} FLOP, {_hours(found)}"]
-    return f"plan: {'; '.join(parts)}; disk {bytes_(found.disk.total_bytes)}"
+    return f"plan: {'; '.join(parts)}; disk {bytes_in_words(found.disk.total_bytes)}"
 
 
 def plan_before(recipe: Recipe, *, ranks: int) -> str:
@@ -241,12 +244,12 @@ def duration(hours: float) -> str:
 
 
 def _held(memory: Memory) -> str:
-    return f"{'over ' if memory.unknown else ''}{bytes_(memory.total_bytes)}"
+    return f"{'over ' if memory.unknown else ''}{bytes_in_words(memory.total_bytes)}"
 
 
 def _memory(found: Forecast) -> None:
     """What training holds, and which settings would fit a card."""
-    place, room = found.place, bytes_(found.room_bytes)
+    place, room = found.place, bytes_in_words(found.room_bytes)
     if not found.memory:
         return
     where = f"each of {place.ranks} ranks" if place.ranks > 1 else found.device.name
@@ -256,7 +259,7 @@ def _memory(found: Forecast) -> None:
     for stage, m in found.memory.items():
         held = (m.masters_bytes, m.gradient_bytes, m.moment_bytes, m.teacher_bytes, m.gathered_bytes, m.passing_bytes)
         verdict = "?" if m.unknown else "yes" if m.fits(found.room_bytes) else "no"
-        cells = [*map(bytes_, (*held, m.total_bytes))]
+        cells = [*map(bytes_in_words, (*held, m.total_bytes))]
         if m.unknown:
             cells[-2:] = "?", _held(m)
         rows.append((stage, *cells, verdict))
@@ -271,7 +274,7 @@ def _memory(found: Forecast) -> None:
     ways = dict.fromkeys((one.recompute, one.teacher) for one in found.settings)
     by_optimizer: dict[str, list[str]] = {}
     for one in found.settings:
-        cell = bytes_(one.memory.total_bytes) + (" fits" if one.memory.fits(found.room_bytes) else "")
+        cell = bytes_in_words(one.memory.total_bytes) + (" fits" if one.memory.fits(found.room_bytes) else "")
         by_optimizer.setdefault(one.optimizer, []).append(cell)
     table(
         f"distilling with other settings, a tenth of {room} left free",
@@ -312,7 +315,7 @@ def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def study(found: Mapping[str, Any]) -> None:
+def study_table(found: Mapping[str, Any]) -> None:
     """A study's figures and verdicts."""
     metrics = found["metrics"]
     rows = [(arm["label"], *(_mean(arm["metrics"][metric]) for metric in metrics)) for arm in found["arms"]]

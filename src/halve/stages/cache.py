@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.model.checkpoint import Checkpoint, resolve_device
-from halve.process.waits import bytes_
+from halve.process.waits import bytes_in_words
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.text.documents import require_apart
@@ -47,7 +47,7 @@ def run(
     needed = answers.Needed.by(course)
     micro_batch, half = training.micro_batch or training.batch, loop.is_half(training, device)
 
-    model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half)
+    model, live = teachers.load_teacher(teacher, training, dtype=recipe.dtype, device=device, half=half)
     if recipe.data.documents == "apart":
         require_apart(model)
     vocab, hidden = live.head.weight.shape
@@ -63,12 +63,12 @@ def run(
         heldout=heldout,
         vocab=vocab,
     )
-    most = answers.token_bytes(training.cache, hidden=hidden, vocab=vocab, samples=training.cache_samples, half=half)
+    most = answers.answer_bytes(training.cache, hidden=hidden, vocab=vocab, samples=training.cache_samples, half=half)
     each = max(1, shard_bytes // (most * max(span.context for span in course.spans)))
     states = partial(answers.hidden_states, live, half=half)
     kept = states if bound.kind == "hidden" else partial(answers.drawn_logits, live, bound=bound, seed=recipe.seed)
 
-    with progress.task(f"cache, at most {bytes_(most * needed.tokens)}", needed.tokens) as task:
+    with progress.task(f"cache, at most {bytes_in_words(most * needed.tokens)}", needed.tokens) as task:
 
         def trained(numbers: Sequence[int]) -> Iterator[Answer]:
             for batch in needed.batches(course, numbers, micro_batch=micro_batch):
@@ -87,7 +87,7 @@ def run(
     caches.write_shards(out, HELDOUT, heldout.numbers, held, bound=bound, each=each)
     numbers = {TRAIN: list(needed.steps), HELDOUT: list(heldout.numbers)}
     caches.write_index(out, bound, live.head, ce=ce, drawn=answers.drawn(recipe, training), each=each, numbers=numbers)
-    num_bytes = caches.size(out)
+    num_bytes = caches.cache_bytes(out)
     return {
         "kind": bound.kind,
         "samples": len(needed.steps),

@@ -36,7 +36,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
         require_apart(model)
-    adapters.choose(model, training, seed=recipe.seed)
+    adapters.choose_trained(model, training, seed=recipe.seed)
     result = loop.train(
         model,
         objectives.cross_entropy(),
@@ -47,7 +47,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
         metrics=out / "metrics.jsonl",
         progress=progress,
         heldout=objectives.heldout_loss(text.heldout, micro_batch=training.micro_batch or training.batch),
-        flops=watch.correcting(teacher.anatomy, training),
+        flops=watch.correction_work(teacher.anatomy, training),
         name="correct",
     )
     record = {

@@ -166,16 +166,18 @@ def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) 
     return figures
 
 
-def _flops(training: Distill, teacher: Checkpoint, student: Checkpoint, *, variant: str) -> watch.Work:
+def _flops(training: Distill, teacher: Checkpoint, student: Checkpoint, *, variant: str) -> watch.FlopsPerToken:
     if variant == "ce" or not objectives.teacher_terms(training):
-        return watch.learning(student.anatomy)
+        return watch.training_work(student.anatomy)
     return watch.distilling(student.anatomy, teacher.anatomy, training)
 
 
 def _by_model(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:
     half = loop.is_half(training, device)
     in_shards = teachers.stays(training) and training.shard_teacher and not here().alone
-    model, live = teachers.load(teacher, training, dtype=recipe.dtype, device=device, half=half, in_shards=in_shards)
+    model, live = teachers.load_teacher(
+        teacher, training, dtype=recipe.dtype, device=device, half=half, in_shards=in_shards
+    )
     return _Taught(live, live.head, live, model)
 
 
@@ -193,7 +195,7 @@ def _corrected(recipe: Recipe, training: Distill, taught: _Taught, course: Cours
     """The same, but that it learns what the section `correct` lets it."""
     assert recipe.correct is not None
     assert taught.model is not None
-    adapters.choose(taught.model, recipe.correct, seed=recipe.seed)
+    adapters.choose_trained(taught.model, recipe.correct, seed=recipe.seed)
     by = correction(taught.model, recipe.correct, training, course, device=device)
     return replace(taught, by=by, heldout=by)
 

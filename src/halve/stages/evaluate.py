@@ -184,14 +184,14 @@ def _non_embedding(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int) -> str:
     """What the model writes after the prompt, greedily."""
-    end = ends(model, tokenizer)
+    end = end_tokens(model, tokenizer)
     ids_1S = torch.tensor([ids], device=model.device)
-    written = measure.greedy(model, ids_1S, num_new_tokens=num_new_tokens, end=end)[0].tolist()
+    written = measure.generate_greedily(model, ids_1S, num_new_tokens=num_new_tokens, end=end)[0].tolist()
     # decoded as a whole: a tokenizer may drop the space before the first token of what it decodes
     return _decode(tokenizer, written)[len(_decode(tokenizer, ids)) :]
 
 
-def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The tokens that end a text: those of generation_config.json that are tokens, or else the tokenizer's."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     for given in (named, tokenizer.eos_token_id):

@@ -21,7 +21,7 @@ from halve.cut.plan.plan import Plan
 from halve.cut.plan.shapes import to_try
 from halve.cut.plan.sizes import target
 from halve.cut.proof.prove import Proof, prove
-from halve.cut.repair.rotate import student_anatomy, turns
+from halve.cut.repair.rotate import rotates, student_anatomy
 from halve.cut.score import calibration, width
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.trial import Tried, best, try_shapes
@@ -69,7 +69,7 @@ def run(
         after = Plan.load(like).after
     proof = prove(anatomy)
     proof.demand(anatomy.sizes, after)
-    turns(anatomy, asked)  # refuses a rotation that the family does not allow before weights are read
+    rotates(anatomy, asked)  # refuses a rotation that the family does not allow before weights are read
     ranking = _ranking(anatomy, recipe, teacher, scores)
     tried: tuple[Tried, ...] = ()
     device = resolve_device(recipe.device)
@@ -81,7 +81,7 @@ def run(
     before_nll = nll(model)
     text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples = text.calibration(max(asked.refit_samples, recipe.score.samples))
-    calibration.check(samples, vocab=anatomy.sizes.vocab)
+    calibration.require_calibration(samples, vocab=anatomy.sizes.vocab)
 
     def planned(plan: Plan) -> None:
         write_json(out / "plan.json", plan.to_json())
@@ -252,7 +252,7 @@ def _check_cache(student: PreTrainedModel, ids: Tensor) -> None:
     """Greedy tokens made with the key-value cache are greedy without it, up to ties within rounding."""
     ids = ids.to(student.device)
     with torch.inference_mode():
-        made = measure.greedy(student, ids, num_new_tokens=16)
+        made = measure.generate_greedily(student, ids, num_new_tokens=16)
         logits = student(made, use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
     chosen = logits.gather(-1, made[:, ids.shape[1] :, None])[..., 0]
     behind = float((logits.amax(-1) - chosen).max())

@@ -47,7 +47,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     require_embedded(recipe, teacher, "train", cache=cache, progress=progress)
     samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples_BS = samples.calibration(recipe.score.samples)
-    calibration.check(samples_BS, vocab=anatomy.sizes.vocab)
+    calibration.require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
     device = resolve_device(recipe.device)
     model = teacher.load(dtype=recipe.dtype, device=device)
     warn_of_borders(model, samples_BS, samples.parts[0].tokens.marks, tokenizer)

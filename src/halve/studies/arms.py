@@ -52,7 +52,7 @@ def cell(study: Study, arm: Arm, setting: Setting, *, seed: int, sizes: Arch, te
     return _named(_resolved(raw, setting, sizes), setting, seed=seed, model=teacher, source=f"study {study.name}")
 
 
-def correction(setting: Setting, *, seed: int) -> Recipe:
+def correction_recipe(setting: Setting, *, seed: int) -> Recipe:
     """The recipe whose `correct` stage makes the teacher of a seed; nothing else of it is run."""
     raw = layered(_base(setting), {"prune": {"non_embedding_ratio": 0.5}})
     raw = {key: raw[key] for key in ("dtype", "data", "correct", "prune", "device") if key in raw}
@@ -78,7 +78,7 @@ def layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _base(setting: Setting) -> dict[str, Any]:
-    raw: dict[str, Any] = strict_yaml.parse(BASE.read_text(encoding="utf-8"))
+    raw: dict[str, Any] = strict_yaml.parse_yaml(BASE.read_text(encoding="utf-8"))
     return layered(raw, setting.changes)
 
 
@@ -91,7 +91,7 @@ def _named(raw: dict[str, Any], setting: Setting, *, seed: int, model: str, sour
 
 def _resolved(raw: dict[str, Any], setting: Setting, sizes: Arch) -> dict[str, Any]:
     tokens = raw["distill"]["tokens"]
-    base_tokens = strict_yaml.parse(BASE.read_text(encoding="utf-8"))["distill"]["tokens"]
+    base_tokens = strict_yaml.parse_yaml(BASE.read_text(encoding="utf-8"))["distill"]["tokens"]
     base_tokens = setting.changes.get("distill", {}).get("tokens", base_tokens)
     raw = {**raw, "prune": _cut(raw["prune"], sizes), "distill": {**raw["distill"], "tokens": _of(tokens, base_tokens)}}
     if "correct" in raw:

@@ -12,8 +12,8 @@ from halve.errors import RecipeError
 from halve.recipe import strict_yaml
 from halve.recipe.schema import Section
 
-HERE = Path(__file__).parent
-BASE = HERE / "base.yaml"
+_HERE = Path(__file__).parent
+BASE = _HERE / "base.yaml"
 ORDER = (
     "controls",
     "width-depth",
@@ -90,17 +90,17 @@ def names() -> tuple[str, ...]:
     return ORDER
 
 
-def load(name: str) -> Study:
+def load_study(name: str) -> Study:
     """A shipped study. Raises `RecipeError` for a name that there is none of."""
     if name not in ORDER:
         raise RecipeError(f"there is no study {name}", why=f"known: {', '.join(ORDER)}", fix="halve study --list")
-    return read((HERE / "catalog" / f"{name}.yaml").read_text(encoding="utf-8"), source=f"{name}.yaml")
+    return read_study((_HERE / "catalog" / f"{name}.yaml").read_text(encoding="utf-8"), source=f"{name}.yaml")
 
 
-def read(text: str, *, source: str) -> Study:
+def read_study(text: str, *, source: str) -> Study:
     """A study from YAML. Raises `RecipeError` naming what is wrong with it."""
     try:
-        return Study.model_validate(strict_yaml.parse(text))
+        return Study.model_validate(strict_yaml.parse_yaml(text))
     except (ValidationError, yaml.YAMLError) as error:
         raise RecipeError(
             f"{source} is not a study", why=str(error).replace("\n", " "), fix="compare it with a shipped one"

@@ -21,14 +21,14 @@ from halve.pipeline import run as pipeline
 from halve.recipe.rounds import named
 from halve.recipe.schema import Recipe
 from halve.studies import page
-from halve.studies.arms import Setting, cell, correction
+from halve.studies.arms import Setting, cell, correction_recipe
 from halve.studies.declare import Arm, Claim, Metric, Study
 from halve.studies.statistics import differences, mean, standard_error, verdict
 
 if TYPE_CHECKING:
     from halve.anatomy import Arch
 
-FORMAT = 1
+STUDY_FORMAT = 1
 HIGHER_IS_BETTER = ("accuracy_before", "accuracy_after")
 _TEACHER = "teacher"
 
@@ -96,7 +96,7 @@ def collect(
     assert recipe.distill is not None
     teacher = first["results"]["models"][_TEACHER]
     return {
-        "format": FORMAT,
+        "format": STUDY_FORMAT,
         **{key: getattr(study, key) for key in ("name", "title", "source", "question", "note")},
         "date": datetime.fromtimestamp(max(path.stat().st_mtime for path in manifests), UTC).date().isoformat(),
         "command": command,
@@ -182,7 +182,7 @@ def _figures(arm: Arm, one: Mapping[str, Any]) -> str:
 
 def _teacher(setting: Setting, *, seed: int, out: Path, say: Say) -> str:
     """The folder of the teacher that a seed corrected."""
-    recipe = correction(setting, seed=seed)
+    recipe = correction_recipe(setting, seed=seed)
     folder = _folder(out, recipe)
     model = folder / "correct" / "model"
     if not model.exists():

@@ -73,7 +73,7 @@ def arms_table(results: Results) -> str:
         figures = [_text(arm["metrics"][metric], percent=metric.startswith("accuracy")) for metric in metrics]
         papers_cells = [arm["paper"].get(key, "") for key in papers]
         rows.append([arm["label"], f"{100 * arm['kept']:.1f} %", *figures, *papers_cells])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def claims_table(results: Results) -> str:
@@ -88,7 +88,7 @@ def claims_table(results: Results) -> str:
         ]
         for one in results["claims"]
     ]
-    return table(["claim", "figure", "paper", "effect here", "verdict"], rows, numbers=False)
+    return markdown_table(["claim", "figure", "paper", "effect here", "verdict"], rows, numbers=False)
 
 
 def index(studies: Sequence[tuple[str, str, str, Results | None]]) -> str:
@@ -101,7 +101,7 @@ def index(studies: Sequence[tuple[str, str, str, Results | None]]) -> str:
         said = [claim["verdict"] for claim in results["claims"]]
         counts = [str(said.count(verdict)) for verdict in ("held", "reversed", "inconclusive")]
         rows.append([f"[{title}]({name}.md)", source, results["date"], *counts])
-    return table(["study", "after", "run on", "held", "reversed", "inconclusive"], rows, numbers=False)
+    return markdown_table(["study", "after", "run on", "held", "reversed", "inconclusive"], rows, numbers=False)
 
 
 def plot(results: Results) -> str:
@@ -121,7 +121,7 @@ def plot(results: Results) -> str:
     return plots.sheet(panels, title=results["title"])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
     """A Markdown table; columns after the first stand to the right if they are numbers."""
     rule = "|---" + ("|---:" if numbers else "|---") * (len(head) - 1) + "|"
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, *rows)]

@@ -56,7 +56,7 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     if not _is_open(recipe, marks):
         return recipe.data.boundary
     assert marks.eos is not None
-    what = f"{teacher.fingerprint} {tokenize.fingerprint(teacher.tokenizer)}"
+    what = f"{teacher.fingerprint} {tokenize.tokenizer_fingerprint(teacher.tokenizer)}"
     note = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.end.json"
     if not note.exists():
         model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
@@ -78,7 +78,7 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     return "bos" if found["nats"] > ABSURD * found["even"] else "auto"
 
 
-def documents(recipe: Recipe, teacher: Checkpoint) -> tuple[list[int], ...]:
+def asked_documents(recipe: Recipe, teacher: Checkpoint) -> tuple[list[int], ...]:
     """The tokens that `settled` shows the teacher; none where it asks nothing, or the tokenizer is not at hand yet."""
     try:
         tokenizer = Checkpoint.open(teacher.folder).tokenizer  # not `teacher.files`: nothing is downloaded for it

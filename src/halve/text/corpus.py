@@ -37,7 +37,7 @@ from halve.text.drafts import Draft, Mark, draft_of
 from halve.text.sources import HUB, Piece
 from halve.text.tokenize import UNMARKED, Border, Marks
 
-FORMAT = 4
+TOKENS_FORMAT = 4
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
 MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
 
@@ -135,7 +135,7 @@ def prepare(
     def pieces() -> Iterator[Piece]:
         nonlocal documents
         for source in sources:
-            for piece in text_sources.read(source, text_field=text_field, revision=revisions.get(source)):
+            for piece in text_sources.read_documents(source, text_field=text_field, revision=revisions.get(source)):
                 documents += piece.last
                 yield piece
 
@@ -148,7 +148,7 @@ def prepare(
             size = {"count": written.count, "text_bytes": written.text_bytes, "largest": written.largest}
             size |= {"documents": documents}
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
-            stamp = {"format": FORMAT, "sha256": file_sha256(draft.path)}
+            stamp = {"format": TOKENS_FORMAT, "sha256": file_sha256(draft.path)}
             write_json(note, sealed({**stamp, **size, **facts}))  # counts once the token file is there too
             os.replace(draft.path, path)
             sync(path.parent)
@@ -212,7 +212,7 @@ def reopen(note: Path) -> Tokens | None:
     if not (note.exists() and path.exists()):
         return None
     facts = read_sealed(note)
-    if facts["format"] != FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
+    if facts["format"] != TOKENS_FORMAT or path.stat().st_size != facts["count"] * np.dtype(facts["dtype"]).itemsize:
         return None
     if leads() and file_sha256(path) != facts["sha256"]:
         raise RunError(
@@ -363,11 +363,11 @@ def _key(
 ) -> str:
     sha256 = remembering(memo)
     parts = {
-        "format": FORMAT,
+        "format": TOKENS_FORMAT,
         "sources": [
             text_sources.fingerprint(source, revision=revisions.get(source), sha256=sha256) for source in sources
         ],
-        "tokenizer": tokenize.fingerprint(tokenizer),
+        "tokenizer": tokenize.tokenizer_fingerprint(tokenizer),
         "marks": asdict(marks),
         "text_field": text_field,
     }

@@ -26,7 +26,7 @@ from halve.text.tokenize import Border, border
 
 
 @runtime_checkable
-class Samples(Protocol):
+class OrderedSamples(Protocol):
     """Packed samples whose order is a function of the step (see `corpus.Samples` and `mixture.Mixture`)."""
 
     @property
@@ -49,8 +49,8 @@ class Course:
     """
 
     training: Training
-    samples: Samples
-    later: tuple[Samples, ...] = ()
+    samples: OrderedSamples
+    later: tuple[OrderedSamples, ...] = ()
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Course:
         training, peak = self.training, self.spans[self._span(step)].lr
         return schedule.rate(step, steps=self.steps, peak=peak, end=training.min_lr, warmup_steps=training.warmup_steps)
 
-    def _drawn(self, step: int) -> tuple[Samples, int]:
+    def _drawn(self, step: int) -> tuple[OrderedSamples, int]:
         """What a step draws from, and which of its steps this is, counted from 0."""
         which = self._span(step)
         return (self.samples, *self.later)[which], step - self.spans[which].first

@@ -27,12 +27,12 @@ from halve.disk.rundir import MARKER
 from halve.disk.textfiles import DAMAGED, ending, open_packed, reason, shown, status
 from halve.errors import CorpusError
 
-Kind = Literal["text", "JSON lines", "CSV", "parquet"]
+FileKind = Literal["text", "JSON lines", "CSV", "parquet"]
 
 MOST_LEFT_OUT = 20_000  # of the files of a folder, beyond as many as are read: a disk, not a corpus
 HEAD_BYTES = 1 << 16
 
-_BY_ENDING: dict[str, Kind] = {
+_BY_ENDING: dict[str, FileKind] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json", ".jsonlines", ".jl"), "JSON lines"),
     **dict.fromkeys((".csv", ".tsv"), "CSV"),
     ".parquet": "parquet",
@@ -49,7 +49,7 @@ _OBJECT = re.compile(rb"\s*\{\s*\"")
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceFiles:
     """The files of a source: those that are read, in order of their paths, and those that are left out."""
 
     read: tuple[Path, ...]
@@ -65,7 +65,7 @@ class Found:
         return f"left out {names}" + (f" and {more:,} more" if more > 0 else "")
 
 
-def find(source: str) -> Found:
+def find(source: str) -> SourceFiles:
     """The files of a local source: itself, or those of the folder.
 
     Raises `CorpusError` for a source that is not there or cannot be read, and for a folder without text or with so
@@ -83,7 +83,7 @@ def find(source: str) -> Found:
             fix="correct data.train or data.valid; write hub:owner/name for a data set of the hub",
         ) from error
     if stat.S_ISREG(mode):
-        return Found((path,), ())
+        return SourceFiles((path,), ())
     if not stat.S_ISDIR(mode):
         raise CorpusError(
             f"{shown(source)} is neither a file nor a folder",
@@ -101,7 +101,7 @@ def find(source: str) -> Found:
     return found
 
 
-def kind(path: Path, *, text_field: str) -> Kind:
+def file_kind(path: Path, *, text_field: str) -> FileKind:
     """How a file is read. Raises what opening it raises."""
     suffix = ending(path)
     if suffix in _BY_ENDING:
@@ -111,7 +111,7 @@ def kind(path: Path, *, text_field: str) -> Kind:
 
 
 @lru_cache(maxsize=1 << 16)
-def _by_content(path: Path, size: int, changed: int) -> Kind | None:
+def _by_content(path: Path, size: int, changed: int) -> FileKind | None:
     """What a file's beginning says it is; None for text and for all else. `size` and `changed` say which content."""
     if size == 0:  # as the files of /proc are, some of which never end
         return None
@@ -122,7 +122,7 @@ def _by_content(path: Path, size: int, changed: int) -> Kind | None:
     return "JSON lines" if b"\0" not in head and _holds_rows(head.removeprefix(b"\xef\xbb\xbf")) else None
 
 
-def _table(path: Path, text_field: str) -> Kind:
+def _table(path: Path, text_field: str) -> FileKind:
     """CSV, if the first line names `text_field` among other columns; else text."""
     with open_packed(path) as file:
         line = file.readline(HEAD_BYTES).decode("utf-8-sig", "replace").strip()
@@ -157,19 +157,19 @@ def _is_object(line: bytes) -> bool:
     if not _OBJECT.match(line):
         return False
     try:
-        return isinstance(plain_json.parse(line.decode()), dict)
+        return isinstance(plain_json.parse_json(line.decode()), dict)
     except ValueError:
         return False
 
 
-def _in_folder(folder: Path) -> Found:
+def _in_folder(folder: Path) -> SourceFiles:
     if folder.resolve() == Path(folder.resolve().anchor):
         raise CorpusError(
             f"{folder} is the whole disk",
             why="a source is a folder of texts",
             fix="name the folder or the files that hold the text",
         )
-    kinds: dict[Path, Kind] = {}
+    kinds: dict[Path, FileKind] = {}
     left_out: list[Path] = []
     for path in _walk(folder, left_out.append):
         found = None if _is_note(path) else _kind_in_folder(path)
@@ -184,7 +184,7 @@ def _in_folder(folder: Path) -> Found:
                 fix="name the folder or the files that hold the text",
             )
     about = _about(kinds, alone=all(_is_note(path) for path in left_out))
-    return Found(tuple(sorted(path for path in kinds if path not in about)), tuple(sorted((*left_out, *about))))
+    return SourceFiles(tuple(sorted(path for path in kinds if path not in about)), tuple(sorted((*left_out, *about))))
 
 
 def _walk(folder: Path, leave_out: Callable[[Path], None]) -> Iterator[Path]:
@@ -213,7 +213,7 @@ def _walk(folder: Path, leave_out: Callable[[Path], None]) -> Iterator[Path]:
                 yield path
 
 
-def _kind_in_folder(path: Path) -> Kind | None:
+def _kind_in_folder(path: Path) -> FileKind | None:
     suffix = ending(path)
     if suffix in _BY_ENDING:
         return _BY_ENDING[suffix]
@@ -230,7 +230,7 @@ def _is_note(path: Path) -> bool:
     return path.name in _NOTES or bool(_LICENSES.fullmatch(path.name))
 
 
-def _about(kinds: dict[Path, Kind], *, alone: bool) -> set[Path]:
+def _about(kinds: dict[Path, FileKind], *, alone: bool) -> set[Path]:
     """The files that tell about the text beside them; `alone`: there is nothing else in the folder."""
     markup = {path for path, found in kinds.items() if found == "text" and ending(path) in _MARKUP}
     readme = {path for path, found in kinds.items() if found == "text" and path.name.lower().startswith("readme")}

@@ -44,7 +44,7 @@ def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Itera
     for number, line in _lines(path, file):
         place = f"{path}, line {number}"
         try:
-            row = plain_json.parse(line) if line.strip() else None
+            row = plain_json.parse_json(line) if line.strip() else None
         except ValueError as error:
             raise _no_json(path, number, line, why=str(error)) from error
         if row is None:
@@ -54,7 +54,7 @@ def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Itera
         yield from pieces(row, place=place, text_field=text_field)
 
 
-def table(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
+def csv_documents(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
     """The documents of a CSV file, one a row; its first row names the columns."""
     lines = (line for _, line in _lines(path, file))
     header = next(lines, "")

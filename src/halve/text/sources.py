@@ -20,14 +20,14 @@ from halve.disk.textfiles import DAMAGED, ending, extra, open_packed, reason, sh
 from halve.errors import CorpusError
 from halve.text import folders
 from halve.text.rows import Piece as Piece
-from halve.text.rows import json_lines, parquet_rows, pieces, plain_text, table
+from halve.text.rows import csv_documents, json_lines, parquet_rows, pieces, plain_text
 
 HUB = "hub:"
 PROBED_CHARS = 1 << 21  # of each file, by `probe`
 PROBED_IN_ALL = 1 << 26
 
 
-def read(source: str, *, text_field: str, revision: str | None = None) -> Iterator[Piece]:
+def read_documents(source: str, *, text_field: str, revision: str | None = None) -> Iterator[Piece]:
     """The documents of one source, in a fixed order; empty ones are passed over.
 
     `text_field` is the field of rows that holds the text. `revision` pins a hub data set. Raises `CorpusError` for a
@@ -47,7 +47,7 @@ def read(source: str, *, text_field: str, revision: str | None = None) -> Iterat
 
 
 def probe(source: str, *, text_field: str) -> None:
-    """Read the beginning of every file of a local source as `read` does, and raise what it would.
+    """Read the beginning of every file of a local source as `read_documents` does, and raise what it would.
 
     The beginning is two million characters, of all files together sixty-four million. An error further on is found
     when the text is tokenized.
@@ -107,7 +107,7 @@ def hub_revision(source: str) -> str:
 
 def _read_file(path: Path, *, text_field: str) -> Iterator[Piece]:
     with _readable(path):
-        kind = folders.kind(path, text_field=text_field)
+        kind = folders.file_kind(path, text_field=text_field)
         if kind == "parquet":
             yield from parquet_rows(path, text_field=text_field)
             return
@@ -115,7 +115,7 @@ def _read_file(path: Path, *, text_field: str) -> Iterator[Piece]:
             if kind == "JSON lines":
                 yield from json_lines(path, file, text_field=text_field)
             elif kind == "CSV":
-                yield from table(path, file, text_field=text_field)
+                yield from csv_documents(path, file, text_field=text_field)
             else:
                 yield from plain_text(path, file)
 

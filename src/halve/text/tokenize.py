@@ -81,7 +81,7 @@ class DeadWorkerError(CorpusError):
     """A tokenizing process that was ended from outside; what the others made stays good."""
 
 
-class Encoded(NamedTuple):
+class EncodedPieces(NamedTuple):
     """The ids of a batch of pieces as they stand in a token file, the UTF-8 bytes of its text, and the largest id."""
 
     ids: bytes
@@ -135,7 +135,7 @@ def encoded(
     dtype: np.dtype[Any],
     workers: int,
     between: Sequence[int] = (),
-) -> Generator[Encoded, None, None]:
+) -> Generator[EncodedPieces, None, None]:
     """The batches of `work` as token ids, in their order; the tokens `between` follow each document.
 
     With `workers` above one that many processes are started, unless there is less than a batch for each; at most two
@@ -146,9 +146,9 @@ def encoded(
     work = chain(first, work)
     if workers == 1 or len(first) < workers:
         for batch in work:
-            yield encode(batch, tokenizer=tokenizer, between=between, dtype=dtype)
+            yield encode_pieces(batch, tokenizer=tokenizer, between=between, dtype=dtype)
         return
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[Future[EncodedPieces]] = deque()
     with ExitStack() as stack:
         pool = fresh.pool(workers, _begin, tokenizer, between, dtype)
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
@@ -167,9 +167,9 @@ def encoded(
             ) from error
 
 
-def encode(
+def encode_pieces(
     batch: list[Piece], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], between: Sequence[int] = ()
-) -> Encoded:
+) -> EncodedPieces:
     """Tokenize pieces; the tokens `between` follow each that is a document's last."""
     texts = [piece.text for piece in batch]
     rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -179,7 +179,7 @@ def encode(
         if piece.last:
             ids.extend(between)
     text_bytes = sum(len(text.encode()) for text in texts)
-    return Encoded(np.array(ids, dtype=dtype).tobytes(), text_bytes, max(ids, default=0))
+    return EncodedPieces(np.array(ids, dtype=dtype).tobytes(), text_bytes, max(ids, default=0))
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
@@ -188,7 +188,7 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
     return np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A SHA-256 that changes with what a tokenizer makes of text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     what: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
@@ -223,5 +223,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_here(batch: list[Piece]) -> Encoded:
-    return encode(batch, **_own)
+def _encode_here(batch: list[Piece]) -> EncodedPieces:
+    return encode_pieces(batch, **_own)

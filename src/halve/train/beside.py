@@ -47,7 +47,7 @@ class Correction:
     """It learns in the first so many steps and stays what it is after them."""
     precision: Callable[[], torch.autocast]
     device: str
-    flops: watch.Work
+    flops: watch.FlopsPerToken
 
     def answer(self, batch: Batch) -> Hidden:
         """Run the body as it is by now."""
@@ -114,5 +114,5 @@ def correction(
     between = [parameter for layer in blocks.layers(model) for parameter in layer.parameters()]
     trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared, between=between))
     steps = min(1 + bisect_left(range(1, course.steps + 1), section.tokens, key=course.tokens), course.steps)
-    work = watch.correcting(discover(model.config), section)
+    work = watch.correction_work(discover(model.config), section)
     return Correction(trained, learner, section, steps, lambda: loop.autocast(shared, device), device, work)

@@ -304,7 +304,7 @@ def test_random_is_a_matter_of_the_seed(llama: Made, samples: Tensor) -> None:
 
 def test_the_default_is_what_a_plan_chooses(llama: Made, samples: Tensor) -> None:
     model, anatomy = llama
-    statistics = taps.measure(model, anatomy, samples, micro_batch=2)
+    statistics = taps.measure_activations(model, anatomy, samples, micro_batch=2)
     scores = statistics.scores(batch_agg="l2", seq_agg="mean", model="m", samples="s")
     for keep in range(1, LAYERS):
         planned = select(anatomy, anatomy.sizes.at(layers=keep), scores, gain="none").layers
@@ -392,4 +392,4 @@ def test_values_that_are_not_finite_are_an_error(
 def test_a_removal_that_is_not_finite_is_named(llama: Made, samples: Tensor) -> None:
     values = torch.tensor([1.0, math.inf])
     with pytest.raises(CheckpointError, match="without layers 3, 4 the logits are not finite"):
-        depth_values.finite(values, [(0,), (3, 4)])
+        depth_values.finite_values(values, [(0,), (3, 4)])

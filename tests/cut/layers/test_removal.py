@@ -45,7 +45,7 @@ def ids(batch: int = 2, seq: int = 12, *, seed: int = 0) -> Tensor:
 def test_a_removal_is_a_trimmed_model(family: str) -> None:
     changes = {"sliding_window": 5} if family in ("gemma2", "gemma3_text", "cohere2") else {}
     model, anatomy = twin_of(family, **changes)
-    layers, tokens = removal.find(model, anatomy), ids()
+    layers, tokens = removal.layers_of(model, anatomy), ids()
     gone = (1,)
     sets = ((0,), (2, 3), (3, 5), (5,))
     found: dict[tuple[int, ...], Tensor] = {}
@@ -65,7 +65,7 @@ def test_layers_keep_their_own_type() -> None:
     model, anatomy = twin_of("gemma2", sliding_window=4)
     kinds = model.config.layer_types
     assert len(set(kinds)) == 2
-    layers, tokens = removal.find(model, anatomy), ids(1, 16)
+    layers, tokens = removal.layers_of(model, anatomy), ids(1, 16)
     whole = removal.trace(layers, tokens)
     hidden = removal.resume(layers, tokens, whole, start=0, removed=(0,))
     own = without(model, anatomy, (0,))
@@ -86,7 +86,7 @@ def test_states_are_what_layers_read_and_write() -> None:
             handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
             hooks.callback(handle.remove)
         hidden = model.base_model(tokens, use_cache=False)[0]
-    found = removal.trace(removal.find(model, anatomy), tokens)
+    found = removal.trace(removal.layers_of(model, anatomy), tokens)
     assert len(found.states) == LAYERS + 1
     assert all(a.equal(b) for a, b in zip(found.states, seen, strict=False))
     assert found.hidden.equal(hidden)
@@ -96,7 +96,7 @@ def test_states_are_what_layers_read_and_write() -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_sweep_costs_half_and_counts_what_it_runs(size: int) -> None:
     model, anatomy = twin_of("llama")
-    layers = removal.find(model, anatomy)
+    layers = removal.layers_of(model, anatomy)
     calls = [0]
 
     def count(*_: object) -> None:
@@ -115,7 +115,7 @@ def test_a_sweep_costs_half_and_counts_what_it_runs(size: int) -> None:
 
 def test_passes_are_weighed_by_tokens() -> None:
     model, anatomy = twin_of("llama")
-    layers = removal.find(model, anatomy)
+    layers = removal.layers_of(model, anatomy)
     batches = [ids(1, 4), ids(1, 12)]
     passes = removal.sweep(layers, batches, [(5,)], removed=(4,), whole=removal.ignore, each=removal.ignore)
     assert passes == pytest.approx(5 / 6)
@@ -123,7 +123,7 @@ def test_passes_are_weighed_by_tokens() -> None:
 
 def test_the_model_is_as_before_also_after_an_exception() -> None:
     model, anatomy = twin_of("llama")
-    layers, tokens = removal.find(model, anatomy), ids()
+    layers, tokens = removal.layers_of(model, anatomy), ids()
     with torch.no_grad():
         before = model(tokens, use_cache=False).logits
     own = model.model.layers[2].forward
@@ -164,7 +164,7 @@ def test_a_model_whose_states_cannot_be_kept_is_refused() -> None:
     model, anatomy = twin_of("llama")
     model.model.layers[3] = _Carries(model.model.layers[3])
     with pytest.raises(AnatomyError, match="cannot measure what layers are worth") as caught:
-        removal.find(model, anatomy)
+        removal.layers_of(model, anatomy)
     assert "kept state" in caught.value.why
 
 
@@ -172,7 +172,7 @@ def test_a_layer_that_is_called_twice_is_refused() -> None:
     model, anatomy = twin_of("llama")
     model.model.layers[3] = model.model.layers[2]
     with pytest.raises(AnatomyError, match="cannot measure"):
-        removal.find(model, anatomy)
+        removal.layers_of(model, anatomy)
 
 
 TUPLES = {
@@ -186,7 +186,7 @@ TUPLES = {
 def test_layers_that_return_tuples(family: str) -> None:
     anatomy = discover(AutoConfig.for_model(family, vocab_size=128, **TUPLES[family]))
     model = random_twin(anatomy, seed=5)
-    layers, tokens = removal.find(model, anatomy), ids()
+    layers, tokens = removal.layers_of(model, anatomy), ids()
     assert layers.arity > 0
     whole = removal.trace(layers, tokens)
     hidden = removal.resume(layers, tokens, whole, start=1, removed=(1, 2))

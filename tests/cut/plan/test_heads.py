@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, discover
-from halve.cut.plan.heads import merge, merged, pairs
+from halve.cut.plan.heads import merge_heads, merged, pairs
 from halve.cut.plan.plan import Plan, select
 from halve.cut.proof.twins import RandomScores, logits, random_twin
 from halve.cut.surgery.trim import trim
@@ -61,7 +61,7 @@ def test_merging_weights_by_hand() -> None:
 def test_coefficient_0_changes_nothing(family: str) -> None:
     model, anatomy = twin(family)
     plan, scores = fewer_heads(anatomy)
-    found = merge(model, plan, anatomy, scores, coefficient=0.0)
+    found = merge_heads(model, plan, anatomy, scores, coefficient=0.0)
     assert found is not model
     for (name, mine), theirs in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
         assert mine.view(torch.int64).equal(theirs.view(torch.int64)), name
@@ -73,14 +73,14 @@ def test_the_given_model_stays_and_only_kept_heads_move(family: str) -> None:
     model, anatomy = twin(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan, scores = fewer_heads(anatomy)
-    found = dict(merge(model, plan, anatomy, scores, coefficient=1.0).named_parameters())
+    found = dict(merge_heads(model, plan, anatomy, scores, coefficient=1.0).named_parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     changed = {name for name, value in found.items() if not torch.equal(value, before[name])}
     assert changed
     assert all(any("heads" in expr.axes or "kv_heads" in expr.axes for expr in anatomy.params[n]) for n in changed)
     assert not any("norm" in name for name in changed)
     nothing = select(anatomy, anatomy.sizes, scores, gain="none")
-    same = dict(merge(model, nothing, anatomy, scores, coefficient=1.0).named_parameters())
+    same = dict(merge_heads(model, nothing, anatomy, scores, coefficient=1.0).named_parameters())
     assert all(torch.equal(value, before[name]) for name, value in same.items())
 
 
@@ -93,7 +93,7 @@ def test_a_llama_by_hand() -> None:
     )
     plan = select(anatomy, anatomy.sizes.at(heads=4), scores, gain="none")
     assert plan.heads == ((0, 2, 3, 5),) * 2
-    found = merge(model, plan, anatomy, scores, coefficient=1.0)
+    found = merge_heads(model, plan, anatomy, scores, coefficient=1.0)
     for layer in range(2):
         mine, theirs = (m.get_submodule(f"model.layers.{layer}.self_attn") for m in (found, model))
         q = theirs.q_proj.weight.detach().view(6, 20, 96)
@@ -117,7 +117,8 @@ def test_groups_that_go_are_merged_into_none() -> None:
     plan = select(anatomy, anatomy.sizes.at(kv_heads=2, heads=2), scores, gain="none")
     assert plan.heads == ((3, 4),)
     q = "model.layers.0.self_attn.q_proj.weight"
-    mine = dict(merge(model, plan, anatomy, scores, coefficient=1.0).named_parameters())[q].detach().view(6, 20, 96)
+    merged = merge_heads(model, plan, anatomy, scores, coefficient=1.0)
+    mine = dict(merged.named_parameters())[q].detach().view(6, 20, 96)
     old = dict(model.named_parameters())[q].detach().view(6, 20, 96)
     torch.testing.assert_close(mine[3], 2 * old[3] - old[2])
     torch.testing.assert_close(mine[4], 2 * old[4] - old[5])
@@ -130,7 +131,7 @@ def test_heads_with_keys_of_their_own_take_them_along() -> None:
     scores = RandomScores(anatomy.sizes, 0)
     scores.heads = scores.kv_heads = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
     plan = select(anatomy, anatomy.sizes.at(heads=2, kv_heads=2), scores, gain="none")
-    found = merge(model, plan, anatomy, scores, coefficient=1.0)
+    found = merge_heads(model, plan, anatomy, scores, coefficient=1.0)
     for name in ("q", "k", "v"):
         mine, old = (
             m.get_submodule(f"model.layers.0.self_attn.{name}_proj").weight.detach().view(4, 20, 96)
@@ -153,7 +154,7 @@ def test_fused_and_interleaved_weights() -> None:
     def weights(m: PreTrainedModel) -> Tensor:
         return m.get_submodule(name).weight.detach().view(sizes.heads, 3 * sizes.head_dim, sizes.hidden)
 
-    mine, old = weights(merge(model, plan, anatomy, scores, coefficient=0.5)), weights(model)
+    mine, old = weights(merge_heads(model, plan, anatomy, scores, coefficient=0.5)), weights(model)
     for k, r in zip(reversed(kept), removed, strict=True):
         torch.testing.assert_close(mine[k], 1.5 * old[k] - 0.5 * old[r])
 

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.configs import build, resized
 from halve.cut.plan.shapes import to_try
-from halve.cut.plan.sizes import budget_of, candidates, check, config_sizes, is_legal
+from halve.cut.plan.sizes import budget_of, candidates, config_sizes, is_legal, require_sizes
 from halve.recipe.schema import Prune
 
 
@@ -76,7 +76,7 @@ def test_every_shape_of_a_trial_can_be_built(name: str) -> None:
     assert len(found) > 50
     built = set()
     for arch in sorted(found, key=str):
-        check(anatomy, arch)
+        require_sizes(anatomy, arch)
         full = resized(anatomy.config, config_sizes(anatomy, arch), kept_layers=tuple(range(arch.layers)))
         width = arch.at(layers=1, ffn=1)
         if width not in built:
@@ -102,7 +102,7 @@ def test_what_a_plan_lists_can_be_built(name: str) -> None:
     found = candidates(anatomy, asked[0], total=asked[1])
     assert found
     for candidate in found:
-        check(anatomy, candidate.arch)
+        require_sizes(anatomy, candidate.arch)
 
 
 def test_a_refused_axis_is_left_whole_and_the_rest_is_still_tried() -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halve.cut.score.calibration import check
+from halve.cut.score.calibration import require_calibration
 from halve.errors import CorpusError
 
 GOOD = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
 def test_sound_samples_pass() -> None:
-    check(GOOD, vocab=7)
-    check(torch.tensor([[1, 1, 1], [4, 5, 6], [0, 1, 2]]), vocab=7)  # one dull sample among others is no reason to stop
+    require_calibration(GOOD, vocab=7)
+    one_is_dull = torch.tensor([[1, 1, 1], [4, 5, 6], [0, 1, 2]])
+    require_calibration(one_is_dull, vocab=7)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,6 @@ def test_sound_samples_pass() -> None:
 )
 def test_bad_samples_are_refused(samples: torch.Tensor, what: str) -> None:
     with pytest.raises(CorpusError) as error:
-        check(samples, vocab=7)
+        require_calibration(samples, vocab=7)
     assert error.value.what == what
     assert len(str(error.value).splitlines()) == 3

@@ -7,7 +7,7 @@ import torch
 from families import PROVED, config
 
 from halve.anatomy import Expr, discover
-from halve.cut.score.structures import owners, places, positions, rows, totals
+from halve.cut.score.structures import axis_positions, owners, places, rows, totals
 
 SIZES = {"heads": 3, "kv_heads": 1, "head_dim": 2, "ffn": 4, "hidden": 5}
 
@@ -24,12 +24,12 @@ SIZES = {"heads": 3, "kv_heads": 1, "head_dim": 2, "ffn": 4, "hidden": 5}
     ],
 )
 def test_positions(text: str, axis: str, expected: list[list[int]]) -> None:
-    assert positions(Expr.parse(text), axis, SIZES).tolist() == expected
+    assert axis_positions(Expr.parse(text), axis, SIZES).tolist() == expected
 
 
 def test_positions_agree_with_what_surgery_takes() -> None:
     expr = Expr.parse("heads head_dim + kv_heads head_dim + 2 heads")
-    own = positions(expr, "heads", SIZES)
+    own = axis_positions(expr, "heads", SIZES)
     taken = expr.indices(SIZES, {"heads": [1]}).tolist()
     free = (owners(expr, "heads", SIZES) < 0).nonzero()[:, 0].tolist()
     assert sorted(own[1].tolist() + free) == sorted(taken)

@@ -94,7 +94,7 @@ def act(job: dict[str, Any], said: Path) -> None:
     by: Live | Correction = Live(body, head)
     if "correct" in job:
         section = Correct(**(recipe.model_dump(include={"tokens", "lr", "min_lr", "warmup_steps"}) | job["correct"]))
-        adapters.choose(teacher, section, seed=0)
+        adapters.choose_trained(teacher, section, seed=0)
         by = correction(teacher, section, how, Course(recipe, Fake()), device="cpu")
     else:
         shards.frozen(teacher, body, how, half=half)

@@ -135,9 +135,9 @@ def test_norms_are_those_of_the_anatomy_and_no_matrix(family: str) -> None:
     assert not set(found) & set(anatomy.modules)
     if family == "olmo":
         with pytest.raises(RecipeError, match="method: norms finds nothing to train in a olmo"):
-            adapters.choose(model, section(method="norms"), seed=0)
+            adapters.choose_trained(model, section(method="norms"), seed=0)
         return
-    adapters.choose(model, section(method="norms"), seed=0)
+    adapters.choose_trained(model, section(method="norms"), seed=0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.rpartition(".")[0] for name in trained} == set(found)
     per_layer = {"qwen3": 4, "gemma3_text": 6, "gemma2": 4, "llama": 2}
@@ -149,7 +149,7 @@ def test_norms_are_those_of_the_anatomy_and_no_matrix(family: str) -> None:
 def test_only_what_was_chosen_moves_has_moments_and_is_kept(tmp_path: Path, method: str, share: float) -> None:
     asked = section(method=method, lora_rank=2, checkpoint_every=2)
     model, start = tiny(), state(tiny())
-    adapters.choose(model, asked, seed=0)
+    adapters.choose_trained(model, asked, seed=0)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = sum(value.numel() for value in start.values())
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -176,7 +176,7 @@ def test_a_kill_changes_nothing(tmp_path: Path, method: str) -> None:
 
     def model() -> PreTrainedModel:
         made = tiny()
-        adapters.choose(made, asked, seed=0)
+        adapters.choose_trained(made, asked, seed=0)
         return made
 
     whole, killed = model(), model()
@@ -194,6 +194,6 @@ def test_a_kill_changes_nothing(tmp_path: Path, method: str) -> None:
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError) as caught:
-        adapters.choose(tiny(), section(method="lora"), seed=0)
+        adapters.choose_trained(tiny(), section(method="lora"), seed=0)
     assert caught.value.fix == "pip install 'halve[lora]', or method: full or norms"
-    adapters.choose(tiny(), section(method="full"), seed=0)
+    adapters.choose_trained(tiny(), section(method="full"), seed=0)

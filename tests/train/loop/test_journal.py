@@ -59,13 +59,13 @@ def test_wandb_without_a_login_is_refused_before_a_run(tmp_path: Path, monkeypat
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    journal.require(["wandb"])
+    journal.require_loggers(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "online")
     wandb.teardown()  # it remembers the mode of the first call
     with pytest.raises(TrainError, match="the logger wandb does not start\n  why: it has no API key"):
-        journal.require(["wandb"])
+        journal.require_loggers(["wandb"])
     monkeypatch.setattr(wandb, "login", lambda **keys: True)
-    journal.require(["wandb"])
+    journal.require_loggers(["wandb"])
 
 
 def test_trackio_gets_what_the_lines_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_trackio_gets_what_the_lines_say(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_missing_logger_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainError) as caught:
-        journal.require([name])
+        journal.require_loggers([name])
     assert f"pip install 'halve[{name}]'" in caught.value.fix
 
 

@@ -174,11 +174,11 @@ def test_work_of_distillation_counts_both_models_and_heads(monkeypatch: pytest.M
     def work(**keys: Any) -> float:
         return watch.distilling(student, teacher, Distill(tokens=1, **keys))(CONTEXT)
 
-    assert watch.learning(student)(CONTEXT) == 3 * forward(student)
+    assert watch.training_work(student)(CONTEXT) == 3 * forward(student)
     assert work() == 3 * forward(student) + forward(teacher)
     matrices = teacher.ledger.count(teacher.sizes, context=0).flops_per_token
-    assert watch.correcting(teacher, Correct(tokens=1))(CONTEXT) == 3 * forward(teacher)
-    assert watch.correcting(teacher, Correct(tokens=1, method="norms"))(CONTEXT) == 3 * forward(teacher) - matrices
+    assert watch.correction_work(teacher, Correct(tokens=1))(CONTEXT) == 3 * forward(teacher)
+    assert watch.correction_work(teacher, Correct(tokens=1, method="norms"))(CONTEXT) == 3 * forward(teacher) - matrices
     assert work(cache="hidden") == 3 * forward(student) + 2 * VOCAB * 16
     assert work(cache="logits") == 3 * forward(student)
 

@@ -87,7 +87,7 @@ def chunked_kl(one: Case, *, chunk: int, vocab: int = V, temperature: float = 1.
 
 
 def chunked_ce(one: Case, *, chunk: int, vocab: int = V) -> Tensor:
-    return chunked.chunked(one.hidden_ND, one.head, chunked.cross_entropy(one.labels), vocab=vocab, chunk=chunk)
+    return chunked.chunked(one.hidden_ND, one.head, chunked.cross_entropy_target(one.labels), vocab=vocab, chunk=chunk)
 
 
 def chunked_term(name: str, one: Case, *, chunk: int, vocab: int = V) -> Tensor:
@@ -149,7 +149,7 @@ def test_a_sum_of_targets_is_the_weighted_sum() -> None:
     one = case(scale=0.5)
     rows = divergences.weighted([(0.7, TERMS["kl"][0]), (0.2, TERMS["cosine"][0])])
     teacher = chunked.follow(one.teacher_ND, one.teacher_head, rows, vocab=V)
-    target = chunked.sum_of([(1.0, teacher), (0.3, chunked.cross_entropy(one.labels))])
+    target = chunked.sum_of([(1.0, teacher), (0.3, chunked.cross_entropy_target(one.labels))])
     have = chunked.chunked(one.hidden_ND, one.head, target, vocab=V, chunk=10)
     assert_same(have, 0.7 * plain_kl(one) + 0.2 * plain_term("cosine", one) + 0.3 * plain_ce(one), one)
 
@@ -359,7 +359,9 @@ def test_two_chunks_of_logits_and_a_few_blocks_are_alive_at_once(name: str, soft
 
 def test_measures_are_the_plain_formulas() -> None:
     one = case(softcap=3.0)
-    found = chunked.divergence(one.hidden_ND, one.head, one.teacher_ND, one.teacher_head, one.labels, vocab=V, chunk=6)
+    found = chunked.divergence_sums(
+        one.hidden_ND, one.head, one.teacher_ND, one.teacher_head, one.labels, vocab=V, chunk=6
+    )
     torch.testing.assert_close(found.kl, plain_kl(one).detach())
     torch.testing.assert_close(found.ce, plain_ce(one).detach())
     best = [

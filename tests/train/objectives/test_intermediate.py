@@ -69,7 +69,7 @@ def read(model: PreTrainedModel, layer: int, ids_BS: Tensor) -> Tensor:
 
 
 def heard(matching: intermediate.Matching, model: PreTrainedModel, who: str, ids_BS: Tensor) -> list[Tensor]:
-    with intermediate.heard([getattr(pair, who) for pair in matching.pairs]) as states:
+    with intermediate.recorded([getattr(pair, who) for pair in matching.pairs]) as states:
         model(ids_BS)
     return states
 

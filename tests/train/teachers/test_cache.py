@@ -76,7 +76,7 @@ def opened(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, work: Path) -> tu
 
 def live(recipe: Recipe, teacher: Path) -> teachers.Live:
     assert recipe.distill is not None
-    return teachers.load(Checkpoint.open(teacher), recipe.distill, dtype="auto", device="cpu", half=False)[1]
+    return teachers.load_teacher(Checkpoint.open(teacher), recipe.distill, dtype="auto", device="cpu", half=False)[1]
 
 
 @pytest.mark.parametrize("documents", ["joined", "apart"])
@@ -104,7 +104,7 @@ def test_half_precision_is_kept_as_it_is_computed(
     recipe, out, _ = made(cache="hidden", precision="bfloat16")
     store, (drawn, _) = Store.open(out), opened(recipe, tokenizer, work)
     part = next(drawn.batch(1).split(2))
-    alive = teachers.load(Checkpoint.open(tiny_llama), recipe.distill, dtype="auto", device="cpu", half=True)[1]
+    alive = teachers.load_teacher(Checkpoint.open(tiny_llama), recipe.distill, dtype="auto", device="cpu", half=True)[1]
     with torch.autocast("cpu", torch.bfloat16):
         want = alive.answer(part).states
     found = CachedHidden(store, store.head("cpu")).answer(part).states
@@ -133,7 +133,7 @@ def test_the_size_is_what_was_said(kind: str, made: Any) -> None:
     _, out, metrics = made(cache=kind)
     on_disk = sum(path.stat().st_size for path in out.glob("train-*"))
     assert metrics["bytes"] == on_disk
-    most = answers.token_bytes(kind, hidden=32, vocab=320, samples=16, half=False) * metrics["tokens"]
+    most = answers.answer_bytes(kind, hidden=32, vocab=320, samples=16, half=False) * metrics["tokens"]
     headers = 100 * 3 * metrics["samples"] + 200 * len(list(out.glob("train-*")))
     assert 0.3 * most < on_disk < most + headers
     assert metrics["samples"] == 24

@@ -84,12 +84,12 @@ def test_what_is_packed_comes_back(vocab: int, count: int) -> None:
         values, counts = ids[row].unique(return_counts=True)
         assert counted == pytest.approx(dict(zip(values.tolist(), (counts / count).tolist(), strict=True)))
     num_bytes = sum(part.numel() * part.itemsize for part in packed)
-    assert num_bytes <= 9 * draws.token_bytes(vocab, count)
+    assert num_bytes <= 9 * draws.draw_bytes(vocab, count)
 
 
 def test_sixteen_draws_of_a_large_vocabulary_take_three_bytes_each() -> None:
     assert [draws.entry_bytes(vocab, 16) for vocab in (128_256, 151_936, 262_144)] == [3, 3, 3]
-    assert draws.token_bytes(128_256, 16) == 53
+    assert draws.draw_bytes(128_256, 16) == 53
 
 
 def test_entropy_is_the_definition(logits: torch.Tensor) -> None:

@@ -31,7 +31,7 @@ def batch(tokenizer: PreTrainedTokenizerFast) -> Batch:
 
 def load(folder: Path, **keys: object) -> Live:
     training = Distill.model_validate({"tokens": 1, **keys})
-    return teachers.load(Checkpoint.open(folder), training, dtype="auto", device="cpu", half=False)[1]
+    return teachers.load_teacher(Checkpoint.open(folder), training, dtype="auto", device="cpu", half=False)[1]
 
 
 def test_every_live_teacher_says_the_same(tiny_llama: Path, batch: Batch) -> None:
@@ -92,7 +92,7 @@ def test_layers_go_home_when_a_forward_pass_fails(tiny_llama: Path) -> None:
 
 def test_what_will_be_in_shards_waits_in_main_memory(tiny_llama: Path) -> None:
     training = Distill(tokens=1)
-    model, live = teachers.load(
+    model, live = teachers.load_teacher(
         Checkpoint.open(tiny_llama), training, dtype="auto", device="meta", half=False, in_shards=True
     )
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -111,7 +111,7 @@ def test_a_device_that_is_not_there_is_refused(tiny_llama: Path) -> None:
 def test_a_gpu_asks_a_teacher_that_is_elsewhere(tiny_llama: Path, batch: Batch) -> None:
     def on_gpu(**keys: object) -> Live:
         training = Distill.model_validate({"tokens": 1, **keys})
-        return teachers.load(Checkpoint.open(tiny_llama), training, dtype="auto", device="cuda", half=False)[1]
+        return teachers.load_teacher(Checkpoint.open(tiny_llama), training, dtype="auto", device="cuda", half=False)[1]
 
     plain = on_gpu().answer(batch.to("cuda"))
     visiting = on_gpu(offload_teacher=True).answer(batch.to("cuda"))

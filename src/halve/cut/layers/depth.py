@@ -88,7 +88,7 @@ class DepthChoice:
 
 
 @dataclass(frozen=True)
-class Found:
+class PatternResult:
     """What a pattern found: the layers to remove, the sets it compared and what that cost."""
 
     removed: tuple[int, ...]
@@ -100,7 +100,7 @@ class Found:
 # ---- patterns
 
 
-def single(compare: Compare, num_layers: int, *, remove: int) -> Found:
+def single(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
     """Compare every layer alone and remove those that hurt least; of equals the later goes.
 
     >>> values = {(0,): 3.0, (1,): 1.0, (2,): 2.0}
@@ -110,20 +110,20 @@ def single(compare: Compare, num_layers: int, *, remove: int) -> Found:
     """
     compared, removals = _compare(compare, [(layer,) for layer in range(num_layers)], ())
     order = sorted(removals, key=_least)
-    return Found(_union(order[:remove]), removals, compared.passes, compared.whole)
+    return PatternResult(_union(order[:remove]), removals, compared.passes, compared.whole)
 
 
-def blocks(compare: Compare, num_layers: int, *, remove: int) -> Found:
+def blocks(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
     """Compare contiguous blocks of `remove` layers at every position and remove the one that hurts least.
 
     The papers' figures of 1, 2, 8 and 16 removed layers by position are `removals`. Of equals the later goes.
     """
     sets = [tuple(range(start, start + remove)) for start in range(num_layers - remove + 1)]
     compared, removals = _compare(compare, sets, ())
-    return Found(min(removals, key=_least).layers, removals, compared.passes, compared.whole)
+    return PatternResult(min(removals, key=_least).layers, removals, compared.passes, compared.whole)
 
 
-def greedy(compare: Compare, num_layers: int, *, remove: int) -> Found:
+def greedy(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
     """Remove one layer at a time: the one that hurts least in the model that is left. Of equals the later goes.
 
     SLEB, arXiv 2402.09025, Sec. 3: the layers need not be neighbors, and two that stand in for each other do not both
@@ -138,7 +138,7 @@ def greedy(compare: Compare, num_layers: int, *, remove: int) -> Found:
         passes += compared.passes
         whole = compared.whole if step == 0 else whole
         gone = min(removals, key=_least_beside(gone)).layers
-    return Found(gone, tuple(all_removals), passes, whole)
+    return PatternResult(gone, tuple(all_removals), passes, whole)
 
 
 def _compare(
@@ -161,7 +161,11 @@ def _union(removals: Sequence[Removal]) -> tuple[int, ...]:
     return tuple(sorted(layer for removal in removals for layer in removal.layers))
 
 
-PATTERNS: Final[Mapping[DepthPattern, Callable[..., Found]]] = {"single": single, "block": blocks, "greedy": greedy}
+PATTERNS: Final[Mapping[DepthPattern, Callable[..., PatternResult]]] = {
+    "single": single,
+    "block": blocks,
+    "greedy": greedy,
+}
 
 
 # ---- the choice
@@ -195,7 +199,7 @@ def choose(
     if (known := _known(criterion, pattern, scores)) is not None:
         compare = known
     elif criterion == "random":
-        compare = depth_values.random(seed)
+        compare = depth_values.random_values(seed)
     elif criterion == "task":
         compare = _task(model, anatomy, items, tokenizer, progress)
     else:

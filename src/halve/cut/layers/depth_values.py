@@ -36,7 +36,7 @@ from halve.model.head import Head, split
 from halve.model.measure import context_length, require_context, row_chunks, sample_nll
 from halve.progress import SILENT, Progress
 
-Layers = tuple[int, ...]
+LayerSet = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Compared:
     """The same figure with none of the sets removed; None where the criterion has none."""
 
 
-Compare = Callable[[Sequence[Layers], Collection[int]], Compared]
+Compare = Callable[[Sequence[LayerSet], Collection[int]], Compared]
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -76,7 +76,7 @@ def angular_distance(
 
 
 def state_values(
-    states: Sequence[Float[Tensor, "batch seq hidden"]], sets: Sequence[Layers], distance: Distance
+    states: Sequence[Float[Tensor, "batch seq hidden"]], sets: Sequence[LayerSet], distance: Distance
 ) -> Float[Tensor, "sets batch"]:
     """Distance between the states in front of and behind each set's layers, which are contiguous.
 
@@ -96,10 +96,10 @@ def from_states(
     progress: Progress = SILENT,
 ) -> Compare:
     """Values from the states of one pass: `block_importance` (bi) or `angular_distance`; sets are contiguous."""
-    layers = removal.find(model, anatomy)
+    layers = removal.layers_of(model, anatomy)
     batches = torch.split(samples_BS, micro_batch)
 
-    def compare(sets: Sequence[Layers], removed: Collection[int]) -> Compared:
+    def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         sums = torch.zeros(len(sets), dtype=torch.float64)
 
         def whole(_: int, before: Trace) -> None:
@@ -108,7 +108,7 @@ def from_states(
         passes = removal.sweep(
             layers, batches, (), removed=removed, whole=whole, each=removal.ignore, progress=progress
         )
-        return Compared(finite(sums / len(samples_BS), sets), passes, None)
+        return Compared(finite_values(sums / len(samples_BS), sets), passes, None)
 
     return compare
 
@@ -129,10 +129,10 @@ def nll(
     Shortened LLaMA's PPL (arXiv 2402.02834) and SLEB's measure (arXiv 2402.09025), which is the same average.
     """
     require_context(model.config, samples_BS.shape[1], "a sample")
-    layers, (_, head) = removal.find(model, anatomy), split(model)
+    layers, (_, head) = removal.layers_of(model, anatomy), split(model)
     batches = torch.split(samples_BS, micro_batch)
 
-    def compare(sets: Sequence[Layers], removed: Collection[int]) -> Compared:
+    def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         sums = torch.zeros(len(sets) + 1, dtype=torch.float64)
 
         def add(b: int, s: int, hidden_BSD: Tensor) -> None:
@@ -141,7 +141,7 @@ def nll(
         passes = removal.sweep(
             layers, batches, sets, removed=removed, whole=lambda b, t: add(b, -1, t.hidden), each=add, progress=progress
         )
-        *values, whole = finite(sums / len(samples_BS), (*sets, ()))
+        *values, whole = finite_values(sums / len(samples_BS), (*sets, ()))
         return Compared(tuple(values), passes, whole)
 
     return compare
@@ -162,14 +162,14 @@ def logit_mse(
     samples are kept in main memory: samples x seq x hidden numbers in the model's type.
     """
     require_context(model.config, samples_BS.shape[1], "a sample")
-    layers, (_, head) = removal.find(model, anatomy), split(model)
+    layers, (_, head) = removal.layers_of(model, anatomy), split(model)
     batches = torch.split(samples_BS, micro_batch)
     reference: dict[int, Tensor] = {}
 
     def keep(b: int, before: Trace) -> None:
         reference[b] = before.hidden.cpu()
 
-    def compare(sets: Sequence[Layers], removed: Collection[int]) -> Compared:
+    def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         passes = 0.0
         if removed and not reference:
             passes += removal.sweep(layers, batches, (), removed=(), whole=keep, each=removal.ignore, progress=progress)
@@ -184,7 +184,7 @@ def logit_mse(
             add(b, -1, before.hidden)
 
         passes += removal.sweep(layers, batches, sets, removed=removed, whole=whole, each=add, progress=progress)
-        *values, whole_value = finite(sums[0] / sums[1], (*sets, ()))
+        *values, whole_value = finite_values(sums[0] / sums[1], (*sets, ()))
         return Compared(tuple(values), passes, whole_value)
 
     return compare
@@ -218,11 +218,11 @@ def task(
     2408.11796 chooses its depth by a downstream task (Winogrande) rather than by loss: items with a context for each
     option and one ending. Items are scored as in `halve.model.choices`.
     """
-    layers, (_, head) = removal.find(model, anatomy), split(model)
+    layers, (_, head) = removal.layers_of(model, anatomy), split(model)
     encoded = choices.encode(tokenizer, items, max_tokens=context_length(model.config))
     batches = choices.batch_up(encoded, batch_tokens=batch_tokens)
 
-    def compare(sets: Sequence[Layers], removed: Collection[int]) -> Compared:
+    def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         nats: list[list[Tensor]] = [[] for _ in range(len(sets) + 1)]
 
         def add(b: int, s: int, hidden_BSD: Tensor) -> None:
@@ -237,7 +237,7 @@ def task(
             each=add,
             progress=progress,
         )
-        finite(torch.stack([torch.cat(found).sum() for found in nats]), (*sets, ()))
+        finite_values(torch.stack([torch.cat(found).sum() for found in nats]), (*sets, ()))
         right = [choices.answers(encoded, batches, found).right for found in nats]
         *values, whole = (1 - answers.double().mean().item() for answers in right)
         return Compared(tuple(values), passes, whole)
@@ -255,24 +255,24 @@ def additive(scores_L: Float[Tensor, " layers"]) -> Compare:
     layers; nothing is protected here.
     """
 
-    def compare(sets: Sequence[Layers], removed: Collection[int]) -> Compared:
+    def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         values = torch.stack([scores_L[[*removed, *chosen]].double().sum() for chosen in sets])
         return Compared(tuple(values.tolist()), 0.0, None)
 
     return compare
 
 
-def random(seed: int) -> Compare:
+def random_values(seed: int) -> Compare:
     """A uniform number for each set, whatever else is removed: the control."""
     generator = torch.Generator().manual_seed(seed)
 
-    def compare(sets: Sequence[Layers], removed: Collection[int]) -> Compared:
+    def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         return Compared(tuple(torch.rand(len(sets), generator=generator).tolist()), 0.0, None)
 
     return compare
 
 
-def finite(values: Tensor, sets: Sequence[Layers]) -> tuple[float, ...]:
+def finite_values(values: Tensor, sets: Sequence[LayerSet]) -> tuple[float, ...]:
     """The values as numbers; raises `CheckpointError` naming the first set whose value is not finite."""
     found = values.tolist()
     for value, chosen in zip(found, sets, strict=True):

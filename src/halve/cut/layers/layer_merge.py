@@ -195,7 +195,7 @@ def laco_search(
             why="the calibration text has not one whole sample",
             fix="give more text in data.train, or a smaller data.context",
         )
-    found, batches = removal.find(model, anatomy), torch.split(samples_BS, micro_batch)
+    found, batches = removal.layers_of(model, anatomy), torch.split(samples_BS, micro_batch)
     reference: list[Tensor] = []
     passes = removal.sweep(
         found,

@@ -46,7 +46,7 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """A model's layers, and how many values the call of one returns (0: a bare tensor). `find` makes it."""
+    """A model's layers, and how many values the call of one returns (0: a bare tensor). `layers_of` makes it."""
 
     body: nn.Module
     modules: tuple[nn.Module, ...]
@@ -54,7 +54,7 @@ class Layers:
     device: torch.device
 
 
-def find(model: PreTrainedModel, anatomy: Anatomy) -> Layers:
+def layers_of(model: PreTrainedModel, anatomy: Anatomy) -> Layers:
     """The layers of a model, after a trial on four tokens that the second half can be run from kept states.
 
     Raises `AnatomyError` where a layer is not called once in a pass, or where more than one tensor goes from layer to

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy
 from halve.cut.plan.plan import Importance, Plan
 from halve.cut.score.importance import rank
-from halve.cut.score.structures import Place, places
+from halve.cut.score.structures import AxisPlace, places
 
 
 def merged(kept: Float[Tensor, "*n"], removed: Float[Tensor, "*n"], *, coefficient: float) -> Float[Tensor, "*n"]:
@@ -52,7 +52,7 @@ def pairs(kept: Sequence[int], removed: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(reversed(kept), removed, strict=False))
 
 
-def merge(
+def merge_heads(
     model: PreTrainedModel, plan: Plan, anatomy: Anatomy, scores: Importance, *, coefficient: float
 ) -> PreTrainedModel:
     """A copy of the model whose heads carry the residuals of those that the plan removes; `trim` then takes them out.
@@ -77,7 +77,7 @@ def merge(
     return result
 
 
-def _matrices(anatomy: Anatomy) -> Iterator[Place]:
+def _matrices(anatomy: Anatomy) -> Iterator[AxisPlace]:
     """Weights and biases of projections that carry heads, and where each has its own key and value, those."""
     own = anatomy.sizes.heads == anatomy.sizes.kv_heads
     for axis in ("heads", "kv_heads") if own else ("heads",):

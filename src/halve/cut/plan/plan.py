@@ -77,7 +77,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan."""
-        return cls.from_json(plain_json.parse(Path(path).read_text(encoding="utf-8")))
+        return cls.from_json(plain_json.parse_json(Path(path).read_text(encoding="utf-8")))
 
 
 def select(

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut.plan.sizes import TOLERANCE, budget_of, can, is_legal, rank, step_of, widths
+from halve.cut.plan.sizes import BUDGET_TOLERANCE, budget_of, can, is_legal, rank_candidates, step_of, widths
 from halve.recipe.schema import Prune
 
-Array = npt.NDArray[np.int64]
+_Integers = npt.NDArray[np.int64]
 
 
 def to_try(anatomy: Anatomy, prune: Prune, *, refused: Mapping[str, str] | None = None) -> list[list[Arch]]:
@@ -29,10 +29,10 @@ def to_try(anatomy: Anatomy, prune: Prune, *, refused: Mapping[str, str] | None 
     if budget is None or prune.shape != "trial":
         return []
     allowed = replace(anatomy, refusals={**anatomy.refusals, **(refused or {})})
-    return shapes(allowed, budget[0], total=budget[1])
+    return list_shapes(allowed, budget[0], total=budget[1])
 
 
-def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
+def list_shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
     """The ways to share a budget between depth and width, by what is cut beside layers; each the deepest first.
 
         ffn                                     the residual stream and attention kept
@@ -51,7 +51,7 @@ def shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Ar
         found = (_most_even(anatomy, axes, counted, layers, budget) for layers in depths)
         listed.append([entry for entry in found if entry is not None])
     near = max(0.01, 2 * min((abs(over) for family in listed for over, _ in family), default=0.0))
-    near = min(near, TOLERANCE)
+    near = min(near, BUDGET_TOLERANCE)
     within = [[arch for over, arch in family if -2 * near <= over <= near] for family in listed]
     return [family for family in within if family]
 
@@ -61,11 +61,11 @@ class _Counted:
     """What widths count: linear in ffn, and a sum over the first layers."""
 
     widths: list[Arch]
-    outside_W: Array
+    outside_W: _Integers
     """What is not in layers."""
-    layers_LW: Array
+    layers_LW: _Integers
     """Of each layer what does not depend on ffn."""
-    neurons_LW: Array
+    neurons_LW: _Integers
     """What one neuron takes in each layer."""
 
     @classmethod
@@ -85,7 +85,7 @@ class _Counted:
         kind_L = [kinds.index(kind) for kind in ledger.layers]
         return cls(widths, outside_W, (empty_KW - outside_W)[kind_L], (single_KW - empty_KW)[kind_L])
 
-    def sizes(self, axis: str) -> Array:
+    def sizes(self, axis: str) -> _Integers:
         """Of every width the size of an axis."""
         return np.array([getattr(width, axis) for width in self.widths])
 
@@ -108,7 +108,7 @@ def _most_even(
     nearest_W = np.abs(over_FW).argmin(0)[None]
     ffn_W, over_W = (np.take_along_axis(of_FW, nearest_W, 0)[0] for of_FW in (ffn_FW, over_FW))
     kept_AW = np.stack([(ffn_W if axis == "ffn" else counted.sizes(axis)) / getattr(before, axis) for axis in axes])
-    for index in np.argsort(rank(np.abs(over_W), kept_AW), kind="stable"):
+    for index in np.argsort(rank_candidates(np.abs(over_W), kept_AW), kind="stable"):
         arch = counted.widths[index].at(layers=layers, ffn=int(ffn_W[index]))
         if arch != before and is_legal(anatomy, arch):
             return float(over_W[index]), arch

@@ -50,13 +50,13 @@ def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None
     for axis in asked:  # what is asked for is refused by its own name, before what would follow from it
         _refuse(anatomy, axis, asked[axis])
     after = before.at(**_implied(anatomy, asked))
-    check(anatomy, after, kept_layers=kept)
+    require_sizes(anatomy, after, kept_layers=kept)
     if kept is not None:
         require_same(anatomy.config, anatomy.layers_path, kept)
     return after, kept
 
 
-def check(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] | None = None) -> None:
+def require_sizes(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] | None = None) -> None:
     """Refuse sizes that the model cannot be cut to; of layers that are not named yet the first stand for those kept."""
     before = anatomy.sizes
     for axis in CUT_AXES:
@@ -73,9 +73,9 @@ def check(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] | None = 
 
 
 def is_legal(anatomy: Anatomy, after: Arch) -> bool:
-    """Whether `check` lets these sizes pass; the family's own validation is asked too."""
+    """Whether `require_sizes` lets these sizes pass; the family's own validation is asked too."""
     try:
-        check(anatomy, after)
+        require_sizes(anatomy, after)
     except PlanError:
         return False
     return True
@@ -148,7 +148,7 @@ def config_sizes(anatomy: Anatomy, arch: Arch) -> dict[str, int]:
 
 # ---- budgets
 
-TOLERANCE = 0.05  # 2407.14679, Sec. 2.4 searches within 5 % of the budget
+BUDGET_TOLERANCE = 0.05  # 2407.14679, Sec. 2.4 searches within 5 % of the budget
 
 
 def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: int = 4096) -> list[Candidate]:
@@ -166,14 +166,14 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
     found, away = [], []
     for arch in _areas(anatomy):
         counts = anatomy.ledger.count(arch, context=context)
-        if abs(size(counts) / budget - 1) <= TOLERANCE:
+        if abs(size(counts) / budget - 1) <= BUDGET_TOLERANCE:
             found.append(Candidate(arch, counts))
             away.append(abs(size(counts) / budget - 1))
     kept = [[getattr(c.arch, axis) / getattr(before, axis) for c in found] for axis in ("hidden", "ffn")]
-    found = [found[i] for i in np.argsort(rank(np.array(away), np.array(kept)), kind="stable")]
+    found = [found[i] for i in np.argsort(rank_candidates(np.array(away), np.array(kept)), kind="stable")]
     depths = [before.at(layers=n) for n in range(1, before.layers)] if can(anatomy, "layers") else []
     depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in depths]
-    near = [c for c in depth if abs(size(c.counts) / budget - 1) <= TOLERANCE]
+    near = [c for c in depth if abs(size(c.counts) / budget - 1) <= BUDGET_TOLERANCE]
     near.sort(key=lambda c: abs(size(c.counts) - budget))
     return [*_legal(anatomy, found), *islice(_legal(anatomy, near), 1)]
 
@@ -203,7 +203,7 @@ def near(anatomy: Anatomy, prune: Prune, *, context: int = 4096) -> list[Candida
     return [Candidate(arch, anatomy.ledger.count(arch, kept_layers=kept, context=context), kept)]
 
 
-def rank(away: Array, kept: Array) -> Array:
+def rank_candidates(away: Array, kept: Array) -> Array:
     """The lower the better: distance from the budget beyond half a percent, then how unevenly the axes shrink.
 
     `kept` has the share that is kept of each axis along its first dimension; further ones as `away`.

@@ -26,8 +26,18 @@ from halve.anatomy import CUT_AXES, Anatomy, Arch
 from halve.anatomy.configs import quiet
 from halve.cut.plan.plan import select
 from halve.cut.proof.causal import require_causal
-from halve.cut.proof.twins import KINDS, Kind, RandomScores, fixed_ids, logits, masked, random_twin, skipping, twin_plan
-from halve.cut.score.taps import measure
+from halve.cut.proof.twins import (
+    KINDS,
+    RandomScores,
+    TwinKind,
+    fixed_ids,
+    logits,
+    masked,
+    random_twin,
+    skipping,
+    twin_plan,
+)
+from halve.cut.score.taps import measure_activations
 from halve.cut.surgery.trim import take, trim
 from halve.errors import AnatomyError, HalveError
 from halve.process import fresh
@@ -131,7 +141,7 @@ def _prove(anatomy: Anatomy, *, seed: int, reopen: bool) -> Proof:
     return Proof(anatomy.family, (*proved, *shown), {**reasons, **anatomy.refusals})
 
 
-def _try(anatomy: Anatomy, kind: Kind, axes: list[str], *, seed: int, reopen: bool) -> dict[str, list[Check]]:
+def _try(anatomy: Anatomy, kind: TwinKind, axes: list[str], *, seed: int, reopen: bool) -> dict[str, list[Check]]:
     """The checks of these axes on one twin, by axis and each up to the first that fails; none for a twin of no use."""
     if not kind.differs(anatomy):
         return {}
@@ -303,7 +313,7 @@ def _check_scores(axis: str, model: PreTrainedModel, twin: Anatomy) -> Check:
     own = {axis, "heads"} if axis == "kv_heads" else {axis}
     others: dict[str, str] = {other: "not asked for here" for other in CUT_AXES if other not in own}
     try:
-        statistics = measure(model, replace(twin, refusals=others), fixed_ids(twin), micro_batch=2)
+        statistics = measure_activations(model, replace(twin, refusals=others), fixed_ids(twin), micro_batch=2)
         scores = statistics.scores(batch_agg="l2", seq_agg="mean", model="", samples="").by_axis()
     except HalveError as error:
         return Check(axis, "it can be scored", False, float("nan"), error.why)

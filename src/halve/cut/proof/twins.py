@@ -17,11 +17,11 @@ from halve.anatomy import Anatomy, Arch
 from halve.anatomy.configs import build, has_heads, quiet
 from halve.anatomy.solve import TWIN_POINT
 from halve.cut.plan.plan import Plan, select
-from halve.cut.plan.sizes import check
+from halve.cut.plan.sizes import require_sizes
 
 
 @dataclass(frozen=True)
-class Kind:
+class TwinKind:
     """A kind of twin."""
 
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Kind:
 
 
 KINDS = tuple(
-    Kind(dtype, square, own_heads)
+    TwinKind(dtype, square, own_heads)
     for dtype in (torch.float64, torch.float32)
     for own_heads in (False, True)
     for square in (False, True)
@@ -113,7 +113,7 @@ def twin_plan(axis: str, twin: Anatomy, seed: int) -> Plan:
     after = sizes.at(**smaller)
     if after.heads < after.kv_heads or sizes.heads == sizes.kv_heads:
         after = after.at(kv_heads=after.heads)
-    check(twin, after)
+    require_sizes(twin, after)
     return select(twin, after, RandomScores(sizes, seed), gain="none")
 
 

@@ -7,8 +7,8 @@ off, norms on the sub-layers' outputs and norms of embeddings do not: their fami
 random twin.
 
 A head that is tied to the embeddings cannot take the final norm's weight and stay tied: rotation unties it. That
-costs vocab x hidden more parameters, none of them in the layers. `tie` takes them back from a cut student: one factor
-a channel, fitted on the teacher's logits, stands in the final norm for what the folded head knew.
+costs vocab x hidden more parameters, none of them in the layers. `tie_head` takes them back from a cut student: one
+factor a channel, fitted on the teacher's logits, stands in the final norm for what the folded head knew.
 
 Legend: N tokens, D hidden.
 """
@@ -104,7 +104,7 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
     return untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
 
 
-def turns(anatomy: Anatomy, prune: Prune) -> bool:
+def rotates(anatomy: Anatomy, prune: Prune) -> bool:
     """Whether a cut of hidden is made in another basis.
 
     Raises `AnatomyError` for `rotation: pca` in a family that does not allow it; `auto` then leaves the basis alone.
@@ -173,7 +173,7 @@ def rotate(
 
 
 @torch.no_grad()
-def tie(
+def tie_head(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     final_norm: str,

@@ -12,7 +12,7 @@ from halve.errors import CorpusError
 MIN_SAMPLES: Final = 2
 
 
-def check(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
+def require_calibration(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
     """Refuse calibration samples that no score, gain or refit should be made from.
 
     Raises `CorpusError` for fewer than two samples, for fewer than two that do more than repeat one token, for samples

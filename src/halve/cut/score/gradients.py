@@ -34,7 +34,7 @@ class Gradients:
     """Mean nats of the predicted tokens."""
 
 
-def measure(
+def measure_gradients(
     model: PreTrainedModel,
     anatomy: Anatomy,
     samples_BS: Int64[Tensor, "batch seq"],

@@ -35,7 +35,7 @@ from halve.disk.files import atomic_file
 from halve.errors import RunError
 from halve.recipe.schema import Aggregator, FfnPoint, Method
 
-FORMAT: Final = "halve-scores-1"
+SCORES_FORMAT: Final = "halve-scores-1"
 WIDTH_AXES: Final = ("hidden", "ffn", "heads")
 
 
@@ -138,7 +138,7 @@ class Scores:
         parts = {"hidden.layers": self.hidden_layers, "layer_scores": self.layer_scores}
         tensors = self.by_axis() | {name: tensor for name, tensor in parts.items() if tensor is not None}
         about: dict[str, Any] = {
-            "format": FORMAT,
+            "format": SCORES_FORMAT,
             "method": self.method,
             "model": self.model,
             "samples": self.samples,
@@ -222,9 +222,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            about = plain_json.parse((file.metadata() or {}).get("about", "{}"))
-            if about.get("format") != FORMAT:
-                raise _broken(path, f"its format is {about.get('format')}, not {FORMAT}")
+            about = plain_json.parse_json((file.metadata() or {}).get("about", "{}"))
+            if about.get("format") != SCORES_FORMAT:
+                raise _broken(path, f"its format is {about.get('format')}, not {SCORES_FORMAT}")
             return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, str(error)) from error

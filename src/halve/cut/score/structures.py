@@ -39,10 +39,10 @@ def owners(expr: Expr, axis: str, sizes: Mapping[str, int]) -> Int64[Tensor, " p
     return torch.cat(parts)
 
 
-def positions(expr: Expr, axis: str, sizes: Mapping[str, int]) -> Int64[Tensor, "entries positions"]:
+def axis_positions(expr: Expr, axis: str, sizes: Mapping[str, int]) -> Int64[Tensor, "entries positions"]:
     """The positions of a dimension that belong to each entry of an axis, in their order.
 
-    >>> positions(Expr.parse("heads 2 + heads"), "heads", {"heads": 2}).tolist()
+    >>> axis_positions(Expr.parse("heads 2 + heads"), "heads", {"heads": 2}).tolist()
     [[0, 1, 4], [2, 3, 5]]
     """
     owner_P = owners(expr, axis, sizes)
@@ -77,7 +77,7 @@ def row_scores(
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class AxisPlace:
     """One dimension of one parameter that carries an axis."""
 
     name: str
@@ -86,13 +86,13 @@ class Place:
     positions: Int64[Tensor, "entries positions"]
 
 
-def places(anatomy: Anatomy, axis: str) -> Iterator[Place]:
+def places(anatomy: Anatomy, axis: str) -> Iterator[AxisPlace]:
     """Every dimension of every parameter that carries an axis; a tied table stands once."""
     sizes = anatomy.sizes.sizes
     for name, shape in anatomy.params.items():
         for dim, expr in enumerate(shape):
             if axis in expr.axes:
-                yield Place(name, anatomy.layer_of(name), dim, positions(expr, axis, sizes))
+                yield AxisPlace(name, anatomy.layer_of(name), dim, axis_positions(expr, axis, sizes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class Totals:
     """What parameters outside the layers add: embeddings, the final norm."""
 
 
-def totals(anatomy: Anatomy, axis: str, score: Callable[[Place], Float[Tensor, " entries"]]) -> Totals:
+def totals(anatomy: Anatomy, axis: str, score: Callable[[AxisPlace], Float[Tensor, " entries"]]) -> Totals:
     """Add up `score` over every place of an axis, in float64 on the CPU."""
     num = anatomy.sizes.sizes[axis]
     layers_LN = torch.zeros(anatomy.sizes.layers, num, dtype=torch.float64)

@@ -31,7 +31,7 @@ from halve.anatomy import Anatomy
 from halve.cut.score.importance import block_importance, seq_statistics, sums_over_batch
 from halve.cut.score.scores import WIDTH_AXES, Statistics
 from halve.cut.score.sites import output_expr
-from halve.cut.score.structures import positions
+from halve.cut.score.structures import axis_positions
 from halve.errors import AnatomyError, CheckpointError
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import FfnPoint
@@ -60,7 +60,7 @@ class Heard:
     """`importance.block_importance` of every layer, summed over samples."""
 
 
-def measure(
+def measure_activations(
     model: PreTrainedModel,
     anatomy: Anatomy,
     samples_BS: Int64[Tensor, "batch seq"],
@@ -238,7 +238,7 @@ def first_outputs(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap] 
         raise _unscorable(anatomy, "ffn", f"no module of layer {missing[0]} makes it")
     sizes, found = anatomy.sizes.sizes, []
     for layer, name in sorted(called.items()):
-        first_F = positions(output_expr(anatomy, name), "ffn", sizes)[:, 0].to(model.device)
+        first_F = axis_positions(output_expr(anatomy, name), "ffn", sizes)[:, 0].to(model.device)
         found.append(Tap(layer, name, partial(_on_entries, entries=first_F)))
     return tuple(found)
 

@@ -33,7 +33,7 @@ from halve.cut.score import baselines, gradients, taps
 from halve.cut.score.importance import group_importance, token_moments, token_variance
 from halve.cut.score.scores import WIDTH_AXES, Scores, random_scores
 from halve.cut.score.sites import input_dim
-from halve.cut.score.structures import Place, row_scores, totals
+from halve.cut.score.structures import AxisPlace, row_scores, totals
 from halve.errors import AnatomyError
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Aggregator, FfnPoint, Method
@@ -100,7 +100,7 @@ def score(
 
 
 def _activation(job: _Job) -> Scores:
-    statistics = taps.measure(
+    statistics = taps.measure_activations(
         job.model,
         job.anatomy,
         job.samples_BS,
@@ -124,7 +124,7 @@ def _magnitude(job: _Job) -> Scores:
     parameters = dict(job.model.named_parameters())
 
     @torch.no_grad()
-    def weigh(place: Place) -> Tensor:
+    def weigh(place: AxisPlace) -> Tensor:
         weight = parameters[place.name]
         return row_scores(baselines.magnitude, weight, dim=place.dim, positions_NP=place.positions)
 
@@ -133,13 +133,13 @@ def _magnitude(job: _Job) -> Scores:
 
 
 def _taylor(job: _Job) -> Scores:
-    found = gradients.measure(
+    found = gradients.measure_gradients(
         job.model, job.anatomy, job.samples_BS, micro_batch=job.micro_batch, progress=job.progress
     )
     parameters = dict(job.model.named_parameters())
 
     @torch.no_grad()
-    def weigh(place: Place) -> Tensor:
+    def weigh(place: AxisPlace) -> Tensor:
         weight, gradient = parameters[place.name], found.by_name[place.name]
         return row_scores(baselines.taylor_element, weight, gradient, dim=place.dim, positions_NP=place.positions)
 
@@ -195,7 +195,7 @@ METHODS: Final[Mapping[Method, Callable[[_Job], Scores]]] = {
 # ---- from places and points to axes
 
 
-def _by_weights(job: _Job, weigh: Callable[[Place], Tensor], layers_L: Tensor) -> Scores:
+def _by_weights(job: _Job, weigh: Callable[[AxisPlace], Tensor], layers_L: Tensor) -> Scores:
     """Sum a score of rows over every parameter that carries an axis."""
     anatomy = job.anatomy
     sums = {axis: totals(anatomy, axis, weigh) for axis in WIDTH_AXES if axis not in anatomy.refusals}

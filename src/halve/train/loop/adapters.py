@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 _ADAPTER = "default"  # peft's name for the only one
 
 
-def choose(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
-    """Let `model` train what the recipe's section says; `merge` undoes what this adds to it. As `require`, raises."""
-    require(discover(model.config), section)
+def choose_trained(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
+    """Let `model` train what the recipe's section says; `merge` undoes what this adds to it.
+
+    Raises what `require_trainable` raises.
+    """
+    require_trainable(discover(model.config), section)
     if section.method == "lora":
         add_lora(model, rank=section.lora_rank, alpha=section.lora_alpha, seed=seed)
     elif section.method == "norms":
@@ -35,7 +38,7 @@ def choose(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
         model.requires_grad_(True)
 
 
-def require(anatomy: Anatomy, section: Correct) -> None:
+def require_trainable(anatomy: Anatomy, section: Correct) -> None:
     """Raise `RecipeError` where the section's method finds nothing to train in such a model, or lacks its package."""
     if section.method == "norms" and not _has_norms(anatomy):
         raise RecipeError(

@@ -53,9 +53,9 @@ def open_journal(path: Path, *, step: int, loggers: Sequence[str] = (), name: st
     """Open the journal of a run that goes on from `step`: what a killed run wrote after it is left out.
 
     `loggers` are names of `LOGGERS`; they show the run as `name` and write beside `path`. Raises `DiskError` when a
-    line finds no room, and as `require`.
+    line finds no room, and as `require_loggers`.
     """
-    require(loggers)
+    require_loggers(loggers)
     _truncate(path, step)
     with ExitStack() as open_ones, disk_guard(path), path.open("a", encoding="utf-8") as file:
         logs = tuple(open_ones.enter_context(_opened(one, path.parent, name)) for one in loggers)
@@ -73,7 +73,7 @@ def flat(line: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def require(loggers: Sequence[str]) -> None:
+def require_loggers(loggers: Sequence[str]) -> None:
     """Raise `TrainError` where a logger's package, an extra of its own name, is not installed or wants a login."""
     for name in loggers:
         if importlib.util.find_spec(name) is None:

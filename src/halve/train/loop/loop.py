@@ -27,7 +27,7 @@ from halve.train.loop import watch
 from halve.train.loop.checkpoints import Keeper
 from halve.train.loop.journal import Mute, open_journal
 from halve.train.loop.optimizers import make_optimizer
-from halve.train.loop.step import Beside, Found, Trained, apply, drop, gradients
+from halve.train.loop.step import Beside, StepGradients, Trained, apply, drop, gradients
 from halve.train.loop.watch import Running
 from halve.train.objectives.logits import Heldout, Objective
 from halve.train.ranks import blocks, shards
@@ -68,7 +68,7 @@ def train(
     heldout: Heldout | None = None,
     extra: nn.Module | None = None,
     beside: Beside | None = None,
-    flops: watch.Work | None = None,
+    flops: watch.FlopsPerToken | None = None,
     name: str = "train",
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`; the caller exports it.
@@ -153,7 +153,7 @@ class _UnderWay:
     keeper: Keeper
     heldout: Heldout | None
     beside: Beside | None
-    flops: watch.Work | None
+    flops: watch.FlopsPerToken | None
     running: Running
     loss: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -192,7 +192,7 @@ class _UnderWay:
         _require_finite(self.figures, step, self.keeper, training)
         return {"heldout": self.figures}
 
-    def _gradients(self, parts: Sequence[Batch]) -> Found:
+    def _gradients(self, parts: Sequence[Batch]) -> StepGradients:
         head, precision = self.learner.head(), autocast(self.course.training, self.device)
 
         def summed(part: Batch) -> tuple[Tensor, int]:
@@ -236,7 +236,7 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
     )
 
 
-def _work(flops: watch.Work | None, beside: Beside | None, context: int, step: int) -> float | None:
+def _work(flops: watch.FlopsPerToken | None, beside: Beside | None, context: int, step: int) -> float | None:
     """FLOPs a token of all that learns in a step."""
     if flops is None:
         return None

@@ -47,7 +47,7 @@ class Beside(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class StepGradients:
     """What `gradients` found: the mean loss of `count` tokens, and the norm of its gradient."""
 
     loss: float
@@ -61,7 +61,7 @@ def gradients(
     parts: Iterable[Batch],
     *,
     settle: Callable[[], None] | None = None,
-) -> Found:
+) -> StepGradients:
     """Leave the gradient of the losses' sum over all tokens of all ranks in the parameters; give mean loss and norm.
 
     `parts` are this rank's. `settle` is called after the last of them (see `shards.Learner.settle`).
@@ -77,10 +77,10 @@ def gradients(
     total, tokens = both.unbind()
     norm = _norm(trained) / tokens.to(torch.float32)
     mean, size, number = torch.stack([total / tokens, norm.double(), tokens]).tolist()
-    return Found(mean, size, int(number))
+    return StepGradients(mean, size, int(number))
 
 
-def apply(trained: Trained, found: Found, *, lr: float, clip: float) -> None:
+def apply(trained: Trained, found: StepGradients, *, lr: float, clip: float) -> None:
     """Take one optimizer step along the gradients that were found, and drop them."""
     # they are those of the sum: one pass both takes the mean and clips it
     torch._foreach_mul_(trained.gradients(), min(clip / (found.norm + 1e-6), 1.0) / found.count)

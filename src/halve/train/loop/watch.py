@@ -86,31 +86,31 @@ class Running:
         return cls(notes["mean"], notes["count"], tuple(notes["spikes"]), notes.get("variance", 0.0))
 
 
-Work = Callable[[int], float]
+FlopsPerToken = Callable[[int], float]
 """FLOPs of a token of training by the context's length."""
 
 
-def learning(student: Anatomy) -> Work:
+def training_work(student: Anatomy) -> FlopsPerToken:
     """FLOPs a token of a model in training: three times its forward pass, `3 (2N + a) + 6 V H`."""
     return lambda context: 3.0 * _forward(student, context)
 
 
-def correcting(teacher: Anatomy, section: Correct) -> Work:
+def correction_work(teacher: Anatomy, section: Correct) -> FlopsPerToken:
     """FLOPs a token of a correction: three times the forward pass.
 
     Where matrices stay frozen they have no gradient of their own, and count twice; attention has no weights.
     """
     if section.method == "full":
-        return learning(teacher)
+        return training_work(teacher)
     return lambda context: 3.0 * _forward(teacher, context) - _forward(teacher, 0)
 
 
-def distilling(student: Anatomy, teacher: Anatomy, training: Distill) -> Work:
+def distilling(student: Anatomy, teacher: Anatomy, training: Distill) -> FlopsPerToken:
     """FLOPs a token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
 
     Of a teacher whose hidden states are cached the head alone counts, of one whose logits are, nothing.
     """
-    own = learning(student)
+    own = training_work(student)
 
     def work(context: int) -> float:
         if training.cache == "logits":

@@ -104,7 +104,7 @@ def follow_draws(draws: Sampled, *, temperature: float = 1.0) -> Target:
     )
 
 
-def cross_entropy(labels: Int[Tensor, " tokens"]) -> Target:
+def cross_entropy_target(labels: Int[Tensor, " tokens"]) -> Target:
     """Compare with the tokens that came next."""
     return lambda chunk: lambda z_RV, block: ce_rows(z_RV, labels[chunk][block])
 
@@ -114,7 +114,7 @@ def sum_of(terms: Sequence[tuple[float, Target]]) -> Target:
     return lambda chunk: weighted([(weight, target(chunk)) for weight, target in terms])
 
 
-class Divergence(NamedTuple):
+class DivergenceSums(NamedTuple):
     """Sums over tokens: KL(teacher || student), its cross-entropy, how often the best token is the same."""
 
     kl: Tensor
@@ -123,7 +123,7 @@ class Divergence(NamedTuple):
 
 
 @torch.no_grad()
-def divergence(
+def divergence_sums(
     hidden: Float[Tensor, "tokens hidden"],
     head: Head,
     teacher_hidden: Float[Tensor, "tokens teacher_hidden"],
@@ -133,7 +133,7 @@ def divergence(
     vocab: int,
     chunk: int,
     operand: torch.dtype | None = None,
-) -> Divergence:
+) -> DivergenceSums:
     """Measure a student against its teacher, forward only, a chunk at a time; sums in float64."""
     student, teacher = (
         _Factors.of(hidden, head, vocab, operand),
@@ -148,7 +148,7 @@ def divergence(
             ce_R, _ = ce_rows(z_CV[block], labels[rows][block])
             same_R = z_CV[block].argmax(-1) == t_CV[block].argmax(-1)
             sums += torch.stack([kl_R.sum(dtype=sums.dtype), ce_R.sum(dtype=sums.dtype), same_R.sum(dtype=sums.dtype)])
-    return Divergence(*sums)
+    return DivergenceSums(*sums)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ TeacherRows = Rows[Tensor]
 """The same against the teacher's logits [R, V]."""
 
 Logits = Float[Tensor, "tokens vocab"]
-Found = tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]
+LossAndGradient = tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]
 
 _EXP_LIMIT = 80.0  # exp of it is still finite in float32
 _LOG2_E = math.log2(math.e)  # exp2 of x * log2(e): on a CPU torch takes exp in a library that needs three times as long
@@ -56,7 +56,7 @@ def weighted(terms: Sequence[tuple[float, Rows[Other]]]) -> Rows[Other]:
     return rows
 
 
-def kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.0) -> Found:
+def kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.0) -> LossAndGradient:
     """Return forward KL, `KL(p || q) = sum_v p (log p - log q)`: the papers' choice (2407.14679, Table 15).
 
     Its gradient is `q - p`. The sum is taken over `p (log p - log q) + q - p`, whose first-order rounding errors
@@ -69,7 +69,7 @@ def kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.0) -> Fo
     return _at(temperature, log_p_RV.add_(grad_RV).sum(-1), grad_RV)
 
 
-def reverse_kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.0) -> Found:
+def reverse_kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.0) -> LossAndGradient:
     """Return reverse KL, `KL(q || p) = sum_v q (log q - log p)`: it seeks modes (MiniLLM, 2306.08543, Sec. 2).
 
     With `r = log q - log p` its gradient is `q (r - KL)`. Rounding cancels as in `kl_rows`.
@@ -81,7 +81,7 @@ def reverse_kl_rows(student: Logits, teacher: Logits, *, temperature: float = 1.
     return _at(temperature, kl_R, ratio_RV.sub_(kl_R[:, None]).mul_(q_RV))
 
 
-def jsd_rows(student: Logits, teacher: Logits, *, beta: float, temperature: float = 1.0) -> Found:
+def jsd_rows(student: Logits, teacher: Logits, *, beta: float, temperature: float = 1.0) -> LossAndGradient:
     """Return the generalized Jensen-Shannon divergence; `beta` is the teacher's share of the mixture m.
 
     GKD, 2306.13649, Eq. 1:
@@ -105,7 +105,7 @@ def jsd_rows(student: Logits, teacher: Logits, *, beta: float, temperature: floa
     return _at(temperature, loss_R, r_RV.neg_().add_(mean_R1).mul_(q_RV).mul_(1 - beta))
 
 
-def top_k_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: float = 1.0) -> Found:
+def top_k_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: float = 1.0) -> LossAndGradient:
     """Return forward KL to the teacher's `k` likeliest tokens alone, renormalized (2407.14679, Appendix A.3).
 
     The student's distribution stays whole: what it gives to other tokens counts against it, however much the
@@ -122,7 +122,7 @@ def top_k_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: floa
     return _at(temperature, kl_R.add_(grad_RV.sum(-1)), grad_RV)
 
 
-def top_k_tail_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: float = 1.0) -> Found:
+def top_k_tail_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: float = 1.0) -> LossAndGradient:
     """Return forward KL over `k + 1` events: the teacher's `k` likeliest tokens, and any other token.
 
     Zero where the student has the same top and the same mass beside it: unlike `top_k_kl_rows` it never pulls from
@@ -145,7 +145,7 @@ def top_k_tail_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature:
     return _at(temperature, kl_R, grad_RV.scatter_(-1, ids_RK, (q_RJ - p_RJ)[:, :-1]))
 
 
-def mse_rows(student: Logits, teacher: Logits) -> Found:
+def mse_rows(student: Logits, teacher: Logits) -> LossAndGradient:
     """Return the squared difference of the logits, meant over the vocabulary: `1/V sum_v (z - t)^2`.
 
     Of logits as they are, where 2407.14679 (Sec. 3) writes its losses of probabilities: most of these are nearly 0,
@@ -156,7 +156,7 @@ def mse_rows(student: Logits, teacher: Logits) -> Found:
     return loss_R, grad_RV.mul_(2 / student.shape[-1])
 
 
-def cosine_rows(student: Logits, teacher: Logits) -> Found:
+def cosine_rows(student: Logits, teacher: Logits) -> LossAndGradient:
     """Return `1 - cos(z, t)` of the logits, taken as `1/2 |z/|z| - t/|t||^2`, which does not cancel.
 
     With `d` that difference the gradient is `(d - z/|z| * loss) / |z|`. It lies between 0 and 2, however many the
@@ -171,7 +171,7 @@ def cosine_rows(student: Logits, teacher: Logits) -> Found:
     return loss_R, diff_RV.sub_(unit_RV.mul_(loss_R[:, None])).mul_(shrink_R1)
 
 
-def ce_rows(student: Logits, labels: Int[Tensor, " tokens"]) -> Found:
+def ce_rows(student: Logits, labels: Int[Tensor, " tokens"]) -> LossAndGradient:
     """Return the cross-entropy `-log q[label]` at temperature 1."""
     log_q_RV = torch.log_softmax(student, -1)
     ce_R = log_q_RV.gather(-1, labels[:, None]).squeeze(-1).neg()
@@ -190,7 +190,7 @@ class Sampled(NamedTuple):
     entropy: Float[Tensor, " tokens"]
 
 
-def sampled_kl_rows(student: Logits, teacher: Sampled, *, temperature: float = 1.0) -> Found:
+def sampled_kl_rows(student: Logits, teacher: Sampled, *, temperature: float = 1.0) -> LossAndGradient:
     """Return an estimate of forward KL from draws of p: value and gradient are right in expectation.
 
         sum_k share_k (-log q[id_k]) - H(p),  gradient q - share

@@ -143,7 +143,7 @@ def with_states(objective: Objective, matching: Matching, *, alpha: float | None
 
     def both(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
         ears = zip(*((pair.student, pair.teacher) for pair in matching.pairs), strict=True)
-        with heard(next(ears)) as learned, heard(next(ears)) as taught:
+        with recorded(next(ears)) as learned, recorded(next(ears)) as taught:
             loss, count = objective(body, head, batch)
         states = matching.loss(learned, taught, batch)
         weight = alpha if alpha is not None else _ratio(loss.detach(), states.detach())
@@ -153,7 +153,7 @@ def with_states(objective: Objective, matching: Matching, *, alpha: float | None
 
 
 @contextmanager
-def heard(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
+def recorded(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
     """While open, listen to one forward pass; the list that this gives then holds every ear's state.
 
     What the pass computes again on its way back, under activation checkpointing, is not heard.

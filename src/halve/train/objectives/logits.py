@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halve.errors import TrainError
 from halve.model.head import Body, Head
-from halve.recipe.schema import Distill, Term
+from halve.recipe.schema import Distill, LossTerm
 from halve.text.batch import Batch, predictions
 from halve.train.losses import chunked, divergences
 from halve.train.losses.chunked import Target
@@ -42,7 +42,7 @@ def cross_entropy() -> Objective:
 
     def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
         hidden_ND, labels = predictions(body, batch), batch.labels()
-        target = chunked.cross_entropy(labels)
+        target = chunked.cross_entropy_target(labels)
         return _summed(hidden_ND, head, target, vocab=head.weight.shape[0]), labels.numel()
 
     return objective
@@ -82,7 +82,7 @@ def teacher_terms(training: Distill) -> list[tuple[float, TeacherRows]]:
     if k is not None:
         top_k = divergences.top_k_tail_kl_rows if training.top_k_tail else divergences.top_k_kl_rows
         kl = partial(top_k, k=k, temperature=tau)
-    rows: dict[Term, TeacherRows] = {
+    rows: dict[LossTerm, TeacherRows] = {
         "kl": kl,
         "reverse_kl": partial(divergences.reverse_kl_rows, temperature=tau),
         "jsd": partial(divergences.jsd_rows, beta=training.beta, temperature=tau),
@@ -96,7 +96,7 @@ def _following(follow: Callable[[Batch], Target], *, vocab: int, ce: float) -> O
     def objective(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
         target, labels = follow(batch), batch.labels()
         if ce > 0:
-            target = chunked.sum_of([(1.0, target), (ce, chunked.cross_entropy(labels))])
+            target = chunked.sum_of([(1.0, target), (ce, chunked.cross_entropy_target(labels))])
         return _summed(predictions(body, batch), head, target, vocab=vocab), labels.numel()
 
     return objective
@@ -124,7 +124,7 @@ def heldout_divergence(teacher: Teacher[Hidden], samples: Batch, *, vocab: int, 
             with torch.no_grad():
                 hidden_ND = predictions(body, part)
             labels = part.labels()
-            parts = chunked.divergence(
+            parts = chunked.divergence_sums(
                 hidden_ND,
                 head,
                 *teacher.answer(part),

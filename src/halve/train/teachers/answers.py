@@ -78,7 +78,7 @@ def bound_to(
     draws_logits = training.cache == "logits"
     return Bound(
         teacher=teacher,
-        tokenizer=tokenize.fingerprint(tokenizer),
+        tokenizer=tokenize.tokenizer_fingerprint(tokenizer),
         corpus=course.fingerprint,
         heldout=hashlib.sha256(heldout.ids.numpy().tobytes()).hexdigest(),
         context=recipe.data.context,
@@ -105,13 +105,13 @@ def drawn_logits(teacher: Teacher[Hidden], batch: Batch, *, bound: Bound, seed: 
         yield _drawn(some_ND, head, bound, seed=seed, number=number)._asdict()
 
 
-def token_bytes(kind: Cache, *, hidden: int, vocab: int, samples: int, half: bool) -> int:
+def answer_bytes(kind: Cache, *, hidden: int, vocab: int, samples: int, half: bool) -> int:
     """Return the most bytes that a cache takes for a token that is trained on; draws that fall together take less."""
     if kind == "none":
         return 0
     if kind == "hidden":
         return hidden * (2 if half else 4)
-    return draws.token_bytes(vocab, samples)
+    return draws.draw_bytes(vocab, samples)
 
 
 def _drawn(states_ND: Tensor, head: Head, bound: Bound, *, seed: int, number: int) -> Packed:

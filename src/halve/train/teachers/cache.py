@@ -38,7 +38,7 @@ from halve.train.teachers import draws
 from halve.train.teachers.draws import Packed
 from halve.train.teachers.live import Hidden
 
-FORMAT = 1
+CACHE_FORMAT = 1
 INDEX, SAMPLES, HEAD = "index.json", "samples.safetensors", "head.safetensors"
 TRAIN, HELDOUT = "train", "heldout"
 SHARD_BYTES = 2**28  # a kill loses at most one
@@ -70,7 +70,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CacheFacts:
     """What else is known: the teacher's cross-entropy on the held-out text, its head, and whose draws were answered."""
 
     ce: float
@@ -111,11 +111,11 @@ def write_index(
     weights = {"weight": head.weight.detach()} | ({} if head.bias is None else {"bias": head.bias.detach()})
     _save({name: value.cpu().contiguous() for name, value in weights.items()}, folder / HEAD)
     _save({name: torch.tensor(listed, dtype=torch.int64) for name, listed in numbers.items()}, folder / SAMPLES)
-    facts = asdict(Facts(ce, head.scale, head.softcap, drawn))
-    write_json(folder / INDEX, sealed({"format": FORMAT, "bound": asdict(bound), "each": each, "facts": facts}))
+    facts = asdict(CacheFacts(ce, head.scale, head.softcap, drawn))
+    write_json(folder / INDEX, sealed({"format": CACHE_FORMAT, "bound": asdict(bound), "each": each, "facts": facts}))
 
 
-def size(folder: Path) -> int:
+def cache_bytes(folder: Path) -> int:
     """The bytes of a cache's answers to what is trained on."""
     return sum(path.stat().st_size for path in folder.glob(f"{TRAIN}-*.safetensors"))
 
@@ -129,7 +129,7 @@ class Store:
 
     folder: Path
     bound: Bound
-    facts: Facts
+    facts: CacheFacts
     each: int
 
     @classmethod
@@ -138,10 +138,10 @@ class Store:
         if not (folder / INDEX).is_file():
             raise TrainError(f"there is no cache in {folder}", why=f"it has no {INDEX}", fix=_AGAIN)
         index = read_sealed(folder / INDEX)
-        if index.get("format") != FORMAT:
-            why = f"its format is {index.get('format')}, this halve reads {FORMAT}"
+        if index.get("format") != CACHE_FORMAT:
+            why = f"its format is {index.get('format')}, this halve reads {CACHE_FORMAT}"
             raise TrainError(f"cannot read the cache in {folder}", why=why, fix=_AGAIN)
-        return cls(folder, Bound(**index["bound"]), Facts(**index["facts"]), index["each"])
+        return cls(folder, Bound(**index["bound"]), CacheFacts(**index["facts"]), index["each"])
 
     def require(self, bound: Bound) -> None:
         """Raise `TrainError` naming the first thing in which these answers belong to something else."""
@@ -275,7 +275,7 @@ def _name(number: int, part: str) -> str:
 
 
 def _stamp(bound: Bound, numbers: Sequence[int]) -> str:
-    what = {"format": FORMAT, "bound": asdict(bound), "numbers": list(numbers)}
+    what = {"format": CACHE_FORMAT, "bound": asdict(bound), "numbers": list(numbers)}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

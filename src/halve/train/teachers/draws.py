@@ -62,7 +62,7 @@ def entry_bytes(vocab: int, draws: int) -> int:
     return -(-(vocab * draws - 1).bit_length() // 8) or 1
 
 
-def token_bytes(vocab: int, draws: int) -> int:
+def draw_bytes(vocab: int, draws: int) -> int:
     """Return the most bytes that draws at a token take: where all fall on different tokens."""
     return draws * entry_bytes(vocab, draws) + _counter(draws).itemsize + torch.float32.itemsize
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer", covariant=True)
 
-SAME = "same"
+STUDENTS_DEVICE = "same"
 """`teacher_device`: that of the student."""
 
 
@@ -60,7 +60,7 @@ class Live:
             return Hidden(predictions(self.body, batch), self.head)
 
 
-def load(
+def load_teacher(
     source: Checkpoint, training: Distill, *, dtype: Dtype, device: str, half: bool, in_shards: bool = False
 ) -> tuple[PreTrainedModel, Live]:
     """Load a teacher and put it where the recipe's section wants it; it answers on the student's `device`.
@@ -87,7 +87,7 @@ def load(
 
 def stays(training: Distill) -> bool:
     """Whether the teacher is on the student's device for good: only then can it be shared out among ranks."""
-    return training.teacher_device == SAME and not training.offload_teacher
+    return training.teacher_device == STUDENTS_DEVICE and not training.offload_teacher
 
 
 def require_place(training: Distill) -> None:
@@ -159,7 +159,7 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 def _place(training: Distill, device: str) -> str:
     wanted = training.teacher_device
-    if wanted == SAME:
+    if wanted == STUDENTS_DEVICE:
         return device
     try:
         torch.empty(0, device=wanted)

@@ -1,0 +1,246 @@
+"""Read this first: the stages of a run, in order, and what each depends on.
+
+    teacher + corpus -> correct -> score -> prune -> cache -> distill (and its baselines) -> evaluate -> report
+
+Where a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow on the last student, and so on.
+
+`stages` lists them for a recipe. Every stage is a function from artifacts to one artifact; only this file knows the
+order. `halve.pipeline.run` carries them out and passes over those that are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.disk.rundir import RunDir
+from halve.pipeline.keys import Keyed
+from halve.progress import Progress
+from halve.recipe.rounds import learns_from_previous, named, rounds
+from halve.recipe.schema import HOW, Distill, Recipe
+
+if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
+
+SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
+_EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
+TOGETHER = ("correct", "distill")
+"""Sections whose stages several ranks carry out together; the others' are carried out by one while the rest wait."""
+_INPUTS = ("teacher", "train", "valid")
+
+
+@dataclass(frozen=True)
+class Stage(Keyed):
+    """One step of a run: a folder of its own, what it depends on, and the function that does it."""
+
+    act: _Act
+
+
+_Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may reach for."""
+
+    folder: RunDir
+    cache: Path
+    progress: Progress
+    teacher: Checkpoint
+    """The model that the recipe names."""
+    students: dict[str, Checkpoint] = field(default_factory=dict)
+    """Models that stages made, as far as they were opened."""
+
+    def scores(self, stage: str) -> Path:
+        return self.folder.stage(stage) / "scores.safetensors"
+
+    def model(self, stage: str | None) -> Checkpoint:
+        """The model that a stage made; None is the one that the recipe names."""
+        from halve.model.checkpoint import Checkpoint
+
+        if stage is None:
+            return self.teacher
+        if stage not in self.students:
+            self.students[stage] = Checkpoint.open(self.folder.stage(stage) / "model")
+        return self.students[stage]
+
+
+_Act = Callable[[StageContext, Recipe, Path], Mapping[str, Any]]
+
+
+def stages(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages that a recipe asks for, each after those it needs."""
+    listed: list[Stage] = []
+    models: dict[str, str] = {}
+    original = None  # the stage that makes the teacher, if it is corrected
+    if recipe.corrects_before:
+        models["corrected"] = original = "correct"
+        reads: _Names = (*_EVERYWHERE, "data.documents", "correct", *_but_how("correct"))
+        listed.append(Stage("correct", "correct", recipe, reads, (), _INPUTS, 1, _correct))
+    last = original
+    for number, part in enumerate(rounds(recipe), 1):
+        teacher = last if learns_from_previous(recipe, number) else original
+        made, students = _round(part, number, cut=last, teacher=teacher)
+        listed += made
+        models |= students
+        last = models.get(named("distilled", number), named("prune", number))
+    subject = next((name for name, stage in models.items() if stage == last and name.startswith("distilled")), None)
+    beside = {
+        named("corrected", number): models[named("distilled", number)]
+        for number, part in enumerate(rounds(recipe), 1)
+        if part.corrects_beside
+    }
+    reads, measured = (*_EVERYWHERE, "evaluate", "-evaluate.choices"), ("teacher", "valid", "choices")
+    act = _evaluate(models, beside, subject=subject)
+    listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
+    everything = tuple(stage.name for stage in listed)
+    listed.append(Stage("report", "report", recipe, (*_EVERYWHERE, "name"), everything, (), 1, _report))
+    return tuple(listed)
+
+
+def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None) -> tuple[list[Stage], dict[str, str]]:
+    """The stages of one round, and the models they make by the names that evaluation gives them.
+
+    `cut` and `teacher` are the stages whose models are cut and learned from; None is the recipe's model.
+    """
+    listed: list[Stage] = []
+    score, prune, at_random = named("score", number), named("prune", number), named("prune", number, "random")
+    whole: _Names = () if cut is None else (cut,)
+    taught: _Names = () if teacher is None else (teacher,)
+
+    def add(name: str, section: str, act: _Act, reads: _Names, after: _Names, outside: _Names = _INPUTS) -> None:
+        after = tuple(dict.fromkeys(after))
+        listed.append(Stage(name, section, recipe, (*_EVERYWHERE, *reads), after, outside, number, act))
+
+    # the aggregators are chosen when scores are used: their file holds the raw statistics of all
+    reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task")
+    add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
+    reads = ("prune", "score", "-score.depth_task")
+    add(prune, "prune", _prune(cut, score), reads, (*whole, score))
+    models = {named("pruned", number): prune}
+    if recipe.distill is None:
+        return listed, models
+
+    answers = None
+    if recipe.distill.cache != "none":
+        answers = named("cache", number)
+        add(answers, "cache", _cache(teacher), _cached_by(recipe.distill), taught)
+        taught = (*taught, answers)
+    for variant in ("student", *recipe.distill.baselines):
+        own: _Names = ("data.documents", "distill", "-distill.baselines", *_but_how("distill"))
+        start = prune
+        if variant == "ce":  # it has an objective of its own
+            own = (*own, "-distill.objective", "-distill.temperature")
+        elif recipe.corrects_beside:  # the teacher moves as well
+            own = (*own, "correct", *_but_how("correct"))
+        if variant == "random_prune":
+            start = at_random
+            add(start, "prune", _prune(cut, None, like=prune), ("prune", "score", "-score.depth_task"), (*whole, prune))
+        stage = named("distill", number, "" if variant == "student" else variant)
+        add(stage, "distill", _distill(variant, start, teacher, answers), own, (*taught, start))
+        models[named("distilled" if variant == "student" else variant, number)] = stage
+    return listed, models
+
+
+def _but_how(section: str) -> _Names:
+    return tuple(f"-{section}.{key}" for key in HOW)
+
+
+def _correct(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+    from halve.stages import correct
+
+    return correct.run(recipe, teacher=run.teacher, cache=run.cache, out=out, progress=run.progress)
+
+
+def _score(cut: str | None) -> _Act:
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import score
+
+        return score.run(recipe, teacher=run.model(cut), cache=run.cache, out=out, progress=run.progress)
+
+    return act
+
+
+def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act:
+    """Cut by the scores of a stage; None cuts at random, to the sizes of the cut `like`."""
+
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import prune
+
+        return prune.run(
+            recipe,
+            teacher=run.model(cut),
+            scores=None if scored is None else run.scores(scored),
+            cache=run.cache,
+            out=out,
+            like=None if like is None else run.folder.stage(like) / "plan.json",
+            progress=run.progress,
+        )
+
+    return act
+
+
+def _cached_by(training: Distill) -> _Names:
+    """What a cache depends on: which samples are drawn, and what is kept of them; nothing of the student."""
+    keys = ["tokens", "batch", "phases", "eval_samples", "precision", "cache"]
+    if training.cache == "logits":
+        keys += ["cache_samples", "temperature"]
+    return ("data.documents", *(f"distill.{key}" for key in keys))
+
+
+def _cache(teacher: str | None) -> _Act:
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import cache
+
+        return cache.run(recipe, teacher=run.model(teacher), cache=run.cache, out=out, progress=run.progress)
+
+    return act
+
+
+def _distill(variant: str, start: str, teacher: str | None, answers: str | None) -> _Act:
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import distill
+
+        return distill.run(
+            recipe,
+            teacher=run.model(teacher),
+            student=run.model(start),
+            variant=variant,
+            cache=run.cache,
+            out=out,
+            answers_in=None if answers is None else run.folder.stage(answers),
+            progress=run.progress,
+        )
+
+    return act
+
+
+def _evaluate(models: Mapping[str, str], beside: Mapping[str, str], *, subject: str | None) -> _Act:
+    """Of the stages that made them: models, and teachers that were corrected beside, by their names."""
+
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.model.checkpoint import Checkpoint
+        from halve.stages import evaluate
+
+        taught = {name: Checkpoint.open(run.folder.stage(stage) / "teacher") for name, stage in beside.items()}
+        made = {name: run.model(stage) for name, stage in models.items()}
+        return evaluate.run(
+            recipe,
+            models={"teacher": run.teacher, **taught, **made},
+            reference="corrected" if recipe.corrects_before else "teacher",
+            subject=subject,
+            cache=run.cache,
+            out=out,
+            progress=run.progress,
+        )
+
+    return act
+
+
+def _report(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+    from halve.report import page as report
+
+    report.write_report(run.folder.path, out)
+    return {}
