@@ -596,7 +596,7 @@ def test_check_looks_at_the_room_on_the_disk(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     (error,) = pipeline.check(full(), tmp_path / "run")
-    assert " MB\n  why: 0.1 MB are free there" in str(error)
+    assert " MB\n  why: 100.0 kB are free there" in str(error)
 
 
 @pytest.mark.parametrize(("kind", "each"), [("hidden", 32 * 4), ("logits", 16 * 2 + 1 + 4)])

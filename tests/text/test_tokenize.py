@@ -221,7 +221,7 @@ def test_a_draft_that_lost_its_end_is_begun_again(text: Path, tmp_path: Path, mo
 SCRIPT = """
 import sys
 from pathlib import Path
-from halve.train import corpus, tokenize
+from halve.text import corpus, tokenize
 from halve.text.corpus import prepare
 from transformers import PreTrainedTokenizerFast
 tokenize.BATCH_CHARS, corpus.MARK_BATCHES = 128, 3
