@@ -176,7 +176,7 @@ def test_a_run_of_another_recipe(refused: Refused, tmp_path: Path) -> None:
 def test_a_disk_with_too_little_room(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refused(r"needs about .* MB more\n  why: 0\.0 MB are free there\. .* are written")
+    refused(r"needs about .* kB more\n  why: 1\.0 kB are free there\. .* are written")
 
 
 @pytest.mark.parametrize("at", range(0, 20, 3))
