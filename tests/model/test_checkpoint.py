@@ -17,10 +17,16 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from halve.disk import soundness
-from halve.errors import CheckpointError, DiskError, RecipeError, TokenizerError
+from halve.errors import AnatomyError, CheckpointError, DiskError, RecipeError, TokenizerError
 from halve.model import checkpoint, saving
 from halve.model.card import license_of
 from halve.model.checkpoint import Checkpoint
@@ -247,10 +253,61 @@ def test_a_broken_config_is_an_error(model_copy: Path) -> None:
         assert Checkpoint.open(model_copy).config
 
 
-def test_a_model_that_does_not_generate_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    with pytest.raises(CheckpointError, match="is not a causal language model"):
+@pytest.mark.parametrize("kind", ["clip", "t5", "florence2", "grounding-dino"])
+def test_what_is_no_decoder_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(
+        CheckpointError, match=r"is not a causal language model\n.*\n  fix: give a decoder-only language"
+    ):
         assert Checkpoint.open(tmp_path).config
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "beside"),
+    [
+        ("mistral3", "mistral", "vision_config"),
+        ("smolvlm", "llama", "vision_config"),
+        ("llava", "llama", "vision_config"),
+        ("internvl", "qwen2", "vision_config"),
+        ("voxtral", "llama", "audio_config"),
+        ("audioflamingo3", "qwen2", "audio_config"),
+    ],
+)
+def test_a_wrapper_is_told_how_its_language_model_is_taken_out(
+    tmp_path: Path, kind: str, part: str, beside: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    message = (
+        f"{kind} wraps a language model .*\n  why: .* one \\({part}\\) beside {beside}.*\n  fix: save the {part} to"
+    )
+    with pytest.raises(AnatomyError, match=message):
+        assert Checkpoint.open(tmp_path).config
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_a_wrapper_whose_language_model_has_no_class_of_its_own_says_so(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    message = (
+        f"{kind} wraps a language model .*\n  why: .* one \\({kind}_text\\).* has no causal .*\n  fix: give a text-only"
+    )
+    with pytest.raises(AnatomyError, match=message):
+        assert Checkpoint.open(tmp_path).config
+
+
+@pytest.mark.parametrize("kind", ["llava", "voxtral"])
+def test_the_lines_of_the_guide_take_the_language_model_out(tmp_path: Path, kind: str) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, **small}
+    other = {
+        "llava": {"vision_config": {"model_type": "clip_vision_model", **small}},
+        "voxtral": {"audio_config": small},
+    }
+    whole = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind, text_config=text, **other[kind])).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    guide = (Path(__file__).parents[2] / "docs/guides/first-model.md").read_text(encoding="utf-8")
+    (code,) = (block.split("```")[0] for block in guide.split("```python\n") if "MultimodalLM" in block)
+    exec(code.replace('"MODEL"', repr(str(tmp_path / "whole"))).replace('"TEXT_MODEL"', repr(str(tmp_path / "text"))))
+    assert torch.equal(Checkpoint.open(tmp_path / "text").load()(IDS).logits, whole(input_ids=IDS).logits)
 
 
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

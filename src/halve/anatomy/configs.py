@@ -15,6 +15,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.utils import logging as transformers_logging
 
 from halve.anatomy.arch import Arch
@@ -35,15 +40,33 @@ def has_heads(config: PretrainedConfig) -> bool:
 
 def require_text(config: PretrainedConfig) -> None:
     """Raise `AnatomyError` for a config that wraps a language model in other parts."""
-    text = config.get_text_config(decoder=True)
-    if not any(getattr(config, name, None) is text for name in config.sub_configs):
+    text = _text_part(config)
+    if text is None or type(text) in MODEL_FOR_MASKED_LM_MAPPING:  # encoders, too, have a causal class
         return
-    raise AnatomyError(
-        f"{config.model_type} wraps a language model in other parts",
-        why=f"config.json holds one ({text.model_type}) beside {_parts(config, text)}; halve reads it alone",
-        fix=f"save the {text.model_type} to a folder of its own, with the tokenizer, and give that"
-        " (docs/guides/first-model.md shows the six lines)",
-    )
+    what = f"config.json holds one ({text.model_type}) beside {_parts(config, text)}"
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise AnatomyError(
+            f"{config.model_type} wraps a language model in other parts",
+            why=f"{what}; halve reads it alone",
+            fix=f"save the {text.model_type} to a folder of its own, with the tokenizer, and give that"
+            " (docs/guides/first-model.md shows the six lines)",
+        )
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise AnatomyError(
+            f"{config.model_type} wraps a language model that cannot stand alone",
+            why=f"{what}, and transformers has no causal language model of that type",
+            fix="give a text-only model, such as the one that this was made from",
+        )
+
+
+def _text_part(config: PretrainedConfig) -> PretrainedConfig | None:
+    """The part that reads text, where the config is not that itself."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError:  # several read text
+        return None
+    wrapped = any(getattr(config, name, None) is text for name in config.sub_configs)
+    return text if wrapped and isinstance(text, PretrainedConfig) else None
 
 
 def _parts(config: PretrainedConfig, text: PretrainedConfig) -> str:

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from halve.anatomy import Anatomy, discover, plausible
-from halve.anatomy.configs import build, quiet
+from halve.anatomy.configs import build, quiet, require_text
 from halve.disk import plain_json, soundness
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
@@ -64,7 +64,8 @@ class Checkpoint:
         """The configuration; whoever changes it works on a copy.
 
         Raises `CheckpointError` for a folder without a sound config.json, a model type that this transformers
-        does not know, and one that has no causal language model.
+        does not know, and one that has no causal language model; `AnatomyError` for one that wraps a language model
+        and does not generate by itself.
         """
         return _read_config(self.folder, self.source)
 
@@ -185,10 +186,11 @@ def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
             fix="take the config.json that belongs to the model",
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        require_text(config)
         raise CheckpointError(
             f"{source} is not a causal language model",
             why=f"transformers has no causal language model of type {kind}",
-            fix="give a model that generates text",
+            fix="give a decoder-only language model",
         )
     plausible.require_plausible(config, folder / CONFIG)
     return config
