@@ -42,10 +42,17 @@ def test_what_cannot_be_done_is_refused_by_check(
     make_recipe: MakeRecipe, changes: dict[str, Any], message: str
 ) -> None:
     began = time.process_time()
-    found = check(make_recipe(**changes))
+    found = check(make_recipe(**changes), ranks=1)
     assert len(found) == 1
     assert re.search(message, str(found[0]))
     assert time.process_time() - began < 5
+
+
+def test_a_step_for_ranks_that_are_not_known_yet_is_not_held_against_this_machine(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(distill={**TRAINING, "batch": 10**12})
+    assert check(recipe) == ()
+    (error,) = check(recipe, ranks=10)
+    assert error.what.startswith("distill cannot hold 100,000,000,000 samples")
 
 
 def test_more_processes_than_a_machine_can_start(make_recipe: MakeRecipe, corpus: Path) -> None:

@@ -21,15 +21,17 @@ _BYTES_OF_AN_ID = 8
 _PROCESSES_A_CORE = 16
 
 
-def of_the_teacher(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
-    """Checks that raise a `HalveError` each."""
+def of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> Iterator[Callable[[], Any]]:
+    """Checks that raise a `HalveError` each; of a step only where it is known that this machine takes it."""
     yield partial(_check_questions, recipe, teacher)
+    if ranks is None:
+        return
     trainings: list[tuple[str, Training | None]] = [("correct", recipe.correct)]
     for number, part in enumerate(rounds(recipe), 1):
         trainings.append(("distill" if number == 1 else f"distill of round {number}", part.distill))
     for name, training in trainings:
         if training is not None and not (isinstance(training, Correct) and recipe.corrects_beside):
-            yield partial(_check_step, recipe, teacher, name, training)
+            yield partial(_check_step, recipe, teacher, name, training, ranks)
 
 
 def check_workers(recipe: Recipe) -> None:
@@ -83,10 +85,9 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
         teacher.require_embedded(largest, f"multiple-choice file {name}")
 
 
-def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Training) -> None:
+def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Training, ranks: int) -> None:
     """No plan, only what no way of training does without: the ids of a step, the states that enter a layer."""
     sizes = teacher.anatomy.sizes
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     context = max([recipe.data.context, *(phase.context or 0 for phase in training.phases)])
     share = max(1, training.batch // ranks)
     samples = min(training.micro_batch or share, share)

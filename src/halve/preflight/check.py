@@ -32,7 +32,8 @@ def check(
     short text makes, the plan's sizes, the multiple-choice files, the device, and, with `out`, the run folder and the
     room on its disk.
     `teacher` is the recipe's model, where the caller has opened it. `ranks` is how many processes will train together;
-    None is not known yet, as on the machine from which a job is sent to a cluster.
+    None is not known yet, as on the machine from which a job is sent to a cluster. What a step needs of its memory is
+    then not asked.
     """
     found: list[HalveError] = []
 
@@ -91,7 +92,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
             yield partial(_check_phase, recipe, teacher, name, phase)
     if recipe.data.documents == "apart":
         yield partial(_check_apart, teacher, recipe.data.boundary)
-    yield from preflight_bounds.of_the_teacher(recipe, teacher)
+    yield from preflight_bounds.of_the_teacher(recipe, teacher, ranks)
 
 
 def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
