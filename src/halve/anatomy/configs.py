@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from halve.anatomy.arch import Arch
 from halve.anatomy.lists import fewer_layers
-from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS, STATES
+from halve.anatomy.quirks import EXPERT_KEYS, FOLLOWERS, KEYS, POSITION_KEYS, STATES
 from halve.errors import AnatomyError, PlanError
 
 
@@ -85,6 +85,12 @@ def num_layers(config: PretrainedConfig) -> int:
             fix="halve reads decoder-only language models; check config.json against the family",
         )
     return value
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence that the configuration says the model takes; None where it names no limit."""
+    text = config.get_text_config()
+    return next((int(limit) for name in POSITION_KEYS if (limit := getattr(text, name, None))), None)
 
 
 def sizes(config: PretrainedConfig) -> Arch:

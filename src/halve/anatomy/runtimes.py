@@ -19,7 +19,7 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from halve.anatomy.arch import Arch
-from halve.anatomy.configs import num_layers, quiet, resized
+from halve.anatomy.configs import context_length, num_layers, quiet, resized
 from halve.anatomy.discover import Anatomy
 from halve.anatomy.lists import layer_lists
 
@@ -102,7 +102,8 @@ def family_and_traits(config: PretrainedConfig) -> str:
     """
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None) or sys.maxsize
-    slides = window < config.max_position_embeddings and (not kinds or any("sliding" in name for name in kinds))
+    positions = context_length(config) or sys.maxsize
+    slides = window < positions and (not kinds or any("sliding" in name for name in kinds))
     scalar = getattr(config, "query_pre_attn_scalar", None)
     traits = [" with a window"] * slides
     traits += [" with a scale"] * (scalar is not None and scalar != getattr(config, "head_dim", scalar))

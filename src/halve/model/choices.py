@@ -24,11 +24,12 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halve.anatomy.configs import context_length
 from halve.disk import plain_json
 from halve.disk.textfiles import DAMAGED, half_pair, open_packed, reason, require_file, shown
 from halve.errors import CorpusError
 from halve.model.head import Head, split
-from halve.model.measure import context_length, row_chunks, token_log_probs
+from halve.model.measure import row_chunks, token_log_probs
 
 LONGEST_ITEM_BYTES = 1 << 24
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from halve.anatomy.configs import context_length
 from halve.errors import CorpusError
 from halve.model.head import Head, split
 
@@ -221,13 +222,6 @@ def row_chunks(num_rows: int, width: int) -> Iterator[slice]:
     """Slices over rows so that a chunk of rows of this width has at most `CHUNK_ELEMENTS` entries."""
     step = max(1, CHUNK_ELEMENTS // width)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence that the configuration says the model takes; None where it names no limit."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return None if limit is None else int(limit)
 
 
 def require_context(config: PretrainedConfig, num_tokens: int, what: str) -> None:

@@ -66,7 +66,7 @@ def check_place(out: Path) -> None:
 
 def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     """Multiple-choice items and prompts fit the teacher's context and vocabulary."""
-    from halve.model import measure
+    from halve.anatomy.configs import context_length
     from halve.model.choices import encode, load_items
     from halve.text.questions import encoded_choices, encoded_prompts
 
@@ -74,7 +74,7 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     if not (evaluated.choices or evaluated.prompts or task):
         return
     teacher.require_tokenizer()
-    limit = measure.context_length(teacher.config)
+    limit = context_length(teacher.config)
     for row in encoded_prompts(recipe, teacher.tokenizer, limit):
         teacher.require_embedded(max(row), "a prompt of evaluate.prompts")
     files = encoded_choices(recipe, teacher.tokenizer, limit)

@@ -178,7 +178,7 @@ def _check_place(training: Training) -> None:
 
 
 def _check_phase(recipe: Recipe, teacher: Checkpoint, section: str, phase: Phase) -> None:
-    from halve.model import measure
+    from halve.anatomy.configs import context_length
 
     known = list(recipe.data.train) if isinstance(recipe.data.train, dict) else []
     unknown = [name for name in phase.mixture or {} if name not in known]
@@ -191,7 +191,7 @@ def _check_phase(recipe: Recipe, teacher: Checkpoint, section: str, phase: Phase
             if near
             else f"add a part {unknown[0]} with sources and weight to data.train",
         )
-    limit = measure.context_length(teacher.config)
+    limit = context_length(teacher.config)
     if limit is not None and phase.context is not None and phase.context > limit:
         raise RecipeError(
             f"a phase of {section} has context {phase.context}, the model's has {limit}",

@@ -27,6 +27,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halve.anatomy.configs import context_length
 from halve.disk.files import write_json
 from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
@@ -75,7 +76,7 @@ def run(
     weight is loaded.
     """
     tokenizer = next(iter(models.values())).tokenizer
-    limits = [measure.context_length(model.config) for model in models.values()]
+    limits = [context_length(model.config) for model in models.values()]
     limit = min((limit for limit in limits if limit is not None), default=None)
     questions = encoded_choices(recipe, tokenizer, limit)
     prompts = encoded_prompts(recipe, tokenizer, limit)

@@ -27,13 +27,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.anatomy import Anatomy
+from halve.anatomy.configs import context_length
 from halve.cut.layers import removal
 from halve.cut.layers.removal import Trace
 from halve.errors import CheckpointError
 from halve.model import choices
 from halve.model.choices import Item
 from halve.model.head import Head, split
-from halve.model.measure import context_length, require_context, row_chunks, sample_nll
+from halve.model.measure import require_context, row_chunks, sample_nll
 from halve.progress import SILENT, Progress
 
 LayerSet = tuple[int, ...]
