@@ -430,6 +430,19 @@ def test_check_of_a_sound_recipe(
     assert "no errors found" in capsys.readouterr().out
 
 
+def test_check_says_what_is_left_out(
+    make_recipe: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes((corpus / "train.txt").read_bytes())
+    (folder / "README.md").write_text("about a")
+    data = {"train": [str(folder)], "valid": [str(corpus / "valid.txt")], "context": 32}
+    monkeypatch.setattr(cli, "load_recipe", lambda path: make_recipe(data=data))
+    assert main(["check", "sound.yaml", "--out", str(tmp_path / "run")]) == 0
+    assert f"{folder}: left out README.md\n" in capsys.readouterr().out
+
+
 def test_results_are_printed_as_a_table_and_as_json(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,7 +94,7 @@ def test_parquet_of_any_name(tmp_path: Path) -> None:
 
 def test_hidden_files_notes_and_licenses_are_left_out(tmp_path: Path) -> None:
     hidden = (".ipynb_checkpoints/a-checkpoint.jsonl", ".cache/x.jsonl", "_temporary/part-0", "__MACOSX/a.jsonl")
-    about = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE-APACHE", "dataset_info.json", "notes.md", "readme.txt")
+    about = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE-APACHE", "dataset_info.json", "readme.txt", "data_card.md")
     make(tmp_path, {"a.jsonl": ROW, "sub/wiki_00": ROW, "license-plates.jsonl": ROW, "._a.jsonl": b"\0\5Mac OS X"})
     make(tmp_path, dict.fromkeys(hidden, ROW) | dict.fromkeys(about, "# About the data\n"))
     make(tmp_path, {"a.png": b"\x89PNG\0", "_SUCCESS": "", "runs/r/run.json": "{}", "runs/r/metrics.jsonl": ROW})
@@ -106,13 +106,28 @@ def test_hidden_files_notes_and_licenses_are_left_out(tmp_path: Path) -> None:
     assert f"and {len(found.left_out) - 3} more" in said
 
 
-def test_markdown_is_text_where_there_is_nothing_else(tmp_path: Path) -> None:
+def test_markdown_is_text_and_a_readme_where_there_is_nothing_else(tmp_path: Path) -> None:
     make(tmp_path, {"README.md": "one", "b/README.md": "two", "c.rst": "three", "LICENSE": "four"})
     assert documents(tmp_path) == ["one", "two", "three"]
     make(tmp_path, {"d.txt": "five"})
     assert documents(tmp_path) == ["three", "five"]
     make(tmp_path, {"e.jsonl": ROW})
-    assert documents(tmp_path) == ["five", "A star"]
+    assert documents(tmp_path) == ["three", "five", "A star"]
+
+
+def test_a_table_does_not_hide_the_prose_beside_it(tmp_path: Path) -> None:
+    make(tmp_path, {"a.md": "one", "b.md": "two", "t.csv": "id,text\n1,three\n", "Dataset-Card.md": "About t"})
+    assert documents(tmp_path) == ["one", "two", "three"]
+    assert [path.name for path in folders.find(str(tmp_path)).left_out] == ["Dataset-Card.md"]
+
+
+@pytest.mark.parametrize("content", ['{\n  "name": "a",\n  "scripts": {}\n}\n', '["a", "b"]\n', "", "7\n"])
+def test_a_json_file_without_rows_is_left_out_of_a_folder(tmp_path: Path, content: str) -> None:
+    make(tmp_path, {"a.md": "one", "b.txt": "two", "package.json": content})
+    assert documents(tmp_path) == ["one", "two"]
+    assert [path.name for path in folders.find(str(tmp_path)).left_out] == ["package.json"]
+    with pytest.raises(CorpusError):
+        documents(tmp_path / "package.json")  # named itself it is read
 
 
 def test_a_card_alone_is_no_text(tmp_path: Path) -> None:
@@ -132,11 +147,41 @@ def test_the_whole_disk_is_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
         sources.files(str(tmp_path))
 
 
-def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
-    make(tmp_path, {"a.txt": "one"})
-    (tmp_path / "loop").symlink_to(".")
-    (tmp_path / "gone.txt").symlink_to("nowhere")
-    assert documents(tmp_path) == ["one"]
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    far = make(tmp_path / "far", {"b.txt": "two", "sub/c.txt": "three"})
+    here = make(tmp_path / "here", {"a.txt": "one", "own/d.txt": "four", ".old/e.txt": "hidden"})
+    (here / "again").symlink_to("own")
+    (here / "wiki").symlink_to(far)
+    (here / "wiki-2").symlink_to(far / "sub")
+    (far / "back").symlink_to(here)
+    (far / "loop").symlink_to(".")
+    (here / "gone").symlink_to("nowhere")
+    (here / "link.txt").symlink_to("a.txt")
+    (here / "_hidden").symlink_to(far)
+    assert documents(here) == ["one", "one", "four", "two", "three"]
+    left_out = {str(path.relative_to(here)) for path in folders.find(str(here)).left_out}
+    assert left_out == {".old", "_hidden", "again", "gone", "wiki/back", "wiki/loop", "wiki-2"}
+
+
+def test_a_link_to_what_holds_the_folder_is_left_out(tmp_path: Path) -> None:
+    """It would lead out into the disk."""
+    here = make(tmp_path / "here", {"a.txt": "one"})
+    make(tmp_path, {"beside.txt": "not asked for", "there/b.txt": "two"})
+    (here / "root").symlink_to("/")
+    (here / "up").symlink_to("..")
+    (here / "there").symlink_to(tmp_path / "there")
+    (tmp_path / "there/up").symlink_to("..")
+    assert documents(here) == ["one", "two"]
+    assert folders.find(str(here)).told == "left out root, up, up"
+
+
+def test_linked_folders_count_for_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "MOST_LEFT_OUT", 5)
+    far = make(tmp_path / "far", {f"{i}.bin": "x" for i in range(9)})
+    here = make(tmp_path / "here", {"a.txt": "text"})
+    (here / "far").symlink_to(far)
+    with pytest.raises(CorpusError, match="holds too much that is not text"):
+        sources.files(str(here))
 
 
 # What cannot be read

@@ -197,6 +197,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     from halve.preflight.sizes import planned_rounds
     from halve.preflight.work import trials
     from halve.report import tables as show
+    from halve.text import sources
 
     loaded = load_recipe(recipe)
     ranks = os.environ.get("WORLD_SIZE")
@@ -209,6 +210,8 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         raise typer.Exit(2)
     if not json_:
         print(f"{recipe}: no errors found")
+        for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
+            print(line)
         show.trial(trials(loaded, planned_rounds(loaded, Checkpoint.open(loaded.model))))
         _next(f"halve run {recipe}")
 

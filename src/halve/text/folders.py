@@ -4,9 +4,12 @@ In a folder some files are left out, since they are not its text:
 
 - files and folders whose names begin with a dot or an underscore, and run folders of halve;
 - license files, and what the `datasets` library notes beside its data;
-- `README` files beside anything but Markdown and reStructuredText, and all of these two beside rows
-  (JSON lines, CSV, parquet): they tell about the data;
-- files of an ending that is not listed here, unless their content is JSON lines or parquet.
+- `README` files beside anything but Markdown and reStructuredText, and data cards beside rows (JSON lines, CSV,
+  parquet): they tell about the data;
+- files of an ending that is not listed here, unless their content is JSON lines or parquet, and `.json` files that
+  hold no rows, such as settings.
+
+Links to folders are followed, each folder once. One to a folder that holds the source is left out.
 
 A file that is named itself is read whatever it is called.
 """
@@ -39,6 +42,7 @@ _BY_ENDING: dict[str, FileKind] = {
 }
 _PROSE = (".txt", ".text", ".md", ".rst")
 _MARKUP = (".md", ".rst")
+_CARD = re.compile(r"(?i:((data|dataset|model)[-_ ]?)?card)\.(?i:md|rst)")
 _LICENSES = re.compile(
     r"(?i:license|licence|copying|notice|citation)(\.(?i:txt|md|rst|cff))?|(LICEN[SC]E|COPYING|NOTICE)[-_.].*"
 )
@@ -183,45 +187,80 @@ def _in_folder(folder: Path) -> SourceFiles:
                 why=f"of its files {len(left_out):,} are left out and {len(kinds):,} are text, and more follow",
                 fix="name the folder or the files that hold the text",
             )
-    about = _about(kinds, alone=all(_is_note(path) for path in left_out))
+    about = _about(kinds, alone=all(map(_is_note, left_out)))
     return SourceFiles(tuple(sorted(path for path in kinds if path not in about)), tuple(sorted((*left_out, *about))))
 
 
 def _walk(folder: Path, leave_out: Callable[[Path], None]) -> Iterator[Path]:
-    """The files of a folder and of those in it, links to folders not followed."""
+    """The files of a folder, of those in it, and then of those that links lead to; each real folder once."""
+    root = folder.resolve()
+    holding = {_identity(path) for path in root.parents}  # a link to one of them leads out into the disk
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        links: list[Path] = []
+        for start in waiting:
+            if _identity(start) in seen | holding:
+                leave_out(start)
+            else:
+                yield from _walk_one(start, seen, links.append, leave_out, source=folder)
+        waiting = sorted(links)
+
+
+def _walk_one(
+    start: Path,
+    seen: set[tuple[int, int]],
+    follow_later: Callable[[Path], None],
+    leave_out: Callable[[Path], None],
+    *,
+    source: Path,
+) -> Iterator[Path]:
+    """The files of a folder and of those in it that are not `seen` yet; links to folders are given away."""
 
     def failed(error: OSError) -> None:
         raise CorpusError(
-            f"cannot read folder {shown(error.filename or folder)}",
+            f"cannot read folder {shown(error.filename or start)}",
             why=reason(error),
             fix="make it readable, or name the files that hold the text",
         ) from error
 
-    for here, folders, names in os.walk(folder, onerror=failed):
+    for here, folders, names in os.walk(start, onerror=failed):
         inside = Path(here)
-        if MARKER in names and inside != folder:
+        if (known := _identity(inside)) in seen or (MARKER in names and inside != source):
             leave_out(inside)
             folders.clear()
             continue
-        for name in [*folders, *names]:
-            if name.startswith((".", "_")):
+        seen.add(known)
+        hidden = [name for name in (*folders, *names) if name.startswith((".", "_"))]
+        for name in hidden:
+            leave_out(inside / name)
+        folders[:] = sorted({*folders}.difference(hidden))
+        for name in folders:
+            if os.path.islink(inside / name):
+                follow_later(inside / name)
+        for name in sorted({*names}.difference(hidden)):
+            if os.path.isfile(inside / name):
+                yield inside / name
+            else:  # a pipe, or a link to what is gone
                 leave_out(inside / name)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
-        for name in sorted(names):
-            path = inside / name
-            if not name.startswith((".", "_")) and os.path.isfile(path):
-                yield path
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """By which a folder is known however it was come to."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _kind_in_folder(path: Path) -> FileKind | None:
+    """How a file is read in a folder; None where it is left out."""
     suffix = ending(path)
-    if suffix in _BY_ENDING:
+    if suffix in _BY_ENDING and suffix != ".json":
         return _BY_ENDING[suffix]
     try:
         now = status(path)
         found = _by_content(path, now.st_size, now.st_mtime_ns)
     except (*DAMAGED, CorpusError):
-        found = None
+        found = _BY_ENDING.get(suffix)  # reading it tells what is wrong
     return found or ("text" if suffix in _PROSE else None)
 
 
@@ -232,8 +271,8 @@ def _is_note(path: Path) -> bool:
 
 def _about(kinds: dict[Path, FileKind], *, alone: bool) -> set[Path]:
     """The files that tell about the text beside them; `alone`: there is nothing else in the folder."""
-    markup = {path for path, found in kinds.items() if found == "text" and ending(path) in _MARKUP}
-    readme = {path for path, found in kinds.items() if found == "text" and path.name.lower().startswith("readme")}
-    if any(found != "text" for found in kinds.values()):
-        return markup | readme
-    return set() if alone and markup | readme == set(kinds) else readme
+    text = {path for path, found in kinds.items() if found == "text"}
+    readme = {path for path in text if path.name.lower().startswith("readme")}
+    if len(text) < len(kinds):
+        return readme | {path for path in text if _CARD.fullmatch(path.name)}
+    return set() if alone and all(ending(path) in _MARKUP for path in text - readme) else readme

@@ -82,6 +82,12 @@ def told(sources: Sequence[str], *, documents: int, tokens: int) -> str:
     return f"text of {', '.join(names)}: {', '.join((*counts, *left_out))}"
 
 
+def left_out(sources: Sequence[str]) -> tuple[str, ...]:
+    """What is not read of local folders, in words: a line for each of which something is not."""
+    local = {source: folders.find(source) for source in dict.fromkeys(sources) if not source.startswith(HUB)}
+    return tuple(f"{shown(source)}: {found.told}" for source, found in local.items() if found.left_out)
+
+
 def fingerprint(source: str, *, revision: str | None = None, sha256: Callable[[Path], str] = file_sha256) -> str:
     """A SHA-256 that changes with the content of a source, and with nothing else; `sha256` gives that of a file."""
     digest = hashlib.sha256()
