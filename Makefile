@@ -7,7 +7,7 @@ VENV ?= .venv
 DEMO ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz docs families gpu-check
+.PHONY: demo test quick long fuzz docs families gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/halve demo $(DEMO)
@@ -18,19 +18,32 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --durations=20
+
+# Two minutes on two cores: what `make test` looks at, and the tests that finish in a second each. tests/slow.txt names the
+# others; `pytest --note-slow` writes it anew.
+quick: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quick -n logical --maxprocesses 8
+
+# Longer proofs, by hand before something is called resolved: bad inputs at size, and every family's proof.
+long: fuzz families
 
 # Many more of the bad inputs of which the tests try a few; CASES of each kind.
 CASES ?= 100
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/fuzz --cases $(CASES)
 
-# Pages that are generated from the code, and the site of all pages in docs/_build; a warning is an error. The walk through all families takes an hour, goes on where it stopped, and is needed
-# when a quirk, discovery or the proof changes.
+# Pages that are generated from the code, and the site of all pages in docs/_build, where a warning is an error.
 docs: $(VENV)/.installed-dev $(VENV)/.installed-docs
 	$(BIN)/python scripts/make_docs.py
 	$(BIN)/sphinx-build -q -n -W --keep-going docs docs/_build
 	@echo docs/_build/index.html
+
+# The walk through all families takes an hour and resumes. It is needed when a quirk, discovery or the proof changes.
 families: $(VENV)/.installed-dev
 	$(BIN)/python scripts/families.py
 

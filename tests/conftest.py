@@ -6,6 +6,7 @@ Everything is drawn from fixed seeds and is read-only: a test that changes a fol
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,34 @@ waits.AFTER_S = 600.0  # a busy machine says no more than an idle one
 collect_ignore = ["train/loop/ranks_driver.py", "train/teachers/cache_driver.py"]
 
 
+SLOW = Path(__file__).with_name("slow.txt")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=3, help="spoiled worlds of each area in tests/fuzz")
+    parser.addoption("--quick", action="store_true", help="leave out the tests that tests/slow.txt names")
+    parser.addoption("--note-slow", action="store_true", help="write tests/slow.txt: who has a case of over a second")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--quick` the tests stay that finish in a second each."""
+    if not config.getoption("--quick"):
+        return
+    slow = set(SLOW.read_text(encoding="utf-8").split())
+    left_out = [item for item in items if item.nodeid.partition("[")[0] in slow]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item.nodeid.partition("[")[0] not in slow]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Under `--note-slow` note who took over a second with its set-up."""
+    if not config.getoption("--note-slow"):
+        return
+    seconds: Counter[str] = Counter()
+    for report in (one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "duration")):
+        seconds[report.nodeid] += report.duration
+    slow = sorted({case.partition("[")[0] for case, took in seconds.items() if took > 1})
+    SLOW.write_text("".join(f"{name}\n" for name in slow), encoding="utf-8")
 
 
 END = "<|endoftext|>"

@@ -166,6 +166,14 @@ def test_every_file_is_in_a_room() -> None:
         assert door, f"{room} does not say what it answers"
 
 
+def test_what_is_called_slow_is_there() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split():
+        path, *_, function = line.split("::")
+        assert (ROOT / path).exists(), line
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert path.startswith("src") or f"def {function}(" in source, line
+
+
 def test_one_file_names_families() -> None:
     # words that are also used for something else
     families = set(CONFIG_MAPPING_NAMES) - {"git", "vision-encoder-decoder"}
