@@ -207,21 +207,25 @@ def _check_causal(teacher: Checkpoint) -> None:
 
 
 def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
-    """What the first round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
+    """What every round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
     from halve.cut.proof.prove import prove
     from halve.preflight.sizes import planned_rounds
 
-    shape, *_ = planned_rounds(recipe, teacher)
-    prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
+    for shape in planned_rounds(recipe, teacher):
+        prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
 
 
 def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
-    """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart."""
-    from halve.cut.proof.twins import random_twin
+    """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart.
+
+    Where no twin runs, the stages ask the model itself.
+    """
+    from halve.cut.proof.twins import running_twin
     from halve.text import documents, tokenize
 
     documents.require_border(tokenize.border(teacher.tokenizer, boundary))
-    documents.require_apart(random_twin(teacher.anatomy.twin(), seed=0))
+    if (twin := running_twin(teacher.anatomy, seed=0)) is not None:
+        documents.require_apart(twin)
 
 
 def _check_corpus(source: str, text_field: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,18 @@ def random_twin(twin: Anatomy, *, seed: int, dtype: torch.dtype = torch.float64)
                 value.copy_(_draw(name, value, generator))
     model.eval()
     return model
+
+
+def running_twin(anatomy: Anatomy, *, seed: int) -> PreTrainedModel | None:
+    """The first kind of random twin that the family's code runs, if there is one."""
+    for kind in KINDS:
+        if kind.differs(anatomy):
+            with suppress(Exception):  # a family's own code may raise anything at sizes that it was not written for
+                twin = kind.twin(anatomy)
+                model = random_twin(twin, seed=seed, dtype=kind.dtype)
+                logits(model, twin)
+                return model
+    return None
 
 
 def _draw(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
