@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from halve.cut.plan.sizes import target
 from halve.demo import corpus as demo_corpus
@@ -60,3 +61,12 @@ def test_without_the_librarys_sources_it_says_so(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(demo_corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nothing")})
     with pytest.raises(CorpusError, match="--corpus FILE"):
         demo.make_recipe(tmp_path / "texts", long=False, corpus=None)
+
+
+def test_a_demo_where_one_stands_has_its_texts_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "text.txt").write_text("a line of text\n" * 100)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(demo.pipeline, "run", lambda recipe, out, console: out)
+    assert demo.run(out=Path("."), long=False, corpus=tmp_path / "text.txt", console=Console()) == Path(".")
+    assert sorted(path.name for path in (tmp_path / "here-texts").iterdir()) == ["train.txt", "valid.txt"]

@@ -405,6 +405,24 @@ def test_terms_of_use_and_every_template_go_with_the_model(model_copy: Path, tmp
     }
 
 
+def test_code_that_does_not_go_with_a_student_is_not_named_in_it(model_copy: Path, tmp_path: Path) -> None:
+    changed = ("tokenizer_config.json", "generation_config.json")
+    before = {name: json.loads((model_copy / name).read_text()) for name in changed}
+    for name in ("config.json", *changed):
+        raw = json.loads((model_copy / name).read_text())
+        (model_copy / name).write_text(json.dumps({**raw, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}))
+    (model_copy / "special_tokens_map.json").write_text('{"own":   "auto_map"}')
+    out = tmp_path / "out"
+    saving.save_model(Checkpoint.open(model_copy).load(), out, extra_from=model_copy, record=None)
+    assert "auto_map" not in raw_config(out)
+    assert {name: json.loads((out / name).read_text()) for name in changed} == before
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        assert (out / name).read_bytes() == (model_copy / name).read_bytes()
+    ours = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert torch.equal(ours(IDS).logits, Checkpoint.open(model_copy).load()(IDS).logits)
+    assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)("the cat").input_ids
+
+
 @pytest.mark.parametrize(
     "text", ["", "no front", "---\n", "---\nlicense: 5\n---\n", "---\nlicense:\n", "\udcff---\nlicense: mit"]
 )
@@ -522,6 +540,23 @@ def test_saving_replaces_a_model_and_nothing_else(tiny_llama: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="diary is in the way"):
         saving.save_model(model, tmp_path / "diary", extra_from=None, record=None)
     assert (tmp_path / "diary" / "today.txt").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_model_is_saved_where_one_stands(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    model = Checkpoint.open(tiny_llama).load()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if there:
+        saving.save_model(model, tmp_path / "here", extra_from=None, record={"first": 1})
+    saving.save_model(model, ".", extra_from=tiny_llama, record=None)
+    assert sorted(os.listdir(".")) == sorted(os.listdir(tmp_path / "here"))
+    assert (Path("model.safetensors").is_file(), Path("halve.json").exists()) == (True, False)
+    saving.save_model(model, "below/..", extra_from=None, record=None)
+    assert not Path("tokenizer.json").exists()
+    assert os.listdir(tmp_path) == ["here"]
 
 
 def test_saving_is_the_same_bytes_every_time(tiny_llama: Path, tmp_path: Path) -> None:

@@ -170,6 +170,16 @@ def test_a_finished_run_is_exported(done: tuple[Path, str], tmp_path: Path, caps
         export(done[0], tmp_path / "model")
 
 
+@pytest.mark.parametrize("out", [".", "below/.."])
+def test_a_run_is_exported_to_where_one_stands(
+    done: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(done[0]), "--out", out]) == 0
+    assert sorted(os.listdir(".")) == sorted(os.listdir(tmp_path)) == sorted(os.listdir(done[0] / "distill" / "model"))
+    assert main(["export", str(done[0]), "--out", out]) == 2
+
+
 def test_a_disk_that_fills_up_under_an_export_leaves_nothing(
     done: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,8 @@ def run(*, out: Path, long: bool, corpus: Path | None, console: Console) -> Path
     `corpus` replaces the standard library's docstrings by a UTF-8 text file whose last tenth is held out; the
     line-completion task is then left out. Raises `CorpusError` where the library's sources are missing.
     """
-    recipe = make_recipe(out.with_name(f"{out.name}-texts"), long=long, corpus=corpus)
+    place = out.resolve()  # `.` has no name
+    recipe = make_recipe(place.parent / f"{place.name}-texts", long=long, corpus=corpus)
     return pipeline.run(recipe, out, console=console)
 
 

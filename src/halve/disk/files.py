@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,6 +62,46 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             draft.unlink()
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path, *, last: str) -> Iterator[Path]:
+    """Give a new folder to write to; when the block ends, what it holds is what `path` holds, and nothing else.
+
+    A folder that is there stays, with other content: somebody may stand in it, or nothing may be made beside it. Of
+    its content the file `last` goes first and comes last, so that half a folder is never taken for a whole one. A
+    failed block leaves `path` as it was. Raises `DiskError` when the device is full.
+    """
+    folder = Path(path).resolve()
+    there = folder.is_dir()
+    draft = folder / ".draft.tmp" if there else folder.with_name(f".{folder.name}.tmp")
+    try:
+        with disk_guard(path):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            yield draft
+            sync_tree(draft)
+            if there:
+                _refill(folder, draft, last=last)
+            else:
+                os.replace(draft, folder)
+            sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _refill(folder: Path, draft: Path, *, last: str) -> None:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name != last):
+        if entry.is_dir() and not entry.is_symlink():
+            if entry != draft:
+                shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    for entry in sorted(draft.iterdir(), key=lambda entry: entry.name == last):
+        os.replace(entry, folder / entry.name)
+    draft.rmdir()
+    sync(folder)
 
 
 def sync(path: Path) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from transformers import GenerationConfig
 
 from halve.anatomy.configs import quiet
 from halve.anatomy.spelling import spelled_out
-from halve.disk.files import disk_guard, sync, sync_tree
+from halve.disk import plain_json
+from halve.disk.files import atomic_folder
 from halve.disk.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
 from halve.errors import CheckpointError
 from halve.model.card import CARD, license_of, model_card
 from halve.process.waits import wait
 
 RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
+_CODE = "auto_map"
+"""The key under which JSON files name the code that a model brings."""
 
 
 def save_model(
@@ -40,33 +43,21 @@ def save_model(
     becomes halve.json and a short model card, which names that folder's license. An earlier model in `folder` is
     replaced. Raises `DiskError` when the device is full and `CheckpointError` for a folder that holds something else.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+    folder, place = Path(folder), Path(folder).resolve()
+    if place.exists() and not (place / CONFIG).is_file() and any(place.iterdir()):
         raise CheckpointError(
             f"{folder} is in the way",
             why="it is not empty and holds no model that could be replaced",
             fix="choose a new folder",
         )
-    draft = folder.with_name(f".{folder.name}.tmp")
-    try:
-        with disk_guard(folder), wait(f"writing {folder}"):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            _write_weights(model, draft)
-            _write_config(draft, model.config)
-            _copy_extras(extra_from, draft)
-            if record is not None:
-                _write_object(draft / RECORD, record)
-                license = {} if extra_from is None else license_of(extra_from)
-                (draft / CARD).write_text(model_card(record, license=license), encoding="utf-8")
-            sync_tree(draft)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(draft, folder)
-            sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with wait(f"writing {folder}"), atomic_folder(folder, last=CONFIG) as draft:
+        _write_weights(model, draft)
+        _write_config(draft, model.config)
+        _copy_extras(extra_from, draft)
+        if record is not None:
+            _write_object(draft / RECORD, record)
+            license = {} if extra_from is None else license_of(extra_from)
+            (draft / CARD).write_text(model_card(record, license=license), encoding="utf-8")
 
 
 def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
@@ -89,6 +80,7 @@ def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
 def _write_config(draft: Path, config: transformers.PretrainedConfig) -> None:
     """Complete the config.json that `save_pretrained` wrote with what other readers need."""
     raw = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
+    raw.pop(_CODE, None)
     _write_object(draft / CONFIG, spelled_out(config, raw))
 
 
@@ -102,6 +94,19 @@ def _copy_extras(source: Path | None, draft: Path) -> None:
             target = draft / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+            if path.suffix == ".json":
+                _drop_code(target)
+
+
+def _drop_code(path: Path) -> None:
+    """Leave out of a copied file which code its model brings: it stays behind, and who trusts it would miss it."""
+    text = path.read_bytes()
+    if f'"{_CODE}"'.encode() not in text:
+        return
+    with suppress(ValueError):  # what is no JSON names no code
+        raw = plain_json.parse_json(text)
+        if isinstance(raw, dict) and raw.pop(_CODE, None) is not None:
+            _write_object(path, raw)
 
 
 def _write_object(path: Path, value: Mapping[str, Any]) -> None:

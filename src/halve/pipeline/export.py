@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from halve.disk.files import CHANGED, disk_guard, read_object, read_sealed, sync, sync_tree
+from halve.disk.files import CHANGED, atomic_folder, read_object, read_sealed
 from halve.disk.rundir import MARKER, RECIPE, RunDir
+from halve.disk.soundness import CONFIG
 from halve.errors import RunError
 from halve.model import saving
 from halve.model.card import name_of
@@ -35,7 +35,8 @@ def export(source: str | Path, out: str | Path) -> Path:
     nothing is left.
     """
     source, out = Path(source).absolute(), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    place = out.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
     if (source / checkpoints.FACTS).is_file():
         return _of_checkpoint(source, out)
@@ -123,15 +124,6 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
 
 
 def _copied(model: Path, out: Path) -> Path:
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
-        with disk_guard(out):
-            shutil.rmtree(draft, ignore_errors=True)
-            shutil.copytree(model, draft)
-            sync_tree(draft)
-            os.replace(draft, out)  # over an empty folder, too
-            sync(out.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with atomic_folder(out, last=CONFIG) as draft:
+        shutil.copytree(model, draft, dirs_exist_ok=True)
     return out
