@@ -6,6 +6,7 @@ The stages are stand-ins that write down that they were called; the real ones ru
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
 from halve.preflight import samples as preflight_text
 from halve.recipe.schema import Recipe
-from halve.text import sources
+from halve.text import corpus as corpora
+from halve.text import mixture, sources
+from halve.train.ranks import group
 
 MakeRecipe = Callable[..., Recipe]
 CORRECT = {"tokens": 640, "batch": 4}
@@ -540,6 +543,49 @@ def test_a_mistake_is_found_before_the_first_stage(
     with pytest.raises(HalveError, match="cannot keep 65 of 64 ffn"):
         pipeline.run(make_recipe(prune={"ffn": 65}), tmp_path / "run")
     assert calls == []
+
+
+def test_a_process_that_runs_the_script_again_runs_no_recipe(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RunError, match="this script starts itself again"):
+        pipeline.run(make_recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_rank_reads_the_text_that_ranks_train_on_together(
+    calls: list[tuple[str, dict[str, Any]]],
+    full: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    led = 0
+
+    class Watched(group.Ranks):
+        def lead(self, act: Callable[[], Any]) -> Any:
+            nonlocal led
+            led += 1
+            try:
+                return act()
+            finally:
+                led -= 1
+
+    prepared: list[tuple[Any, bool]] = []
+
+    def prepare(asked: Any, **how: Any) -> corpora.Tokens:
+        prepared.append((asked, led > 0))
+        return original(asked, **how)
+
+    original = corpora.prepare
+    monkeypatch.setattr(group, "_here", [Watched()])
+    for where in (corpora, mixture):
+        monkeypatch.setattr(where, "prepare", prepare)
+    recipe = full()
+    monkeypatch.setattr(pipeline.preflight, "check", lambda *_, **__: ())
+    pipeline.run(recipe, tmp_path / "run", only="correct")
+    assert [name for name, _ in calls] == ["correct"]
+    assert prepared == [(recipe.data.valid, True), (recipe.data.train, True)]
 
 
 def test_held_out_text_is_read_to_its_end_before_the_first_stage(

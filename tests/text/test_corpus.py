@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
+import io
 import json
 import lzma
 import os
@@ -13,6 +15,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from halve.disk import files, rundir
-from halve.errors import CorpusError, DiskError
+from halve.errors import CorpusError, DiskError, RunError
 from halve.text import corpus, rows, sources, tokenize
 from halve.text.corpus import Samples, Tokens, prepare
 
@@ -204,9 +207,25 @@ def test_what_a_run_has_hashed_is_not_hashed_again(tmp_path: Path, monkeypatch: 
     assert prepare([str(text)], tokenizer=TOKENIZER, text_field="text", cache=cache) != first
 
 
-@pytest.mark.parametrize(
-    ("where", "moment"), [(tokenize, "encode_pieces"), (corpus, "write_json"), (corpus.os, "replace")]
-)
+def test_a_token_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def digest(file: io.BufferedReader, name: str) -> Any:
+        read.append(Path(file.name).suffix)
+        return file_digest(file, name)
+
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    (tmp_path / "a.txt").write_text("hello")
+    made = prepare([str(tmp_path / "a.txt")], tokenizer=TOKENIZER, text_field="text", cache=tmp_path / "cache")
+    assert prepare([str(tmp_path / "a.txt")], tokenizer=TOKENIZER, text_field="text", cache=tmp_path / "cache") == made
+    assert sorted(read) == [".draft", ".txt"]
+    made.path.write_bytes(b"\0" * made.path.stat().st_size)
+    with pytest.raises(RunError, match="its bytes have changed"):
+        prepare([str(tmp_path / "a.txt")], tokenizer=TOKENIZER, text_field="text", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("where", "moment"), [(tokenize, "encode_pieces"), (corpus, "write_json"), (corpus, "rename")])
 def test_killed_tokenization_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, moment: str
 ) -> None:

@@ -258,6 +258,34 @@ def test_a_kill_that_nothing_can_answer_leaves_no_process_and_no_wrong_file(
     assert found.path.read_bytes() == whole.path.read_bytes()
 
 
+# ---- a script that its own processes run again
+
+PLAIN = """
+import sys
+from pathlib import Path
+from halve.text import corpus, tokenize
+from transformers import PreTrainedTokenizerFast
+tokenize.BATCH_CHARS = 128
+folder = Path(sys.argv[1])
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+corpus.prepare([str(folder / "a.jsonl")], tokenizer=tokenizer, text_field="text", cache=folder / "cache", workers=2)
+"""
+
+
+def test_a_script_without_a_guard_is_told_of_it(text: Path, tmp_path: Path) -> None:
+    """Its tokenizing processes would wait for the lock of the process that waits for them."""
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "plain.py").write_text(PLAIN)
+    command = [sys.executable, str(tmp_path / "plain.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * GRACE_SECONDS)
+    assert done.returncode == 1
+    *_, what, why, fix = done.stderr.strip().splitlines()
+    assert what.endswith("the tokenizing processes failed as they began")
+    assert why.startswith("  why: each of them runs the script again")
+    assert fix.startswith('  fix: put the call of halve under if __name__ == "__main__":')
+    assert "RunError: this script starts itself again" in done.stderr, "which a process says of itself"
+
+
 # ---- two at once
 
 

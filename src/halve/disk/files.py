@@ -189,6 +189,18 @@ def file_sha256(path: Path) -> str:
     return _hashes[known]
 
 
+def rename(source: Path, target: Path) -> None:
+    """Rename a file for good; what this process has read of it stays known.
+
+    A rename moves the time of the last change, for which `file_sha256` would read the file again.
+    """
+    known = _hashes.get(_identity(source))
+    os.replace(source, target)
+    sync(target.parent)
+    if known is not None:
+        _hashes[_identity(target)] = known
+
+
 def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
     """`file_sha256` of each file; `memo` remembers those whose size and time of change are as they were.
 

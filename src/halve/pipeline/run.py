@@ -20,6 +20,7 @@ from halve.pipeline import reused
 from halve.pipeline.keys import keys_of
 from halve.pipeline.order import SECTIONS, TOGETHER, Stage, StageContext, stages
 from halve.preflight import check as preflight
+from halve.process import fresh
 from halve.process.waits import heard
 from halve.progress import SILENT, RichProgress
 from halve.recipe.schema import Recipe
@@ -68,6 +69,7 @@ def run(
     Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are not
     there, and every error of `check` before the first stage.
     """
+    fresh.require_guard()
     out = Path(out)
     cache = out / "data" if cache is None else cache
     listed = stages(recipe)
@@ -101,9 +103,12 @@ def run(
             boundary = here.lead(partial(settled, recipe, teacher, cache=cache, progress=this.progress))
             recipe = bounded(recipe, boundary)
             listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
-        if any("valid" in stage.outside for stage in listed if stage.name in {*wanted} - {*done}):
-            # its faults are told before any work
-            here.lead(partial(require_embedded, recipe, teacher, "valid", cache=cache, progress=this.progress))
+        coming = [stage for stage in listed if stage.name in {*wanted} - {*done}]
+        read = partial(require_embedded, recipe, teacher, cache=cache, progress=this.progress)
+        if any("valid" in stage.outside for stage in coming):  # its faults are told before any work
+            here.lead(partial(read, "valid"))
+        if any(stage.section in TOGETHER for stage in coming):  # else every rank would tokenize it, or ask the hub
+            here.lead(partial(read, "train"))
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
                 this.progress.say(f"{stage.name}: done before")

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import current_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from halve.errors import RunError
 from halve.process.interrupts import uninterrupted
 
+GUARD = 'put the call of halve under if __name__ == "__main__":'
 _distrusted: set[str] = set()
 
 
@@ -52,13 +55,26 @@ def python(code: str, *words: str) -> str:
     return (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode} and no message"])[-1]
 
 
-def pool(workers: int, begin: Callable[..., object], *arguments: Any) -> ProcessPoolExecutor:
+def require_guard() -> None:
+    """Raise `RunError` in a process of a pool that runs the user's script again before it begins to work.
+
+    It would do there what the process that started it is doing, and wait for that one's locks.
+    """
+    if getattr(current_process(), "_inheriting", False):  # so multiprocessing notes it, for a refusal of its own
+        raise RunError(
+            "this script starts itself again",
+            why="a fresh process runs the script once more before it begins to work, and the script calls halve",
+            fix=GUARD,
+        )
+
+
+def pool(workers: int, begin: Callable[..., object], *arguments: Any) -> Pool:
     """Processes that wait for work, each made ready by `begin(*arguments)`. Ctrl-C is this process's to answer.
 
     They are spawned: a forked copy of a process whose libraries have threads may hang.
     """
     with _shut():  # the locks of a pool have a process of their own
-        return _Pool(workers, mp_context=_Context(), initializer=begin, initargs=arguments)
+        return Pool(workers, mp_context=_Context(), initializer=begin, initargs=arguments)
 
 
 def shut_program() -> None:
@@ -70,10 +86,18 @@ def shut_program() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(e for e in listed if os.path.realpath(e) != os.getcwd())
 
 
-class _Pool(ProcessPoolExecutor):
+class Pool(ProcessPoolExecutor):
+    """Processes that wait for work; see `pool`."""
+
     def submit(self, *work: Any, **options: Any) -> Future[Any]:
         with uninterrupted():  # it may start a process, which complains when it is told half of what to do
             return super().submit(*work, **options)
+
+    def failed(self) -> bool:
+        """End the pool; whether one of its processes ended by an error of its own: nobody killed it."""
+        mine = list((self._processes or {}).values())
+        self.shutdown(wait=True, cancel_futures=True)
+        return any((process.exitcode or 0) > 0 for process in mine)
 
 
 class _Process(SpawnProcess):

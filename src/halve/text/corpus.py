@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halve.disk.files import file_sha256, read_sealed, remembering, sealed, sync, write_json
+from halve.disk.files import file_sha256, read_sealed, remembering, rename, sealed, write_json
 from halve.disk.rundir import HASHES
 from halve.errors import CorpusError, RunError
+from halve.process import fresh
 from halve.process.rank import leads
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Boundary, Recipe
@@ -121,8 +121,10 @@ def prepare(
 
     Works in bounded memory, in `workers` processes that the result does not depend on. A killed call leaves what it
     has tokenized, and the next one goes on from there; of several at once one works and the others wait for it. Raises
-    `CorpusError` as `sources.read` does and when a tokenizing process dies, and `DiskError`.
+    `CorpusError` as `sources.read_documents` does and when a tokenizing process dies, `DiskError`, and `RunError` in a
+    process that runs the script again which has started it.
     """
+    fresh.require_guard()
     revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
     marks = tokenize.marks(tokenizer, boundary)
     key = _key(sources, revisions, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
@@ -150,8 +152,7 @@ def prepare(
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
             stamp = {"format": TOKENS_FORMAT, "sha256": file_sha256(draft.path)}
             write_json(note, sealed({**stamp, **size, **facts}))  # counts once the token file is there too
-            os.replace(draft.path, path)
-            sync(path.parent)
+            rename(draft.path, path)
             known = reopen(note)
     assert known is not None
     return known

@@ -160,6 +160,12 @@ def encoded(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
+            if pool.failed():
+                raise DeadWorkerError(
+                    "the tokenizing processes failed as they began",
+                    why="each of them runs the script again that called halve; see its own message",
+                    fix=f"{fresh.GUARD}, or set data.workers to 1",
+                ) from error
             raise DeadWorkerError(
                 "a tokenizing process died",
                 why="the system ended it, most often because memory ran out",
