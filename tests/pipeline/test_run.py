@@ -464,6 +464,7 @@ def test_a_changed_teacher_is_noticed(
     pipeline.run(make_recipe(model=str(teacher)), tmp_path / "run")
     calls.clear()
     (teacher / "README.md").write_text("hello")
+    (teacher / "consolidated.safetensors").write_bytes(b"in another layout")
     pipeline.run(make_recipe(model=str(teacher)), tmp_path / "run")
     assert calls == []
     config = (teacher / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')

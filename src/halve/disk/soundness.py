@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from halve.disk import plain_json
@@ -81,18 +81,55 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
     patterns: Sequence[str] = (CONFIG,) if config_only else _HUB_PATTERNS
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_HUB_IGNORED)))
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        raise CheckpointError(
+    except Exception as error:  # the client lets errors of its transport through, too
+        raise _unavailable(name, error) from error
+
+
+def _unavailable(name: str, error: Exception) -> CheckpointError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        return CheckpointError(
             f"cannot get model {name} from the hub",
             why="there is no such folder here, and the hub does not show such a model without permission",
-            fix="check the spelling; for a gated model accept its terms and run: hf auth login",
-        ) from error
-    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise CheckpointError(
-            f"cannot get model {name}",
-            why=f"there is no such folder, and the hub cannot be reached: {_first_line(error)}",
-            fix="give the path of an existing folder, or try again with a network",
-        ) from error
+            fix="check the spelling; for a private or gated model ask for access and run: hf auth login",
+        )
+    if isinstance(error, OSError) and isinstance(try_to_load_from_cache(name, CONFIG), str):
+        return _incomplete(name, _unreached(error))
+    return CheckpointError(
+        f"cannot get model {name}",
+        why=f"there is no such folder here, the hub's cache has none, and {_unreached(error)}",
+        fix="check the spelling; if it is a model of the hub, run this once with a network and without"
+        f" HF_HUB_OFFLINE, or: hf download {name}",
+    )
+
+
+def _unreached(error: Exception) -> str:
+    if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids to ask the hub"
+    return f"the hub cannot be reached: {_first_line(error.__cause__ or error)}"
+
+
+def _incomplete(name: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the download of {name} is incomplete",
+        why=f"only a part of it is in the hub's cache here, and {reason}",
+        fix=f"run this once with a network and without HF_HUB_OFFLINE, or: hf download {name}",
+    )
+
+
+def refuse_incomplete(hub: str | None, *wanted: str) -> None:
+    """Raise `CheckpointError` unless a hub's repository is known to have none of these files, which are not here.
+
+    `hub` is its name, or None for a folder: what is not there was never meant to come.
+    """
+    if hub is None:
+        return
+    try:
+        listed = {file.rfilename for file in HfApi().model_info(hub).siblings or ()}
+    except Exception as error:  # the client lets errors of its transport through, too
+        raise _incomplete(hub, _unreached(error)) from error
+    if listed & set(wanted):
+        raise _incomplete(hub, "the download did not end")
 
 
 def is_terms(path: Path) -> bool:
@@ -100,14 +137,20 @@ def is_terms(path: Path) -> bool:
     return path.name.upper().startswith(TERMS) and path.suffix not in (".py", *(name[1:] for name in PICKLES))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The raw config.json of a folder; `CheckpointError` if it is missing, broken or asks for code."""
+def read_config(folder: Path, *, hub: str | None = None) -> dict[str, Any]:
+    """The raw config.json of a folder; `CheckpointError` if it is missing, broken or asks for code.
+
+    `hub` is the name under which the folder was downloaded, if it was.
+    """
     path = folder / CONFIG
     if not path.is_file():
+        refuse_incomplete(hub, CONFIG)
         raise CheckpointError(
-            f"{folder} has no {CONFIG}",
-            why="a model folder needs one",
-            fix="give a Hugging Face model folder",
+            f"{hub or folder} has no {CONFIG}",
+            why="its repository has none, and a model needs one" if hub else "a model folder needs one",
+            fix="give the model's repository in the format of transformers"
+            if hub
+            else "give a Hugging Face model folder",
         )
     raw = _read_object(path)
     if not isinstance(raw.get("model_type"), str):
@@ -120,33 +163,42 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor of a checkpoint, from the headers alone; each file's size is checked against its header.
+def weight_files(folder: Path, *, hub: str | None = None) -> list[Path]:
+    """The safetensors files that a model is loaded from, in the order of their names; none where there are none.
 
-    Raises `CheckpointError` for pickles, missing or truncated files and an index that does not hold.
+    Others may lie beside them: the same weights in another layout. Raises `CheckpointError` for an index that does not
+    hold.
     """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file():  # transformers, too, takes the single file before the index
-        return _read_header(single)
+        return [single]
     if not index.is_file():
-        _refuse_pickle(folder)
-        raise CheckpointError(
-            f"{folder} has no weights",
-            why=f"neither {WEIGHTS} nor {INDEX} is there",
-            fix="give a folder with safetensors weights; halve plan and --dry-run do with a config alone",
-        )
-    weight_map = _read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map", why="it must name each tensor's file", fix=_AGAIN)
-    tensors: dict[str, TensorHeader] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+        return []
+    found = []
+    for name in sorted(set(_weight_map(index).values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index} names {name}", why="weights must be safetensors files beside it", fix=_AGAIN
             )
         if not (folder / name).is_file():
+            refuse_incomplete(hub, name)
             raise CheckpointError(f"{folder / name} is missing", why=f"{INDEX} names it", fix=_AGAIN)
-        tensors.update(_read_header(folder / name))
+        found.append(folder / name)
+    return found
+
+
+def read_headers(folder: Path, *, hub: str | None = None) -> dict[str, TensorHeader]:
+    """Every tensor of a checkpoint, from the headers alone; each file's size is checked against its header.
+
+    Raises `CheckpointError` for pickles, missing or truncated files and an index that does not hold.
+    """
+    files = weight_files(folder, hub=hub)
+    if not files:
+        _refuse_pickle(folder)
+        refuse_incomplete(hub, WEIGHTS, INDEX)
+        raise _no_weights(folder, hub)
+    tensors = {name: header for path in files for name, header in _read_header(path).items()}
+    weight_map = {} if files == [folder / WEIGHTS] else _weight_map(folder / INDEX)
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
         raise CheckpointError(
@@ -157,11 +209,31 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def model_fingerprint(source: str | Path) -> str:
-    """SHA-256 over config.json and the safetensors files of a model, in the order of their names."""
-    folder = locate(source)
+def _no_weights(folder: Path, hub: str | None) -> CheckpointError:
+    if hub:
+        return CheckpointError(
+            f"{hub} has no safetensors weights",
+            why=f"its repository has neither {WEIGHTS} nor {INDEX}; pickles (.bin) are not read, they can run any code",
+            fix="give a repository with safetensors, or convert it on a machine you can lose",
+        )
+    return CheckpointError(
+        f"{folder} has no weights",
+        why=f"neither {WEIGHTS} nor {INDEX} is there",
+        fix="give a folder with safetensors weights; halve plan and --dry-run do with a config alone",
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map", why="it must name each tensor's file", fix=_AGAIN)
+    return {name: str(file) for name, file in weight_map.items()}
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and the files that the model is loaded from, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
+    for path in sorted([folder / CONFIG, *weight_files(folder)]):
         digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
@@ -261,5 +333,5 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

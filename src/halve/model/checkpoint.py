@@ -6,7 +6,7 @@ there, finite and of the shape that the config says. Every guard about models li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from halve.recipe.schema import Device, Dtype
 
 __all__ = ["Checkpoint", "load_config", "resolve_device"]
 
+_VOCABULARIES = TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9] + TOKENIZER_FILES[-2:]
 _PROBE = "The quick brown fox, 0123!\n\tna\u00efve \u6f22\u5b57 \U0001f600 \x01"
 """Characters of every width: a tokenizer that lacks what it stands on fails at one of them."""
 
@@ -54,6 +55,11 @@ class Checkpoint:
         """Find a model folder (a config alone will do for its anatomy) or hub name. Raises `CheckpointError`."""
         return cls(str(source), soundness.locate(source, config_only=True))
 
+    @property
+    def hub(self) -> str | None:
+        """The hub name, where the source is one."""
+        return None if Path(self.source).expanduser() == self.folder else self.source
+
     @cached_property
     def files(self) -> Path:
         """The folder with weights and tokenizer; a hub name is downloaded. Raises `CheckpointError`."""
@@ -67,7 +73,7 @@ class Checkpoint:
         does not know, and one that has no causal language model; `AnatomyError` for one that wraps a language model
         and does not generate by itself.
         """
-        return _read_config(self.folder, self.source)
+        return _read_config(self.folder, self.source, self.hub)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -77,16 +83,21 @@ class Checkpoint:
     @cached_property
     def headers(self) -> Mapping[str, TensorHeader]:
         """Every tensor of the weights, from the files' headers. Raises `CheckpointError` for what is not sound."""
-        return soundness.read_headers(self.files)
+        return soundness.read_headers(self.files, hub=self.hub)
+
+    @cached_property
+    def weights(self) -> Sequence[Path]:
+        """The files that the model is loaded from, in the order of their names. Raises `CheckpointError`."""
+        return soundness.weight_files(self.files, hub=self.hub)
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """The tokenizer. Raises `TokenizerError`."""
-        return _load_tokenizer(self.files, self.source)
+        return _load_tokenizer(self.files, self.source, self.hub)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and the safetensors files, in the order of their names."""
+        """SHA-256 over config.json and the files that the model is loaded from, in the order of their names."""
         return soundness.model_fingerprint(self.files)
 
     def require_tokenizer(self) -> None:
@@ -130,7 +141,7 @@ class Checkpoint:
         complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
         """
         _sound = self.config, self.headers
-        size = sum(path.stat().st_size for path in self.files.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in self.weights)
         with wait(f"loading {self.source} ({bytes_in_words(size)})"):
             model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
             loading.require_parameters(self.files, model, self.parameters)
@@ -163,8 +174,8 @@ def resolve_device(device: Device) -> str:
     return ("cuda" if found else "cpu") if device == "auto" else device
 
 
-def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
-    raw = soundness.read_config(folder)
+def _read_config(folder: Path, source: str, hub: str | None) -> transformers.PretrainedConfig:
+    raw = soundness.read_config(folder, hub=hub)
     plausible.require_layers(raw, folder / CONFIG)
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
@@ -196,12 +207,15 @@ def _read_config(folder: Path, source: str) -> transformers.PretrainedConfig:
     return config
 
 
-def _load_tokenizer(folder: Path, source: str) -> transformers.PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9] + TOKENIZER_FILES[-2:]):
+def _load_tokenizer(folder: Path, source: str, hub: str | None) -> transformers.PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        soundness.refuse_incomplete(hub, *_VOCABULARIES)
         raise TokenizerError(
             f"{source} has no tokenizer",
-            why="neither tokenizer.json nor another vocabulary is in the folder",
-            fix="copy the tokenizer files of the teacher into it",
+            why=f"neither tokenizer.json nor another vocabulary is in {'its repository' if hub else 'the folder'}",
+            fix=f"hf download {hub} --local-dir FOLDER, copy the model's tokenizer files into FOLDER, and give that"
+            if hub
+            else "copy the tokenizer files of the teacher into it",
         )
     try:
         with quiet():

@@ -93,8 +93,8 @@ def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
 def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
     """What identifies an input by its content, wherever it lies."""
     if name == "teacher":
-        used = {CONFIG, *TOKENIZER_FILES}
-        files = [p for p in sorted(teacher.files.iterdir()) if p.suffix == ".safetensors" or p.name in used]
+        used = {CONFIG, *TOKENIZER_FILES, *(path.name for path in teacher.weights)}
+        files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]
     elif name == "choices":
         files = [Path(path) for path in recipe.evaluate.choices]
     elif name == "depth_task":
