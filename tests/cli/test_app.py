@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import typer
+from transformers import BloomConfig
 
 from halve.cli import app as cli
 from halve.cli.app import app, main
@@ -375,6 +376,15 @@ def test_plan_refuses(
     flags: list[str], words: tuple[str, ...], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(main(["plan", str(model), *flags]), capsys, *words)
+
+
+def test_plan_lists_what_is_proved_of_a_family_without_a_limit_of_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BloomConfig(vocab_size=100, hidden_size=32, n_head=4, n_layer=4).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--non-embedding-ratio", "0.5", "--json"]) == 0
+    assert {one["arch"]["hidden"] for one in said(capsys)["candidates"]} == {32}
+    assert_refused(main(["plan", str(tmp_path), "--hidden", "24"]), capsys, "will not cut hidden of bloom")
 
 
 @pytest.mark.parametrize("verb", ["inspect", "plan"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from halve.model.checkpoint import Checkpoint
 from halve.preflight.check import check
+from halve.preflight.sizes import planned_rounds
+from halve.preflight.work import trials
 from halve.recipe.schema import Recipe
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 32, "ffn_dim": 64, "attention_heads": 4, "num_layers": 3, "max_position_embeddings": 128},
+    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 4},
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16},
     "olmoe": {
         "hidden_size": 32,
@@ -48,6 +53,25 @@ def test_every_round_is_proved(recipe_of: Callable[..., Recipe]) -> None:
     later = {"prune": {"hidden": 24, "heads": 3}, "distill": distill}
     found = check(recipe_of("xglm", prune={"ffn": 48}, distill=distill, then=[later]))
     assert [error.what for error in found] == ["will not cut hidden of xglm"]
+
+
+def test_a_budget_is_spent_on_what_is_proved(recipe_of: Callable[..., Recipe]) -> None:
+    """XGLM's hidden and heads fail their proof: sizes and listings are of what a run may try."""
+    recipe = recipe_of("xglm", prune={"non_embedding_ratio": 0.8})
+    assert check(recipe) == ()
+    rounds = planned_rounds(recipe, Checkpoint.open(recipe.model))
+    (tried,) = trials(recipe, rounds)
+    found = [rounds[0].after, *tried]
+    assert len(found) > 1
+    assert {(arch.hidden, arch.heads) for arch in found} == {(32, 4)}
+
+
+def test_the_nearest_to_a_budget_are_proved(recipe_of: Callable[..., Recipe]) -> None:
+    """Of Bloom only layers can be cut, and no number of them of four makes so many parameters."""
+    found = check(recipe_of("bloom", prune={"non_embedding_ratio": 0.6}))
+    assert [re.sub(r"[\d.]+k", "N", error.fix) for error in found] == [
+        "nearest: N (layers 2); N (layers 3); N (layers 1)"
+    ]
 
 
 @pytest.mark.parametrize(("family", "axis"), [("olmoe", "layers"), ("gptj", "ffn"), ("mamba2", "layers")])

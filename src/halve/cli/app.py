@@ -125,6 +125,8 @@ def plan(
     """
     from halve.anatomy.runtimes import runtimes
     from halve.cut.plan.sizes import Candidate, near
+    from halve.cut.proof.prove import prove
+    from halve.cut.repair.rotate import student_anatomy
     from halve.model.checkpoint import Checkpoint
     from halve.report import tables as show
 
@@ -132,7 +134,9 @@ def plan(
     wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
     prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
     anatomy = Checkpoint.open(model).anatomy
-    found: list[Candidate] = near(anatomy, prune, context=context)[:most]
+    found: list[Candidate] = near(student_anatomy(anatomy, prune), prune, context=context)[:most]
+    for candidate in found:
+        prove(anatomy, reopen=False).demand(anatomy.sizes, candidate.arch)
     verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch, c.kept_layers)] for c in found]
     if json_:
         listed = [

@@ -207,12 +207,9 @@ def _check_causal(teacher: Checkpoint) -> None:
 
 
 def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
-    """What every round cuts is proved, as the cut will demand; that it opens in a fresh process is left to it."""
-    from halve.cut.proof.prove import prove
-    from halve.preflight.sizes import planned_rounds
+    from halve.preflight.sizes import planned_rounds, require_proved
 
-    for shape in planned_rounds(recipe, teacher):
-        prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
+    require_proved(planned_rounds(recipe, teacher))
 
 
 def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:

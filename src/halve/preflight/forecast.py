@@ -12,7 +12,7 @@ from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
 from halve.preflight.device import GPU_MFU, PlannedDevice, at_hand, card
 from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
-from halve.preflight.sizes import PlannedRound, planned_rounds
+from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
 from halve.recipe.rounds import learns_from_previous, named, rounds
 from halve.recipe.schema import Recipe, Training
@@ -115,6 +115,7 @@ def forecast(
     context = recipe.data.context
     teacher = teacher or Checkpoint.open(recipe.model)
     found = planned_rounds(recipe, teacher)
+    require_proved(found)
     whole, last = found[0].before, found[-1]
     before = whole.ledger.count(whole.sizes, context=context)
     made = tuple(_made(shape, context) for shape in found)

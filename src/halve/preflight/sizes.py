@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig
 from halve.anatomy import Anatomy, Arch, Counts, discover
 from halve.anatomy.configs import resized
 from halve.cut.plan.sizes import config_sizes, target
+from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.rounds import rounds
@@ -33,6 +35,12 @@ class PlannedRound:
         """The student's; the first layers stand for those kept where they are not named yet."""
         kept = tuple(range(self.after.layers)) if self.kept_layers is None else self.kept_layers
         return resized(self.student.config, config_sizes(self.student, self.after), kept_layers=kept)
+
+
+def require_proved(found: Iterable[PlannedRound]) -> None:
+    """Raise `AnatomyError` where a round cuts what is not proved; that a student reopens is left to the cut."""
+    for shape in found:
+        prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
 
 
 def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, ...]:

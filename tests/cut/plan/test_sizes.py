@@ -168,7 +168,7 @@ def test_no_width_at_all_is_said_with_what_helps() -> None:
     """A budget in a family that nothing can be cut of names a way on, not an empty list."""
     anatomy = discover(config("llama"))
     fixed = replace(anatomy, refusals=dict.fromkeys(CUT_AXES, "it is fixed"))
-    with pytest.raises(PlanError, match=r"(?s)no smaller width is legal\n  fix: .*--drop-layers") as caught:
+    with pytest.raises(PlanError, match=r"(?s)no smaller width or depth is legal\n  fix: .*by hand") as caught:
         target(fixed, Prune(params="100k"))
     assert "between 0 and 0" not in str(caught.value)
 

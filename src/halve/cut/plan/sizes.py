@@ -171,8 +171,7 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
             away.append(abs(size(counts) / budget - 1))
     kept = [[getattr(c.arch, axis) / getattr(before, axis) for c in found] for axis in ("hidden", "ffn")]
     found = [found[i] for i in np.argsort(rank_candidates(np.array(away), np.array(kept)), kind="stable")]
-    depths = [before.at(layers=n) for n in range(1, before.layers)] if can(anatomy, "layers") else []
-    depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in depths]
+    depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in _depths(anatomy)]
     near = [c for c in depth if abs(size(c.counts) / budget - 1) <= BUDGET_TOLERANCE]
     near.sort(key=lambda c: abs(size(c.counts) - budget))
     return [*_legal(anatomy, found), *islice(_legal(anatomy, near), 1)]
@@ -239,6 +238,12 @@ def _areas(anatomy: Anatomy) -> list[Arch]:
     return [arch for arch in archs if arch != anatomy.sizes]
 
 
+def _depths(anatomy: Anatomy) -> list[Arch]:
+    """Every number of layers, but for all of them."""
+    before = anatomy.sizes
+    return [before.at(layers=layers) for layers in range(1, before.layers)] if can(anatomy, "layers") else []
+
+
 def can(anatomy: Anatomy, axis: str) -> bool:
     """Whether the anatomy lets this axis be cut."""
     return axis not in anatomy.refusals
@@ -258,7 +263,7 @@ def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
     found = candidates(anatomy, budget, total=total)
     if found:
         return found[0]
-    archs = _areas(anatomy)
+    archs = [*_areas(anatomy), *_depths(anatomy)]
     counts = [anatomy.ledger.count(arch) for arch in archs]
     sizes = [c.params if total else c.non_embedding for c in counts]
     by_distance = sorted(range(len(archs)), key=lambda i: abs(sizes[i] - budget))
@@ -266,19 +271,25 @@ def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
     word = "parameters" if total else "non-embedding parameters"
     teacher = anatomy.ledger.count(anatomy.sizes)
     now = format_count(teacher.params if total else teacher.non_embedding)
-    if not sizes:
+    if not near:
         raise PlanError(
             f"no legal architecture has about {format_count(budget)} {word}",
-            why=f"this {anatomy.family} has {now} of them, and no smaller width is legal",
-            fix="name the sizes by hand, such as --drop-layers; halve inspect lists what can be cut",
+            why=f"this {anatomy.family} has {now} of them, and no smaller width or depth is legal",
+            fix="name the sizes by hand, such as --heads; halve inspect lists what can be cut",
         )
     raise PlanError(
         f"no legal architecture has about {format_count(budget)} {word}",
         why=f"this {anatomy.family} has {now} of them and can be cut"
-        f" to between {format_count(min(sizes))} and {format_count(max(sizes))} in width",
-        fix="nearest: "
-        + "; ".join(f"{format_count(sizes[i])} (hidden {archs[i].hidden}, ffn {archs[i].ffn})" for i in near),
+        f" to between {format_count(min(sizes))} and {format_count(max(sizes))}",
+        fix="nearest: " + "; ".join(f"{format_count(sizes[i])} ({_cut_in(anatomy, archs[i])})" for i in near),
     )
+
+
+def _cut_in(anatomy: Anatomy, arch: Arch) -> str:
+    """The sizes that name a candidate: its layers, or its width as far as that can be cut."""
+    if arch.layers < anatomy.sizes.layers:
+        return f"layers {arch.layers}"
+    return ", ".join(f"{axis} {getattr(arch, axis)}" for axis in ("hidden", "ffn") if can(anatomy, axis))
 
 
 def parse_count(text: str) -> int:

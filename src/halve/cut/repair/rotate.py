@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy, discover
 from halve.anatomy.axes import Expr
 from halve.anatomy.configs import build
-from halve.cut.proof.prove import SAME
+from halve.cut.proof.prove import SAME, prove
 from halve.cut.proof.twins import logits, random_twin
 from halve.cut.repair.gram import Gram
 from halve.cut.score.walk import watching
@@ -100,8 +100,16 @@ def untied(anatomy: Anatomy) -> Anatomy:
 
 
 def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
-    """The anatomy that a student's sizes and counts are those of: one with a head of its own if rotation may untie."""
-    return untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+    """The anatomy that a student's sizes and counts are those of: one with a head of its own if rotation may untie.
+
+    Where the sizes are halve's to choose, it refuses what the proof refuses: a budget is spent on nothing else. Sizes
+    by hand are left to `Proof.demand`. Raises `AnatomyError` for a model that looks ahead.
+    """
+    own = untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+    if prune.params is None and prune.non_embedding_ratio is None:
+        return own
+    refused = prove(anatomy, reopen=False).refusals
+    return own if refused.keys() <= own.refusals.keys() else replace(own, refusals={**refused, **own.refusals})
 
 
 def rotates(anatomy: Anatomy, prune: Prune) -> bool:
