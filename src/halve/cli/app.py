@@ -265,13 +265,7 @@ def study(
     from halve.studies import declare
 
     if list_ or name is None:
-        listed = [declare.load_study(each) for each in declare.names()]
-        if json_:
-            show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
-        else:
-            rows = [(s.name, s.title, f"arXiv {s.source}", len(s.arms)) for s in listed]
-            show.table("studies", ("name", "title", "after", "arms"), rows)
-            _next("halve study NAME, or halve study all")
+        _list_studies(json_=json_)
         return
     from halve.studies import engine
     from halve.studies import setting as settings
@@ -317,6 +311,19 @@ def study(
         show.as_json(found if name == "all" else found[0])
     if failed:
         raise typer.Exit(2)
+
+
+def _list_studies(*, json_: bool) -> None:
+    from halve.report import tables as show
+    from halve.studies import declare
+
+    listed = [declare.load_study(each) for each in declare.names()]
+    if json_:
+        show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
+        return
+    rows = [(s.name, s.title, f"arXiv {s.source}", len(s.arms)) for s in listed]
+    show.table("studies", ("name", "title", "after", "arms"), rows)
+    _next("halve study NAME, or halve study all")
 
 
 def _stage_command(section: str, summary: str, following: str) -> None:

@@ -74,14 +74,7 @@ def run(
     cache = out / "data" if cache is None else cache
     listed = stages(recipe)
     if only is not None and not any(stage.section == only for stage in listed):
-        asked = "distill.cache" if only == "cache" else f"section {only}"
-        if only == "correct" and recipe.corrects_beside:
-            asked = "correct.when: before"  # the distillation does it
-        raise RunError(
-            f"there is nothing to {only}",
-            why=f"recipe {recipe.name} has no {asked}",
-            fix=f"add {asked.removeprefix('section ')} to the recipe, or run one of {', '.join(SECTIONS)}",
-        )
+        raise _nothing_to_do(recipe, only)
     from halve.model.checkpoint import Checkpoint, resolve_device
     from halve.text.boundary import bounded, settled
     from halve.text.opened import require_embedded
@@ -117,6 +110,17 @@ def run(
             _carry_out(stage, this, keys, here)
             this.progress.say(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
     return out
+
+
+def _nothing_to_do(recipe: Recipe, only: str) -> RunError:
+    asked = "distill.cache" if only == "cache" else f"section {only}"
+    if only == "correct" and recipe.corrects_beside:
+        asked = "correct.when: before"  # the distillation does it
+    return RunError(
+        f"there is nothing to {only}",
+        why=f"recipe {recipe.name} has no {asked}",
+        fix=f"add {asked.removeprefix('section ')} to the recipe, or run one of {', '.join(SECTIONS)}",
+    )
 
 
 def _what_to_do(

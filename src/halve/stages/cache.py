@@ -87,9 +87,12 @@ def run(
     caches.write_shards(out, HELDOUT, heldout.numbers, held, bound=bound, each=each)
     numbers = {TRAIN: list(needed.steps), HELDOUT: list(heldout.numbers)}
     caches.write_index(out, bound, live.head, ce=ce, drawn=answers.drawn(recipe, training), each=each, numbers=numbers)
-    num_bytes = caches.cache_bytes(out)
+    return _figures(bound.kind, needed, caches.cache_bytes(out), ce)
+
+
+def _figures(kind: str, needed: answers.Needed, num_bytes: int, ce: float) -> dict[str, Any]:
     return {
-        "kind": bound.kind,
+        "kind": kind,
         "samples": len(needed.steps),
         "tokens": needed.tokens,
         "bytes": num_bytes,

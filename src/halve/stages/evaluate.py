@@ -106,20 +106,7 @@ def run(
     speeds = _speeds(measured, load, samples_BS) if recipe.evaluate.speed else {}
     results = {
         "reference": reference,
-        "samples": {
-            "count": len(samples_BS),
-            "context": samples_BS.shape[1],
-            "tokens": heldout.labels().numel(),
-            "bytes": int(num_bytes.sum()),
-            "fingerprint": tokens.fingerprint,
-        },
-        "machine": {"device": _device_name(device), "threads": torch.get_num_threads()},
-        "speed_test": {
-            "batch": 1,
-            "prompt_tokens": _speed_prompt(samples_BS).shape[1],
-            "new_tokens": NEW_TOKENS,
-            "repeats": REPEATS,
-        },
+        **_circumstances(heldout, num_bytes, tokens.fingerprint, device),
         "models": {name: {**one.facts, "speed": speeds.get(name)} for name, one in measured.items()},
         "differences": None if subject is None else _differences(measured, subject),
         "completions": [
@@ -129,6 +116,28 @@ def run(
     }
     write_json(out / "results.json", results)
     return {name: _headline(one.facts) for name, one in measured.items()}
+
+
+def _circumstances(
+    heldout: Batch, num_bytes: Int[Tensor, " samples"], fingerprint: str, device: str
+) -> dict[str, dict[str, Any]]:
+    """On what, where and how the models are measured."""
+    return {
+        "samples": {
+            "count": len(heldout.ids),
+            "context": heldout.ids.shape[1],
+            "tokens": heldout.labels().numel(),
+            "bytes": int(num_bytes.sum()),
+            "fingerprint": fingerprint,
+        },
+        "machine": {"device": _device_name(device), "threads": torch.get_num_threads()},
+        "speed_test": {
+            "batch": 1,
+            "prompt_tokens": _speed_prompt(heldout.ids).shape[1],
+            "new_tokens": NEW_TOKENS,
+            "repeats": REPEATS,
+        },
+    }
 
 
 def _measure(

@@ -6,16 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from halve.cut.layers.chosen import DEPTH, choose_layers, read_of
 from halve.cut.plan.sizes import target
 from halve.cut.repair.rotate import student_anatomy
 from halve.cut.score import calibration, width
-from halve.cut.score.scores import samples_fingerprint
+from halve.cut.score.scores import Scores, samples_fingerprint
 from halve.disk.files import write_json
 from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
-from halve.recipe.schema import Recipe
+from halve.recipe.schema import Recipe, Score
 from halve.text.boundary import warn_of_borders
 from halve.text.mixture import open_mixture
 from halve.text.opened import require_embedded
@@ -68,15 +70,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     )
     seconds = time.perf_counter() - start
     scores.save(out / SCORES)
-    figures: dict[str, Any] = {
-        "method": recipe.score.method,
-        "samples": len(samples_BS),
-        "samples_asked": recipe.score.samples,
-        "tokens": samples_BS.numel(),
-        "tokens_per_second": samples_BS.numel() / seconds,
-        "axes": sorted(scores.by_axis()),
-        "block_importance": scores.layers.tolist(),
-    }
+    figures = _figures(recipe.score, scores, samples_BS, seconds)
     if remove and (number := read_of(recipe.score, remove)) is not None:
         few_BS = samples.calibration(recipe.score.depth_samples)
         choice = choose_layers(
@@ -85,3 +79,15 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
         write_json(out / DEPTH, choice.to_json())
         figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "passes", "whole")}
     return figures
+
+
+def _figures(asked: Score, scores: Scores, samples_BS: Tensor, seconds: float) -> dict[str, Any]:
+    return {
+        "method": asked.method,
+        "samples": len(samples_BS),
+        "samples_asked": asked.samples,
+        "tokens": samples_BS.numel(),
+        "tokens_per_second": samples_BS.numel() / seconds,
+        "axes": sorted(scores.by_axis()),
+        "block_importance": scores.layers.tolist(),
+    }

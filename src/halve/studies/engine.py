@@ -89,34 +89,14 @@ def collect(
         name: {metric: [_value(metric, arm, one) for one in runs[name]] for metric in study.metrics}
         for name, arm in study.arms.items()
     }
-    firsts = next(iter(done.values()))
-    first = firsts[0]
     manifests = [one["folder"] / "evaluate" / MANIFEST for each in done.values() for one in each]
-    recipe: Recipe = first["recipe"]
-    assert recipe.distill is not None
-    teacher = first["results"]["models"][_TEACHER]
     return {
         "format": STUDY_FORMAT,
         **{key: getattr(study, key) for key in ("name", "title", "source", "question", "note")},
         "date": datetime.fromtimestamp(max(path.stat().st_mtime for path in manifests), UTC).date().isoformat(),
         "command": command,
         "seeds": list(seeds),
-        "teacher": {
-            "name": setting.name,
-            "params": teacher["params"],
-            "non_embedding_params": teacher["non_embedding_params"],
-            "perplexity": _estimate([one["results"]["models"][_TEACHER]["perplexity"]["value"] for one in firsts]),
-        },
-        "setting": {
-            "calibration_samples": recipe.score.samples,
-            "context": recipe.data.context,
-            "tokens": recipe.distill.tokens,
-            "batch": recipe.distill.batch,
-            "lr": recipe.distill.lr,
-            "heldout_tokens": first["results"]["samples"]["tokens"],
-        },
-        "machine": first["results"]["machine"],
-        "versions": read_manifest(firsts[0]["folder"] / "evaluate")["versions"],
+        **_circumstances(setting, next(iter(done.values()))),
         "metrics": list(study.metrics),
         "plot": list(study.plot),
         "arms": [
@@ -130,6 +110,32 @@ def collect(
             for name, arm in study.arms.items()
         ],
         "claims": [_judged(claim, values) for claim in study.claims],
+    }
+
+
+def _circumstances(setting: Setting, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The teacher, the setting and the machine, as the runs of one arm say them, a run a seed."""
+    first = runs[0]
+    recipe: Recipe = first["recipe"]
+    assert recipe.distill is not None
+    teacher = first["results"]["models"][_TEACHER]
+    return {
+        "teacher": {
+            "name": setting.name,
+            "params": teacher["params"],
+            "non_embedding_params": teacher["non_embedding_params"],
+            "perplexity": _estimate([one["results"]["models"][_TEACHER]["perplexity"]["value"] for one in runs]),
+        },
+        "setting": {
+            "calibration_samples": recipe.score.samples,
+            "context": recipe.data.context,
+            "tokens": recipe.distill.tokens,
+            "batch": recipe.distill.batch,
+            "lr": recipe.distill.lr,
+            "heldout_tokens": first["results"]["samples"]["tokens"],
+        },
+        "machine": first["results"]["machine"],
+        "versions": read_manifest(first["folder"] / "evaluate")["versions"],
     }
 
 
