@@ -7,8 +7,8 @@ All methods on one teacher, on the same calibration samples, at the same sizes; 
 architecture a size, depth methods take the nearest whole number of layers.
 
 Learning rates are swept on the first seed at 50 %; the other sizes take the best rate found for each method. The other
-seeds are run for the best four, our own, plain Minitron and both random cuts. Means are ± one standard error; which of
-two is lower is said by Student's t over seeds. A seed draws the calibration samples and the order of training.
+seeds are run for the best four at 50 %, our own, plain Minitron and both random cuts. Means are ± one standard error;
+which of two is lower is said by Student's t over seeds. A seed draws the calibration samples and the order of training.
 
 Results are appended to FOLDER/results.jsonl as they come, and a second call goes on from there; FOLDER/report.md is
 written at the end.
@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from cut_methods import (
     depth_arch,
     make_student,
 )
-from cut_page import RATIOS, SWEPT, Book, report
+from cut_page import RATIOS, SWEPT, Book, report, starts
 from transformers import PreTrainedModel
 
 from halve.anatomy import discover
@@ -162,7 +162,7 @@ def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_al
     if starts_alone:
         for setting in settings[1:]:
             for ratio in RATIOS:
-                for name in METHODS:
+                for name in leading({name: starts(book, name, SWEPT)[0] for name in METHODS}):
                     run_one(book, students, setting, name, ratio, None, tokens)
         return
     best: dict[str, float] = {}
@@ -172,23 +172,24 @@ def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_al
     for ratio in RATIOS:
         for name in METHODS:
             run_one(book, students, first, name, ratio, best[name], tokens)
-    for name in finalists(book, best):
+    finals = {name: _line(book, "retrained", name, best[name])["kl"] for name in METHODS}
+    for name in leading(finals):
         for setting in settings[1:]:
             for ratio in RATIOS:
                 run_one(book, students, setting, name, ratio, None, tokens)
                 run_one(book, students, setting, name, ratio, best[name], tokens)
 
 
-def finalists(book: Book, best: dict[str, float]) -> list[str]:
-    """The four with the lowest KL after retraining at 50 % on the first seed, plain Minitron and random."""
+def leading(found: Mapping[str, float]) -> list[str]:
+    """The four methods with the lowest KL, our own, plain Minitron and both random cuts."""
+    return list(dict.fromkeys([*sorted(found, key=lambda name: found[name])[:4], *CONTROLS]))
 
-    def final(name: str) -> float:
-        line = book.find(kind="retrained", method=name, ratio=SWEPT, seed=0, lr=best[name])
-        assert line is not None
-        return float(line["kl"])
 
-    ranked = sorted(METHODS, key=final)
-    return list(dict.fromkeys([*ranked[:4], *CONTROLS]))
+def _line(book: Book, kind: str, name: str, lr: float) -> dict[str, Any]:
+    """What was found of a method at 50 % on the first seed."""
+    line = book.find(kind=kind, method=name, ratio=SWEPT, seed=0, lr=lr)
+    assert line is not None
+    return line
 
 
 # ---- the command
