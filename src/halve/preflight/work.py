@@ -49,9 +49,12 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         source = shape if learns_from_previous(recipe, number) else found[0]
         alone = partial(_learning, shape)
         taught = partial(_learning, shape, teacher=source)
-        if part.distill.cache != "none":  # the teacher runs once for all students; of its states logits are made
+        if part.distill.cache == "hidden":  # the teacher runs once for all students; of its states they make logits
+            add(named("cache", number), part.distill, partial(_body, source))
+            taught = partial(_reading, shape, source)
+        elif part.distill.cache == "logits":
             add(named("cache", number), part.distill, partial(_whole, source))
-            taught = partial(_reading, shape, source) if part.distill.cache == "hidden" else alone
+            taught = alone
         add(distill, part.distill, taught)
         for baseline in part.distill.baselines:
             add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
@@ -127,6 +130,15 @@ def _whole(shape: PlannedRound, context: int) -> int:
     return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
 
 
+def _body(shape: PlannedRound, context: int) -> int:
+    """The same without logits."""
+    return _whole(shape, context) - _head(shape)
+
+
+def _head(shape: PlannedRound) -> int:
+    return 2 * shape.before.sizes.vocab * shape.before.sizes.hidden
+
+
 def _learning(shape: PlannedRound, context: int, *, teacher: PlannedRound | None = None) -> int:
     """FLOPs a token of a round's student in training, with the teacher that it follows."""
     own = 3 * shape.counts(context=context).flops_per_token
@@ -135,7 +147,7 @@ def _learning(shape: PlannedRound, context: int, *, teacher: PlannedRound | None
 
 def _reading(shape: PlannedRound, teacher: PlannedRound, context: int) -> int:
     """The same where the teacher's hidden states are read."""
-    return _learning(shape, context) + 2 * teacher.before.sizes.vocab * teacher.before.sizes.hidden
+    return _learning(shape, context) + _head(teacher)
 
 
 def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:
