@@ -244,17 +244,17 @@ prune: {{ffn: 40}}
     command = [sys.executable, "-m", "halve", "score", str(recipe), "--out", "run", "--quiet"]
     options: dict[str, Any] = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     # whoever starts the tests in the background has them ignore Ctrl-C
-    process = psutil.Popen(command, **options, preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL))
-    end = time.monotonic() + 60
-    while not (children := [c for c in process.children() if "spawn_main" in " ".join(c.cmdline())]):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    if number == SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    with psutil.Popen(command, **options, preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL)) as process:
+        end = time.monotonic() + 60
+        while not (children := [c for c in process.children() if "spawn_main" in " ".join(c.cmdline())]):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        if number == SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in err
     assert err.splitlines()[-1].endswith(f"resumes where it stopped: halve score {recipe} --out run --quiet")

@@ -75,3 +75,16 @@ def test_a_run_folder_below_a_file_is_refused_by_check(
     (tmp_path / "r.yaml").write_text(recipe.model_dump_json(exclude_none=True))
     assert main(["check", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "r.yaml" / "run")]) == 2
     assert "cannot make run folder" in capsys.readouterr().err
+
+
+def test_a_run_folder_above_one_that_is_not_there_is_looked_at(
+    make_recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert callable(make_recipe)
+    recipe: Recipe = make_recipe()
+    (tmp_path / "r.yaml").write_text(recipe.model_dump_json(exclude_none=True))
+    monkeypatch.chdir(tmp_path)
+    for command in ("check", "run"):
+        assert main([command, "r.yaml", "--out", "new/.."]) == 2
+        assert f"{tmp_path} is not a run folder\n  why: it holds r.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -242,11 +242,13 @@ def test_a_kill_that_nothing_can_answer_leaves_no_process_and_no_wrong_file(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
-    process = psutil.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)], stderr=subprocess.PIPE)
-    _wait(lambda: any((tmp_path / "cache").glob(".*.mark.json")) or process.poll() is not None)
-    children = process.children(recursive=True)
-    process.kill()
-    process.communicate()
+    with psutil.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)], stderr=subprocess.PIPE
+    ) as process:
+        _wait(lambda: any((tmp_path / "cache").glob(".*.mark.json")) or process.poll() is not None)
+        children = process.children(recursive=True)
+        process.kill()
+        process.communicate()
     assert len(children) >= 2
     _, alive = psutil.wait_procs(children, timeout=GRACE_SECONDS)
     assert not alive, "orphans wait for work for ever"

@@ -22,6 +22,12 @@ def place(given: Any) -> Any:
     return given
 
 
+def new_folder(given: Path | None) -> Path | None:
+    """`place` for a folder that may not be there yet; `new/..` is the folder here, and makes no `new`."""
+    place(given)
+    return given.resolve() if given is not None and ".." in given.parts else given
+
+
 def finite(given: float | None) -> float | None:
     """Refuse what is no number: no range leaves it out, since it compares with nothing."""
     if given is not None and not math.isfinite(given):
@@ -34,7 +40,7 @@ Model = Annotated[
 ]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", callback=place)]
 Out = Annotated[
-    Path | None, typer.Option(help="The run folder. Default: runs/NAME, with the recipe's name.", callback=place)
+    Path | None, typer.Option(help="The run folder. Default: runs/NAME, with the recipe's name.", callback=new_folder)
 ]
 OnSpike = Annotated[
     Literal["stop", "skip", "rewind"] | None,
@@ -61,14 +67,14 @@ Card = Annotated[
 Exported = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A run folder, or one of its checkpoints.", callback=place)
 ]
-NewFolder = Annotated[Path, typer.Option(help="The new model folder.", callback=place)]
-DemoOut = Annotated[Path, typer.Option(help="The run folder.", callback=place)]
+NewFolder = Annotated[Path, typer.Option(help="The new model folder.", callback=new_folder)]
+DemoOut = Annotated[Path, typer.Option(help="The run folder.", callback=new_folder)]
 Corpus = Annotated[
     Path | None,
     typer.Option(help="Text to distill on if the standard library's sources are missing.", callback=place),
 ]
 StudyOut = Annotated[
-    Path, typer.Option(help="Folder for runs and results; studies share runs where they can.", callback=place)
+    Path, typer.Option(help="Folder for runs and results; studies share runs where they can.", callback=new_folder)
 ]
 TeacherFlag = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
 Train = Annotated[
