@@ -139,16 +139,20 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
     own = student_anatomy(anatomy, prune)
     after, kept = (_inner(own, ratio), None) if method.keep_hidden else target(own, prune)
     scores = _scores(method.method, setting, timed)
-    turned = apply.turn(model, anatomy, prune, setting.calibration_BS, micro_batch=MICRO_BATCH)
+    listed = []
     if prune.shape == "trial":
         budget = budget_of(own, prune)
         assert budget is not None
+        listed = list_shapes(own, budget[0], total=budget[1])
+    sizes = [arch for family in listed for arch in family] or [after]
+    turned = apply.turn(model, anatomy, prune, setting.calibration_BS, sizes=sizes, micro_batch=MICRO_BATCH)
+    if listed:
         tried = trial.try_shapes(
             model,
             anatomy,
             scores,
             prune,
-            list_shapes(own, budget[0], total=budget[1]),
+            listed,
             setting.calibration_BS,
             turned=turned,
             micro_batch=MICRO_BATCH,

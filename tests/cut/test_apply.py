@@ -11,7 +11,7 @@ from dead import dead_channels, hidden_plan
 from families import config
 from torch import Tensor
 
-from halve.anatomy import Anatomy, discover
+from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import apply
 from halve.cut.apply import cut, turn
 from halve.cut.plan.plan import select
@@ -63,7 +63,7 @@ def _cut(model: Any, anatomy: Anatomy, sizes: dict[str, int], *, rescore: Any = 
         _samples(anatomy),
         after=anatomy.sizes.at(**sizes),
         kept_layers=None,
-        turned=turn(model, anatomy, prune, _samples(anatomy), micro_batch=8),
+        turned=turn(model, anatomy, prune, _samples(anatomy), sizes=[anatomy.sizes.at(**sizes)], micro_batch=8),
         rescore=rescore,
         micro_batch=8,
     )
@@ -199,7 +199,7 @@ def test_the_refit_of_all_keeps_the_gains(family: str, tied: bool) -> None:
         samples,
         after=plan.after,
         kept_layers=None,
-        turned=turn(teacher, anatomy, prune, samples, micro_batch=8),
+        turned=turn(teacher, anatomy, prune, samples, sizes=[plan.after], micro_batch=8),
         micro_batch=8,
     )
     assert done.gains.keys() == set(anatomy.norms)
@@ -258,11 +258,25 @@ def _untied_with_the_norm_folded(model: Any) -> Any:
     return result
 
 
+def test_the_stream_is_turned_only_where_a_shape_cuts_it() -> None:
+    model, anatomy = _twin("llama")
+    same = anatomy.sizes.at(ffn=anatomy.sizes.ffn - 16)
+    narrower = same.at(hidden=56)
+
+    def turned(*sizes: Arch) -> apply.Turned:
+        return turn(model, anatomy, Prune(params="1k"), _samples(anatomy), sizes=sizes, micro_batch=8)
+
+    assert turned(same, same).model is model
+    assert turned(same, same).energy_D is None
+    assert turned(same, narrower).model is not model
+    assert turned(same, narrower).energy_D is not None
+
+
 def test_random_scores_do_for_scores() -> None:
     model, anatomy = _twin("llama")
     prune = Prune(ffn=anatomy.sizes.ffn - 16, **PLAIN)
-    turned = turn(model, anatomy, prune, _samples(anatomy), micro_batch=8)
     after = anatomy.sizes.at(ffn=prune.ffn)
+    turned = turn(model, anatomy, prune, _samples(anatomy), sizes=[after], micro_batch=8)
     made = [
         cut(
             model,

@@ -127,14 +127,17 @@ def _tried(model: Any, anatomy: Anatomy, num: int = 72) -> Any:
     budget = budget_of(anatomy, prune)
     assert budget is not None
     samples = _samples(anatomy, num)
+    listed = list_shapes(anatomy, budget[0], total=budget[1])
     return try_shapes(
         model,
         anatomy,
         random_scores(anatomy, 0),
         prune,
-        list_shapes(anatomy, budget[0], total=budget[1]),
+        listed,
         samples,
-        turned=turn(model, anatomy, prune, samples, micro_batch=24),
+        turned=turn(
+            model, anatomy, prune, samples, sizes=[arch for family in listed for arch in family], micro_batch=24
+        ),
         micro_batch=24,
     )
 
@@ -177,7 +180,7 @@ def test_a_shape_in_two_lists_is_cut_once_and_the_line_says_which(monkeypatch: p
         prune,
         [[one], [other], [one]],
         samples,
-        turned=turn(model, anatomy, prune, samples, micro_batch=24),
+        turned=turn(model, anatomy, prune, samples, sizes=[one, other], micro_batch=24),
         micro_batch=24,
         progress=RichProgress(Console(file=screen, width=200), every_s=0.0),
     )

@@ -65,14 +65,16 @@ def turn(
     prune: Prune,
     samples_BS: Int64[Tensor, "batch seq"],
     *,
+    sizes: Sequence[Arch],
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> Turned:
     """Turn the residual stream to its principal axes where `prune` asks for it and the family allows it.
 
+    `sizes` are those that the model may be cut to: where hidden stays whole in all of them, nothing is turned.
     Raises `AnatomyError` for `rotation: pca` in a family whose norms do not allow it.
     """
-    if not rotates(anatomy, prune):
+    if not rotates(anatomy, prune) or all(after.hidden == anatomy.sizes.hidden for after in sizes):
         return Turned(model, anatomy, None)
     samples_BS = samples_BS[: prune.refit_samples]
     moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)

@@ -86,7 +86,8 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     if not tried and shape.kept_layers is None:
         removals = {before.arch.layers - after.arch.layers}
     layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
-    turned = rotates(shape.before, prune)
+    narrower = any(arch.hidden < before.arch.hidden for arch in tried or (after.arch,))
+    turned = rotates(shape.before, prune) and narrower
     refit = Work()
     if prune.refit != "none":
         refit = cost.refitting(before, after, prune, samples=prune.refit_samples, turned=turned)

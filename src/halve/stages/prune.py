@@ -87,8 +87,10 @@ def run(
         write_json(out / "plan.json", plan.to_json())
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
-    turned = turn(model, anatomy, asked, samples, micro_batch=recipe.score.micro_batch, progress=progress)
-    if listed := _shapes(anatomy, asked, proof, ranking):
+    listed = _shapes(anatomy, asked, proof, ranking)
+    sizes = [arch for family in listed for arch in family] or [after]
+    turned = turn(model, anatomy, asked, samples, sizes=sizes, micro_batch=recipe.score.micro_batch, progress=progress)
+    if listed:
         tried = try_shapes(
             model,
             anatomy,
