@@ -106,7 +106,6 @@ def test_headers_say_what_the_weights_are(tiny_llama: Path) -> None:
     assert {name: header.shape for name, header in headers.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
-    assert sum(header.num_bytes for header in headers.values()) == sum(t.nbytes for t in tensors.values())
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 5, 8, 200])

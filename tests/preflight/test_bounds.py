@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from halve.preflight.check import check
+from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -76,3 +78,21 @@ def test_replicas_need_ranks_where_it_is_known_how_many_there_are(make_recipe: M
     assert [error.what for error in check(recipe, ranks=1)] == ["1 rank does not make 2 replicas"]
     assert check(recipe, ranks=4) == ()
     assert check(recipe) == (), "the job that runs it may have as many as it needs"
+
+
+def test_a_correction_beside_takes_the_ranks_and_samples_of_its_distillation(make_recipe: MakeRecipe) -> None:
+    beside = {"tokens": 10**9, "when": "beside"}
+    recipe = make_recipe(correct=beside, distill={**TRAINING, "batch": 6})
+    assert check(recipe, ranks=3) == ()
+    assert forecast(recipe, ranks=3).place.ranks == 3
+    hub = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": ("hub:some/text",)})})
+    assert forecast(hub).disk.text_bytes < 10**6
+
+
+def test_a_correction_beside_needs_the_package_of_its_optimizer(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = {**TRAINING, "when": "beside", "optimizer": "adamw8bit"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (error,) = check(make_recipe(correct=beside, distill=TRAINING))
+    assert error.what == "optimizer: adamw8bit needs the package torchao"

@@ -15,7 +15,8 @@ from halve.model.checkpoint import Checkpoint
 from halve.preflight import samples as preflight_text
 from halve.preflight.check import check
 from halve.progress import SILENT
-from halve.recipe.schema import Recipe
+from halve.recipe.schema import Recipe, Training
+from halve.text import course
 from halve.text.opened import require_embedded
 
 MakeRecipe = Callable[..., Recipe]
@@ -66,6 +67,24 @@ def test_too_little_held_out_text_and_a_part_that_is_too_small(asked: Callable[.
     parts = {name: {"sources": [str(tmp_path / name)], "weight": 1} for name in ("train.txt", "valid.jsonl")}
     (error,) = check(asked("cat", data={"train": parts}))
     assert "part train.txt of data.train has fewer tokens than one sample" in error.what
+
+
+def test_a_correction_beside_has_no_course_of_its_own(
+    asked: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    original = course.open_course
+
+    def open_course(recipe: Recipe, training: Training, **how: Any) -> course.Course:
+        opened.append(type(training).__name__)
+        return original(recipe, training, **how)
+
+    monkeypatch.setattr(course, "open_course", open_course)
+    training = {"tokens": 256, "batch": 4}
+    for when, names in (("beside", ["Distill"]), ("before", ["Correct", "Distill"])):
+        opened.clear()
+        assert check(asked(SENTENCE * 200, correct={**training, "when": when}, distill=training)) == ()
+        assert opened == names
 
 
 def test_long_text_is_not_tokenized(asked: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:

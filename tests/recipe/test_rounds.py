@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
 from halve.preflight.sizes import planned_rounds
-from halve.recipe.rounds import rounds
+from halve.recipe.rounds import rounds, trainings
 from halve.recipe.schema import Recipe
 
+MakeRecipe = Callable[..., Recipe]
 DISTILL = {"tokens": 512, "batch": 4, "eval_every": 2, "eval_samples": 2, "warmup_steps": 1}
 
 
@@ -35,6 +36,19 @@ def test_each_round_reads_like_a_recipe_of_its_own(recipe: Recipe) -> None:
     assert first == recipe.model_copy(update={"then": ()})
     assert (second.prune.hidden, second.prune.ffn, second.name, second.seed) == (24, None, "tiny", 0)
     assert rounds(first) == (first,)
+
+
+@pytest.mark.parametrize(("when", "names"), [("before", ["correct"]), ("beside", [])])
+def test_every_training_that_runs_for_itself_is_listed(make_recipe: MakeRecipe, when: str, names: list[str]) -> None:
+    correct, then = {"tokens": 640, "batch": 4, "when": when}, [{"prune": {"ffn": 24}}, {"prune": {"ffn": 16}}]
+    then[1]["distill"] = {**DISTILL, "tokens": 1024}
+    asked = make_recipe(correct=correct, distill=DISTILL, then=then)
+    found = trainings(asked)
+    assert list(found) == [*names, "distill", "distill of round 3"]
+    assert found["distill"] == asked.distill
+    assert found["distill of round 3"].tokens == 1024
+    assert names == [name for name in found if found[name] == asked.correct]
+    assert trainings(make_recipe()) == {}
 
 
 def test_the_sizes_of_a_round_follow_from_those_before(recipe: Recipe) -> None:

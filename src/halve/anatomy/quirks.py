@@ -62,8 +62,6 @@ _COUPLED_GPT2 = {
     "attn.c_attn.bias": _BLOCKS,
     "attn.c_proj.weight": "heads head_dim, hidden",
 }
-# Every head's query is followed by its gate.
-_GATED_QUERIES = _projections(("self_attn.q_proj",), "heads 2 head_dim", ())
 
 QUIRKS: Mapping[str, Quirk] = {
     "biogpt": Quirk(scaled_embedding=True),

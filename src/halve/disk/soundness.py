@@ -57,7 +57,6 @@ class TensorHeader:
     file: str
     dtype: str
     shape: tuple[int, ...]
-    num_bytes: int
 
 
 def locate(source: str | Path, *, config_only: bool = False) -> Path:
@@ -260,7 +259,6 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
                 file=path.name,
                 dtype=entry["dtype"],
                 shape=tuple(entry["shape"]),
-                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             )
             for name, entry in header.items()
         }

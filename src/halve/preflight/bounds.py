@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from halve.disk.rundir import LOCK, MARKER, RECIPE
 from halve.errors import RecipeError, RunError
 from halve.process.waits import bytes_in_words
-from halve.recipe.rounds import rounds
-from halve.recipe.schema import Correct, Recipe, Training
+from halve.recipe.rounds import trainings
+from halve.recipe.schema import Recipe, Training
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
@@ -26,12 +26,8 @@ def of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> It
     yield partial(_check_questions, recipe, teacher)
     if ranks is None:
         return
-    trainings: list[tuple[str, Training | None]] = [("correct", recipe.correct)]
-    for number, part in enumerate(rounds(recipe), 1):
-        trainings.append(("distill" if number == 1 else f"distill of round {number}", part.distill))
-    for name, training in trainings:
-        if training is not None and not (isinstance(training, Correct) and recipe.corrects_beside):
-            yield partial(_check_step, recipe, teacher, name, training, ranks)
+    for name, training in trainings(recipe).items():
+        yield partial(_check_step, recipe, teacher, name, training, ranks)
 
 
 def check_workers(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from halve.errors import DiskError, HalveError, RecipeError
 from halve.preflight import bounds as preflight_bounds
 from halve.preflight import samples as preflight_text
 from halve.process.waits import bytes_in_words
-from halve.recipe.rounds import learns_from_previous, rounds
+from halve.recipe.rounds import learns_from_previous, rounds, trainings
 from halve.recipe.schema import Boundary, Distill, Phase, Recipe, Training
 from halve.text import sources
 
@@ -83,7 +83,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
     yield partial(_check_correction, recipe, teacher)
-    for name, training in _trainings(recipe):
+    for name, training in trainings(recipe).items():
         if ranks is not None:
             yield partial(_check_shares, training, ranks)
         yield partial(_check_place, training)
@@ -128,11 +128,12 @@ def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:
-    """What the correction trains is in the model, and the package for it is there."""
+    """What the correction trains is in the model, and the packages for it are there."""
     if recipe.correct is not None:
-        from halve.train.loop import adapters
+        from halve.train.loop import adapters, optimizers
 
         adapters.require_trainable(teacher.anatomy, recipe.correct)
+        optimizers.require(recipe.correct)  # its own, also beside a distillation
 
 
 def _check_states(recipe: Recipe, found: Sequence[PlannedRound]) -> None:
@@ -144,15 +145,6 @@ def _check_states(recipe: Recipe, found: Sequence[PlannedRound]) -> None:
         if states is not None:
             teacher = shape if learns_from_previous(recipe, number) else found[0]
             layer_pairs(states.layers, teacher=teacher.before.sizes.layers, student=shape.after.layers)
-
-
-def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training]]:
-    """Every section of the recipe that trains, with its name."""
-    if recipe.correct is not None and recipe.corrects_before:
-        yield "correct", recipe.correct
-    for number, part in enumerate(rounds(recipe), 1):
-        if part.distill is not None:
-            yield "distill" if number == 1 else f"distill of round {number}", part.distill
 
 
 def _check_shares(training: Training, ranks: int) -> None:

@@ -14,7 +14,7 @@ from halve.preflight.device import GPU_MFU, PlannedDevice, at_hand, card
 from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
-from halve.recipe.rounds import learns_from_previous, named, rounds
+from halve.recipe.rounds import learns_from_previous, named, rounds, trainings
 from halve.recipe.schema import Recipe, Training
 from halve.text.schedule import spans
 from halve.train.ranks.group import require_shares
@@ -161,12 +161,12 @@ def _opened(found: Sequence[PlannedRound]) -> tuple[tuple[str, str, str], ...]:
 
 def _place(recipe: Recipe, ranks: int, *, cuda: bool) -> Hardware:
     """Where training runs, and in which precision."""
-    trainings = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
-    for training in trainings:
+    trained = trainings(recipe).values()
+    for training in trained:
         require_shares(training, ranks)
-    precisions = {training.precision for training in trainings}
+    precisions = {training.precision for training in trained}
     half = "bfloat16" in precisions or (cuda and "auto" in precisions)
-    return Hardware(ranks, max((training.replicas for training in trainings), default=1), cuda, half)
+    return Hardware(ranks, max((training.replicas for training in trained), default=1), cuda, half)
 
 
 def _memory(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halve.progress import SILENT
-from halve.recipe.rounds import rounds
-from halve.recipe.schema import Boundary, Recipe, Training
+from halve.recipe.rounds import rounds, trainings
+from halve.recipe.schema import Boundary, Recipe
 from halve.text import sources
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:
 
 def _is_short(recipe: Recipe) -> bool:
     """Whether all text together is short, or not long beside the longest sample."""
-    longest = max([recipe.data.context, *(phase.context or 0 for one in _trainings(recipe) for phase in one.phases)])
+    phases = [phase for training in trainings(recipe).values() for phase in training.phases]
+    longest = max([recipe.data.context, *(phase.context or 0 for phase in phases)])
     left = max(_SHORT_CHARS, _CHARS_A_TOKEN * longest)
     for source in dict.fromkeys(_sources(recipe)):
         for piece in sources.read_documents(source, text_field=recipe.data.text_field):
@@ -105,13 +106,8 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
         if to_try(shape.student, part.prune):
             trial.require_tried(len(mixture.calibration(max(part.prune.refit_samples, part.score.samples))))
-    for training in _trainings(recipe):
+    for training in trainings(recipe).values():
         open_course(recipe, training, **text)
-
-
-def _trainings(recipe: Recipe) -> list[Training]:
-    found = [recipe.correct, *(part.distill for part in rounds(recipe))]
-    return [training for training in found if training is not None]
 
 
 def _texts(recipe: Recipe) -> list[Sequence[str]]:

@@ -18,7 +18,7 @@ from halve.errors import HalveError
 from halve.preflight.memory import dtype_of, moments
 from halve.preflight.rehearsal import Learned, learned
 from halve.preflight.sizes import PlannedRound
-from halve.recipe.rounds import learns_from_previous, rounds
+from halve.recipe.rounds import learns_from_previous, rounds, trainings
 from halve.recipe.schema import Recipe, Training
 from halve.text import sources
 from halve.text.schedule import spans
@@ -119,7 +119,7 @@ def _text_bytes(recipe: Recipe, vocab: int) -> int:
         with suppress(HalveError):  # what is not there is told elsewhere
             text += sum(path.stat().st_size for path in sources.files(source))
     if any(source.startswith(sources.HUB) for source in listed):
-        trained = [part for part in (recipe.correct, *(one.distill for one in rounds(recipe))) if part is not None]
-        tokens = max((part.tokens for part in trained), default=recipe.score.samples * recipe.data.context)
+        trained = [training.tokens for training in trainings(recipe).values()]
+        tokens = max(trained, default=recipe.score.samples * recipe.data.context)
         text += tokens * (4 if vocab > _NARROW_VOCAB else 2)
     return text

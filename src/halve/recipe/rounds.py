@@ -6,7 +6,7 @@ the second round on: prune-2, distill-2-ce; pruned-2, ce-2.
 
 from __future__ import annotations
 
-from halve.recipe.schema import Recipe
+from halve.recipe.schema import Recipe, Training
 
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -16,6 +16,20 @@ def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
         first,
         *(first.model_copy(update={"prune": step.prune, "distill": step.distill}) for step in recipe.then),
     )
+
+
+def trainings(recipe: Recipe) -> dict[str, Training]:
+    """Every section that makes a training of its own, by what errors call it, in the order in which they run.
+
+    A correction beside the distillations is part of theirs.
+    """
+    found: dict[str, Training] = {}
+    if recipe.correct is not None and recipe.corrects_before:
+        found["correct"] = recipe.correct
+    for number, part in enumerate(rounds(recipe), 1):
+        if part.distill is not None:
+            found["distill" if number == 1 else f"distill of round {number}"] = part.distill
+    return found
 
 
 def learns_from_previous(recipe: Recipe, number: int) -> bool:

@@ -66,20 +66,6 @@ def removal_order(
     return tuple(order)
 
 
-def kept_by_refit(
-    gram_XX: Float[Tensor, "x x"],
-    weight_YX: Float[Tensor, "y x"],
-    *,
-    size: int,
-    keep: int,
-    cells: Sequence[int],
-    strength: float,
-) -> tuple[int, ...]:
-    """The structures that `removal_order` leaves, in their old order."""
-    gone = set(removal_order(gram_XX, weight_YX, size=size, keep=keep, cells=cells, strength=strength))
-    return tuple(m for m in range(len(gram_XX) // size) if m not in gone)
-
-
 def _costs(inverse_XX: Tensor, refit_YX: Tensor, size: int) -> Tensor:
     if size == 1:
         return refit_YX.square().sum(0) / inverse_XX.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
