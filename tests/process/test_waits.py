@@ -96,7 +96,7 @@ def test_a_run_tells_what_it_waits_for(
     monkeypatch.setattr(proof, "_proofs", {})
     monkeypatch.setattr(proof, "_on_one_thread", lambda anatomy, **_: proof.Proof(anatomy.family, (), {}))
     monkeypatch.setattr("halve.process.fresh.python", lambda *_: "not opened")
-    recipe = make_recipe()
+    recipe = make_recipe(prune={"hidden": 24, "ffn": 40})
     with pytest.raises(Exception, match="does not reopen"):
         pipeline.run(recipe, tmp_path / "run", console=object())  # type: ignore[arg-type]
     said = "\n".join(recording.said)
