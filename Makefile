@@ -20,8 +20,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python scripts/make_docs.py --check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --durations=20
 
-# Two minutes on two cores: what `make test` looks at, and the tests that finish in a second each. tests/slow.txt names the
-# others; `pytest --note-slow` writes it anew.
+# Some four minutes on two cores: what `make test` looks at, and the tests that finish in a second each. tests/slow.txt
+# names the others; `pytest --note-slow` writes it anew.
 quick: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
