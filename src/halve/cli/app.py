@@ -19,6 +19,8 @@ from rich.console import Console
 
 from halve.cli import flags
 from halve.cli.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
+from halve.cli.hints import say_next
+from halve.cli.study import study
 from halve.errors import HalveError, PlanError, Stopped, of_the_system
 from halve.process.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
 from halve.process.rank import leads
@@ -97,7 +99,7 @@ def inspect(
         show.as_json(show.inspection(anatomy, proved))
     else:
         show.inspection_tables(anatomy, proved)
-        _next(f"halve plan {model} --params ...")
+        say_next(f"halve plan {model} --params ...")
 
 
 @app.command()
@@ -151,7 +153,7 @@ def plan(
         show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
     else:
         show.candidates_table(anatomy, found, verdicts)
-        _next("put these sizes under prune: in a recipe, then halve run")
+        say_next("put these sizes under prune: in a recipe, then halve run")
 
 
 @app.command()
@@ -217,7 +219,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
             print(line)
         show.trial(trials(loaded, planned_rounds(loaded, Checkpoint.open(loaded.model))))
-        _next(f"halve run {recipe}")
+        say_next(f"halve run {recipe}")
 
 
 @app.command()
@@ -238,92 +240,10 @@ def export(
         show.as_json({"model": str(folder)})
     else:
         print(folder)
-        _next(f"halve inspect {folder}")
+        say_next(f"halve inspect {folder}")
 
 
-@app.command()
-def study(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A study, or all. --list shows the names.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
-    out: flags.StudyOut = Path("runs/studies"),
-    model: flags.TeacherFlag = None,
-    train: flags.Train = None,
-    valid: flags.Valid = None,
-    choices: flags.Choices = None,
-    seeds: flags.Seeds = 3,
-    tokens: flags.TokensFlag = None,
-    context: flags.ContextFlag = None,
-    quiet: Quiet = False,
-    json_: AsJson = False,
-) -> None:
-    """Reproduce a table of the papers on a small scale.
-
-    A study trains several configurations with several seeds and gives a verdict on each claim of the paper. It resumes
-    where it was interrupted.
-    """
-    from halve.report import tables as show
-    from halve.studies import declare
-
-    if list_ or name is None:
-        _list_studies(json_=json_)
-        return
-    from halve.studies import engine
-    from halve.studies import setting as settings
-
-    wanted = [declare.load_study(each) for each in (declare.names() if name == "all" else (name,))]
-    changes: dict[str, Any] = {}
-    if tokens is not None:
-        changes["distill"] = {"tokens": tokens}
-    if context is not None:
-        changes["data"] = {"context": context}
-    texts = out / "texts"
-    if model is None:
-        setting = settings.of_demo(texts, changes=changes)
-    else:
-        setting = settings.of_ones_own(
-            model, train=train or (), valid=valid or (), choices=choices, texts=texts, changes=changes
-        )
-    flags = {"model": model and Path(model).name, "seeds": seeds, "tokens": tokens, "context": context}
-    said = "".join(f" --{key} {value}" for key, value in flags.items() if value not in (None, 3))
-    console = Console(stderr=True, quiet=quiet, highlight=False)
-    found, failed = [], 0
-    for each in wanted:
-        try:
-            results = engine.run(
-                each,
-                setting,
-                seeds=range(seeds),
-                out=out,
-                command=f"halve study {each.name}{said}",
-                say=console.print,
-            )
-        except HalveError as error:
-            if len(wanted) == 1:
-                raise
-            print(f"error: {each.name}: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        found.append(results)
-        if not json_:
-            show.study_table(results)
-            print(out / each.name / "results.json")
-    if json_:
-        show.as_json(found if name == "all" else found[0])
-    if failed:
-        raise typer.Exit(2)
-
-
-def _list_studies(*, json_: bool) -> None:
-    from halve.report import tables as show
-    from halve.studies import declare
-
-    listed = [declare.load_study(each) for each in declare.names()]
-    if json_:
-        show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
-        return
-    rows = [(s.name, s.title, f"arXiv {s.source}", len(s.arms)) for s in listed]
-    show.table("studies", ("name", "title", "after", "arms"), rows)
-    _next("halve study NAME, or halve study all")
+app.command()(study)
 
 
 def _stage_command(section: str, summary: str, following: str) -> None:
@@ -357,7 +277,7 @@ def _stage(
         if section == "prune":
             show.pruned(read_json(folder / section / "plan.json"), read_manifest(folder / section)["metrics"])
     if following and not json_:
-        _next(f"halve {following} {recipe}")
+        say_next(f"halve {following} {recipe}")
 
 
 def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -> Recipe:
@@ -413,8 +333,3 @@ def _show_results(folder: Path, *, json_: bool) -> None:
     for path in (folder / "report" / "report.html", student):
         if path.exists():
             print(path)
-
-
-def _next(hint: str) -> None:
-    if leads():
-        print(f"next: {hint}", file=sys.stderr)

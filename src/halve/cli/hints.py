@@ -1,0 +1,13 @@
+"""What the command says beside its results."""
+
+from __future__ import annotations
+
+import sys
+
+from halve.process.rank import leads
+
+
+def say_next(hint: str) -> None:
+    """Name the next command, on stderr and once for all ranks."""
+    if leads():
+        print(f"next: {hint}", file=sys.stderr)
