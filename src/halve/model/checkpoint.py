@@ -1,7 +1,7 @@
 """A model that somebody brings, opened once: `Checkpoint` is what travels from stage to stage.
 
 In goes a Hugging Face folder or a hub name. Safetensors only; no code from a checkpoint ever runs; every tensor is
-there, finite and of the shape that the config says. Every guard about models lives here and in `soundness`.
+there, finite and of the shape that the config says. Every guard about models lives here and in `disk.soundness`.
 """
 
 from __future__ import annotations

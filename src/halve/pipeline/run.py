@@ -37,7 +37,7 @@ __all__ = ["SECTIONS", "Stage", "check", "run", "stages"]
 def check(
     recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None, ranks: int | None = None
 ) -> tuple[HalveError, ...]:
-    """What `preflight.check` finds; if nothing, what has changed of the stages that a run in `out` would go on from."""
+    """What `preflight.check` finds; if nothing, what has changed of the stages that a run in `out` would take."""
     from halve.model.checkpoint import Checkpoint
 
     found = preflight.check(recipe, out, teacher=teacher, ranks=ranks)
@@ -60,7 +60,8 @@ def run(
 ) -> Path:
     """Carry out a recipe in the folder `out`, whatever is done of it already, and return the folder.
 
-    Processes that torchrun or the like has started carry it out together, in one folder that all see (`train.ranks`).
+    Processes that torchrun or the like has started carry it out together, in one folder that all see (see
+    `train.ranks.group`).
 
     `only` names one of `SECTIONS` and carries out its stages alone, those of later rounds as far as their inputs are
     there. `cache` holds token files and hashes of inputs, by default `out/data`; runs may share one. Without a

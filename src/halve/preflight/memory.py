@@ -5,7 +5,7 @@
     moments      the optimizer's
     teacher      its weights, where and as the recipe keeps them; of one that learns beside, masters and moments too
     gathered     what ranks put together for a moment: two layers, the embeddings, the head
-    passing      activations, copies in half precision and the chunks of the loss, by a rehearsal (`train.rehearsal`)
+    passing      activations, copies in half precision and the chunks of the loss, by a rehearsal (`rehearsal`)
 
 Not counted: PyTorch's own context and fragments of its allocator, for which `fits` leaves a tenth.
 """

@@ -55,7 +55,7 @@ def _opened(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> Iterator
 
 
 def _settled(recipe: Recipe, teacher: Checkpoint) -> tuple[Boundary, ...]:
-    """What a run may have made of `data.boundary`: see `stages.boundary.settled`."""
+    """What a run may have made of `data.boundary`: see `text.boundary.settled`."""
     from halve.text import tokenize
 
     asked = recipe.data.boundary

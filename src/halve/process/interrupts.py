@@ -25,7 +25,7 @@ def heeded() -> Iterator[None]:
     """Within, Ctrl-C raises `KeyboardInterrupt` and SIGTERM `Terminated`, once what is done can be left off.
 
     What was half written is cleared away on the way out. A training takes SIGTERM over while it lasts: it ends with a
-    checkpoint (`train.ranks.sigterm`). A signal that is ignored, as in a shell's background, stays so.
+    checkpoint (`train.ranks.group.sigterm`). A signal that is ignored, as in a shell's background, stays so.
     """
     if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
         yield

@@ -1,6 +1,6 @@
 """The recipe: every knob of a run, typed and checked, without importing torch.
 
-A recipe is one YAML file whose sections carry the names of the stages; `reading` makes a `Recipe` of it.
+A recipe is one YAML file whose sections carry the names of the stages; `read` makes a `Recipe` of it.
 """
 
 from __future__ import annotations

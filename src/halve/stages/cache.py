@@ -33,7 +33,7 @@ def run(
     progress: Progress = SILENT,
     shard_bytes: int = caches.SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write the cache of `distill.cache` to `out` (see `train.cache`); shards that a killed run left are kept.
+    """Write the cache of `distill.cache` to `out` (see `train.teachers.cache`); shards that a killed run left are kept.
 
     Each sample that the course draws is answered once, however often it comes. Before the first, the teacher is shown
     to be one that can teach. `cache` is the run's folder of token files. Raises `TrainError`, `CorpusError` and

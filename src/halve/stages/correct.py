@@ -1,7 +1,7 @@
 """The correct stage: fine-tune the teacher on the corpus before it teaches (2408.11796, Sec. 2.1).
 
-All of it, its norms alone, or adapters that are merged when it is written (`train.adapters`). A correction beside the
-distillation is the distill stage's.
+All of it, its norms alone, or adapters that are merged when it is written (`train.loop.adapters`). A correction beside
+the distillation is the distill stage's.
 """
 
 from __future__ import annotations
