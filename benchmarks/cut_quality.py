@@ -151,8 +151,11 @@ def run_one(
     return line
 
 
-def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_alone: bool) -> None:
-    """Everything, the cheapest first; `starts_alone` leaves out what trains."""
+def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_alone: bool, leading_alone: bool) -> None:
+    """Everything, the cheapest first; `starts_alone` leaves out what trains, `leading_alone` who does not lead before.
+
+    Leading are the best four starts at 50 % on the first seed, and the controls.
+    """
     first, students = settings[0], Students()
     if book.find(kind="forward") is None:
         book.add({"kind": "forward", "seconds": forward_seconds(first), "tokens": first.calibration_BS.numel()})
@@ -166,13 +169,16 @@ def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_al
                     run_one(book, students, setting, name, ratio, None, tokens)
         return
     best: dict[str, float] = {}
-    for name in METHODS:
+    trained = list(METHODS)
+    if leading_alone:
+        trained = leading({name: starts(book, name, SWEPT)[0] for name in METHODS})
+    for name in trained:
         swept = [run_one(book, students, first, name, SWEPT, lr, tokens) for lr in RATES]
         best[name] = min(swept, key=lambda line: line["choice_kl"])["lr"]
     for ratio in RATIOS:
-        for name in METHODS:
+        for name in trained:
             run_one(book, students, first, name, ratio, best[name], tokens)
-    finals = {name: _line(book, "retrained", name, best[name])["kl"] for name in METHODS}
+    finals = {name: _line(book, "retrained", name, best[name])["kl"] for name in trained}
     for name in leading(finals):
         for setting in settings[1:]:
             for ratio in RATIOS:
@@ -209,6 +215,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=49152, help="tokens of retraining")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--starts", action="store_true", help="straight after the cut alone; nothing trains")
+    parser.add_argument("--leading", action="store_true", help="retrain the best four starts and the controls alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", SingularGramWarning)
@@ -216,7 +223,7 @@ def main() -> None:
     began = time.perf_counter()
     settings = [make_setting(args, seed) for seed in range(args.seeds)]
     book = Book(args.out / "results.jsonl")
-    carry_out(book, settings, args.tokens, starts_alone=args.starts)
+    carry_out(book, settings, args.tokens, starts_alone=args.starts, leading_alone=args.leading)
     book.add({"kind": "time", "seconds": time.perf_counter() - began})
     anatomy = settings[0].anatomy
     whole = anatomy.ledger.count(anatomy.sizes).non_embedding
