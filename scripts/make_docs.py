@@ -117,9 +117,10 @@ def recipe_page() -> str:
     for name, section in sections.items():
         field = Recipe.model_fields[name]
         many = "A list of such sections. " if typing.get_origin(field.annotation) is tuple else ""
-        state = "required" if field.is_required() else "off unless it is there" if field.default is None else "optional"
+        kind = "required" if field.is_required() else "optional"
+        without = " Without it, the stage is left out." if field.default is None else ""
         parts.append(
-            f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')} {many}This section is {state}.\n\n"
+            f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')} {many}This section is {kind}.{without}\n\n"
             f"{_fields(section)}"
         )
         for inner in _inner(section):
@@ -295,7 +296,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     samples = results["samples"]
     where = f"{samples['count']} held-out samples of {samples['context']} tokens"
-    note = f"On {where}, ± one standard error; KL and agreement are measured to the {results['reference']} model."
+    note = f"On {where}, ± one standard error; KL and agreement are measured against the {results['reference']} model."
     return "\n".join([*lines, "", note])
 
 

@@ -365,7 +365,7 @@ def test_plan_near_a_budget(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["--heads", "7"], ("7 query heads in 4 key-value groups", "--heads 4 or 8")),
         (["--ffn", "200"], ("200 of 160 ffn",)),
-        (["--params", "1k"], ("no legal architecture", "nearest:")),
+        (["--params", "1k"], ("no valid sizes have about", "nearest:")),
         (["--params", "many"], ("'many'",)),
         (["--drop-layers", "0-3"], ("cannot drop layers 0-3",)),
         (["--params", "100k", "--ffn", "80"], ("these flags make no plan", "exactly one")),

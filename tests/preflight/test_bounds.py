@@ -28,7 +28,7 @@ TRAINING = {"tokens": 512, "batch": 4}
         ({"distill": {**TRAINING, "batch": 10**14, "micro_batch": 1}}, "distill cannot hold"),
         ({"then": [{"prune": {"ffn": 24}, "distill": {**TRAINING, "batch": 10**12}}]}, "distill of round 2 cannot"),
         ({"correct": {**TRAINING, "method": "lora", "lora_rank": 10**9}}, "lora_rank 1000000000 is larger than"),
-        ({"prune": {"non_embedding_ratio": 1e-9}}, "no legal architecture has about 1 "),
+        ({"prune": {"non_embedding_ratio": 1e-9}}, "no valid sizes have about 1 "),
         ({"prune": {"drop_layers": "0-999999999"}}, "cannot drop layers 0-999999999"),
         ({"prune": {"drop_layers": "9"}}, "cannot drop layers 9\n  why: the model has layers 0 to 3"),
         ({"prune": {"drop_layers": "7-9"}}, "cannot drop layers 7-9"),

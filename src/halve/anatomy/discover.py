@@ -368,8 +368,8 @@ def _embeddings(model: PreTrainedModel, head: str) -> tuple[str, ...]:
 def _refusals(anatomy: Anatomy) -> dict[str, str]:
     made_of = {axis for shape in anatomy.params.values() for expr in shape for axis in expr.axes}
     refusals = {
-        "head_dim": "pairs of rotary channels belong together: known, and not cut",
-        "vocab": "the tokenizer stays: known, and not cut",
+        "head_dim": "halve never cuts it: rotary embeddings pair its channels",
+        "vocab": "halve never cuts it: the tokenizer stays unchanged",
         "experts": "experts are not cut yet",
         "expert_ffn": "experts are not cut yet",
     }

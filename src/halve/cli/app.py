@@ -1,4 +1,4 @@
-"""The command `halve`: one verb a job, errors in three lines with exit code 2, tables with --json.
+"""The command `halve`: one verb for each job, errors in three lines with exit code 2, tables with --json.
 
 Imports of torch and transformers wait until a verb needs them, so that --help answers at once.
 """
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit code: 0, 2 for a mistake that can be mended, 130 or 143 when interrupted."""
+    """Run the command and give its exit code: 0, 2 for a mistake that can be fixed, 130 or 143 when interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     first = leads()
     try:
@@ -107,7 +107,7 @@ def plan(
     model: Model,
     params: Annotated[str | None, typer.Option(help="Budget of total parameters, such as 4.5B.")] = None,
     non_embedding_ratio: Annotated[
-        float | None, typer.Option(help="Budget as a share of the non-embedding parameters.")
+        float | None, typer.Option(help="Budget as the share of the teacher's non-embedding parameters to keep.")
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Channels of the residual stream to keep.")] = None,
     ffn: Annotated[int | None, typer.Option(help="MLP neurons to keep in every layer.")] = None,
@@ -121,7 +121,7 @@ def plan(
     most: Annotated[int, typer.Option(min=1, help="Number of candidates to list.")] = 10,
     json_: AsJson = False,
 ) -> None:
-    """List legal sizes near a budget, with exact counts.
+    """List valid sizes near a parameter budget, with exact counts.
 
     Sizes can also be given by hand. No weights are read.
     """
@@ -197,7 +197,7 @@ def run(
 
 @app.command()
 def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
-    """Find the errors that need no weights to be loaded."""
+    """Find every error that can be found without loading weights."""
     from halve.model.checkpoint import Checkpoint
     from halve.pipeline.run import check as preflight
     from halve.preflight.sizes import planned_rounds
@@ -285,7 +285,7 @@ def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -
 
 
 _stage_command("correct", "Fine-tune the teacher on the corpus.", "score")
-_stage_command("score", "Score the importance of every axis in one forward pass.", "prune")
+_stage_command("score", "Score each channel, neuron, head and layer in one forward pass.", "prune")
 _stage_command("prune", "Cut the model to its new size and check the result.", "distill")
 _stage_command("cache", "Store the teacher's answers on disk (distill.cache).", "distill")
 _stage_command("distill", "Train the student on the teacher's distribution.", "evaluate")

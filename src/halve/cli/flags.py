@@ -50,18 +50,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout inste
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress on stderr.")]
 RanksFlag = Annotated[
     int | None,
-    typer.Option(min=1, max=10**6, help="With --dry-run: number of H100s that train. Default: this machine's device."),
+    typer.Option(min=1, max=10**6, help="With --dry-run: plan for this many H100s instead of this machine."),
 ]
 Mfu = Annotated[
     float | None,
     typer.Option(
-        min=0.01, max=1.0, callback=finite, help="With --dry-run: plan for an H100 at this share of its rate, not 0.4."
+        min=0.01,
+        max=1.0,
+        callback=finite,
+        help="With --dry-run: plan for an H100 at this share of its peak FLOP/s. Default: 0.4.",
     ),
 ]
 Card = Annotated[
     float | None,
     typer.Option(
-        min=1.0, max=1e6, callback=finite, help="With --dry-run: plan for a GPU of so many GB, at an H100's rate."
+        min=1.0, max=1e6, callback=finite, help="With --dry-run: plan for a GPU with this many GB, as fast as an H100."
     ),
 ]
 Exported = Annotated[
@@ -74,7 +77,7 @@ Corpus = Annotated[
     typer.Option(help="Text to distill on if the standard library's sources are missing.", callback=place),
 ]
 StudyOut = Annotated[
-    Path, typer.Option(help="Folder for runs and results; studies share runs where they can.", callback=new_folder)
+    Path, typer.Option(help="Folder for runs and results; studies share equal runs.", callback=new_folder)
 ]
 TeacherFlag = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
 Train = Annotated[

@@ -1,6 +1,6 @@
-"""The recipe: every knob of a run, typed and checked, without importing torch.
+"""The recipe: every setting of a run, typed and checked, without importing torch.
 
-A recipe is one YAML file whose sections carry the names of the stages; `read` makes a `Recipe` of it.
+A recipe is one YAML file. Its sections have the names of the stages. `read` turns it into a `Recipe`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _OF_DISTILLATION = (
     "eval_samples",
     "precision",
 )
-"""What a correction beside a distillation shares with it."""
+"""Keys that a correction beside a distillation shares with it."""
 
 
 class Source(Section):
@@ -119,26 +119,26 @@ class Data(Section):
     context: Context = Field(512, description="tokens in one packed sample")
     boundary: Boundary = Field(
         "auto",
-        description="special tokens at document boundaries; bos: before each document and sample; eos: after each"
-        " document; auto: what the tokenizer and the teacher know",
+        description="special tokens at document boundaries; bos: BOS before each document and sample; eos: EOS after"
+        " each document; auto: BOS if the tokenizer adds it, EOS unless the teacher never learned it",
     )
     documents: Literal["joined", "apart"] = Field(
         "joined", description="apart: in training, attention and prediction do not cross document boundaries"
     )
-    workers: Count = Field(1, description="processes that tokenize; the result does not depend on them")
+    workers: Count = Field(1, description="number of processes that tokenize; the result is the same for any number")
 
     @property
     def train_sources(self) -> tuple[str, ...]:
-        """The sources of the training text, those of a mixture's parts one after another."""
+        """The sources of the training text; for a mixture, those of all parts in order."""
         if isinstance(self.train, dict):
             return tuple(source for part in self.train.values() for source in part.sources)
         return self.train
 
 
 class Score(Section):
-    """Importance of every axis from one forward pass (2407.14679, Sec. 2.2)."""
+    """Importance of channels, neurons, heads and layers, from one forward pass (2407.14679, Sec. 2.2)."""
 
-    samples: Count = Field(1024, description="calibration samples (the paper's number)")
+    samples: Count = Field(1024, description="number of calibration samples; the default is the paper's number")
     micro_batch: Count = Field(8, description="samples in one forward pass; scores do not depend on it")
     batch_agg: Aggregator = Field("l2", description="how activations are reduced over samples")
     seq_agg: Aggregator = Field("mean", description="how activations are reduced over the tokens of a sample")
@@ -146,11 +146,13 @@ class Score(Section):
         "activation", description="how widths (hidden, ffn, heads) are scored; all but activation are baselines"
     )
     ffn_point: FfnPoint = Field(
-        "down_input", description="where the activations of neurons are read; up_output: as in the paper's formula"
+        "down_input", description="where the activations of neurons are read; up_output follows the paper's formula"
     )
     depth: DepthCriterion = Field("bi", description="criterion by which layers are dropped")
     depth_pattern: DepthPattern = Field(
-        "single", description="which sets of layers are compared; greedy: one layer after another"
+        "single",
+        description="which sets of layers are compared; single: each layer alone; block: contiguous layers; greedy: one"
+        " layer after another",
     )
     depth_samples: Count = Field(64, description="samples on which the removal of layers is measured")
     depth_task: PathOrName | None = Field(None, description="multiple-choice file for `depth: task`")
@@ -168,7 +170,7 @@ class Prune(Section):
     """The size of the student: sizes by hand, or a budget from which sizes are computed."""
 
     params: Written | None = Field(
-        None, description="budget: total parameters, such as 4.5B; the nearest legal sizes are taken"
+        None, description="budget: total parameters, such as 4.5B; the nearest valid sizes are taken"
     )
     non_embedding_ratio: Real | None = Field(
         None, gt=0, lt=1, description="budget: share of the non-embedding parameters to keep"
@@ -189,24 +191,26 @@ class Prune(Section):
         description="factor on norm weights after a cut of hidden; constant: sqrt(H / H'); fitted: by least squares",
     )
     steps: Count = Field(
-        1, description="number of cuts on the way to the target, with new scores before each (iterative importance)"
+        1, description="number of cuts that lead to the target, with new scores before each (iterative importance)"
     )
     selection: Selection = Field(
         "auto",
-        description="how neurons and heads are chosen; rank: by score; refit: by what a refit cannot compensate"
-        " for (groups of several query heads: by score); auto: refit for a refit one-step cut with method: activation",
+        description="how neurons and heads are chosen; rank: by score; refit: by how well a refit can compensate for"
+        " their removal (groups of several query heads: by score); auto: refit if prune.refit is on, steps is 1 and"
+        " score.method is activation, otherwise rank",
     )
     rotation: Rotation = Field(
         "auto",
-        description="pca: rotate hidden to its principal axes before the cut; auto: if the norms allow it and"
-        " score.method is activation",
+        description="pca: rotate hidden to its principal axes before the cut; auto: pca if the norms allow it, steps"
+        " is 1 and score.method is activation, otherwise none",
     )
     untie: Switch = Field(
         False,
-        description="with rotation: give a tied head its own weights; the student is closer to the teacher, and larger",
+        description="with rotation: give a tied head its own weights; the student is then closer to the teacher but"
+        " larger",
     )
     refit: Refit = Field(
-        "all", description="solve for the weights around the cut; outputs: only output and down projections"
+        "all", description="which weights are solved for after the cut; outputs: only output and down projections"
     )
     ridge: Scale = Field(1e-3, description="ridge of the refit, relative to the mean diagonal of the Gram matrix")
     refit_samples: Count = Field(128, description="calibration samples for rotation and refit")
@@ -243,7 +247,8 @@ class Evaluate(Section):
     samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
     choices: tuple[PathOrName, ...] = Field(
         (),
-        description="multiple-choice files: JSON lines with context, choices, answer or contexts, ending, answer",
+        description="multiple-choice files: JSON lines with the keys context, choices and answer, or contexts, ending"
+        " and answer",
     )
     prompts: tuple[str, ...] = Field((), description="prompts whose completions the report shows")
     completion_tokens: Annotated[Count, Field(le=100_000)] = Field(48, description="tokens generated for each prompt")
@@ -251,7 +256,7 @@ class Evaluate(Section):
 
 
 class Step(Section):
-    """A further round of iterative compression: prune the last student again and distill it (15B to 8B to 4B)."""
+    """A further round of iterative compression: prune the last student again and distill it (as in 15B to 8B to 4B)."""
 
     prune: Prune = Field(description="the size of this round's student")
     distill: Distill | None = Field(None, description="the training of this round's student")
@@ -276,7 +281,7 @@ class Recipe(Section):
     device: Device = Field("auto", description="where models run; auto: CUDA if there is a GPU")
     dtype: Dtype = Field("auto", description="precision of the weights; auto: that of the checkpoint")
     data: Data
-    correct: Correct | None = Field(None, description="off unless the section is there")
+    correct: Correct | None = Field(None, description="without this section, the teacher is not corrected")
     score: Score = Score()
     prune: Prune
     distill: Distill | None = None
@@ -295,7 +300,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _basis(self) -> Recipe:
-        """Principal axes are a ranking of their own: what is ranked by another method stays in its own basis."""
+        """Leave the basis alone where another method ranks the channels: principal axes bring their own ranking."""
         if self.score.method != "activation":
             then = tuple(step.model_copy(update={"prune": _unturned(step.prune)}) for step in self.then)
             self.__dict__.update(prune=_unturned(self.prune), then=then)

@@ -1,4 +1,4 @@
-"""The recipe's sections that train: how long, how fast, on what, and from whom."""
+"""The sections of a recipe that train: tokens, learning rate, data, teacher and loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOW = (
     "spike_factor",
     "loggers",
 )
-"""Keys that say how a training is carried out and do not change its result: a run may resume with other values."""
+"""Keys that affect how a training runs but not its result: a run may resume with other values of them."""
 
 
 class Phase(Section):
@@ -69,9 +69,13 @@ class Training(Section):
         " attention",
     )
     compile: Switch = Field(False, description="torch.compile each layer; the first step takes about a minute longer")
-    replicas: Count = Field(1, description="groups of ranks that each hold a whole model; 1: shard it over all ranks")
+    replicas: Count = Field(
+        1, description="number of groups of ranks that each hold a whole model; 1: sharded over all ranks"
+    )
     checkpoint_every: Count = Field(
-        200, description="steps between checkpoints; a kill loses at most this many, twice as many during a write"
+        200,
+        description="steps between checkpoints; a kill loses at most this many steps, or twice as many while a"
+        " checkpoint is being written",
     )
     keep_checkpoints: Count = Field(1, description="number of checkpoints that are kept on disk")
     on_spike: Literal["stop", "skip", "rewind"] = Field(
@@ -118,8 +122,8 @@ class Correct(Training):
     lora_alpha: Scale = Field(32.0, description="LoRA scale: an adapter is multiplied by lora_alpha / lora_rank")
     when: Literal["before", "beside"] = Field(
         "before",
-        description="before: a stage of its own; beside: in the loop of the distillation, on its first `tokens` tokens"
-        " (Sec. 4.2). Batch, precision, ranks, checkpoints and measurements are then those of distill",
+        description="before: a stage of its own; beside: during the distillation, on its first `tokens` tokens (Sec."
+        " 4.2). Batch, precision, ranks, checkpoints and measurements are then those of distill",
     )
 
 
@@ -134,7 +138,7 @@ class Intermediate(Section):
         description="teacher layer: student layer; negative numbers count from the end; default {-2: -2} (Table 17)",
     )
     alpha: Scale | None = Field(
-        None, description="weight of the loss; default: the current L_logits / L_is, as in the paper"
+        None, description="weight of the loss; default: the current ratio L_logits / L_is, as in the paper"
     )
 
 
@@ -146,14 +150,14 @@ class Distill(Training):
     )
     temperature: Real = Field(1.0, ge=0.01, le=100, description="softmax temperature of kl, reverse_kl and jsd")
     beta: Real = Field(
-        0.5, gt=0, lt=1, description="with jsd: share of the teacher in the mixture of both distributions"
+        0.5, gt=0, lt=1, description="with jsd: share of the teacher's distribution in the mixture of both"
     )
     top_k: Count | None = Field(
         None, description="with kl: compare only this many of the teacher's most likely tokens; default: all"
     )
     top_k_tail: Switch = Field(False, description="with top_k: count the remaining probability as one extra token")
     intermediate: Intermediate | None = Field(
-        None, description="an additional loss on intermediate states; off unless the section is there"
+        None, description="an additional loss on intermediate states; without this section there is none"
     )
     cache: Cache = Field(
         "none", description="store the teacher's answers on disk: hidden states (exact) or sampled logits (unbiased)"
@@ -172,7 +176,8 @@ class Distill(Training):
     )
     baselines: tuple[Baseline, ...] = Field(
         (),
-        description="controls on the same tokens: the same cut with cross-entropy, random weights, a random cut",
+        description="control models that train on the same tokens; ce: the same cut with cross-entropy; random_init:"
+        " random weights; random_prune: a random cut",
     )
 
     @property

@@ -99,8 +99,8 @@ def test_thousands_of_candidates_a_second() -> None:
         ),
         ("llama", Prune(hidden=97), r"cannot keep 97 of 96 hidden\n.*\n  fix: --hidden between 1 and 96"),
         ("llama", Prune(hidden=95), r"llama does not accept .*hidden 95"),
-        ("llama", Prune(params="1"), r"no legal architecture has about 1 parameters\n.*\n  fix: nearest: \d"),
-        ("llama", Prune(params="900M"), r"no legal architecture has about 900M parameters\n.*\n  fix: nearest: \d"),
+        ("llama", Prune(params="1"), r"no valid sizes have about 1 parameters\n.*\n  fix: nearest: \d"),
+        ("llama", Prune(params="900M"), r"no valid sizes have about 900M parameters\n.*\n  fix: nearest: \d"),
         ("llama", Prune(params="many"), r"cannot read 'many' as a parameter count"),
         ("llama", Prune(drop_layers="0-5"), r"cannot drop layers 0-5\n.*layers 0 to 5 and must keep one"),
         ("llama", Prune(drop_layers="x"), r"cannot read 'x' as layers"),
@@ -168,7 +168,7 @@ def test_no_width_at_all_is_said_with_what_helps() -> None:
     """A budget in a family that nothing can be cut of names a way on, not an empty list."""
     anatomy = discover(config("llama"))
     fixed = replace(anatomy, refusals=dict.fromkeys(CUT_AXES, "it is fixed"))
-    with pytest.raises(PlanError, match=r"(?s)no smaller width or depth is legal\n  fix: .*by hand") as caught:
+    with pytest.raises(PlanError, match=r"(?s)no smaller width or depth is valid\n  fix: .*by hand") as caught:
         target(fixed, Prune(params="100k"))
     assert "between 0 and 0" not in str(caught.value)
 

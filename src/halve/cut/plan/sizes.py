@@ -273,12 +273,12 @@ def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
     now = format_count(teacher.params if total else teacher.non_embedding)
     if not near:
         raise PlanError(
-            f"no legal architecture has about {format_count(budget)} {word}",
-            why=f"this {anatomy.family} has {now} of them, and no smaller width or depth is legal",
+            f"no valid sizes have about {format_count(budget)} {word}",
+            why=f"this {anatomy.family} has {now} of them, and no smaller width or depth is valid",
             fix="name the sizes by hand, such as --heads; halve inspect lists what can be cut",
         )
     raise PlanError(
-        f"no legal architecture has about {format_count(budget)} {word}",
+        f"no valid sizes have about {format_count(budget)} {word}",
         why=f"this {anatomy.family} has {now} of them and can be cut"
         f" to between {format_count(min(sizes))} and {format_count(max(sizes))}",
         fix="nearest: " + "; ".join(f"{format_count(sizes[i])} ({_cut_in(anatomy, archs[i])})" for i in near),
