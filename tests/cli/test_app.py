@@ -271,7 +271,7 @@ def test_a_sigterm_exits_with_143(
     monkeypatch.setattr(pipeline, "run", stopped)
     assert main(["run", str(recipe)]) == 143
     plan, said, *_ = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"plan: distill holds .* a rank; .* FLOP, .* of an H100 at 40% MFU; disk .*", plan)
+    assert re.fullmatch(r"plan: distill takes .* per rank; .* FLOP, .* of an H100 at 40% MFU; disk .*", plan)
     assert said == "stopped by SIGTERM after step 3"
 
 

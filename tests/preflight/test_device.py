@@ -101,7 +101,7 @@ def test_the_plan_speaks_of_the_card_at_hand(make_recipe: MakeRecipe, monkeypatc
     with_card("Some GPU of tomorrow", monkeypatch)
     unknown = forecast(recipe)
     assert unknown.hours is None
-    assert "40% MFU; the rate of Some GPU of tomorrow is not known; disk" in show.plan_in_a_line(unknown)
+    assert "40% MFU; the speed of Some GPU of tomorrow is not known; disk" in show.plan_in_a_line(unknown)
     assert forecast(make_recipe(distill=DISTILL), device=card()).device.name == "this CPU", "the recipe says so"
 
 

@@ -203,4 +203,4 @@ def test_a_plan_that_cannot_be_made_stops_nothing(
     assert "plan: distill holds over " in said
     assert main(["run", str(mixture), "--dry-run"]) == 0
     page = capsys.readouterr().out
-    assert "no plan could be made of activations: IndexError: a family's own code looked at contents" in page
+    assert "the memory of activations is not known: IndexError: a family's own code looked at contents" in page

@@ -149,7 +149,7 @@ def test_the_page_says_it_all(finished: tuple[Path, dict[str, Any], list[str]]) 
     assert text == page.markdown(results, plot="plot.svg")
     for words in (
         "# A tiny study",
-        "After nothing.",
+        "Source: arXiv nothing.",
         f"```sh\n{COMMAND}\n```",
         "Seeds: 0, 1.",
         "| paper: loss |",
@@ -184,7 +184,7 @@ def test_pages_are_made_of_committed_results(finished: tuple[Path, dict[str, Any
     assert {path.name for path in pages} == {"README.md", "losses.md", "losses.svg"}
     index = pages[tmp_path / "README.md"]
     source = declare.load_study("losses").source
-    row = f"| [Losses of retraining](losses.md) | {source} | {losses['date']} | 1 | 0 | 1 |"
+    row = f"| [Loss functions for retraining](losses.md) | {source} | {losses['date']} | 1 | 0 | 1 |"
     assert row in index
     assert index.count("not run yet") == len(declare.names()) - 1
     text = pages[tmp_path / "losses.md"]

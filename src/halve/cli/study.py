@@ -31,8 +31,8 @@ def study(
 ) -> None:
     """Reproduce a table of the papers on a small scale.
 
-    A study trains several configurations with several seeds and gives a verdict on each claim of the paper. It resumes
-    where it was interrupted.
+    A study trains several configurations with several seeds and gives a verdict on each claim of the paper. An
+    interrupted study resumes with the same command.
     """
     from halve.report import tables as show
     from halve.studies import declare
@@ -95,5 +95,5 @@ def _list_studies(*, json_: bool) -> None:
         show.as_json([{"name": s.name, "title": s.title, "source": s.source, "arms": [*s.arms]} for s in listed])
         return
     rows = [(s.name, s.title, f"arXiv {s.source}", len(s.arms)) for s in listed]
-    show.table("studies", ("name", "title", "after", "arms"), rows)
+    show.table("studies", ("name", "title", "source", "arms"), rows)
     say_next("halve study NAME, or halve study all")

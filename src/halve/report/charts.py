@@ -1,4 +1,4 @@
-"""The report's sections that are drawings alone: how the students learned, and what was important.
+"""The sections of the report that are only plots: how the students learned, and what was important.
 
 Nothing here reads a file. A section whose facts are missing is None.
 """
@@ -22,7 +22,7 @@ _RANKED_COLUMNS = 32
 
 
 def learning(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
-    """Loss against tokens, by the name of the model that learned."""
+    """Loss against tokens, for every model that was trained."""
     students = {name: log for name, log in logs.items() if name != "corrected"}
     kl = _heldout(students, "kl")
     ce = _heldout(students, "ce")
@@ -30,7 +30,8 @@ def learning(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     if kl:
         positive = all(y > 0 for one in kl for _, y in one.points)
         svg = plots.curves(kl, title="Held-out KL to the teacher", x_label="tokens", log_y=positive)
-        found.append(Figure("Held-out KL to the teacher", "Nats per token, on a logarithmic scale.", svg))
+        scale = ", on a logarithmic scale." if positive else "."
+        found.append(Figure("Held-out KL to the teacher", f"Nats per token{scale}", svg))
     if ce:
         svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
         found.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
@@ -43,7 +44,10 @@ def learning(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
         shown = [Series("Teacher", one.color, one.points) for one in correction]
         svg = plots.curves(shown, title="Teacher correction", x_label="tokens")
         found.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
-    note = "All students see the same tokens in the same order; held-out figures are on a small fixed set of samples."
+    note = (
+        "All students train on the same tokens in the same order. Held-out values are measured on a small fixed set of"
+        " samples."
+    )
     return PageSection("Learning", note, figures=tuple(found)) if found else None
 
 
@@ -76,7 +80,7 @@ def _losses(name: str, log: Sequence[Facts]) -> Series | None:
 def importance(
     scores: Mapping[str, Any] | None, about: Facts, plan: Facts | None, *, title: str = "Importance"
 ) -> PageSection | None:
-    """Importance by axis and layer, and where the cut falls. `scores` are numpy arrays by axis."""
+    """Importance by axis and layer, with the cut. `scores` are numpy arrays by axis."""
     if not scores:
         return None
     num_layers = len(scores["layers"])
@@ -87,7 +91,7 @@ def importance(
     kept = [i in layers for i in range(num_layers)]
     name = "Layers: block influence"
     svg = plots.bars(scores["layers"].tolist(), kept, title=name, x_label="layer")
-    found.append(Figure(name, "1 - cosine between a layer's input and output. Outlined: dropped.", svg))
+    found.append(Figure(name, "1 - cosine between a layer's input and output. Outlined layers were dropped.", svg))
     if "hidden" in scores:
         values = scores["hidden"].tolist()
         num_kept = len(plan["hidden"]) if plan else len(values)
@@ -102,7 +106,10 @@ def importance(
             x_label="share of the layer's neurons, best first",
             cut_at=cut_at if cut_at < 1 else None,
         )
-        words = "A row a layer; from a quarter of the layer's median (pale) to four times it (full)."
+        words = (
+            "One row per layer. The color goes from a quarter of the layer's median score (pale) to four times the"
+            " median (strong)."
+        )
         found.append(Figure("ffn neurons", words, svg))
     if "heads" in scores:
         heads = scores["heads"]
@@ -118,17 +125,19 @@ def importance(
             x_label="head, in groups that share keys and values",
             group=heads.shape[1] // max(1, scores["kv_heads"].shape[1]) if "kv_heads" in scores else 1,
         )
-        found.append(Figure("Attention heads", "Relative to the layer's strongest. Outlined: cut.", svg))
-    words = "From one forward pass over the calibration samples; scores compare within one layer only."
+        found.append(
+            Figure("Attention heads", "Scores relative to the highest in the layer. Outlined heads were cut.", svg)
+        )
+    words = "Scores are from one forward pass over the calibration samples. They can be compared only within one layer."
     if about.get("batch_agg"):
-        words += f" Aggregated by {about['batch_agg']} over samples, {about['seq_agg']} over tokens."
+        words += f" They are aggregated by {about['batch_agg']} over samples and by {about['seq_agg']} over tokens."
     if len(layers) < num_layers:
         words += " \N{MULTIPLICATION SIGN} marks dropped layers."
     return PageSection(title, words, figures=tuple(found))
 
 
 def _shades(values: Sequence[Number]) -> list[Number]:
-    """Ranked values in at most `_RANKED_COLUMNS` columns: log2 of the ratio to the median, -2 to 2 made 0 to 1."""
+    """Ranked values in at most `_RANKED_COLUMNS` columns: log2 of the ratio to the median, from -2..2 to 0..1."""
     ordered = sorted(values, reverse=True)
     middle = max(ordered[len(ordered) // 2], 1e-30)
     columns = min(_RANKED_COLUMNS, len(ordered))

@@ -1,7 +1,7 @@
-"""The report: one HTML page and a model card, from the run folder and nothing else.
+"""The report: one HTML page and a model card, made from nothing but the run folder.
 
-The page needs no network, no script and no second file; the same run folder gives the same bytes. A stage
-that has not finished is left out.
+The page needs no network, no script and no second file. The same run folder gives the same bytes. Stages that have not
+finished are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
 READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
-"""Of a stage's files, those that the page is made from."""
+"""The files of a stage from which the page is made."""
 
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("halve", "templates"),
@@ -40,7 +40,7 @@ _PAGES = jinja2.Environment(
 
 @dataclass(frozen=True)
 class RoundCut:
-    """What a round's scores and plan say; what has not finished is None or empty."""
+    """The scores and the plan of a round. What has not finished is None or empty."""
 
     plan: Mapping[str, Any] | None
     scores: Mapping[str, Any] | None
@@ -49,7 +49,7 @@ class RoundCut:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says; parts of stages that have not finished are empty or None."""
+    """The contents of a run folder. Parts of stages that have not finished are empty or None."""
 
     recipe: Mapping[str, Any]
     manifests: Mapping[str, Mapping[str, Any]]
@@ -62,7 +62,7 @@ class Run:
 def write_report(run: Path, out: Path) -> None:
     """Write `out/report.html` and the model card `out/README.md` from the run folder `run`.
 
-    Raises `RunError` naming a file that is there and cannot be read, or if `run` holds no recipe.
+    Raises `RunError` if `run` holds no recipe or a file that cannot be read, and names the file.
     """
     facts = read_run(run)
     for template, name in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
@@ -88,7 +88,7 @@ def read_run(run: Path) -> Run:
         return None if path is None else read_json(path)
 
     def cut(number: int) -> RoundCut:
-        # what the cut was ranked by, under the recipe's aggregators; before the cut, as it was scored
+        # after the cut the scores that ranked it, with the recipe's aggregators; before it those of the score stage
         files = [file(stage, "scores.safetensors") for stage in (named("prune", number), named("score", number))]
         scores, about = next((_scores(path) for path in files if path is not None), (None, {}))
         return RoundCut(part(named("prune", number), "plan.json"), scores, about)
@@ -104,14 +104,14 @@ def read_run(run: Path) -> Run:
 
 
 def _order(stage: str) -> tuple[bool, int, int, str]:
-    """Round by round; within one in the order of `STAGES`; the whole run's evaluation last."""
+    """Round by round, and in the order of `STAGES` within a round. The evaluation of the whole run comes last."""
     base, number, variant = parsed(stage)
     place = STAGES.index(base) if base in STAGES else len(STAGES)
     return (place >= STAGES.index("evaluate"), number, place, variant)
 
 
 def _model_name(stage: str) -> str:
-    """The evaluation's name of the model that a training stage makes."""
+    """The name in the evaluation of the model that a training stage makes."""
     base, number, variant = parsed(stage)
     return named(variant or {"correct": "corrected", "distill": sections.SUBJECT}.get(base, base), number)
 
@@ -220,7 +220,7 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without what is not set and without the folders of whoever ran it, which may be private."""
+    """The recipe without keys that are not set, and without folder names, which may be private."""
     shown: dict[str, Any] = {key: _set(part) for key, part in recipe.items() if part is not None}
     if not shown.get("then"):
         shown.pop("then", None)

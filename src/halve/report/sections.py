@@ -1,4 +1,4 @@
-"""The report's sections: a run's facts made into words, tables and figures (those of curves and maps: `charts`).
+"""The sections of the report: from the facts of a run to words, tables and figures. Curves and maps are in `charts`.
 
 Nothing here reads a file. A section whose facts are missing is None.
 """
@@ -26,9 +26,9 @@ LABELS = {
     "random_prune": "Random cut",
 }
 CONTROLS = {
-    "ce": "the same cut, trained on the text alone with cross-entropy",
-    "random_init": "the student's sizes with random weights, distilled",
-    "random_prune": "a cut at random of the same sizes, distilled",
+    "ce": "the same cut, trained with cross-entropy on the text, without a teacher",
+    "random_init": "the student's sizes, distilled from random weights",
+    "random_prune": "the same sizes with randomly chosen parts, distilled",
 }
 SUBJECT = "distilled"
 _SHOWN = ("teacher", "corrected", "pruned", "distilled")
@@ -37,25 +37,25 @@ Facts = Mapping[str, Any]
 
 
 def label(name: str) -> str:
-    """What a model is called on the page: that of the second round is a Distilled student 2."""
+    """The name of a model on the page. In the second round it ends in 2, as in Distilled student 2."""
     base, number, _ = parsed(name)
     return LABELS.get(base, base) + (f" {number}" if number > 1 else "")
 
 
 def color(name: str) -> str:
-    """The color's class: the same in every round."""
+    """The class of a model's color: the same in every round."""
     return parsed(name)[0]
 
 
 def subject(results: Facts) -> str | None:
-    """The model that came out: the last round's distilled student, or else its pruned one."""
+    """The result of the run: the last distilled student, or the last pruned model if nothing was distilled."""
     found = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
     return max(found, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table, with its standard error as text; `clear` if it is beyond two of them from zero."""
+    """One value of a table and its standard error, as text. `clear`: over two standard errors away from zero."""
 
     value: str
     error: str = ""
@@ -91,7 +91,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class PageSection:
-    """A heading with any of: a note, a table, a second table under a note of its own, figures, completions."""
+    """A heading with any of: a note, a table, a second table with its own note, figures, completions."""
 
     title: str
     note: str = ""
@@ -106,7 +106,7 @@ class PageSection:
 
 
 def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) -> Cell:
-    """A figure to the second digit of its standard error; a share is given in percent, without the sign."""
+    """A value, rounded to the second digit of its standard error. Shares are in percent, without the sign."""
     if not one or one.get("value") is None:
         return Cell("-")
     scale = 100 if percent else 1
@@ -139,13 +139,13 @@ def share(part: Number, whole: Number) -> str:
 
 
 def first_and_last(results: Facts | None) -> tuple[Facts, Facts] | None:
-    """The first model, which went in, and the one that came out."""
+    """The first model of the run and its result."""
     last = subject(results) if results else None
     return None if not results or last is None else (next(iter(results["models"].values())), results["models"][last])
 
 
 def tiles(results: Facts | None) -> list[dict[str, str]]:
-    """The headline figures: what went in, what came out."""
+    """The headline values: the first model and the result."""
     pair = first_and_last(results)
     if results is None or pair is None:
         return []
@@ -159,7 +159,7 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
         for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
             old, new = (one["speed"][f"{key}_tokens_per_second"] for one in pair)
             found.append(_tile(label, old, new, figure) | {"unit": "tok/s", "factor": times(new / old)})
-    # against what the student learned from: the corrected teacher knows this text better than the one that went in
+    # compare with the teacher of the student: a corrected teacher knows this text better than the original one
     taught = results["models"][results["reference"]]
     old, new = (one["bits_per_byte"]["value"] for one in (taught, after))
     found.append({"label": "Bits per byte", "after": figure(new), "before": f"its teacher: {figure(old)}"})
@@ -169,7 +169,7 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
     if after.get("agreement"):
         agreement = estimate(after["agreement"], percent=True).value
         found.append(
-            {"label": "Same first choice", "after": f"{agreement} %", "before": "for the next token as its teacher"}
+            {"label": "Agreement", "after": f"{agreement} %", "before": "same most likely token as its teacher"}
         )
     return found
 
@@ -179,7 +179,7 @@ def _tile(label: str, before: Number, after: Number, spell: Callable[[Number], s
 
 
 def sizes_section(plans: Sequence[Facts], results: Facts | None) -> PageSection | None:
-    """Sizes by axis before and after each round, and what was cut."""
+    """Sizes of every axis before and after each round, and what was cut."""
     if not plans:
         return None
     sizes = [plans[0]["before"], *(plan["after"] for plan in plans)]
@@ -202,7 +202,7 @@ def sizes_section(plans: Sequence[Facts], results: Facts | None) -> PageSection 
 
 
 def _cut_models(results: Facts | None, count: int) -> list[Facts]:
-    """The model that went in and the pruned one of each round; none if one of them was not measured."""
+    """The first model and the pruned model of each round. Empty if one of them was not measured."""
     if not results:
         return []
     pruned = {parsed(name)[1]: one for name, one in results["models"].items() if color(name) in (SUBJECT, "pruned")}
@@ -244,7 +244,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def quality(results: Facts | None) -> PageSection | None:
-    """Every model on the same held-out samples, with standard errors, and the differences in pairs."""
+    """Every model on the same held-out samples, with standard errors and paired differences."""
     if not results:
         return None
     models = results["models"]
@@ -257,20 +257,21 @@ def quality(results: Facts | None) -> PageSection | None:
         cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
         cells += [estimate(accuracies(one).get(column), percent=True) for column in columns]
         rows.append(TableRow(label(name), tuple(cells), color(name), name == subject(results)))
-    head = ("model", "perplexity", "bits per byte", "KL to teacher", "same first choice, %", *_percent(columns))
+    head = ("model", "perplexity", "bits per byte", "KL to teacher", "agreement, %", *_percent(columns))
     samples = results["samples"]
     note = (
-        f"Held-out text: {samples['count']} samples of {samples['context']} tokens, the same for every model. "
-        f"KL in nats per token, from the {_lower(label(reference))}. ± is one standard error."
+        f"All models are measured on the same held-out text: {samples['count']} samples of {samples['context']} tokens."
+        f" KL is the divergence from the {_lower(label(reference))}, in nats per token. Agreement is the share of"
+        " tokens at which both rank the same token first. ± is one standard error."
     ) + controls(models)
-    note += " acc and acc_norm are by lm-evaluation-harness's rules." * (len(columns) > len(tasks))
+    note += " acc and acc_norm follow the rules of lm-evaluation-harness." * (len(columns) > len(tasks))
     found = [
         _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
-        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token; 0: the same."),
+        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token."),
         _dot_plot(
             {name: one.get("agreement") for name, one in models.items()},
-            "Same first choice as the teacher",
-            "Percent of tokens.",
+            "Agreement with the teacher",
+            "Percent of tokens with the same most likely token.",
             scale=100,
         ),
         *(
@@ -289,7 +290,7 @@ def quality(results: Facts | None) -> PageSection | None:
 
 
 def controls(names: Iterable[str]) -> str:
-    """What the controls among these models are, in words."""
+    """What the control models among these are, in words."""
     known = [base for base in dict.fromkeys(map(color, names)) if base in CONTROLS]
     return "".join(f" {LABELS[base]}: {CONTROLS[base]}." for base in known)
 
@@ -304,10 +305,11 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
         cells += [estimate(one["choices"].get(task), percent=True, signed=True) for task in tasks]
         rows.append(TableRow(f"minus {_lower(label(name))}", tuple(cells), color(name)))
     words = (
-        "The distilled student minus each other model, sample by sample, with the standard error of the pairs: "
-        "all saw the same text, so these are sharper than the table above. Colored: beyond two standard errors."
+        "This table shows the distilled student minus each other model, computed sample by sample. All models read"
+        " the same text, so these differences have smaller standard errors than the table above. Colored values are"
+        " over two standard errors away from zero."
     )
-    head = ("distilled student", "nats per token", "KL to teacher", "same first choice, %", *_percent(tasks))
+    head = ("distilled student", "nats per token", "KL to teacher", "agreement, %", *_percent(tasks))
     return words, Table(head, tuple(rows))
 
 
@@ -320,7 +322,7 @@ def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, 
             rows.append(Interval(label(name), color(name), one["value"] * scale, error))
     if not rows:
         return None
-    return Figure(title, f"{words} Whiskers: two standard errors.", plots.dots(rows, title=title))
+    return Figure(title, f"{words} Whiskers are two standard errors.", plots.dots(rows, title=title))
 
 
 def speed(results: Facts | None) -> PageSection | None:
@@ -339,9 +341,9 @@ def speed(results: Facts | None) -> PageSection | None:
         rows.append(TableRow(label, cells))
     test, machine = results["speed_test"], results["machine"]
     note = (
-        f"Plain transformers on {machine_words(machine)}, {timed_dtype(pair)}: "
-        f"batch {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new ones; the median of "
-        f"{test['repeats']} interleaved repeats. Peak memory is weights and the most that tensors take at once."
+        f"Measured in plain transformers on {machine_words(machine)}, in {timed_dtype(pair)}. Batch size"
+        f" {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new tokens. Each value is the"
+        f" median of {test['repeats']} interleaved repeats. Peak memory is the weights and what tensors take at most."
     )
     return PageSection("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
 
@@ -362,7 +364,7 @@ def timed_dtype(pair: tuple[Facts, Facts]) -> str:
 
 
 def completions(results: Facts | None) -> PageSection | None:
-    """What teacher, pruned and distilled model write after the recipe's prompts."""
+    """What the teacher, the pruned and the distilled model write after the recipe's prompts."""
     if not results or not results["completions"]:
         return None
     found = []
@@ -375,13 +377,13 @@ def completions(results: Facts | None) -> PageSection | None:
         found.append(Completion(one["prompt"], tuple(texts)))
     return PageSection(
         "What they write",
-        "Greedy continuations of the recipe's prompts (gray); blank lines are folded.",
+        "Greedy continuations of the recipe's prompts (gray). Several blank lines are shown as one.",
         completions=tuple(found),
     )
 
 
 def _folded(text: str) -> str:
-    """Without runs of blank lines, which weak models love and which would push everything else off the screen."""
+    """Text without runs of blank lines: weak models write many, which would push everything else off the screen."""
     return re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", text).rstrip()
 
 

@@ -44,7 +44,7 @@ def _numeric(cell: object) -> bool:
 
 
 def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-    """What a cut did: sizes, parameters and perplexity of the model before and after it, on the same held-out text."""
+    """Sizes, parameters and perplexity before and after a cut, on the same held-out text."""
     before, after = plan["before"], plan["after"]
     rows: list[tuple[object, ...]] = [(axis, f"{before[axis]:,}", f"{after[axis]:,}") for axis in after]
     rows.append(("parameters", f"{metrics['teacher_params']:,}", f"{metrics['params']:,}"))
@@ -54,12 +54,12 @@ def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
 
 
 def cache_(count: int | None) -> str:
-    """The bytes of a cache, where the family's code tells them."""
+    """The bytes of a key-value cache, if the family's code shows them."""
     return "unknown" if count is None else bytes_in_words(count)
 
 
 def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
-    """What `halve inspect` says, as plain data."""
+    """The output of `halve inspect` as plain data."""
     counts = anatomy.ledger.count(anatomy.sizes)
     refused = proof.refusals if proof is not None else anatomy.refusals
     return {
@@ -85,7 +85,7 @@ def inspection(anatomy: Anatomy, proof: Proof | None) -> dict[str, Any]:
 
 
 def inspection_tables(anatomy: Anatomy, proof: Proof | None) -> None:
-    """`halve inspect` for people: one layer's weights stand for those alike."""
+    """The tables of `halve inspect`. Of layers that are alike, only the first is shown."""
     from halve.cut.plan.sizes import format_count
 
     facts = inspection(anatomy, proof)
@@ -93,7 +93,7 @@ def inspection_tables(anatomy: Anatomy, proof: Proof | None) -> None:
     print(
         f"{format_count(facts['params'])} parameters, {format_count(facts['non_embedding'])} without embeddings"
         f"{', tied embeddings' if anatomy.tied else ''}; key-value cache"
-        f" {cache_(facts['kv_cache_bytes_per_token'])} a token"
+        f" {cache_(facts['kv_cache_bytes_per_token'])} per token"
     )
     shown = [n for n in anatomy.params if anatomy.layer_of(n) in (None, *_first_of_kind(anatomy))]
     rows = [(name, ", ".join(f"({expr})" for expr in anatomy.params[name])) for name in shown]
@@ -114,7 +114,7 @@ def inspection_tables(anatomy: Anatomy, proof: Proof | None) -> None:
 
 
 def _first_of_kind(anatomy: Anatomy) -> list[int]:
-    """The first layer of each set of layers whose weights are made of the same."""
+    """The first layer of each set of layers whose weights are made of the same axes."""
     seen: dict[object, int] = {}
     for layer, made_of in enumerate(anatomy.ledger.layers):
         seen.setdefault(made_of, layer)
@@ -124,7 +124,7 @@ def _first_of_kind(anatomy: Anatomy) -> list[int]:
 def candidates_table(
     anatomy: Anatomy, found: Sequence[Candidate], verdicts: Sequence[Sequence[tuple[str, str, str]]]
 ) -> None:
-    """`halve plan` for people."""
+    """The table of `halve plan`."""
     from halve.cut.plan.sizes import format_count
 
     before = anatomy.ledger.count(anatomy.sizes)
@@ -143,12 +143,12 @@ def candidates_table(
 
 
 def _opened_by(verdict: Sequence[tuple[str, str, str]]) -> str:
-    """Names alone where a runtime opens it, with the verdict where it does not or nobody knows."""
+    """The names of the runtimes, with the verdict where a runtime does not open the student or this is not known."""
     return ", ".join(name if opens == "yes" else f"{name}: {opens}" for name, opens, _ in verdict)
 
 
 def forecast_tables(found: Forecast) -> None:
-    """`halve run --dry-run` for people."""
+    """The tables of `halve run --dry-run`."""
     from halve.cut.plan.sizes import format_count
 
     archs = [found.teacher, *(one.student for one in found.rounds)]
@@ -161,19 +161,19 @@ def forecast_tables(found: Forecast) -> None:
         ("parameters", *(f"{c.params:,} ({format_count(c.params)})" for c in counts)),
         ("non-embedding", *(f"{c.non_embedding:,}" for c in counts)),
         ("weights in 16 bits", *(bytes_in_words(c.weight_bytes) for c in counts)),
-        ("KV cache a token", *(cache_(c.kv_cache_bytes_per_token) for c in counts)),
-        ("GFLOP a token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
+        ("KV cache per token", *(cache_(c.kv_cache_bytes_per_token) for c in counts)),
+        ("GFLOP per token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
     table(f"{found.name}: plan", ("", "teacher", *names), rows)
     if any(found.trial):
-        print("shown is width alone; prune.shape: trial may take some of the same budget from depth")
+        print("this plan cuts only width; prune.shape: trial may also drop layers within the same budget")
         trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
     work = [(_at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}") for stage, n in found.tokens.items()]
     table("work", ("stage", "tokens", "FLOP"), work)
     if "boundary" in found.tokens:
-        print("boundary: data.boundary: auto asks the teacher whether it knows the token behind documents")
+        print("boundary: data.boundary: auto checks whether the teacher has learned the end-of-sequence token")
     _memory(found)
     disk = found.disk
     parts = [
@@ -191,7 +191,7 @@ def _at_most(stage: str) -> str:
 
 
 def trial(rounds: Sequence[Sequence[Arch]]) -> None:
-    """The shapes that the trial of every round chooses from."""
+    """The shapes from which the trial of each round chooses."""
     for number, shapes in enumerate(rounds, 1):
         if shapes:
             print(f"the trial{f' of round {number}' if len(rounds) > 1 else ''} chooses from {len(shapes)} shapes:")
@@ -200,19 +200,19 @@ def trial(rounds: Sequence[Sequence[Arch]]) -> None:
 
 
 def plan_in_a_line(found: Forecast) -> str:
-    """The same before a run, in one line."""
+    """The forecast in one line, as it is printed before a run."""
     most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
-    parts = [] if most is None else [f"{most[0]} holds {_held(most[1])} a rank"]
+    parts = [] if most is None else [f"{most[0]} takes {_held(most[1])} per rank"]
     parts += [f"{sum(found.flops.values()):.3g} FLOP, {_hours(found)}"]
     return f"plan: {'; '.join(parts)}; disk {bytes_in_words(found.disk.total_bytes)}"
 
 
 def plan_before(recipe: Recipe, *, ranks: int) -> str:
-    """That line for a recipe; empty where the run itself refuses it, in three lines. Nothing in it stops a run."""
+    """This line for a recipe. Empty if the run itself will refuse the recipe. An error in here does not stop the run."""
     from halve.preflight.forecast import forecast
 
     try:
-        return f"{plan_in_a_line(forecast(recipe, ranks=ranks))}; more by --dry-run"
+        return f"{plan_in_a_line(forecast(recipe, ranks=ranks))}; details with --dry-run"
     except HalveError:
         return ""
     except Exception as error:
@@ -220,20 +220,20 @@ def plan_before(recipe: Recipe, *, ranks: int) -> str:
 
 
 def _hours(found: Forecast) -> str:
-    """How long it takes on the device, and on a card to plan with."""
+    """The time that the run takes on the device, and on an H100 for comparison."""
     device, ranks = found.device, found.place.ranks
     mfu = f"{found.gpu_mfu:.0%} MFU"
     card = f"about {duration(found.gpu_hours)} of an H100 at {mfu}"
     if device.name == "an H100":
         return card + (f", {duration(found.gpu_hours / ranks)} on {ranks} of them" if ranks > 1 else "")
     if found.hours is None:
-        return f"{card}; the rate of {device} is not known"
+        return f"{card}; the speed of {device} is not known"
     at = f" at {mfu}" if device.cuda else ""
     return f"about {duration(found.hours)} on {f'{ranks} of ' if device.cuda and ranks > 1 else ''}{device}{at}; {card}"
 
 
 def duration(hours: float) -> str:
-    """In the unit that people would say it in.
+    """A duration in a unit that suits its length.
 
     >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 6e4)]
     ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
@@ -248,7 +248,7 @@ def _held(memory: Memory) -> str:
 
 
 def _memory(found: Forecast) -> None:
-    """What training holds, and which settings would fit a card."""
+    """The memory that training takes, and the settings that would fit a card."""
     place, room = found.place, bytes_in_words(found.room_bytes)
     if not found.memory:
         return
@@ -266,7 +266,7 @@ def _memory(found: Forecast) -> None:
     columns = ("stage", *names, f"fits {room}")
     table(f"memory on {where}, {precision}", columns, rows)
     for unknown in dict.fromkeys(filter(None, (m.unknown for m in found.memory.values()))):
-        print(f"no plan could be made of activations: {unknown}")
+        print(f"the memory of activations is not known: {unknown}")
     if any(m.unknown for m in found.memory.values()):
         return
     if not place.cuda or (found.fits and place.ranks > 1):
@@ -277,14 +277,14 @@ def _memory(found: Forecast) -> None:
         cell = bytes_in_words(one.memory.total_bytes) + (" fits" if one.memory.fits(found.room_bytes) else "")
         by_optimizer.setdefault(one.optimizer, []).append(cell)
     table(
-        f"distilling with other settings, a tenth of {room} left free",
+        f"distillation with other settings (a tenth of {room} is left free)",
         ("optimizer", *(f"teacher {teacher}, recompute {recompute}" for recompute, teacher in ways)),
         [(optimizer, *cells) for optimizer, cells in by_optimizer.items()],
     )
 
 
 def results(found: Mapping[str, Any]) -> None:
-    """The evaluate stage's table: every model with standard errors."""
+    """The table of the evaluate stage: every model with standard errors."""
     models = found["models"]
     tasks = sorted({name for model in models.values() for name in accuracies(model)})
     rows = []
@@ -305,7 +305,7 @@ def results(found: Mapping[str, Any]) -> None:
 
 
 def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What the evaluate stage found on multiple choice, by what the column is called."""
+    """The multiple-choice accuracies of the evaluate stage, by column name."""
     found = {}
     for task, ours in model.get("choices", {}).items():
         found[task] = ours
@@ -316,7 +316,7 @@ def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def study_table(found: Mapping[str, Any]) -> None:
-    """A study's figures and verdicts."""
+    """The results and verdicts of a study."""
     metrics = found["metrics"]
     rows = [(arm["label"], *(_mean(arm["metrics"][metric]) for metric in metrics)) for arm in found["arms"]]
     seeds = len(found["seeds"])
@@ -326,7 +326,7 @@ def study_table(found: Mapping[str, Any]) -> None:
         (claim["text"], claim["metric"].replace("_", " "), _mean(claim["effect"]), claim["verdict"])
         for claim in found["claims"]
     ]
-    table("verdicts", ("claim", "figure", "effect", "verdict"), verdicts)
+    table("verdicts", ("claim", "metric", "effect", "verdict"), verdicts)
 
 
 def _mean(value: Mapping[str, Any] | None) -> str:

@@ -1,9 +1,9 @@
-"""Studies: one table or figure of the papers each, in small, with seeds repeated and a verdict on every claim.
+"""Studies: each reproduces one table or figure of the papers on a small scale, with several seeds and verdicts.
 
-catalog/NAME.yaml   what is compared and what the paper says of it (declare reads it)
+catalog/NAME.yaml   what is compared and what the paper claims about it (read by declare)
 base.yaml           what all studies share
-arms                an arm and a seed made into a recipe
-engine              every arm and seed run, figures collected
+arms                from an arm and a seed to a recipe
+engine              runs every arm and seed, and collects the results
 statistics          means, paired differences, verdicts
-page                results as a table and a plot
+page                the results as a table and a plot
 """

@@ -1,10 +1,10 @@
-"""Carrying a study out: every arm and seed is a run of the pipeline, and what they measured is put together.
+"""Run a study: every arm and seed is a run of the pipeline, and their results are collected.
 
-    OUT/runs/seed-0-4f1c...     one run, named by a hash of its recipe: arms that are alike share it
-    OUT/data                    the token files of all
-    OUT/NAME/results.json       a study's figures and verdicts (see `collect`), table.md and plot.svg beside it
+    OUT/runs/seed-0-4f1c...     one run, named by a hash of its recipe; equal arms share it
+    OUT/data                    the token files of all runs
+    OUT/NAME/results.json       the results and verdicts of a study (see `collect`), with table.md and plot.svg
 
-Started again it goes on where it stopped. A finished study changes nothing.
+A study that is started again resumes where it stopped. A finished study changes nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Values = dict[str, list[float | None]]
 
 
 def run(study: Study, setting: Setting, *, seeds: Sequence[int], out: Path, command: str, say: Say) -> dict[str, Any]:
-    """Carry a study out in `out` and give its results, which lie in `out/NAME` as well.
+    """Run a study in `out` and return its results, which are also written to `out/NAME`.
 
-    `command` is what a reader types to repeat it; `say` gets a line for every run. Raises what the pipeline raises.
+    `command` is what a reader types to repeat it. `say` gets a line for every run. Raises what the pipeline raises.
     """
     sizes = _sizes(setting)
     own = {name: arm for name, arm in study.arms.items() if arm.of is None}
@@ -76,7 +76,7 @@ def collect(
     seeds: Sequence[int],
     command: str,
 ) -> dict[str, Any]:
-    """Figures by arm and verdicts by claim, as plain data.
+    """Results by arm and verdicts by claim, as plain data.
 
         arms    [{name, label, kept (of the non-embedding parameters), paper, metrics {metric: estimate or null}}]
         claims  [{text, better, worse, metric, paper, tie, effect (an estimate), verdict}]
@@ -157,7 +157,7 @@ def _estimate(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def _value(metric: Metric, arm: Arm, one: Mapping[str, Any]) -> float | None:
-    """A figure of the arm's model before or after retraining, in the last round."""
+    """A metric of the arm's model before or after retraining, in the last round."""
     what, _, when = metric.partition("_")
     base = arm.before if when == "before" else arm.after
     if base is None:
@@ -187,7 +187,7 @@ def _figures(arm: Arm, one: Mapping[str, Any]) -> str:
 
 
 def _teacher(setting: Setting, *, seed: int, out: Path, say: Say) -> str:
-    """The folder of the teacher that a seed corrected."""
+    """The folder of the teacher that was corrected with this seed."""
     recipe = correction_recipe(setting, seed=seed)
     folder = _folder(out, recipe)
     model = folder / "correct" / "model"

@@ -1,4 +1,4 @@
-"""A study's results as Markdown and as a plot; reads results.json and nothing else."""
+"""A study's results as Markdown and as a plot. Only results.json is read."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ Results = Mapping[str, Any]
 
 
 def markdown(results: Results, *, plot: str) -> str:
-    """The whole page of a study; `plot` is the drawing's path from there."""
+    """The whole page of a study; `plot` is the path of the plot, relative to the page."""
     setting, teacher = results["setting"], results["teacher"]
-    parts = [f"# {results['title']}", results["question"], f"After {results['source']}."]
+    parts = [f"# {results['title']}", results["question"], f"Source: arXiv {results['source']}."]
     if results["note"]:
         parts.append(results["note"].strip())
     parts += [
         f"![{results['title']}]({plot})",
-        "## Figures",
-        "*Before* is straight after the cut, and *after* is after retraining. KL is to the teacher, in nats per token"
-        " on held-out text. Lower is better, except for accuracy. ± is the standard error over the seeds. *Kept* is the"
-        " share of the non-embedding parameters.",
+        "## Results",
+        "*Before* means straight after the cut, and *after* means after retraining. KL is the divergence from the"
+        " teacher in nats per token, on held-out text. Lower is better, except for accuracy. ± is the standard error"
+        " over the seeds. *Kept* is the share of the non-embedding parameters that remain.",
         arms_table(results),
         "## Verdicts",
-        "The effect is above zero where the claim holds. ± is the standard error of the differences, computed seed by"
-        " seed. Inconclusive: the effect does not differ from zero, by Student's t over the seeds at 5 %.",
+        "The effect is the difference between two arms, computed seed by seed. It is positive where the claim holds. ±"
+        " is the standard error over the seeds. A verdict is inconclusive if the effect does not differ significantly"
+        " from zero (Student's t-test at 5 %).",
         claims_table(results),
     ]
     parts += [f"- {one['text']}: {one['tie']}." for one in results["claims"] if _is_tie(one)]
@@ -54,17 +55,18 @@ def markdown(results: Results, *, plot: str) -> str:
         f"On {results['date']}, by\n\n```sh\n{results['command']}\n```",
         f"Teacher: {teacher['name']}, {teacher['params']:,} parameters ({teacher['non_embedding_params']:,} without"
         f" embeddings), perplexity {_text(teacher['perplexity'])}. Seeds: {', '.join(map(str, results['seeds']))}.\n\n"
-        f"Each seed draws its own {setting['calibration_samples']} calibration samples and its own order of the text,"
-        f" and corrects a teacher of its own. Retraining: {setting['tokens']:,} tokens,"
-        f" {setting['batch']} x {setting['context']} per step, peak learning rate {setting['lr']:g}, unless an arm says"
-        f" otherwise. Measured on {setting['heldout_tokens']:,} held-out tokens. {results['machine']['device']},"
-        f" torch {results['versions'].get('torch', '?')}, transformers {results['versions'].get('transformers', '?')}.",
+        f"Each seed has its own {setting['calibration_samples']} calibration samples, its own order of the text and its"
+        f" own corrected teacher. Unless an arm says otherwise, retraining takes {setting['tokens']:,} tokens, in steps"
+        f" of {setting['batch']} samples with {setting['context']} tokens, at a peak learning rate of"
+        f" {setting['lr']:g}. Results are measured on {setting['heldout_tokens']:,} held-out tokens. Machine:"
+        f" {results['machine']['device']}, torch {results['versions'].get('torch', '?')}, transformers"
+        f" {results['versions'].get('transformers', '?')}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def arms_table(results: Results) -> str:
-    """Every arm's figures beside the paper's."""
+    """The results of every arm next to the paper's."""
     arms, metrics = results["arms"], results["metrics"]
     papers = list(dict.fromkeys(key for arm in arms for key in arm["paper"]))
     head = ["arm", "kept", *(METRICS[metric] for metric in metrics), *(f"paper: {key}" for key in papers)]
@@ -88,7 +90,7 @@ def claims_table(results: Results) -> str:
         ]
         for one in results["claims"]
     ]
-    return markdown_table(["claim", "figure", "paper", "effect here", "verdict"], rows, numbers=False)
+    return markdown_table(["claim", "metric", "paper", "effect here", "verdict"], rows, numbers=False)
 
 
 def index(studies: Sequence[tuple[str, str, str, Results | None]]) -> str:
@@ -101,11 +103,11 @@ def index(studies: Sequence[tuple[str, str, str, Results | None]]) -> str:
         said = [claim["verdict"] for claim in results["claims"]]
         counts = [str(said.count(verdict)) for verdict in ("held", "reversed", "inconclusive")]
         rows.append([f"[{title}]({name}.md)", source, results["date"], *counts])
-    return markdown_table(["study", "after", "run on", "held", "reversed", "inconclusive"], rows, numbers=False)
+    return markdown_table(["study", "source", "run on", "held", "reversed", "inconclusive"], rows, numbers=False)
 
 
 def plot(results: Results) -> str:
-    """Dot plots of the study's main figures, the first arm's dot in color, as a file that stands alone."""
+    """Dot plots of the study's main metrics as one self-contained file; the first arm's dot is in color."""
     panels = []
     for metric in results["plot"]:
         scale = 100 if metric.startswith("accuracy") else 1
@@ -122,7 +124,7 @@ def plot(results: Results) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """A Markdown table; columns after the first stand to the right if they are numbers."""
+    """A Markdown table; with `numbers`, columns after the first are aligned to the right."""
     rule = "|---" + ("|---:" if numbers else "|---") * (len(head) - 1) + "|"
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, *rows)]
     return "\n".join([lines[0], rule, *lines[1:]])
