@@ -343,7 +343,7 @@ def speed(results: Facts | None) -> PageSection | None:
     note = (
         f"Measured in plain transformers on {machine_words(machine)}, in {timed_dtype(pair)}. Batch size"
         f" {test['batch']}, {test['prompt_tokens']} prompt tokens, {test['new_tokens']} new tokens. Each value is the"
-        f" median of {test['repeats']} interleaved repeats. Peak memory is the weights and what tensors take at most."
+        f" median of {test['repeats']} interleaved repeats. Peak memory counts the weights and all other tensors."
     )
     return PageSection("Speed", note, Table(("", "teacher", "student", "ratio"), tuple(rows)))
 

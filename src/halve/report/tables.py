@@ -208,7 +208,7 @@ def plan_in_a_line(found: Forecast) -> str:
 
 
 def plan_before(recipe: Recipe, *, ranks: int) -> str:
-    """This line for a recipe. Empty if the run itself will refuse the recipe. An error in here does not stop the run."""
+    """This line for a recipe. Empty if the run itself will refuse the recipe. An error in it does not stop the run."""
     from halve.preflight.forecast import forecast
 
     try:
