@@ -173,7 +173,7 @@ def test_answers_are_those_of_a_loop_over_single_sequences(byte_tokenizer: PreTr
         assert multiple_choice(tiny(), byte_tokenizer, items, batch_tokens=batch_tokens).right.tolist() == want
 
 
-def test_a_token_across_the_border_is_scored_with_every_choice(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_token_across_the_boundary_is_scored_with_every_choice(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     """`xa` + `b` merges into `x ab`: both choices are then scored from after the x."""
     (encoded,) = encode(byte_tokenizer, [Item("xa", ("b", "c"), 0)], max_tokens=None)
     assert encoded.starts == (1, 1)

@@ -206,7 +206,7 @@ def test_two_rounds_have_the_papers_shapes(tmp_path: Path, capsys: pytest.Captur
         *("score", "prune", "distill", "score-2", "prune-2", "distill-2"),
     ]
     head = 2 * 256_000 * 4096
-    assert found["flops"]["score-2"] == 1024 * 4096 * (smaller - head) + 8 * 4096 * smaller, "borders are looked at"
+    assert found["flops"]["score-2"] == 1024 * 4096 * (smaller - head) + 8 * 4096 * smaller, "boundaries are looked at"
     assert found["flops"]["prune-2"] == 8 * 4096 * (smaller + least), "perplexity alone: nothing is made up for"
     assert found["flops"]["distill-2"] == 94e9 * (once + 3 * least), "the original teaches"
     loaded = load_recipe(recipe)

@@ -7,10 +7,10 @@ import torch
 
 from halve.text.batch import Batch
 from halve.text.documents import positions
-from halve.text.tokenize import Border
+from halve.text.tokenize import Separator
 
 IDS = torch.tensor([[5, 6, 0, 7, 8, 0, 0, 9], [1, 2, 3, 4, 5, 6, 7, 0]])
-END, BEGIN = Border(0, ends=True), Border(0, ends=False)
+END, BEGIN = Separator(0, ends=True), Separator(0, ends=False)
 
 
 def batch(*, apart: bool) -> Batch:

@@ -23,7 +23,7 @@ from halve.preflight.forecast import forecast
 from halve.progress import SILENT, Silent
 from halve.recipe.schema import Recipe
 from halve.report import tables as show
-from halve.text.boundary import BoundaryWarning, settled, warn_of_borders
+from halve.text.boundary import BoundaryWarning, settled, warn_of_boundaries
 from halve.text.corpus import Samples, open_split
 from halve.text.tokenize import Marks
 
@@ -165,7 +165,7 @@ def test_a_run_reads_documents_without_it(
     assert (samples.take(range(len(samples)))[:, 0] == BEGIN).all()
 
 
-def test_a_teacher_that_finds_the_borders_absurd_is_warned_about(
+def test_a_teacher_that_finds_the_boundaries_absurd_is_warned_about(
     recipe: Callable[..., Recipe], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     for knows in (True, False):
@@ -173,10 +173,10 @@ def test_a_teacher_that_finds_the_borders_absurd_is_warned_about(
         opened = Checkpoint.open(asked.model)
         tokens = open_split(asked, "valid", cache=tmp_path / "cache", tokenizer=opened.tokenizer)
         samples_BS = Samples(tokens, 32, seed=0).first(4)
-        warn_of_borders(opened.load(), samples_BS, tokens.marks, opened.tokenizer)
+        warn_of_boundaries(opened.load(), samples_BS, tokens.marks, opened.tokenizer)
         assert len(recwarn) == (not knows)
     found = recwarn.pop(BoundaryWarning)
     assert "nats at the end of documents" in str(found.message)
     assert "</s> <s>" in str(found.message)
-    warn_of_borders(opened.load(), samples_BS, Marks(), opened.tokenizer)
-    assert not len(recwarn), "what no border is said to be is text"
+    warn_of_boundaries(opened.load(), samples_BS, Marks(), opened.tokenizer)
+    assert not len(recwarn), "what no separator is said to be is text"

@@ -66,7 +66,7 @@ def test_the_stages_train_on_what_the_course_says(recipe: Recipe, tmp_path: Path
     with torch.no_grad():
         loss, count = objectives.cross_entropy()(*split(model), batch)
     assert course_lines[0]["loss"] == pytest.approx(float(loss) / count, rel=1e-6)
-    assert count < batch.ids[:, 1:].numel(), "borders are not predicted"
+    assert count < batch.ids[:, 1:].numel(), "boundaries are not predicted"
     assert read_json(out["correct"] / "model" / "halve.json")["corpus"] == course.fingerprint
 
     distill.run(
@@ -108,7 +108,7 @@ def test_scores_and_cuts_see_the_mixture_joined(
 
 
 @pytest.mark.parametrize("stage", ["correct", "distill"])
-def test_a_model_that_reads_across_borders_is_not_trained(
+def test_a_model_that_reads_across_boundaries_is_not_trained(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     packed = documents._packed

@@ -19,10 +19,10 @@ from halve.recipe.schema import Recipe
 from halve.text import documents
 from halve.text.batch import Batch
 from halve.text.course import open_course
-from halve.text.tokenize import Border, border
+from halve.text.tokenize import Separator, separator
 from halve.train.objectives.logits import cross_entropy
 
-END = Border(2, ends=True)
+END = Separator(2, ends=True)
 SHORT, LONG = [9, 4, 2], [5, 6, 7, 8, 9, 10, 11, 12, 13, 2]
 
 
@@ -90,7 +90,7 @@ def test_proved_families_pass_the_check(name: str, dtype: torch.dtype) -> None:
     ids=["opt", "bloom"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_family_that_reads_across_borders_is_refused(
+def test_a_family_that_reads_across_boundaries_is_refused(
     model: Callable[[], PreTrainedModel], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -100,10 +100,10 @@ def test_a_family_that_reads_across_borders_is_refused(
     assert caught.value.fix == "set data.documents to joined"
 
 
-def test_a_tokenizer_without_borders_is_refused() -> None:
-    assert documents.require_border(END) is END
+def test_a_tokenizer_without_separators_is_refused() -> None:
+    assert documents.require_separator(END) is END
     with pytest.raises(TrainError, match=r"documents cannot be kept apart\n.*neither an end-of-sequence"):
-        documents.require_border(None)
+        documents.require_separator(None)
 
 
 def test_both_are_found_before_weights_load(
@@ -114,7 +114,7 @@ def test_both_are_found_before_weights_load(
     assert pipeline.check(recipe) == ()
     tokenizer = Checkpoint.open(recipe.model).tokenizer
     tokenizer.eos_token = tokenizer.bos_token = None
-    assert border(tokenizer) is None
+    assert separator(tokenizer) is None
     monkeypatch.setattr(Checkpoint, "tokenizer", tokenizer)
     assert [error.what for error in pipeline.check(recipe)] == ["documents cannot be kept apart"]
     training = make_recipe(distill={"tokens": 640, "batch": 4}).distill
@@ -124,9 +124,9 @@ def test_both_are_found_before_weights_load(
     assert pipeline.check(make_recipe()) == ()
 
     def crossing(model: PreTrainedModel) -> None:
-        raise AnatomyError("reads across borders", why="", fix="")
+        raise AnatomyError("reads across boundaries", why="", fix="")
 
     monkeypatch.undo()
     monkeypatch.setattr(documents, "require_apart", crossing)
-    assert [error.what for error in pipeline.check(recipe)] == ["reads across borders"]
+    assert [error.what for error in pipeline.check(recipe)] == ["reads across boundaries"]
     assert pipeline.check(make_recipe()) == ()

@@ -19,7 +19,7 @@ from halve.model.measure import target_bytes
 from halve.recipe.schema import Boundary
 from halve.text.corpus import Samples, Tokens, prepare
 from halve.text.mixture import Mixture
-from halve.text.tokenize import Border, Marks, border, marks
+from halve.text.tokenize import Marks, Separator, marks, separator
 
 BOS, EOS = 1, 2
 
@@ -76,9 +76,9 @@ def test_a_recipe_may_say_otherwise() -> None:
 
 
 def test_documents_are_told_apart_by_what_they_begin_with() -> None:
-    assert border(ADDS) == Border(BOS, ends=False)
-    assert border(ADDS, "eos") == border(PLAIN) == Border(EOS, ends=True)
-    assert border(ADDS, "none") is None
+    assert separator(ADDS) == Separator(BOS, ends=False)
+    assert separator(ADDS, "eos") == separator(PLAIN) == Separator(EOS, ends=True)
+    assert separator(ADDS, "none") is None
 
 
 # ---- where they stand
@@ -169,7 +169,7 @@ def test_masks_travel_with_their_samples(tmp_path: Path) -> None:
     mixed = Mixture((samples, samples), (1.0, 1.0)).numbered([len(samples) + 1, 0, len(samples)])
     assert torch.equal(mixed.labels(), whole.rows([1, 0, 0]).labels())
     assert mixed.numbers == (len(samples) + 1, 0, len(samples))
-    apart = Samples(samples.tokens, 4, seed=1, border=border(ADDS)).numbered(range(len(samples)))
+    apart = Samples(samples.tokens, 4, seed=1, separator=separator(ADDS)).numbered(range(len(samples)))
     assert BOS not in apart.labels().tolist()
     assert apart.positions is not None
     assert (apart.positions[apart.ids == BOS] == 0).all()

@@ -152,9 +152,9 @@ def test_more_calibration_samples_than_there_are_is_all_of_them(tmp_path: Path) 
 
 def test_a_part_with_too_little_text_is_named(tmp_path: Path) -> None:
     texts = Texts(("web", "code"), (tokens(tmp_path, 100), tokens(tmp_path, 9)), (1.0, 1.0))
-    assert len(texts.cut(9, seed=0, border=None)) == 2
+    assert len(texts.cut(9, seed=0, separator=None)) == 2
     with pytest.raises(CorpusError, match=r"part code of data\.train has fewer tokens than one sample: 9 of 10"):
-        texts.cut(10, seed=0, border=None)
+        texts.cut(10, seed=0, separator=None)
 
 
 # In a recipe

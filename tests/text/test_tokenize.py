@@ -25,7 +25,7 @@ from halve.process import fresh
 from halve.text import corpus, tokenize
 from halve.text.corpus import Tokens, prepare
 from halve.text.sources import Piece
-from halve.text.tokenize import Border, EncodedPieces
+from halve.text.tokenize import EncodedPieces, Separator
 
 NUM_DOCUMENTS = 60
 GRACE_SECONDS = 30
@@ -79,13 +79,13 @@ def counted(
     return seen
 
 
-# ---- borders
+# ---- boundaries
 
 
-def test_the_border_is_the_end_or_else_the_beginning() -> None:
-    assert tokenize.border(TOKENIZER) == Border(0, ends=True)
-    assert tokenize.border(byte_tokenizer("bos_token")) == Border(0, ends=False)
-    assert tokenize.border(byte_tokenizer("")) is None
+def test_the_separator_is_the_end_or_else_the_beginning() -> None:
+    assert tokenize.separator(TOKENIZER) == Separator(0, ends=True)
+    assert tokenize.separator(byte_tokenizer("bos_token")) == Separator(0, ends=False)
+    assert tokenize.separator(byte_tokenizer("")) is None
 
 
 # ---- processes
@@ -283,7 +283,7 @@ def test_a_script_without_a_guard_is_told_of_it(text: Path, tmp_path: Path) -> N
     assert done.returncode == 1
     *_, what, why, fix = done.stderr.strip().splitlines()
     assert what.endswith("the tokenizing processes failed as they began")
-    assert why.startswith("  why: each of them runs the script again")
+    assert why.startswith("  why: each of them runs the calling script again")
     assert fix.startswith('  fix: put the call of halve under if __name__ == "__main__":')
     assert "RunError: this script starts itself again" in done.stderr, "which a process says of itself"
 

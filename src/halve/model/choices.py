@@ -174,7 +174,7 @@ def _short(value: Any) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, max_tokens: int | None) -> tuple[Encoded, ...]:
     """Turn items into tokens; `max_tokens` is the model's context, None for no limit.
 
-    Context and choice are tokenized together, since a token may cross the border between them. Scored are the
+    Context and choice are tokenized together, since a token may cross the boundary between them. Scored are the
     tokens after the prefix that the context and every sequence of the item share: all choices are then
     continuations of the same tokens. (Where contexts differ, it is the prefix of each with its own.) Where nothing
     is shared, the sequences start with the tokenizer's beginning-of-text token, or with its end-of-text token if there

@@ -105,7 +105,7 @@ def target_bytes(
     """UTF-8 bytes of the text that each sample's predicted tokens (all but the first) stand for.
 
     The whole sample, up to its last prediction, decoded less its first token decoded, without special tokens:
-    separators between documents cost bits and count no bytes. Exact but for a character that a sample's border cuts
+    separators between documents cost bits and count no bytes. Exact but for a character that a sample boundary cuts
     in two. Of tokens before the last prediction only special ones may be left out of `predicted`.
     """
 

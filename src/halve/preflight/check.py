@@ -212,7 +212,7 @@ def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
     from halve.cut.proof.twins import running_twin
     from halve.text import documents, tokenize
 
-    documents.require_border(tokenize.border(teacher.tokenizer, boundary))
+    documents.require_separator(tokenize.separator(teacher.tokenizer, boundary))
     if (twin := running_twin(teacher.anatomy, seed=0)) is not None:
         documents.require_apart(twin)
 

@@ -80,7 +80,7 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     """What scoring and pruning do in one round."""
     before, after = _models(part, shape)
     prune, score = part.prune, part.score
-    scored = cost.scoring(before, score) + _looked_at_borders(before, score.samples)
+    scored = cost.scoring(before, score) + _checked_boundaries(before, score.samples)
     tried = _tried(part, shape)
     removals = {before.arch.layers - arch.layers for arch in tried} if tried and compares(score) else set()
     if not tried and shape.kept_layers is None:
@@ -118,8 +118,8 @@ def _models(part: Recipe, shape: PlannedRound) -> tuple[Costed, Costed]:
     )
 
 
-def _looked_at_borders(model: Costed, samples: int) -> Work:
-    tokens = min(boundary.BORDER_SAMPLES, samples) * model.context
+def _checked_boundaries(model: Costed, samples: int) -> Work:
+    tokens = min(boundary.BOUNDARY_SAMPLES, samples) * model.context
     return Work(tokens, tokens * model.whole)
 
 

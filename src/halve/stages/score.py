@@ -18,7 +18,7 @@ from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe, Score
-from halve.text.boundary import warn_of_borders
+from halve.text.boundary import warn_of_boundaries
 from halve.text.mixture import open_mixture
 from halve.text.opened import require_embedded
 
@@ -52,7 +52,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     calibration.require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
     device = resolve_device(recipe.device)
     model = teacher.load(dtype=recipe.dtype, device=device)
-    warn_of_borders(model, samples_BS, samples.parts[0].tokens.marks, tokenizer)
+    warn_of_boundaries(model, samples_BS, samples.parts[0].tokens.marks, tokenizer)
     start = time.perf_counter()
     scores = width.score(
         model,

@@ -1,4 +1,4 @@
-"""A batch: samples of token ids with what a loss has to know about them.
+"""A batch: samples of token ids, and what a loss has to know about them.
 
 Shapes: B batch, S seq, N tokens that are counted.
 """
@@ -17,10 +17,10 @@ from halve.model.head import Body
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples `ids` and the `numbers` they have in their corpus, by which a teacher's answers can be kept.
+    """Samples `ids` and their `numbers` in the corpus, under which a cache stores the teacher's answers.
 
-    `positions` are those of the tokens in their own documents, where attention ends at a document's border; None
-    where a sample is read as one text. `predicted` says which tokens after the first are predictions; None if all are.
+    `positions` are the tokens' positions in their own documents, if attention ends at document boundaries. They are
+    None if a sample is read as one text. `predicted` says which tokens after the first are predicted; None means all.
     """
 
     ids: Int[Tensor, "batch seq"]
@@ -77,7 +77,7 @@ class Batch:
 
 def predictions(body: Body, batch: Batch) -> Float[Tensor, "tokens hidden"]:
     """Return the hidden states at every position whose next token is in the sample and in the same document."""
-    # from positions that begin anew, transformers makes attention that ends at a document's border
+    # from positions that restart at 0, transformers builds attention that ends at a document boundary
     where = {} if batch.positions is None else {"position_ids": batch.positions}
     return at_predictions(body(batch.ids, **where), batch)
 

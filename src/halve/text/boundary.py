@@ -1,4 +1,4 @@
-"""What a teacher makes of the tokens around documents: one that it never learned is left out, or warned about.
+"""Checks whether a teacher has learned the tokens around documents. One that it never learned is left out.
 
 Legend: B samples, S tokens of a sample, T predictions of a sample (S - 1).
 """
@@ -26,9 +26,9 @@ from halve.text import tokenize
 from halve.text.tokenize import Marks
 
 ABSURD = 1.5
-"""Nats over those of guessing evenly among all tokens, beyond which a model is sure that a token never comes."""
-BORDER_SAMPLES = 8
-"""That a teacher's loss around borders is looked at in."""
+"""A loss over this many times that of uniform guessing means that the model has never learned the token."""
+BOUNDARY_SAMPLES = 8
+"""The number of samples in which the loss around document boundaries is measured."""
 _DOCUMENTS = (
     "Once there was a small boat that wanted to see the sea. It sailed all night. Then it was there. The end.",
     "The council met on Tuesday and approved the plans for the new bridge. There was no other business.",
@@ -40,17 +40,17 @@ _DOCUMENTS = (
 
 
 class BoundaryWarning(UserWarning):
-    """The teacher does not know what stands between the recipe's documents."""
+    """The teacher has not learned the tokens that separate the documents of the recipe."""
 
 
 def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progress) -> Boundary:
-    """`data.boundary` with what `auto` leaves to the recipe's teacher decided.
+    """`data.boundary`, with `auto` decided by a check of the teacher.
 
-    Where the tokenizer puts a token in front of documents, the token behind them is not needed to tell them apart. It
-    is left out if the teacher never learned it: after each of a few plain documents it finds the end absurd. Such a
-    token costs tens of nats wherever it comes and spoils what is read behind it. Asked once; `cache` keeps the answer.
+    If the tokenizer puts BOS in front of documents, EOS is not needed to separate them. EOS is left out if the teacher
+    never learned it: after each of a few plain documents, its loss is far above uniform guessing. Such a token costs
+    tens of nats wherever it occurs and disturbs what follows. The check runs once; `cache` stores the result.
 
-    Raises `CheckpointError` where the teacher's logits are not finite.
+    Raises `CheckpointError` if the teacher's logits are not finite.
     """
     marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
     if not _is_open(recipe, marks):
@@ -71,15 +71,15 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
         if nats > ABSURD * even:
             token = teacher.tokenizer.convert_ids_to_tokens(marks.eos)
             progress.say(
-                f"data.boundary: the teacher never learned {token} (at least {nats:.1f} nats at a document's end,"
-                f" guessing evenly {even:.1f}); it is left out"
+                f"data.boundary: the teacher never learned {token} (its loss is at least {nats:.1f} nats at the end"
+                f" of a document, and {even:.1f} for uniform guessing); it is left out"
             )
     found = read_sealed(note)
     return "bos" if found["nats"] > ABSURD * found["even"] else "auto"
 
 
 def asked_documents(recipe: Recipe, teacher: Checkpoint) -> tuple[list[int], ...]:
-    """The tokens that `settled` shows the teacher; none where it asks nothing, or the tokenizer is not at hand yet."""
+    """The documents of the check in `settled`. Empty if there is no check, or no tokenizer yet."""
     try:
         tokenizer = Checkpoint.open(teacher.folder).tokenizer  # not `teacher.files`: nothing is downloaded for it
         marks = tokenize.marks(tokenizer, recipe.data.boundary)
@@ -93,7 +93,7 @@ def _is_open(recipe: Recipe, marks: Marks) -> bool:
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, marks: Marks) -> tuple[list[int], ...]:
-    """A few plain documents with the tokens around them."""
+    """A few plain documents with BOS and EOS around them."""
     front, behind = ([token] if token is not None else [] for token in (marks.bos, marks.eos))
     return tuple([*front, *tokenizer(text, add_special_tokens=False)["input_ids"], *behind] for text in _DOCUMENTS)
 
@@ -105,7 +105,7 @@ def bounded(recipe: Recipe, boundary: Boundary) -> Recipe:
 
 @torch.no_grad()
 def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: Marks) -> float:
-    """The fewest nats that the token behind a document costs a model, of a few plain documents; NaN if one is NaN."""
+    """The lowest loss of EOS over a few plain documents, in nats. NaN if one of the losses is NaN."""
     assert marks.eos is not None
     body, head = split(model)
     found = []
@@ -116,14 +116,14 @@ def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: 
 
 
 @torch.no_grad()
-def warn_of_borders(
+def warn_of_boundaries(
     model: PreTrainedModel, samples_BS: Int[Tensor, "samples seq"], marks: Marks, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Warn with `BoundaryWarning` where a teacher's loss around the borders of documents is out of all proportion.
+    """Warn with `BoundaryWarning` if a teacher's loss at document boundaries is far above uniform guessing.
 
-    Looked at are, in the first few samples, the token behind a document and the first of the next one.
+    Measured at the token after a document and at the first token of the next document, in the first few samples.
     """
-    (body, head), ids_BS = split(model), samples_BS[:BORDER_SAMPLES].to(model.device)
+    (body, head), ids_BS = split(model), samples_BS[:BOUNDARY_SAMPLES].to(model.device)
     before_BT, targets_BT = ids_BS[:, :-1], ids_BS[:, 1:]
     special = torch.tensor(marks.between, dtype=torch.long, device=ids_BS.device)
     last_BT = targets_BT == (-1 if marks.eos is None else marks.eos)
@@ -131,14 +131,14 @@ def warn_of_borders(
     first_BT[:, 0] &= marks.bos is None  # a sample may begin inside a document
     nats_BT = torch.cat([measure.token_nll(head, body(ids_1S), ids_1S) for ids_1S in torch.split(ids_BS, 1)])
     absurd = ABSURD * math.log(head.weight.shape[0])
-    for borders_BT, which in ((last_BT, "at the end of documents"), (first_BT, "for the first token of documents")):
-        nats = float(nats_BT[borders_BT].mean()) if borders_BT.any() else 0.0
+    for boundaries_BT, which in ((last_BT, "at the end of documents"), (first_BT, "for the first token of documents")):
+        nats = float(nats_BT[boundaries_BT].mean()) if boundaries_BT.any() else 0.0
         if nats > absurd:
             others = float(nats_BT[~(last_BT | first_BT)].mean())
             tokens = " ".join(tokenizer.convert_ids_to_tokens(list(marks.between)))
             warnings.warn(
-                f"the teacher loses {nats:.1f} nats {which}, {others:.1f} elsewhere: it was not trained on documents"
-                f" with {tokens or 'nothing'} between them; set data.boundary to what it was trained on",
+                f"the teacher's loss is {nats:.1f} nats {which} and {others:.1f} elsewhere: it was not trained on"
+                f" documents with {tokens or 'nothing'} between them; set data.boundary to what it was trained on",
                 BoundaryWarning,
                 stacklevel=2,
             )

@@ -35,11 +35,11 @@ from halve.text.batch import Batch
 from halve.text.documents import positions
 from halve.text.drafts import Draft, Mark, draft_of
 from halve.text.sources import HUB, Piece
-from halve.text.tokenize import UNMARKED, Border, Marks
+from halve.text.tokenize import UNMARKED, Marks, Separator
 
 TOKENS_FORMAT = 4
-_GOLDEN = 0.6180339887498949  # its multiples, less their whole part, lie evenly between 0 and 1
-MARK_BATCHES = 64  # a kill loses at most these: a minute's work of one process
+_GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly between 0 and 1
+MARK_BATCHES = 64  # a kill loses at most this many: about a minute of work of one process
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Tokens:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def rows(self, indices: Iterable[int], length: int, *, every: int | None = None) -> NDArray[Any]:
-        """Rows of `length` ids, of which one begins `every` so many; by default where the one before ends.
+        """Rows of `length` ids. Row n begins at id n * `every`; by default rows do not overlap.
 
-        Read one by one: a page fault of the memory map would bring in hundreds of kilobytes around each.
+        Rows are read one by one: each page fault of the memory map would read hundreds of kilobytes around a row.
         """
         dtype = np.dtype(self.dtype)
         every = length if every is None else every
@@ -85,7 +85,7 @@ def open_split(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
 ) -> Tokens:
-    """The token file of a recipe's held-out text, or of all its training text, made in `cache` if it is not there.
+    """The token file of a recipe's held-out text, or of all its training text. It is made in `cache` if it is missing.
 
     Training draws from `mixture.open_mixture` or `course.open_course`, which know a mixture's parts.
     """
@@ -112,17 +112,18 @@ def prepare(
     workers: int = 1,
     progress: Progress = SILENT,
 ) -> Tokens:
-    """Tokenise sources into one file in `cache`, or open the file made of the same content before.
+    """Tokenize sources into one file in `cache`, or open the file that was made from the same content before.
 
-    The file's name is a hash of the content, the tokenizer, `text_field` and the tokens around documents, which
-    `boundary` chooses (see `tokenize.marks`). Special tokens spelled out in the text become those tokens. Documents
-    longer than a piece (`rows.PIECE_CHARS`) are tokenized piece by piece. A data set of the hub stays at the
-    revision it had when it was first read into `cache`.
+    The file is named after a hash of the content, the tokenizer, `text_field` and the tokens around documents, which
+    `boundary` sets (see `tokenize.marks`). Special tokens that are spelled out in the text become those tokens.
+    Documents longer than a piece (`rows.PIECE_CHARS`) are tokenized piece by piece. A hub data set keeps the revision
+    that it had when it was first read into `cache`.
 
-    Works in bounded memory, in `workers` processes that the result does not depend on. A killed call leaves what it
-    has tokenized, and the next one goes on from there; of several at once one works and the others wait for it. Raises
-    `CorpusError` as `sources.read_documents` does and when a tokenizing process dies, `DiskError`, and `RunError` in a
-    process that runs the script again which has started it.
+    Memory is bounded. The result is the same for any number of `workers` processes. A killed call keeps what it has
+    tokenized, and the next call resumes there. If several calls need the same file, one writes it and the others wait.
+
+    Raises `CorpusError` as `sources.read_documents` does, and when a tokenizing process dies. Raises `DiskError`.
+    Raises `RunError` in a child process that runs the calling script again.
     """
     fresh.require_guard()
     revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
@@ -142,7 +143,7 @@ def prepare(
                 yield piece
 
     with draft_of(path) as draft:
-        if (known := reopen(note)) is None:  # another process may just have made it
+        if (known := reopen(note)) is None:  # another process may have made it in the meantime
             dtype = tokenize.token_dtype(tokenizer)
             how = {"tokenizer": tokenizer, "marks": marks, "dtype": dtype, "workers": workers}
             written = _fill(draft, pieces(), **how, progress=progress)
@@ -151,7 +152,7 @@ def prepare(
             size |= {"documents": documents}
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
             stamp = {"format": TOKENS_FORMAT, "sha256": file_sha256(draft.path)}
-            write_json(note, sealed({**stamp, **size, **facts}))  # counts once the token file is there too
+            write_json(note, sealed({**stamp, **size, **facts}))  # valid only once the token file is there too
             rename(draft.path, path)
             known = reopen(note)
     assert known is not None
@@ -166,7 +167,7 @@ def known(
     cache: Path,
     boundary: Boundary = "auto",
 ) -> Tokens | None:
-    """The token file that `prepare` has made of local sources, if it has; makes none. Raises `RunError` as `reopen`."""
+    """The token file that `prepare` has made from local sources, or None; makes none. Raises `RunError` as `reopen`."""
     marks = tokenize.marks(tokenizer, boundary)
     key = _key(sources, {}, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
     return reopen(cache / f"{key[:32]}.json")
@@ -182,12 +183,12 @@ def _fill(
     workers: int,
     progress: Progress,
 ) -> Mark:
-    """Write what is missing of a token file; gives its size."""
+    """Write the missing part of a token file; returns how far it is."""
     mark, between = draft.resume(dtype.itemsize), marks.between
     if mark.count == 0 and marks.bos is not None:
         draft.file.write(np.array([marks.bos], dtype=dtype).tobytes())
         mark = Mark(0, 1, 0)
-    # text that was tokenized before is read again, which takes a hundredth of the time
+    # text that is already tokenized is only read again, which takes a small part of the time
     left = itertools.islice(tokenize.batches(pieces), mark.batches, None)
     made = tokenize.encoded(left, tokenizer=tokenizer, between=between, dtype=dtype, workers=workers)
     with closing(made), progress.task("tokenize", None, done=mark.count) as task:
@@ -208,7 +209,7 @@ def _fill(
 
 
 def reopen(note: Path) -> Tokens | None:
-    """The token file that the JSON file `note` beside it describes; None unless both are there and whole."""
+    """The token file that the JSON file `note` next to it describes; None unless both are complete."""
     path = note.with_suffix(".tokens")
     if not (note.exists() and path.exists()):
         return None
@@ -236,17 +237,17 @@ def reopen(note: Path) -> Tokens | None:
 class Samples:
     """A token file cut into samples of `context` tokens, in an order that depends on `seed` alone.
 
-    Every epoch is a fresh permutation of all samples, so that which samples step `n` sees is a pure function
-    of (seed, n, batch): a run resumes from its step number. Predictions stay inside a sample: `context`
-    tokens make `context - 1` of them. The tokens after the last whole sample are not used.
+    Every epoch is a new permutation of all samples. So the samples of step `n` are a pure function of (seed, n, batch),
+    and a run can resume from its step number. Predictions stay inside a sample: `context` tokens give `context - 1` of
+    them. The tokens after the last whole sample are not used.
 
-    Where documents have a token in front (`Marks.bos`) every sample begins with it, also one that begins inside a
-    document: it holds `context - 1` tokens of the text behind it, each predicted once. Of a sample that begins with a
-    document the token is the text's own; its last token is predicted in the next sample. The token in front of a
-    document is not predicted where another one marks the end of the document before (see `Marks.follows`).
+    With BOS in front of documents (`Marks.bos`), every sample begins with BOS, even one that begins inside a document.
+    It then holds `context - 1` tokens of the text, and each of them is predicted once. If a sample begins with a
+    document, this BOS is already in the text, and its last token is predicted in the next sample. A BOS that follows an
+    EOS is not predicted (see `Marks.follows`).
 
-    With a `border` the documents of a sample are apart: batches carry positions that begin anew with each. Texts of
-    different `stream` have orders of their own.
+    With a `separator`, the documents of a sample are apart: batches carry positions that restart at each document.
+    Texts with different `stream` have different orders.
 
     Raises `CorpusError` if there are fewer tokens than one sample.
     """
@@ -254,14 +255,14 @@ class Samples:
     tokens: Tokens
     context: int
     seed: int
-    border: Border | None = None
+    separator: Separator | None = None
     stream: int = 0
 
     def __post_init__(self) -> None:
         if self._step == 0:
             raise CorpusError(
                 "a sample of one token holds no text",
-                why="every sample begins with the token that stands in front of documents",
+                why="every sample begins with the BOS token",
                 fix="set data.context to 2 or more, or data.boundary to eos",
             )
         if self.tokens.count < self.context:
@@ -288,13 +289,13 @@ class Samples:
         return tuple(self.draw(number) for number in range(step * batch, (step + 1) * batch))
 
     def draw(self, number: int) -> int:
-        """The place in the corpus of the sample that is drawn as number `number` (from 0)."""
+        """The place in the corpus of draw number `number` (from 0)."""
         epoch, rest = divmod(number, len(self))
         return int(self._epoch(epoch)[rest])
 
     @cached_property
     def _epoch(self) -> Callable[[int], NDArray[np.int64]]:
-        """The order of an epoch; a batch touches two at most, but for corpora smaller than a batch."""
+        """The order of an epoch. A batch needs at most two orders, unless the corpus is smaller than a batch."""
 
         @lru_cache(maxsize=2)
         def order(epoch: int) -> NDArray[np.int64]:
@@ -305,7 +306,7 @@ class Samples:
     def numbered(self, numbers: Sequence[int]) -> Batch:
         """Samples by their place in the corpus, as a batch."""
         ids_BS, counted_BT = self._read(numbers)
-        places_BS = None if self.border is None else positions(ids_BS, self.border)
+        places_BS = None if self.separator is None else positions(ids_BS, self.separator)
         return Batch(ids_BS, tuple(numbers), places_BS, counted_BT)
 
     def heldout(self, num_samples: int) -> Batch:
@@ -317,9 +318,9 @@ class Samples:
         return self.take(self._spread(num_samples))
 
     def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
-        """At most `num_samples` samples, one of each of as many equal strips of the corpus, placed by the seed.
+        """At most `num_samples` samples, one from each of that many equal parts of the corpus.
 
-        Seed 0 takes each strip's first, as `first` does; every seed sees the whole length of the corpus.
+        The seed sets the place within the parts. Seed 0 takes the first sample of each part, as `first` does.
         """
         num_samples = min(num_samples, len(self))
         place = self.seed * _GOLDEN % 1
@@ -337,7 +338,7 @@ class Samples:
     def _read(
         self, indices: Iterable[int]
     ) -> tuple[Int64[Tensor, "samples context"], Bool[Tensor, "samples predictions"] | None]:
-        """Samples by their place, and which of their tokens after the first are predicted; None if all are."""
+        """Samples by their place, and which of their tokens after the first are predicted (None means all)."""
         rows = self.tokens.rows(indices, self.context, every=self._step).astype(np.int64)
         ids_BS, marks = torch.from_numpy(rows), self.tokens.marks
         if marks.bos is None:
@@ -376,7 +377,7 @@ def _key(
 
 
 def _pinned(source: str, cache: Path) -> str:
-    """The revision of a hub data set that this cache began with; the present one the first time."""
+    """The revision of a hub data set that this cache was made with. The first time, the current revision."""
     note = cache / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.hub.json"
     if note.exists():
         return str(read_sealed(note)["revision"])

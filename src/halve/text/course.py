@@ -1,4 +1,4 @@
-"""The course of a run: what each step trains on and how fast, as a function of the step's number alone.
+"""The course of a run: the samples, context and learning rate of each step, as a function of the step number alone.
 
 recipe -> spans of steps (`schedule`) -> a mixture for each (`mixture`) -> the batch of any step
 """
@@ -19,15 +19,15 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe, Training
 from halve.text import corpus, schedule
 from halve.text.batch import Batch
-from halve.text.documents import require_border
+from halve.text.documents import require_separator
 from halve.text.mixture import Mixture, Texts, open_texts
 from halve.text.schedule import Span
-from halve.text.tokenize import Border, border
+from halve.text.tokenize import Separator, separator
 
 
 @runtime_checkable
 class OrderedSamples(Protocol):
-    """Packed samples whose order is a function of the step (see `corpus.Samples` and `mixture.Mixture`)."""
+    """Packed samples in an order that is a function of the step (see `corpus.Samples` and `mixture.Mixture`)."""
 
     @property
     def context(self) -> int:
@@ -44,8 +44,8 @@ class OrderedSamples(Protocol):
 class Course:
     """Steps are counted from 1; `step` 0 is the state before the first.
 
-    `samples` are drawn from before the first phase, `later` from its phases on, one for each. `fingerprint` is of what
-    the samples' numbers stand for: two courses that share it find the same tokens under a number.
+    `samples` are used before the first phase, and `later` has one entry for each phase. `fingerprint` identifies the
+    text behind the sample numbers: two courses with the same fingerprint have the same tokens under each number.
     """
 
     training: Training
@@ -60,7 +60,7 @@ class Course:
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        """Steps that are alike: one span, and one more for each phase."""
+        """Spans of steps with the same settings: one, and one more for each phase."""
         return schedule.spans(self.training, self.samples.context)
 
     @cached_property
@@ -87,12 +87,12 @@ class Course:
         return self.spans[self._span(step)].context
 
     def lr(self, step: int) -> float:
-        """The rate of a step: linear warm-up to the peak of its phase, then a cosine that ends at `min_lr`."""
+        """The learning rate of a step: linear warm-up to the peak of its phase, then a cosine that ends at `min_lr`."""
         training, peak = self.training, self.spans[self._span(step)].lr
         return schedule.rate(step, steps=self.steps, peak=peak, end=training.min_lr, warmup_steps=training.warmup_steps)
 
     def _drawn(self, step: int) -> tuple[OrderedSamples, int]:
-        """What a step draws from, and which of its steps this is, counted from 0."""
+        """The mixture of a step, and the number of the step within it, counted from 0."""
         which = self._span(step)
         return (self.samples, *self.later)[which], step - self.spans[which].first
 
@@ -109,14 +109,14 @@ def open_course(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
 ) -> Course:
-    """The course of one of the recipe's trainings; token files are made in `cache` where they are not there.
+    """The course of one of the recipe's trainings. Missing token files are made in `cache`.
 
-    Samples of each context that is trained in have numbers of their own. Phases of one context go on in the same
-    epochs; another context cuts the text anew and begins with epochs of its own.
+    Samples are numbered separately for each context. Phases with the same context continue the same epochs. Another
+    context cuts the text into new samples with epochs of their own.
 
-    Raises `CorpusError` for text that is too little or unfit, and `TrainError` where documents cannot be told apart.
+    Raises `CorpusError` for too little or unusable text, and `TrainError` if documents cannot be kept apart.
     """
-    between = _border(recipe, tokenizer)
+    between = _separator(recipe, tokenizer)
     texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     planned = schedule.spans(training, recipe.data.context)
     first, *later = _mixtures(texts, planned, batch=training.batch, seed=recipe.seed, between=between)
@@ -138,21 +138,21 @@ def open_heldout(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
 ) -> Batch:
-    """The held-out samples that a training is measured on while it runs: in `data.context`, documents as in it."""
-    between = _border(recipe, tokenizer)
+    """The held-out samples for measurements during training, with the recipe's `data.context` and `data.documents`."""
+    between = _separator(recipe, tokenizer)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     return corpus.Samples(tokens, recipe.data.context, recipe.seed, between).heldout(training.eval_samples)
 
 
-def _border(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Border | None:
-    """What documents are told apart by, where they are to be."""
-    return require_border(border(tokenizer, recipe.data.boundary)) if recipe.data.documents == "apart" else None
+def _separator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Separator | None:
+    """The token that separates documents, if they are kept apart."""
+    return require_separator(separator(tokenizer, recipe.data.boundary)) if recipe.data.documents == "apart" else None
 
 
 def _mixtures(
-    texts: Texts, planned: tuple[Span, ...], *, batch: int, seed: int, between: Border | None
+    texts: Texts, planned: tuple[Span, ...], *, batch: int, seed: int, between: Separator | None
 ) -> list[Mixture]:
-    """What each span draws from."""
+    """The mixture of each span."""
     found: list[Mixture] = []
     last: dict[int, Mixture] = {}  # by context
     drawn: dict[int, tuple[int, ...]] = {}
@@ -161,7 +161,7 @@ def _mixtures(
         weights = _weights(texts, span.weights)
         known = last.get(span.context)
         if known is None:
-            made = Mixture(texts.cut(span.context, seed=seed, border=between), weights, offset)
+            made = Mixture(texts.cut(span.context, seed=seed, separator=between), weights, offset)
             offset += len(made)
         else:
             made = Mixture(known.parts, weights, known.offset, drawn[span.context])
@@ -171,5 +171,5 @@ def _mixtures(
 
 
 def _weights(texts: Texts, asked: Mapping[str, float] | None) -> tuple[float, ...]:
-    """A phase's weights in the order of the parts; a part that it does not name is not drawn from."""
+    """The weights of a phase in the order of the parts. A part that it does not name has weight 0."""
     return texts.weights if asked is None else tuple(asked.get(name, 0.0) for name in texts.names)

@@ -12,23 +12,23 @@ from jaxtyping import Int
 from torch import Tensor
 
 from halve.errors import AnatomyError, TrainError
-from halve.text.tokenize import Border
+from halve.text.tokenize import Separator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LENGTHS = [5, 1, 7, 3]  # of the documents that the check packs
-_BORDERS = (_LENGTHS, _LENGTHS[::-1])
+_BOUNDARIES = (_LENGTHS, _LENGTHS[::-1])
 
 
-def positions(ids: Int[Tensor, "batch seq"], border: Border) -> Int[Tensor, "batch seq"]:
-    """Each token's place in its own document, counted from 0; a sample's first document begins with the sample.
+def positions(ids: Int[Tensor, "batch seq"], separator: Separator) -> Int[Tensor, "batch seq"]:
+    """The position of each token in its own document, from 0. The first document of a sample begins with the sample.
 
-    >>> positions(torch.tensor([[7, 0, 8, 9, 0, 0, 6]]), Border(0, ends=True)).tolist()
+    >>> positions(torch.tensor([[7, 0, 8, 9, 0, 0, 6]]), Separator(0, ends=True)).tolist()
     [[0, 1, 0, 1, 2, 0, 0]]
     """
-    starts_BS = ids == border.token
-    if border.ends:
+    starts_BS = ids == separator.token
+    if separator.ends:
         starts_BS = starts_BS.roll(1, dims=1)
     starts_BS[:, 0] = True
     places_S = torch.arange(ids.shape[1], device=ids.device)
@@ -37,12 +37,12 @@ def positions(ids: Int[Tensor, "batch seq"], border: Border) -> Int[Tensor, "bat
 
 @torch.no_grad()
 def require_apart(model: PreTrainedModel) -> None:
-    """Prove that `model` reads packed documents as it reads them one by one, told by positions that begin anew.
+    """Prove that `model` reads packed documents as it reads each document alone.
 
-    transformers makes attention that ends at a border from such positions, in the families whose code hands them to the
-    making of its masks. Nothing is believed: two samples of four documents each, with different borders, are compared
-    with every document alone, and must be nearer to that than to the same samples read as one text. Raises
-    `AnatomyError` where they are not.
+    Documents are marked by positions that restart at 0. transformers builds attention masks from such positions, but
+    only in families whose code passes them on. So this is tested: two samples of four documents each, with different
+    boundaries, are compared with every document alone. They must be closer to that than to the same samples read as one
+    text. Raises `AnatomyError` where they are not.
     """
     vocab = model.get_input_embeddings().weight.shape[0]
     ids_BS = torch.randint(vocab, (2, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -58,24 +58,24 @@ def require_apart(model: PreTrainedModel) -> None:
         )
 
 
-def require_border(border: Border | None) -> Border:
+def require_separator(separator: Separator | None) -> Separator:
     """Raise `TrainError` where neither a document's end nor its beginning is marked."""
-    if border is None:
+    if separator is None:
         raise TrainError(
             "documents cannot be kept apart",
             why="neither an end-of-sequence nor a beginning-of-sequence token stands between them to tell them by",
             fix="set data.documents to joined, data.boundary to auto, or give the tokenizer an eos_token",
         )
-    return border
+    return separator
 
 
 def _packed(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    places_BS = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _BORDERS])
+    places_BS = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _BOUNDARIES])
     return _hidden(model, ids_BS, position_ids=places_BS.to(model.device))
 
 
 def _alone(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    rows = (ids_S.split(lengths) for ids_S, lengths in zip(ids_BS, _BORDERS, strict=True))
+    rows = (ids_S.split(lengths) for ids_S, lengths in zip(ids_BS, _BOUNDARIES, strict=True))
     return torch.stack([torch.cat([_hidden(model, part[None])[0] for part in row]) for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""The draft of a token file: one process writes it, a kill leaves what was marked, and the next call goes on there."""
+"""The draft of a token file. One process writes it. After a kill, the next call resumes at the last mark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError:  # not on Windows, where two processes must not tokenize the
 
 @dataclass(frozen=True)
 class Mark:
-    """How far a draft is known to be on the disk."""
+    """How much of a draft is certainly on disk."""
 
     batches: int = 0
     count: int = 0
@@ -31,7 +31,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Draft:
-    """A token file in the making, which this process alone may write."""
+    """An unfinished token file that only this process may write."""
 
     path: Path
     file: IO[bytes]
@@ -41,9 +41,9 @@ class Draft:
         return _mark_of(self.path)
 
     def resume(self, itemsize: int) -> Mark:
-        """Where an earlier call stopped; what it wrote beyond its last mark is dropped."""
+        """Where an earlier call stopped. What it wrote after its last mark is dropped."""
         mark = Mark()
-        with suppress(RunError):  # one that cannot be read marks nothing
+        with suppress(RunError):  # an unreadable mark counts as none
             mark = Mark(**read_sealed(self.mark)) if self.mark.exists() else mark
         if os.fstat(self.file.fileno()).st_size < mark.count * itemsize:
             mark = Mark()
@@ -57,7 +57,7 @@ class Draft:
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Draft]:
-    """The draft of `path`; stays for the next call where a kill or a full disk ends this one after a mark."""
+    """The draft of `path`. If a kill or a full disk ends this call after a mark, the draft is kept for the next one."""
     draft = path.with_name(f".{path.name}.draft")
     with disk_guard(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def draft_of(path: Path) -> Iterator[Draft]:
             yield Draft(draft, file)
             _mark_of(draft).unlink(missing_ok=True)
         except CorpusError as error:
-            if not isinstance(error, tokenize.DeadWorkerError):  # the text has to change, and its draft with it
+            if not isinstance(error, tokenize.DeadWorkerError):  # the text has to change, so this draft is of no use
                 _mark_of(draft).unlink(missing_ok=True)
             raise
         finally:
@@ -76,7 +76,7 @@ def draft_of(path: Path) -> Iterator[Draft]:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """Open a file for appending once no other process has it open so."""
+    """Open a file for appending; wait until no other process has it open for that."""
     while True:
         file = path.open("ab")
         with suppress(OSError):  # a file system without locks, such as some network mounts
@@ -85,7 +85,7 @@ def _locked(path: Path) -> IO[bytes]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # whoever held the lock has finished or dropped this file
+        file.close()  # the process that held the lock has finished or dropped this file
 
 
 def _mark_of(draft: Path) -> Path:

@@ -1,17 +1,17 @@
-"""Which files of a source are text, and as what they are read: their content decides, not their names alone.
+"""Which files of a source are text, and in which format they are read. Content decides as well as the name.
 
-In a folder some files are left out, since they are not its text:
+In a folder, these files are left out because they are not its text:
 
 - files and folders whose names begin with a dot or an underscore, and run folders of halve;
-- license files, and what the `datasets` library notes beside its data;
-- `README` files beside anything but Markdown and reStructuredText, and data cards beside rows (JSON lines, CSV,
-  parquet): they tell about the data;
-- files of an ending that is not listed here, unless their content is JSON lines or parquet, and `.json` files that
-  hold no rows, such as settings.
+- license files, and the metadata files that the `datasets` library writes;
+- `README` files next to anything but Markdown and reStructuredText, and data cards next to rows (JSON lines, CSV,
+  parquet), because they describe the data;
+- files with an ending that is not listed here, unless their content is JSON lines or parquet, and `.json` files
+  without rows, such as settings.
 
-Links to folders are followed, each folder once. One to a folder that holds the source is left out.
+Links to folders are followed, and each folder is read once. A link to a folder around the source is left out.
 
-A file that is named itself is read whatever it is called.
+A file that the recipe names directly is always read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A mixture: several texts drawn from in fixed shares, in an order that is a function of (seed, draw) alone.
+"""A mixture: samples from several texts in fixed shares, in an order that is a function of (seed, draw) alone.
 
 recipe -> parts (token files) -> Mixture -> Batch
 """
@@ -22,22 +22,22 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.text.batch import Batch
 from halve.text.corpus import Samples, Tokens, prepare
-from halve.text.tokenize import Border
+from halve.text.tokenize import Separator
 
 
 def shares(weights: Sequence[float], draws: int) -> list[int]:
-    """How many of the first `draws` draws each part has.
+    """How many of the first `draws` draws each part gets.
 
-    Each draw goes to the part that is furthest behind its share: the one with the smallest (had + 1/2) / weight, the
-    first of equals (Sainte-Lague's rule of apportionment). So counts never shrink as draws grow, and are weight * draws
-    rounded wherever these roundings add up. Exact for weights as they are written, whatever binary fractions make
-    of them; a part of weight 0 has none.
+    Each draw goes to the part that is furthest behind its share: the one with the smallest (count + 1/2) / weight, and
+    the first of several equal ones (Sainte-Lague's rule of apportionment). So counts never shrink as draws grow. They
+    are weight * draws, rounded, wherever these roundings add up to `draws`. Weights are taken as decimal numbers, not
+    as rounded binary ones. A part of weight 0 gets no draws.
 
     >>> shares([0.7, 0.2, 0.1], 1_000_000_000_000)
     [700000000000, 200000000000, 100000000000]
     """
     whole = _whole(weights)
-    # Up to a moment not past the last draw every share is rounded by itself; the few left are dealt out one by one.
+    # Up to some draw before the last, each share can be rounded by itself; the few draws after it are assigned in turn.
     counts = [(2 * weight * max(draws - len(whole), 0) + sum(whole)) // (2 * sum(whole)) for weight in whole]
     for _ in range(draws - sum(counts)):
         counts[_next(whole, counts)] += 1
@@ -59,11 +59,11 @@ def turns(weights: Sequence[float], first: int, count: int) -> Iterator[tuple[in
 
 @dataclass(frozen=True)
 class Mixture:
-    """Samples of several texts; those of one text have numbers in a row, the next text's follow.
+    """Samples of several texts. The samples of one text have consecutive numbers, followed by those of the next text.
 
-    `offset` is the number of the very first. `drawn` is how many draws each part has had in earlier phases: each
-    part goes on in its own epochs, so that none of its samples comes twice before all have come once. A mixture of
-    one text is that text's `Samples`.
+    `offset` is the number of the first sample. `drawn` is how many draws each part has had in earlier phases: each part
+    continues its own epochs, so that no sample comes twice before all have come once. A mixture of one text is that
+    text's `Samples`.
     """
 
     parts: tuple[Samples, ...]
@@ -89,7 +89,7 @@ class Mixture:
         return tuple(starts[part] + place for part, place in self._places(step, batch))
 
     def after(self, draws: int) -> tuple[int, ...]:
-        """How many draws each part has had once this mixture has been drawn from so often."""
+        """How many draws each part has had after this many draws from the mixture."""
         drawn = self.drawn or (0,) * len(self.parts)
         return tuple(before + had for before, had in zip(drawn, shares(self.weights, draws), strict=True))
 
@@ -99,10 +99,10 @@ class Mixture:
         return self._at([(part := _last(starts, n), n - starts[part]) for n in numbers])
 
     def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
-        """At most `num_samples` samples in the mixture's shares, each part's spread as `Samples.calibration` does.
+        """At most `num_samples` samples in the mixture's shares, spread within each part as in `Samples.calibration`.
 
-        They come in the order of draws: the first few have the same shares. A part that is too small gives all it has.
-        Nothing is gained by asking for more than a hundred times what all parts have.
+        They are in the order of draws, so the first few have the same shares. A part that is too small gives all its
+        samples. Asking for more than a hundred times the samples of all parts gives nothing more.
         """
         num_samples = min(num_samples, 100 * len(self))
         counts = shares(self.weights, num_samples)
@@ -139,8 +139,8 @@ class Texts:
     tokens: tuple[Tokens, ...]
     weights: tuple[float, ...]
 
-    def cut(self, context: int, *, seed: int, border: Border | None) -> tuple[Samples, ...]:
-        """Their samples of `context` tokens. Raises `CorpusError` naming a part that is too small for one."""
+    def cut(self, context: int, *, seed: int, separator: Separator | None) -> tuple[Samples, ...]:
+        """Each part's samples of `context` tokens. Raises `CorpusError` naming a part that is too small for one."""
         for name, tokens in zip(self.names, self.tokens, strict=True):
             if name and tokens.count < context:
                 raise CorpusError(
@@ -148,13 +148,13 @@ class Texts:
                     why="samples are packed to the context and none is padded",
                     fix=f"give {name} more text, merge it with another part, or set a smaller context",
                 )
-        return tuple(Samples(tokens, context, seed, border, stream) for stream, tokens in enumerate(self.tokens))
+        return tuple(Samples(tokens, context, seed, separator, stream) for stream, tokens in enumerate(self.tokens))
 
 
 def open_texts(
     recipe: Recipe, *, cache: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
 ) -> Texts:
-    """The token files of a recipe's training text, made in `cache` where they are not there."""
+    """The token files of a recipe's training text. Missing ones are made in `cache`."""
     data = recipe.data
     if isinstance(data.train, dict):
         named = {name: (part.sources, part.weight) for name, part in data.train.items()}
@@ -178,13 +178,13 @@ def open_texts(
 def open_mixture(
     recipe: Recipe, *, cache: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
 ) -> Mixture:
-    """The recipe's training text as scores and calibration see it: in `data.context`, documents joined."""
+    """The recipe's training text for scores and calibration: `data.context` tokens per sample, documents joined."""
     texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
-    return Mixture(texts.cut(recipe.data.context, seed=recipe.seed, border=None), texts.weights)
+    return Mixture(texts.cut(recipe.data.context, seed=recipe.seed, separator=None), texts.weights)
 
 
 def _whole(weights: Sequence[float]) -> list[int]:
-    """Integers in the ratio of the weights' decimal spellings."""
+    """Integers in the ratio of the weights, which are taken as decimal numbers."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     assert all(weight >= 0 for weight in exact)
     assert any(exact)
@@ -193,7 +193,7 @@ def _whole(weights: Sequence[float]) -> list[int]:
 
 
 def _next(whole: Sequence[int], counts: Sequence[int]) -> int:
-    """Of (2 count + 1) / weight the smallest, without division."""
+    """The part with the smallest (2 count + 1) / weight, computed without division."""
     best = next(part for part, weight in enumerate(whole) if weight)
     for part in range(best + 1, len(whole)):
         if (2 * counts[part] + 1) * whole[best] < (2 * counts[best] + 1) * whole[part]:
@@ -202,5 +202,5 @@ def _next(whole: Sequence[int], counts: Sequence[int]) -> int:
 
 
 def _last(starts: Sequence[int], number: int) -> int:
-    """The part that a number lies in."""
+    """The part to which a sample number belongs."""
     return max(part for part, start in enumerate(starts) if start <= number)

@@ -1,4 +1,4 @@
-"""What a stage that trains reads: the recipe's text in the tokens of models that can take it."""
+"""The text that a training stage reads: tokenized, and checked against the models that will read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from halve.text.mixture import open_texts
 
 @dataclass(frozen=True)
 class Text:
-    """What is trained on, step by step, and what is measured on meanwhile."""
+    """The samples of every training step, and the held-out samples for measurements."""
 
     tokenizer: PreTrainedTokenizerBase
     course: Course
@@ -32,7 +32,7 @@ class Text:
 def require_embedded(
     recipe: Recipe, teacher: Checkpoint, split: Literal["train", "valid"], *, cache: Path, progress: Progress
 ) -> None:
-    """Tokenize text, if it is not yet, and refuse it where it holds a token that the model has no embedding for.
+    """Tokenize text if necessary. Refuse it if it holds a token without an embedding in the model.
 
     Raises `CorpusError`, also for text that cannot be read.
     """
@@ -45,9 +45,9 @@ def require_embedded(
 
 
 def open_text(recipe: Recipe, training: Training, *models: Checkpoint, cache: Path, progress: Progress) -> Text:
-    """Cut text into tokens of the first model's tokenizer; `cache` is the run's folder of token files.
+    """Tokenize text with the first model's tokenizer. `cache` is the run's folder of token files.
 
-    Raises `TokenizerError` and `TrainError` for a model that tokens or context do not suit, and `CorpusError`.
+    Raises `TokenizerError` and `TrainError` for a model that does not fit the tokens or the context, and `CorpusError`.
     """
     tokenizer = models[0].tokenizer
     for model in models:

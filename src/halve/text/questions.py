@@ -1,4 +1,4 @@
-"""What a recipe's evaluation asks a model, as tokens: multiple-choice items and prompts."""
+"""The multiple-choice items and prompts of a recipe's evaluation, as tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def encoded_choices(
 ) -> dict[str, tuple[Encoded, ...]]:
     """The recipe's multiple-choice files as tokens, by file name without its ending.
 
-    Raises `CorpusError` for two files of one name and for an item that is longer than `limit`.
+    Raises `CorpusError` for two files with the same name and for an item that is longer than `limit`.
     """
     questions: dict[str, tuple[Encoded, ...]] = {}
     for path in map(Path, recipe.evaluate.choices):

@@ -1,4 +1,4 @@
-"""When each phase of a training begins, and what it trains with: plain numbers, known before anything is read.
+"""When each phase of a training begins, and its settings: plain numbers, known before anything is read.
 
 A teacher may have been trained in phases, the last on better text; 2407.14679 (Table 20) asks which of its texts the
 student should see.
@@ -15,7 +15,7 @@ from halve.recipe.schema import Training
 
 @dataclass(frozen=True)
 class Span:
-    """Steps `first`, `first + 1`, ... (counted from 1) that share a mixture, a context and a peak rate."""
+    """Steps `first`, `first + 1`, ... (counted from 1) with the same mixture, context and peak learning rate."""
 
     first: int
     steps: int
@@ -31,12 +31,12 @@ class Span:
 
 
 def spans(training: Training, context: int) -> tuple[Span, ...]:
-    """The steps of a training in parts that are alike: one, and one more for each of its phases.
+    """The steps of a training, in spans with the same settings: one, and one more for each phase.
 
-    A phase begins with the first step before which its `from_tokens` have been trained on, and so does the end: both
-    are rounded up to whole steps. What a phase leaves out stays as it was. A step keeps its number of samples, so that
-    a phase of twice the context has twice the tokens a step. Two phases may begin within one step; the first of them
-    then has no steps.
+    A phase begins at the first step before which `from_tokens` tokens have been trained on. The start of a phase and
+    the end of the training are rounded up to whole steps. Settings that a phase does not name keep their values. A step
+    keeps its number of samples, so twice the context means twice the tokens per step. If two phases begin within one
+    step, the first of them has no steps.
     """
     now = Span(1, 0, 0, context, training.lr, None)
     found = []

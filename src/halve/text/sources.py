@@ -1,4 +1,4 @@
-"""Reading text: files, folders and hub data sets become one stream of documents in bounded memory.
+"""Reading text: files, folders and hub data sets as one stream of documents, in bounded memory.
 
 A source is what a recipe names: a file, a folder of files, or `hub:owner/name`, `hub:owner/name/config`, each also
 with `:split`. A file is plain text, JSON lines, CSV or parquet; all but the last also `.gz`, `.xz`, `.bz2`, `.zst`.
@@ -31,8 +31,8 @@ def read_documents(source: str, *, text_field: str, revision: str | None = None)
     """The documents of one source, in a fixed order; empty ones are passed over.
 
     `text_field` is the field of rows that holds the text. `revision` pins a hub data set. Raises `CorpusError` for a
-    source that is missing, empty, binary, damaged or badly encoded, and for rows without that field; it names the file
-    and the line or byte.
+    source that is missing, empty, binary, damaged or badly encoded, and for rows without that field. The error names
+    the file and the line or byte.
     """
     if source.startswith(HUB):
         documents = _hub_rows(source, text_field=text_field, revision=revision)
@@ -73,7 +73,7 @@ def files(source: str) -> list[Path]:
 
 
 def told(sources: Sequence[str], *, documents: int, tokens: int) -> str:
-    """What was read, in words: how many files, documents and tokens, and what was left out of the folders."""
+    """What was read, in words: the numbers of files, documents and tokens, and what was left out of folders."""
     names = [source if source.startswith(HUB) else Path(source).name for source in sources]
     local = [folders.find(source) for source in sources if not source.startswith(HUB)]
     counts = [_many(sum(len(found.read) for found in local), "file")] if local else []
@@ -83,7 +83,7 @@ def told(sources: Sequence[str], *, documents: int, tokens: int) -> str:
 
 
 def left_out(sources: Sequence[str]) -> tuple[str, ...]:
-    """What is not read of local folders, in words: a line for each of which something is not."""
+    """What is left out of local folders, in words: one line for each folder with something left out."""
     local = {source: folders.find(source) for source in dict.fromkeys(sources) if not source.startswith(HUB)}
     return tuple(f"{shown(source)}: {found.told}" for source, found in local.items() if found.left_out)
 

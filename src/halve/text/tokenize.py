@@ -1,6 +1,6 @@
-"""Text to token ids, in this process or in several: the same ids in the same order either way.
+"""From text to token ids, in this process or in several: the ids and their order are the same either way.
 
-This file is what a tokenizing process imports, so it does without torch.
+Tokenizing processes import this file, so it does not import torch.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _AHEAD = 2  # batches a process that are read before they are needed
 
 
 @dataclass(frozen=True)
-class Border:
-    """The token that documents are told apart by: the last of each (`ends`), or the first."""
+class Separator:
+    """The token that separates documents: the last token of each (`ends`), or the first."""
 
     token: int
     ends: bool
@@ -44,9 +44,9 @@ class Border:
 
 @dataclass(frozen=True)
 class Marks:
-    """The tokens around documents: `bos` in front of each and of every sample, `eos` behind each; None where none is.
+    """The tokens around documents: `bos` in front of every document and sample, `eos` after every document; or None.
 
-    Where both are one id, one such token stands between two documents.
+    If both are the same id, it appears once between two documents.
     """
 
     bos: int | None = None
@@ -54,7 +54,7 @@ class Marks:
 
     @property
     def between(self) -> tuple[int, ...]:
-        """What stands behind a document, with what stands in front of the next.
+        """The tokens between two documents.
 
         >>> Marks(bos=1, eos=2).between, Marks(bos=1).between, Marks(bos=0, eos=0).between, Marks().between
         ((2, 1), (1,), (0,), ())
@@ -62,15 +62,15 @@ class Marks:
         return tuple(dict.fromkeys(token for token in (self.eos, self.bos) if token is not None))
 
     @property
-    def border(self) -> Border | None:
-        """What tells documents apart: their first token where they have one, so that each is read behind it."""
+    def separator(self) -> Separator | None:
+        """The token that separates documents: BOS if there is one, so that each document is read after its own BOS."""
         if self.bos is not None:
-            return Border(self.bos, ends=False)
-        return None if self.eos is None else Border(self.eos, ends=True)
+            return Separator(self.bos, ends=False)
+        return None if self.eos is None else Separator(self.eos, ends=True)
 
     @property
     def follows(self) -> int | None:
-        """The token that is told by the one before it, which marks the end, and is therefore no prediction."""
+        """The BOS that always follows an EOS. It is certain, and so it is not predicted."""
         return self.bos if len(self.between) > 1 else None
 
 
@@ -78,7 +78,7 @@ UNMARKED = Marks()
 
 
 class DeadWorkerError(CorpusError):
-    """A tokenizing process that was ended from outside; what the others made stays good."""
+    """A tokenizing process was ended from outside. What the others have made remains valid."""
 
 
 class EncodedPieces(NamedTuple):
@@ -92,9 +92,8 @@ class EncodedPieces(NamedTuple):
 def marks(tokenizer: PreTrainedTokenizerBase, boundary: Boundary) -> Marks:
     """The tokens that a recipe's `data.boundary` puts around documents.
 
-    `auto`: the beginning-of-sequence token in front if the tokenizer puts one in front of text, the end-of-sequence
-    token behind if it has one; where that gives neither, the beginning-of-sequence token in front if there is one.
-    Raises `TokenizerError` for a token that the tokenizer does not have.
+    With `auto`, BOS is used if the tokenizer puts it in front of text by itself, and EOS if the tokenizer has one. If
+    that gives neither, BOS is used if there is one. Raises `TokenizerError` for a token that the tokenizer lacks.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if boundary == "auto":
@@ -109,13 +108,13 @@ def marks(tokenizer: PreTrainedTokenizerBase, boundary: Boundary) -> Marks:
     return Marks(bos if boundary in ("bos", "both") else None, eos if boundary in ("eos", "both") else None)
 
 
-def border(tokenizer: PreTrainedTokenizerBase, boundary: Boundary = "auto") -> Border | None:
-    """The token that documents are told apart by; None where there is none."""
-    return marks(tokenizer, boundary).border
+def separator(tokenizer: PreTrainedTokenizerBase, boundary: Boundary = "auto") -> Separator | None:
+    """The token that separates documents, or None."""
+    return marks(tokenizer, boundary).separator
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in groups that are tokenized together; a group's size depends on the pieces alone."""
+    """Pieces in batches that are tokenized together. The size of a batch depends only on the pieces."""
     batch: list[Piece] = []
     chars = 0
     for piece in pieces:
@@ -136,10 +135,10 @@ def encoded(
     workers: int,
     between: Sequence[int] = (),
 ) -> Generator[EncodedPieces, None, None]:
-    """The batches of `work` as token ids, in their order; the tokens `between` follow each document.
+    """The batches of `work` as token ids, in order. The tokens `between` follow each document.
 
-    With `workers` above one that many processes are started, unless there is less than a batch for each; at most two
-    batches for each of them are read ahead. Raises `DeadWorkerError` when one of them dies.
+    If `workers` is above one, that many processes are started, unless there is less than one batch for each. At most
+    two batches per process are read ahead. Raises `DeadWorkerError` if one of them dies.
     """
     work = iter(work)
     first = list(islice(work, workers))
@@ -163,7 +162,7 @@ def encoded(
             if pool.failed():
                 raise DeadWorkerError(
                     "the tokenizing processes failed as they began",
-                    why="each of them runs the script again that called halve; see its own message",
+                    why="each of them runs the calling script again; see its own message",
                     fix=f"{fresh.GUARD}, or set data.workers to 1",
                 ) from error
             raise DeadWorkerError(
@@ -176,7 +175,7 @@ def encoded(
 def encode_pieces(
     batch: list[Piece], *, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any], between: Sequence[int] = ()
 ) -> EncodedPieces:
-    """Tokenize pieces; the tokens `between` follow each that is a document's last."""
+    """Tokenize pieces. The tokens `between` follow the last piece of each document."""
     texts = [piece.text for piece in batch]
     rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     ids: list[int] = []
@@ -195,7 +194,7 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A SHA-256 that changes with what a tokenizer makes of text."""
+    """A SHA-256 that changes whenever the tokenizer would tokenize differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     what: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
     for state in ("truncation", "padding"):  # left behind by whoever called the tokenizer last
@@ -222,7 +221,7 @@ def _begin(tokenizer: PreTrainedTokenizerBase, between: Sequence[int], dtype: np
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes no pipe that its children share: they would wait for work for ever."""
+    """End when the parent process is gone. A killed parent closes no shared pipe, and children would wait for ever."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
