@@ -8,7 +8,7 @@ layers 32, hidden 4096, ffn 11008, heads 32/32 x 128, vocab 32000
 >>> anatomy.ledger.count(anatomy.sizes.at(hidden=3072, ffn=8192)).params
 4223339520
 
-Names are imported when they are first used, so that `import halve` alone imports no torch.
+Names are imported when they are first used, so `import halve` alone does not import torch.
 """
 
 import sys
@@ -18,7 +18,7 @@ if (
     and not sys.flags.safe_path
     and any(word.removeprefix("-m").partition(".")[0] == "halve" for word in sys.orig_argv)
 ):
-    # `python -m halve` looks for every module in the working folder first, where anybody's torch.py may lie
+    # `python -m halve` looks for every module in the working folder first, which may hold someone's torch.py
     sys.path[:] = [entry for entry in sys.path if entry not in ("", ".", sys.path[0])]
 
 import logging
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# An extra of ours, torchao, says at its import which of its GPU kernels are not for this machine. Nobody asked.
+# An optional package, torchao, logs at import which of its GPU kernels do not fit this machine. This is noise here.
 for _talker in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_talker).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""Every mistake that a user can make ends in one of these, and each prints three lines.
+"""The errors for users' mistakes. Each prints three lines.
 
     HalveError
     ├── RecipeError      an unknown key, a value out of range
@@ -8,11 +8,11 @@
     ├── PlanError        sizes that are illegal, a budget that cannot be met
     ├── CorpusError      text that is missing, empty, binary, badly encoded or too long
     ├── RunError         a folder that is not this recipe's run, a stage without its input
-    ├── TrainError       a teacher that teaches nothing, a loss that is not finite
-    ├── Stopped          no mistake: a training that was asked to end, with a checkpoint
+    ├── TrainError       a teacher that cannot teach, a loss that is not finite
+    ├── Stopped          not a mistake: a training was asked to end, and wrote a checkpoint
     └── DiskError        no room left
 
-Programmers' mistakes are `assert`s and are not caught.
+Programming errors are `assert`s and are not caught.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class HalveError(Exception):
     """
 
     told = False
-    """Whether another process of the same run says it."""
+    """Whether another process of the same run reports it."""
 
     def __init__(self, what: str, *, why: str, fix: str) -> None:
         super().__init__(what)
@@ -41,7 +41,7 @@ class HalveError(Exception):
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks, without characters that steer a terminal, and no longer than a screen."""
+    """Remove line breaks and control characters, and limit the length to about a screen."""
     words = text[: 4 * _LONGEST].split()
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(words))
     return line if len(line) <= _LONGEST else line[: _LONGEST - 4] + " ..."
@@ -76,11 +76,11 @@ class RunError(HalveError):
 
 
 class TrainError(HalveError):
-    """A teacher that teaches nothing or a loss that is not finite."""
+    """A teacher that cannot teach, or a loss that is not finite."""
 
 
 class Stopped(HalveError):
-    """A training that was asked to end, by SIGTERM; the same command goes on with it."""
+    """A training was asked to end by SIGTERM. The same command resumes it."""
 
 
 class DiskError(HalveError):
@@ -88,7 +88,7 @@ class DiskError(HalveError):
 
 
 def of_the_system(error: Exception) -> HalveError | None:
-    """What the system refuses and nobody has a better word for, said in three lines; None for a mistake of ours.
+    """An error of the operating system without a better explanation, in three lines; None for a programming error.
 
     >>> print(of_the_system(NotADirectoryError(20, "Not a directory", "notes.txt/run")))
     cannot read or write notes.txt/run
@@ -101,7 +101,7 @@ def of_the_system(error: Exception) -> HalveError | None:
             why=error.strerror or str(error) or type(error).__name__,
             fix="correct that, or give another path; the same command resumes where it stopped",
         )
-    # torch has a type of its own for memory on a GPU, and only words for memory on a CPU
+    # torch has an error type for GPU memory, but only a message for CPU memory
     allocator = any(word in str(error) for word in ("DefaultCPUAllocator", "not enough memory"))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator:
         return HalveError(

@@ -1,13 +1,13 @@
 """Progress of long work: tokens per second, loss and time left, on stderr.
 
-Every long function takes `progress: Progress` and says what it does in tokens:
+Every long function takes `progress: Progress` and reports its work in tokens:
 
     with progress.task("distill", total) as task:
         for step in ...:
             task.advance(tokens, loss=loss)
 
-`SILENT` shows nothing and is what tests and library callers pass; `RichProgress` draws a bar on
-a terminal and writes a plain line now and then where there is none.
+`SILENT` shows nothing; tests and library callers pass it. `RichProgress` draws a bar on a terminal. Without a terminal
+it writes a plain line now and then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Progress(Protocol):
         """Begin work called `name` on `total_tokens` (None: unknown), `done` of them in an earlier run."""
 
     def say(self, line: str) -> None:
-        """Tell in one line what was found or done."""
+        """Report a result in one line."""
 
 
 class _SilentTask:

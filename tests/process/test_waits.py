@@ -130,4 +130,4 @@ def test_a_dry_run_tells_of_its_rehearsal(make_recipe: MakeRecipe, at_once: None
     said: list[str] = []
     with heard(said.append):
         forecast(recipe, Checkpoint.open(recipe.model))
-    assert "going through a step on tensors without contents, for the memory plan" in said
+    assert "running a step on tensors without contents, for the memory plan" in said

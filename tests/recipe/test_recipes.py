@@ -228,7 +228,7 @@ def test_the_dry_run_says_whether_one_gpu_holds_it(tmp_path: Path, capsys: pytes
     assert any(one["memory"]["fits"] for one in found["settings"])
     assert main(["run", str(recipe), "--dry-run", "--card", "80"]) == 0
     page = " ".join(capsys.readouterr().out.split())
-    assert "distilling with other settings" in page
+    assert "distillation with other settings" in page
     assert "fits │" in page
     assert "4,512,746,496 (4.51B)" in page
     assert "3,724,741,632" in page

@@ -82,7 +82,7 @@ def test_the_report_shows_every_round(run: Path) -> None:
     assert "distilled-2" not in re.sub(r"<details>.*", "", page.split("</style>")[1], flags=re.S)
     results = json.loads((run / "evaluate" / "results.json").read_text())
     assert f"{results['models']['distilled-2']['params']:,}" in text
-    assert text.count("the same cut, trained on the text alone") == 1
+    assert text.count("the same cut, trained with cross-entropy on the text") == 1
     card = (run / "report" / "README.md").read_text()
     assert "| hidden | 32 | 32 | 24 | 75 % |" in card
     assert "then:" in card

@@ -143,7 +143,7 @@ def test_the_dry_run_has_a_row_where_the_teacher_will_be_asked(
     assert planned.tokens["boundary"] == sum(seen) > 0
     assert planned.flops["boundary"] > 0
     show.forecast_tables(planned)
-    assert "boundary: data.boundary: auto asks the teacher" in capsys.readouterr().out
+    assert "boundary: data.boundary: auto checks whether the teacher has learned" in capsys.readouterr().out
     without = tmp_path / "config"  # a config alone is enough for a dry run
     without.mkdir()
     shutil.copy(Path(asked.model) / "config.json", without)

@@ -16,7 +16,7 @@ from halve.anatomy.axes import Expr
 
 @dataclass(frozen=True)
 class Arch:
-    """The sizes of a model, one number an axis."""
+    """The sizes of a model: one number for each axis."""
 
     layers: int
     hidden: int
@@ -49,14 +49,14 @@ class Arch:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a model of some sizes costs.
+    """What a model with these sizes costs.
 
-    `active_params` counts of a mixture's experts only the share that a token goes through. `flops_per_token` is one
-    forward pass at the given context: twice the active entries of every matrix, the head included, and the causal
-    attention's two products with half of the context on average, in the layers that have a cache. The cache is what
-    the family's own code keeps of a token, in 16-bit numbers: keys and values, or what it has in their place. A layer
-    with a sliding window counts as if its window had not been reached; states of a fixed size are left out. It is
-    None where the code does not say.
+    `active_params` counts only the experts that a token goes through. `flops_per_token` is for one forward pass at the
+    given context: twice the active entries of every matrix, including the head, plus the two products of causal
+    attention over half of the context on average, in layers that have a cache. The cache is what the family's own code
+    stores for a token, in 16-bit numbers: keys and values, or what takes their place. A layer with a sliding window
+    counts as if its window were not full yet. States of a fixed size are left out. The cache is None if the code does
+    not show it.
     """
 
     params: int
@@ -72,13 +72,13 @@ Shape = tuple[Expr, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer: each distinct shape with how often it occurs; matrices and routed experts of them."""
+    """The weights of one layer: each distinct shape and how often it occurs, also for matrices and routed experts."""
 
     shapes: tuple[tuple[Shape, int], ...]
     matrices: tuple[tuple[Shape, int], ...]
     experts: tuple[tuple[Shape, int], ...] = ()
     cache: Expr | None = None
-    """The numbers that it caches of a token."""
+    """How many numbers it caches for a token."""
 
     @classmethod
     def of(
@@ -97,7 +97,7 @@ class Ledger:
     outside: tuple[Shape, ...]
     """Weights outside the layers that are not embeddings, such as the final norm."""
     embeddings: tuple[Shape, ...]
-    """Input, position and output embeddings; a tied table stands once."""
+    """Input, position and output embeddings. A tied table is listed once."""
     head: Shape
     routed_share: float = 1.0
     """The share of the experts' weights that a token goes through."""

@@ -1,7 +1,7 @@
-"""What a token adds to the cache of each layer, read off the family's own code.
+"""What a token adds to the cache of each layer, found by running the family's own code.
 
-The model is run once on the meta device, where nothing is computed and every tensor has its shape. What grows with
-the text is counted: keys and values of however many heads, latent vectors, nothing at all in a layer with a state.
+The model runs once on the meta device, where tensors have shapes but nothing is computed. What grows with the text is
+counted: keys and values of any number of heads, latent vectors, or nothing in a layer with a recurrent state.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Seen = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Cached:
-    """What one token adds in one layer: numbers in all, and the heads and the width of its keys."""
+    """What one token adds in one layer: how many numbers in total, and the heads and the width of its keys."""
 
     entries: int
     heads: int
@@ -42,14 +42,14 @@ class Cached:
 
 
 def cached(config: PretrainedConfig, layers: Sequence[int]) -> tuple[Cached, ...] | None:
-    """What each of these layers caches of a token; None where the code keeps no cache that can be read.
+    """What each of these layers caches for a token; None if the code has no cache that can be read.
 
-    A window counts as if it had not been reached. States that do not grow with the text are not counted.
+    A sliding window counts as if it were not full yet. States that do not grow with the text are not counted.
     """
     try:
         model = build(resized(config, {}, kept_layers=layers), device="meta")
         short, long = (_shapes(model, len(layers), seq) for seq in (_SEQ - 1, _SEQ))
-    except Exception:  # a family's own code may raise anything without values
+    except Exception:  # the family's own code may raise anything on tensors without values
         return None
     return tuple(Cached.of(before, after) for before, after in zip(short, long, strict=True))
 
@@ -57,7 +57,7 @@ def cached(config: PretrainedConfig, layers: Sequence[int]) -> tuple[Cached, ...
 def cache_exprs(
     config: PretrainedConfig, layers: Sequence[int], found: Sequence[Cached], sizes: Arch, *, coupled: bool
 ) -> list[Expr]:
-    """The same as sums of products of axes, one a layer; the number itself where no sum gives it."""
+    """The same as sums of products of axes, one for each layer. A number that no sum explains stays a number."""
     points, monomials, matrix = system(config, coupled=coupled)
     try:
         twins = [build(small(config, point, tuple(layers)), device="meta") for point in points]
@@ -74,7 +74,7 @@ def cache_exprs(
 
 
 def heads_as_cached(sizes: Arch, exprs: Mapping[str, Shape | None], cached: Sequence[Cached]) -> Arch:
-    """Where no weight is made of the config's groups: one head where the code caches one of full width, else all."""
+    """The sizes with as many key-value heads as the code caches, if no weight is made of the config's groups."""
     if not exprs or any("kv_heads" in expr.axes for shape in exprs.values() for expr in shape or ()):
         return sizes
     widths = {(own.heads, own.width) for own in cached if own.entries}

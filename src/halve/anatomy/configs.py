@@ -1,6 +1,6 @@
-"""Reading and rewriting Hugging Face configs: where each axis stands, other sizes, fewer layers.
+"""Reading and rewriting Hugging Face configs: the key of each axis, other sizes, fewer layers.
 
-A config is never changed in place. Only configuration code runs here; weights are not touched.
+A config is never changed in place. Only configuration code runs here. Weights are not touched.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def require_text(config: PretrainedConfig) -> None:
 
 
 def _text_part(config: PretrainedConfig) -> PretrainedConfig | None:
-    """The part that reads text, where the config is not that itself."""
+    """The part of a composite config that reads text; None if the config itself does."""
     try:
         text = config.get_text_config(decoder=True)
     except ValueError:  # several read text
@@ -88,13 +88,13 @@ def num_layers(config: PretrainedConfig) -> int:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence that the configuration says the model takes; None where it names no limit."""
+    """The longest sequence that the model takes by its config; None if the config names no limit."""
     text = config.get_text_config()
     return next((int(limit) for name in POSITION_KEYS if (limit := getattr(text, name, None))), None)
 
 
 def sizes(config: PretrainedConfig) -> Arch:
-    """The sizes as the config states or implies them; where it counts no heads, the stream stands for one."""
+    """The sizes that the config states or implies. A config without attention heads counts as having one head."""
     values: dict[str, int] = {}
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
         name = key(config, axis)
@@ -135,13 +135,13 @@ def resized(
     kept_layers: Sequence[int] | None = None,
     others: Mapping[str, int] | None = None,
 ) -> PretrainedConfig:
-    """A copy with other sizes and, where `kept_layers` is given, only these layers.
+    """A copy with other sizes and, if `kept_layers` is given, only these layers.
 
-    Lists with an entry a layer are cut along, lists of layer numbers renumbered. A size the config has no key for
-    (`head_dim` in some families) is added: whether the code reads it is for discovery to find out. `others` are
-    sizes that are no axes, by their own keys. The width of recurrent states follows hidden where it must.
+    Lists with one entry per layer are shortened, and lists of layer numbers are renumbered. A size without a key in the
+    config (`head_dim` in some families) is added; discovery finds out whether the code reads it. `others` are sizes
+    that are not axes, by their own keys. The width of recurrent states follows hidden where the code requires it.
 
-    Raises `PlanError` where the family's own validation refuses the sizes.
+    Raises `PlanError` if the family's own validation refuses the sizes.
     """
     result = copy.deepcopy(config)
     values: dict[str, Any] = {}
@@ -188,10 +188,10 @@ def states(config: PretrainedConfig) -> list[tuple[str, str, str]]:
 def build(
     config: PretrainedConfig, *, device: str, dtype: torch.dtype = torch.float32, initialize: bool = False
 ) -> PreTrainedModel:
-    """The model that plain transformers makes of a config; never with code from a checkpoint.
+    """The model that plain transformers builds from a config, never with code from a checkpoint.
 
-    Weights are left unset unless `initialize`; buffers that the code computes (rotary frequencies) are right.
-    Raises `AnatomyError` where transformers knows no causal language model for the config.
+    Weights are not initialized unless `initialize` is set. Buffers that the code computes, such as rotary frequencies,
+    have their values. Raises `AnatomyError` if transformers knows no causal language model for the config.
     """
     config = copy.deepcopy(config)
     try:
@@ -232,7 +232,7 @@ def _fewer_layers(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, An
 
 
 def _fit_rope_factors(config: PretrainedConfig, head_dim: int) -> None:
-    """Long-context rotary factors have one entry a rotated pair; a twin's head is narrower."""
+    """Shorten long-context rotary factors, which have one entry per rotated pair, to the narrower heads of a twin."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return

@@ -1,9 +1,8 @@
-"""What every weight of a model is made of, read off the model's own code.
+"""What every weight of a model is made of, found from the model's own code.
 
-The configuration code is the specification: the model is built on the meta device at a handful of sizes, and each
-dimension of each parameter is solved for as a sum of products of axes. What shapes cannot tell comes from
-`quirks.py`; what neither tells is refused by axis. Nothing here is believed before `halve.cut.proof.prove` has proved
-it.
+The modeling code is the specification. The model is built on the meta device at several sizes. Each dimension of each
+parameter is then solved for as a sum of products of axes. What shapes cannot show comes from `quirks.py`. If neither
+gives an answer, the axis is refused. No result is used before `halve.cut.proof.prove` has proved it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Anatomy:
     config: PretrainedConfig
     sizes: Arch
     params: Mapping[str, Shape]
-    """What each dimension of each parameter is made of, by state-dict name; a tied table stands once."""
+    """What each dimension of each parameter is made of, by state-dict name. A tied table is listed once."""
     layers_path: str
     coupled: bool
     """The code computes head_dim as hidden / heads: the two are cut together or not at all."""
@@ -52,11 +51,11 @@ class Anatomy:
     head: str
     """The parameter that makes logits; an entry of `embeddings`."""
     representatives: tuple[int, ...]
-    """Layers that stand for all kinds of layers; the twin is made of them."""
+    """One layer of each kind (and a few more); the twin consists of these."""
     unknown: tuple[str, ...] = ()
-    """Parameters made of no known axes: counted as they are, so that no axis may be cut that could change them."""
+    """Parameters made of no known axes. They count with their size, and axes that could change them are refused."""
     cache: tuple[Expr, ...] = ()
-    """For every layer, the numbers that it caches of a token; empty where its code does not say."""
+    """For every layer, how many numbers it caches for a token; empty if the code does not show it."""
 
     @property
     def tied(self) -> bool:
@@ -69,7 +68,7 @@ class Anatomy:
         return int(name[len(prefix) :].split(".")[0]) if name.startswith(prefix) else None
 
     def in_layer(self, name: str, layer: int) -> str:
-        """The same name in another layer; a name outside the layers stays."""
+        """The same name in another layer. A name outside the layers is returned unchanged."""
         old = self.layer_of(name)
         if old is None:
             return name
@@ -111,7 +110,7 @@ class Anatomy:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """What counting needs."""
+        """The data that counting needs."""
         matrices = {f"{name}.weight" for name in self.modules}
         experts = configs.num_experts(self.config)
         inside: list[list[str]] = [[] for _ in range(self.sizes.layers)]
@@ -139,9 +138,9 @@ class Anatomy:
     def twin(self, *, square: bool = False, own_heads: bool = False) -> Anatomy:
         """The anatomy of a tiny model of the same architecture, with the expressions of this one.
 
-        Its config keeps every option of this one; sizes and windows are small, experts few, layers are the
-        representatives. `square`: hidden = heads x head_dim, whatever the code allows. `own_heads`: heads as wide as
-        the family's own.
+        Its config keeps every option of this one. Sizes and windows are small, experts are few, and layers are the
+        representatives. `square` sets hidden = heads x head_dim even if the code allows others. `own_heads` keeps the
+        width of the family's own heads.
         """
         point = dict(TWIN_POINT)
         if own_heads:
@@ -175,7 +174,7 @@ class Anatomy:
         )
 
     def _as_built(self, config: PretrainedConfig, rename: Callable[[str], str]) -> dict[str, Shape]:
-        """What is unknown here, as large as it is in a twin of this config."""
+        """The sizes in a twin of this config of the parameters that are unknown here."""
         unknown = {rename(name) for name in self._represented(dict.fromkeys(self.unknown))}
         if not unknown:
             return {}
@@ -188,19 +187,19 @@ class Anatomy:
 
     @property
     def grouped(self) -> bool:
-        """Whether key and value heads are an axis of their own: some weight is made of them."""
+        """Whether key-value heads are a separate axis, that is whether some weight is made of them."""
         return any("kv_heads" in expr.axes for shape in self.params.values() for expr in shape)
 
     @property
     def multi_query(self) -> bool:
-        """Whether the code has one key and value head for all query heads, whatever the config says of groups."""
+        """Whether the code has one key-value head for all query heads, even if the config names more groups."""
         return self.sizes.kv_heads == 1 < self.sizes.heads and not self.grouped
 
 
 def discover(config: PretrainedConfig) -> Anatomy:
     """Find the anatomy of the model that this config describes, on the meta device, in seconds.
 
-    A process looks at equal configs once. Raises `AnatomyError` for a config that is no decoder-only language model.
+    A process analyzes equal configs once. Raises `AnatomyError` for a config that is not a decoder-only language model.
     """
     key = (type(config), repr(config.to_dict()))
     if key not in _found:
@@ -216,7 +215,7 @@ def _looked_at(config: PretrainedConfig) -> Anatomy:
         return _discover(config)
     except HalveError:
         raise
-    except Exception as error:  # a family's own code may raise anything at sizes that it was not written for
+    except Exception as error:  # the family's own code may raise anything at sizes that it was not written for
         raise AnatomyError(
             f"cannot find out what {config.model_type} is made of",
             why=f"{type(error).__name__}: {error}",
@@ -235,7 +234,7 @@ def _discover(config: PretrainedConfig) -> Anatomy:
     try:
         coupled, exprs = solve(config, representatives, layers_path, coupled=special.coupled)
         rigid = ""
-    except (AnatomyError, PlanError) as error:  # counted as it is, and not cut
+    except (AnatomyError, PlanError) as error:  # counted with its current size, and not cut
         coupled, exprs, rigid = False, {}, f"its code builds at no other sizes: {error.why}"
     kinds_of_layers = sorted(set(firsts))
     cached = caches.cached(config, kinds_of_layers)
@@ -311,7 +310,7 @@ def _as_it_is(parameter: torch.Tensor) -> Shape:
 
 
 def _verify(anatomy: Anatomy, model: PreTrainedModel) -> None:
-    """Nothing may fall out of the count: it must be that of the model itself."""
+    """Require that the count is complete: it must equal that of the model itself."""
     counted, built = anatomy.ledger.count(anatomy.sizes).params, sum(p.numel() for p in model.parameters())
     if counted != built:
         raise AnatomyError(
@@ -322,7 +321,7 @@ def _verify(anatomy: Anatomy, model: PreTrainedModel) -> None:
 
 
 def _routed(name: str, shape: Shape, experts: int) -> bool:
-    """Whether a parameter belongs to experts of which a token goes through a few."""
+    """Whether a parameter belongs to routed experts, of which each token uses only a few."""
     stacked = len(shape) == 3 and shape[0] == Expr(((experts,),))
     return bool(experts) and (stacked or "experts" in name.split("."))
 

@@ -1,7 +1,7 @@
-"""Of which kind each layer is, read off the built layers; whether a cut of layers leaves each its kind.
+"""The kind of each layer, found from the built layers, and whether layers keep their kind when others are dropped.
 
-A layer's code may look at its number: in a list, against a count of dense layers, modulo a period. Whatever it reads
-there, it leaves behind in the layer: another module, another shape, another flag.
+A layer's code may depend on the layer's number: through a list, a count of dense layers, or a period. The result always
+shows in the built layer: another module, another shape or another flag.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _NUMBERS = ("idx", "index", "_id", "number")
 
 
 def kinds(layers: nn.Module) -> list[Kind]:
-    """The kind of each layer of a list; its own number is no part of it."""
+    """The kind of each layer in a list. The layer's own number is not part of its kind."""
     return [tuple(_traits(layer).items()) for layer in layers.children()]
 
 
 def built_alike(kind: Kind) -> Kind:
-    """A kind without its fractions: a factor that grows from layer to layer makes no other layer of it."""
+    """A kind without fractional numbers: a factor that changes from layer to layer does not make another kind."""
     return tuple((trait, value) for trait, value in kind if not isinstance(value, float))
 
 
@@ -43,7 +43,7 @@ def _traits(layer: nn.Module) -> dict[str, object]:
 
 
 def find_layers(model: PreTrainedModel, count: int) -> str:
-    """The name of the module list that holds the layers. Raises `AnatomyError` where there is no such list."""
+    """The name of the module list that holds the layers. Raises `AnatomyError` if there is none."""
     lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     lists = [name for name in lists if not any(part.isdigit() for part in name.split("."))]
     if len(lists) != 1:
@@ -56,7 +56,7 @@ def find_layers(model: PreTrainedModel, count: int) -> str:
 
 
 def firsts(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -> list[int]:
-    """For every layer, the first layer that is built alike and has the same entries in the config's lists."""
+    """For every layer, the first layer of the same kind with the same entries in the config's lists."""
     seen: dict[object, int] = {}
     lists = layer_lists(config, configs.num_layers(config))
     found = []
@@ -67,12 +67,12 @@ def firsts(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -
 
 
 def representatives(firsts: Sequence[int]) -> tuple[int, ...]:
-    """Layers that stand for all kinds, and for what may be special about the first and the last."""
+    """One layer of each kind, plus the first two and the last, which may be special."""
     return tuple(sorted({*firsts, 0, min(1, len(firsts) - 1), len(firsts) - 1}))
 
 
 def changed(before: Sequence[Kind], config: PretrainedConfig, layers_path: str, kept: Sequence[int]) -> str | None:
-    """Which layer would be another where only the kept ones of this config remain, or None.
+    """The layer whose kind would change if only the kept layers of this config remained, or None.
 
     >>> from halve.anatomy import discover
     >>> from transformers import AutoConfig
@@ -100,7 +100,7 @@ def _difference(before: Kind, after: Kind) -> str:
 
 
 def fixed(before: Sequence[Kind], config: PretrainedConfig, layers_path: str) -> str | None:
-    """Why layers cannot be dropped one by one, or None: tried without the first, a middle, the last, every other."""
+    """Why layers cannot be dropped, or None. Tried without the first, a middle, the last and every second layer."""
     everyone = range(len(before))
     for gone in (range(1), range(len(before) // 2, len(before) // 2 + 1), range(len(before))[-1:], everyone[::2]):
         kept = [layer for layer in everyone if layer not in gone]
@@ -110,7 +110,7 @@ def fixed(before: Sequence[Kind], config: PretrainedConfig, layers_path: str) ->
 
 
 def require_same(config: PretrainedConfig, layers_path: str, kept: Sequence[int]) -> None:
-    """Raise `AnatomyError` where a kept layer would be of another kind than it is."""
+    """Raise `AnatomyError` if a kept layer would change its kind."""
     if list(kept) == list(range(configs.num_layers(config))):
         return
     before = kinds(configs.build(config, device="meta").get_submodule(layers_path))

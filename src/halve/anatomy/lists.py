@@ -1,8 +1,8 @@
-"""What a config says layer by layer, and how to say it of fewer layers.
+"""What a config says about single layers, and how to rewrite it for fewer layers.
 
-Some configs list a kind for every layer, some list the numbers of layers of a kind, some compute a layer's kind from
-its number: the first so many, or every so many. Each is rewritten so that a layer that stays keeps its kind.
-Whether it did is for `kinds.py` to find out: nothing here is believed.
+Some configs list a kind for every layer. Some list the numbers of the layers of a kind. Some compute a layer's kind
+from its number, such as the first n layers or every nth layer. Each is rewritten so that a kept layer keeps its kind.
+`kinds.py` checks afterwards whether this worked.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from halve.anatomy.quirks import (
 def layer_lists(config: PretrainedConfig, count: int) -> dict[str, list[Any]]:
     """The lists of the config with an entry for each of `count` layers, as the family's code reads them.
 
-    A list may be longer than the model is deep: the code looks at its first entries. One that is empty or too short
-    stands for what the code makes of no list at all.
+    A list may be longer than the model is deep: the code reads only its first entries. If a list is empty or too short,
+    the list that the code makes by default is taken instead.
     """
     found = {}
     for name, value in config.to_dict().items():
@@ -42,7 +42,7 @@ def layer_lists(config: PretrainedConfig, count: int) -> dict[str, list[Any]]:
 
 
 def fewer_layers(config: PretrainedConfig, kept: Sequence[int], count: int) -> dict[str, Any]:
-    """What else must be said where only the `kept` ones of `count` layers remain."""
+    """The changes to the config if only the `kept` ones of `count` layers remain."""
     values: dict[str, Any] = {name: [old[i] for i in kept] for name, old in layer_lists(config, count).items()}
     for name in INDEX_LISTS:
         if isinstance(old := getattr(config, name, None), list):
@@ -65,16 +65,16 @@ def fewer_layers(config: PretrainedConfig, kept: Sequence[int], count: int) -> d
 
 
 def _made_of_none(config: PretrainedConfig, name: str, count: int) -> list[Any] | None:
-    """The list that the family's configuration makes where none is given, if it has an entry a layer."""
+    """The list that the family's configuration makes by default, if it has one entry per layer."""
     try:
         made = getattr(type(config)(**{**config.to_dict(), name: None}), name)
-    except Exception:  # whatever its validation says of a missing list: it makes none
+    except Exception:  # if its validation refuses a missing list, it makes none by default
         return None
     return made if isinstance(made, list) and len(made) == count else None
 
 
 def _periodic(config: PretrainedConfig, period: str, offset: str | None, kept: Sequence[int]) -> dict[str, int]:
-    """Another period and offset by which the kept layers stay what they are; nothing where there is none."""
+    """A period and an offset with which the kept layers keep their kinds; empty if there are none."""
     every = getattr(config, period, None)
     if not isinstance(every, int) or every < 1:
         return {}
@@ -88,7 +88,7 @@ def _periodic(config: PretrainedConfig, period: str, offset: str | None, kept: S
 
 
 def _sparse_steps(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """Mixtures at every so many layers, said layer by layer instead."""
+    """Mixtures at every nth layer, rewritten as one entry per layer."""
     period, exceptions = SPARSE_STEP
     every, dense = getattr(config, period, None), getattr(config, exceptions, None)
     if not isinstance(every, int) or every <= 1 or not hasattr(config, exceptions):

@@ -16,17 +16,17 @@ from halve.errors import CheckpointError
 
 MOST_LAYERS = 10_000
 MOST_OF_AN_AXIS = 10_000_000
-"""Of anything else that an axis counts; the widest models there are stay far below."""
+"""Upper bound for any other axis. The widest existing models are far below it."""
 
 MOST_EPS = 0.1
-"""Of what norms add to a variance; beyond it, and below zero, they do not normalize."""
+"""Upper bound for what norms add to a variance. Above it, and below zero, they do not normalize."""
 
 _ROPE = ("rope_theta", "factor")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
 
 
 def require_layers(raw: Mapping[str, Any], path: Path) -> None:
-    """Refuse more layers than any model has: configs make lists of that length as soon as they are read."""
+    """Refuse more layers than any model has, because configs make lists of that length when they are read."""
     for name, value in raw.items():
         if isinstance(value, Mapping):
             require_layers(value, path)
@@ -35,7 +35,7 @@ def require_layers(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def require_plausible(config: PretrainedConfig, path: Path) -> None:
-    """Refuse sizes that no model has, windows that see nothing, and a text part that transformers did not read.
+    """Refuse sizes that no model has, empty attention windows, and a text part that transformers did not read.
 
     Raises `CheckpointError` naming the config's own key.
     """
@@ -51,7 +51,7 @@ def require_plausible(config: PretrainedConfig, path: Path) -> None:
         try:
             name = key(text, axis)
             size = getattr(text, name) if name else None
-        except Exception:  # transformers has a type of its own for a size that each layer has another of
+        except Exception:  # transformers has its own type for a size that differs between layers
             continue
         most = MOST_LAYERS if axis == "layers" else MOST_OF_AN_AXIS
         if isinstance(size, int) and not 1 <= size <= most:
@@ -73,7 +73,7 @@ def require_plausible(config: PretrainedConfig, path: Path) -> None:
 
 
 def _require_precision(config: PretrainedConfig, path: Path) -> None:
-    """Weights are loaded in the precision that the config names."""
+    """Refuse a dtype that is not floating-point, because weights are loaded in the dtype of the config."""
     dtype = config.dtype
     known = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= torch.half.itemsize
     if not known and dtype is not None and not isinstance(dtype, str):
@@ -87,11 +87,11 @@ def _require_norms(config: PretrainedConfig, path: Path) -> None:
 
 
 def _require_rotations(found: Any, path: Path) -> None:
-    """Angles of positions are powers of a base, divided by a factor: neither can be zero, negative or infinite."""
+    """Refuse a rotary base or factor that is zero, negative or infinite. Angles are powers of base over factor."""
     if not isinstance(found, Mapping):
         return
     for name, value in found.items():
-        _require_rotations(value, path)  # each kind of layer may have its own
+        _require_rotations(value, path)  # each kind of layer may have its own values
         if name in _ROPE and isinstance(value, int | float) and not 0 < value < math.inf:
             raise _refusal(path, name, value, "positions are turned by angles that are made from a positive number")
 

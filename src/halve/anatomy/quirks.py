@@ -1,8 +1,8 @@
-"""What a family's shapes cannot tell. The only file that names families.
+"""Facts about families that shapes cannot show. The only file that names families.
 
 Add a line here when `halve inspect` refuses an axis that you know how to cut, and the proof passes with it.
 `layout` maps the end of a parameter's name to what its dimensions are made of, dimensions separated by commas.
-A fused weight whose blocks simply follow each other (q, k, v; gate, up) needs no line: that is the first guess.
+A fused weight whose blocks follow each other in the usual order (q, k, v; gate, up) needs no line.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Quirk:
 
     layout: Mapping[str, str] = field(default_factory=dict)
     scaled_embedding: bool = False
-    """The code multiplies embeddings by sqrt(hidden), so that a cut of `hidden` changes the factor."""
+    """The code multiplies embeddings by sqrt(hidden), so a cut of `hidden` changes the factor."""
     coupled: bool = False
-    """The code runs only where hidden = heads x head_dim, though it builds elsewhere."""
+    """The code runs only with hidden = heads x head_dim, although it builds with other sizes."""
 
 
 def _projections(read: tuple[str, ...], rows: str, write: tuple[str, ...]) -> dict[str, str]:
@@ -130,11 +130,11 @@ OTHER_LISTS = (
 )
 # Runs of kinds, [[kinds, times], ...], that the family's code spells out into a list with an entry a layer.
 RUNS: Mapping[str, str] = {"attention_types": "attention_layers"}
-# Lists of kinds that are gone through again and again until every layer has one.
+# Lists of kinds that repeat until every layer has one.
 CYCLES = ("block_types",)
 # The first so many layers are of one kind; where a list says it layer by layer as well, the list is cut along, too.
 PREFIX_COUNTS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-# The number of the last layer of a kind; -1 stands for the last one of all.
+# The number of the last layer of a kind; -1 means the last layer of the model.
 LAST_LAYERS = ("moe_layer_end_index",)
 # One layer in so many is of another kind: number % period == offset, or the last of each period where no key says so.
 PERIODS: Mapping[str, str | None] = {

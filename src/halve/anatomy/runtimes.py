@@ -1,9 +1,9 @@
-"""Which runtimes open a cut model, said before it is cut.
+"""Which runtimes open a cut model, known before it is cut.
 
-A verdict stands on measurements: `runtimes.csv` holds, for a random twin of each family and each way of cutting it, the
-largest difference between the logits that the runtime and transformers compute, or why the runtime gives none.
-`scripts/runtimes.py` writes it. What was not measured is unknown. transformers itself is not looked up: the proof
-reopens a twin in it.
+A verdict rests on measurements. `runtimes.csv` has a row for a random twin of each family and each way of cutting it.
+The row holds the largest difference between the logits of the runtime and those of transformers, or why there are no
+logits. `scripts/runtimes.py` writes it. What was not measured is unknown. transformers itself is not looked up, because
+the proof reopens a twin in it.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ WHOLE, DEPTH_CUT, IN_PLACE, PROPORTION = "whole", "layers", "layers in place", "
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a runtime made of a twin that was cut in one way."""
+    """How a runtime handled a twin that was cut in one way."""
 
     runtime: str
     version: str
     kind: str
-    """The family and what sets its models apart, as `family_and_traits` says it."""
+    """The family and its traits, as `family_and_traits` gives them."""
     cut: str
     difference: float | None
-    """The largest difference of logits, in standard deviations of the logits; None where the runtime gives none."""
+    """The largest difference of logits, in standard deviations of the logits; None if the runtime gave no logits."""
     reason: str
-    """Why it gives none."""
+    """Why it gave no logits."""
 
     @property
     def opens(self) -> Opens:
-        """Whether the runtime computes the same."""
+        """Whether the runtime computes the same logits."""
         return "yes" if self.difference is not None and self.difference < ROUNDING else "no"
 
 
@@ -64,8 +64,8 @@ class Runtime:
 def runtimes(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None) -> tuple[Runtime, ...]:
     """The verdict of transformers, vLLM and llama.cpp on a model of this family cut to these sizes.
 
-    It is yes if every cut by itself was measured to be right, no if one was measured to be wrong. Where it is not
-    said which layers stay, a cut of layers counts as one that moves kinds of layers to other places.
+    It is yes if every single cut was measured to be right, and no if one was measured to be wrong. If the kept layers
+    are not given, a cut of layers counts as one that moves kinds of layers to other places.
     """
     made = cuts(anatomy, after, kept_layers)
     found = [Runtime("transformers", "yes")]
@@ -77,7 +77,7 @@ def runtimes(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = 
 
 
 def cuts(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None) -> tuple[str, ...]:
-    """The rows that a cut to these sizes rests on."""
+    """The rows on which the verdict for these sizes rests."""
     before = anatomy.sizes
     found = []
     if not _regular(anatomy.config):
@@ -96,7 +96,7 @@ def cuts(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None
 
 
 def family_and_traits(config: PretrainedConfig) -> str:
-    """The family, and the traits that decide in some runtimes how it is computed.
+    """The family, and the traits on which the code path of some runtimes depends.
 
     A *window* is a layer that sees only the latest tokens; a *scale* is one of attention that head_dim does not give.
     """
@@ -142,7 +142,7 @@ def write_table(rows: Iterable[Measurement]) -> None:
 
 
 def worst(verdicts: Iterable[Opens]) -> Opens:
-    """What holds of a whole when these hold of its parts."""
+    """The verdict on a whole, given the verdicts on its parts."""
     return max(verdicts, key=("yes", "unknown", "no").index, default="yes")
 
 
@@ -158,7 +158,7 @@ def _verdict(runtime: str, anatomy: Anatomy, cut: str) -> Opens:
 
 
 def _regular(config: PretrainedConfig) -> bool:
-    """Whether the kinds of layers are those that the family's code gives to so many layers by itself."""
+    """Whether the kinds of layers are the family's default for this number of layers."""
     count = num_layers(config)
     lists = layer_lists(config, count)
     if all(value.count(value[0]) == len(value) for value in lists.values()):
@@ -172,7 +172,7 @@ def _regular(config: PretrainedConfig) -> bool:
 
 
 def _stays(anatomy: Anatomy, kept: Sequence[int]) -> bool:
-    """Whether the layer at every place is of the kind that was there before."""
+    """Whether every place has a layer of the same kind as before the cut."""
     first, found = (resized(anatomy.config, {}, kept_layers=layers) for layers in (range(len(kept)), kept))
     return bool(first.to_dict() == found.to_dict())
 
@@ -181,7 +181,7 @@ def _stays(anatomy: Anatomy, kept: Sequence[int]) -> bool:
 
 
 def _remedy(runtime: str, anatomy: Anatomy, after: Arch, refused: Sequence[str]) -> str:
-    """What to cut instead, in the words of the command line; only what was measured to be right."""
+    """What to cut instead, as flags of the command line. Only cuts that were measured to be right."""
     if not refused or _verdict(runtime, anatomy, WHOLE) != "yes":
         return ""
     parts = []

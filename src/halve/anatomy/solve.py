@@ -1,4 +1,4 @@
-"""Solving shapes: each dimension as a sum of products of axes, from models built at several sizes."""
+"""Solve each dimension of each weight as a sum of products of axes, from models that are built at several sizes."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ _STATE_HEADS = 8
 
 
 def tied_point(point: Mapping[str, int], *, coupled: bool) -> dict[str, int]:
-    """The point as it is, or with hidden = heads x head_dim."""
+    """The point unchanged, or with hidden = heads x head_dim."""
     return {**point, "hidden": point["heads"] * point["head_dim"]} if coupled else dict(point)
 
 
 def alike(one: Shape, other: Shape) -> bool:
-    """Whether two shapes are the same wherever hidden = heads x head_dim."""
+    """Whether two shapes are equal if hidden = heads x head_dim."""
     points = [tied_point(point, coupled=True) for point in _POINTS]
     return all([expr.size(p) for expr in one] == [expr.size(p) for expr in other] for p in points)
 
@@ -66,10 +66,10 @@ def parse_shape(layout: str) -> Shape:
 def small(
     config: PretrainedConfig, point: Mapping[str, int], layers: tuple[int, ...], *, shrink: bool = False
 ) -> PretrainedConfig:
-    """A twin's config: other sizes and few layers, token ids inside the vocabulary, windows that are felt.
+    """The config of a twin: other sizes, few layers, token ids inside the vocabulary, windows short enough to matter.
 
-    With `shrink`, experts are few and narrow as well: sizes that are no axes, and that shapes of the model itself
-    need as they are. Where the config's lists are longer than the model is deep, the twin's are, too.
+    With `shrink`, experts are few and narrow as well. These sizes are not axes, so the shapes of the model itself need
+    them unchanged. If the config's lists are longer than the model is deep, so are those of the twin.
     """
     sizes = {axis: size for axis, size in point.items() if configs.key(config, axis) or axis == "head_dim"}
     if not configs.has_heads(config):
@@ -77,7 +77,7 @@ def small(
     twin = configs.resized(config, sizes, kept_layers=layers, others=_few(config) if shrink else {})
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if name == "pad_token_id" and getattr(twin, name, None) in range(twin.vocab_size):
-            continue  # in some families positions are counted from it
+            continue  # in some families positions are counted from this id
         try:
             setattr(twin, name, None)
         except StrictDataclassError:  # the family wants a number
@@ -92,18 +92,18 @@ def small(
 
 
 def _few(config: PretrainedConfig) -> dict[str, int]:
-    """The sizes that a twin has and the model does not."""
+    """The sizes that are smaller in a twin, besides the axes."""
     axes = {config.attribute_map.get(configs.key(config, axis) or "") for axis in KEYS}  # axes under other names
     found = {name: getattr(config, name, None) for name in TWIN_SIZES if name not in axes}
     few = {name: TWIN_SIZES[name] for name, own in found.items() if isinstance(own, int) and own > TWIN_SIZES[name]}
-    # where widths of states follow hidden, their heads are few as well, and whole in every twin
+    # where the width of states follows hidden, their heads are few as well, and divide it in every twin
     return few | {count: min(getattr(config, count), _STATE_HEADS) for _, count, _ in configs.states(config)}
 
 
 def solve_twin(
     config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, given: Mapping[str, Shape], *, coupled: bool
 ) -> tuple[bool, dict[str, Shape]]:
-    """Whether a twin's experts can be few, and its shapes: those given, with the numbers of a model of few experts."""
+    """Whether a twin can have few experts, and its shapes: the given ones, with a small model's numbers."""
     if not _few(config):
         return False, dict(given)
     try:
@@ -114,7 +114,7 @@ def solve_twin(
 
 
 def _with_numbers(given: Shape, solved: Shape | None) -> Shape:
-    """The given dimensions with the solved ones' numbers, where they are made of the same axes."""
+    """The given dimensions with the numbers of the solved ones, where both are made of the same axes."""
     if solved is None or len(solved) != len(given):
         return given
     return tuple(new if _numberless(old) == _numberless(new) else old for old, new in zip(given, solved, strict=True))
@@ -127,15 +127,15 @@ def _numberless(expr: Expr) -> list[tuple[str, ...]]:
 def solve(
     config: PretrainedConfig, layers: tuple[int, ...], layers_path: str, *, coupled: bool
 ) -> tuple[bool, dict[str, Shape | None]]:
-    """Each parameter's dimensions as sums of products of axes; None for a parameter with one that is not.
+    """Each parameter's dimensions as sums of products of axes; None for a parameter with a dimension that is not.
 
-    The first value says whether hidden = heads x head_dim: as it is known to be (`coupled`), or as shapes show.
+    The first value says whether hidden = heads x head_dim, either as given (`coupled`) or as the shapes show.
     """
     if coupled:
         return True, _solve_at(config, layers, layers_path, coupled=True)
     try:
         exprs = _solve_at(config, layers, layers_path, coupled=False)
-    except (AnatomyError, PlanError):  # the family's own validation ties hidden to the heads
+    except (AnatomyError, PlanError):  # the family's own validation requires hidden = heads x head_dim
         if not configs.has_heads(config):
             raise
         return True, _solve_at(config, layers, layers_path, coupled=True)

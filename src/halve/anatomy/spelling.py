@@ -1,8 +1,8 @@
-"""config.json in the words of older readers, beside those of this transformers.
+"""Older spellings of keys in config.json, in addition to those of this transformers.
 
 Version 4 of transformers and the converters of other runtimes read keys that this version has renamed and no longer
-writes. Where such a key is missing they take the family's default, or stop. Each key here says the same as one that
-is there already, and none goes out that would change what this transformers reads.
+writes. If such a key is missing, they take the family's default or stop. Each key that is added here repeats one that
+is already there. A key that would change what this transformers reads is not written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def spelled_out(config: PretrainedConfig, raw: Raw) -> dict[str, Any]:
 
 
 def _undeclared_head_dim(config: PretrainedConfig) -> int | None:
-    """The head size, where the config leaves it out and the model's code would read it; found by trying."""
+    """The head size, if the config leaves it out and the model's code would read it. Found by trying."""
     text = config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if text is not config or getattr(config, "head_dim", None) or not heads or not hidden:
@@ -59,7 +59,7 @@ def _precision(_: PretrainedConfig, raw: Raw) -> dict[str, Any]:
 
 
 def _rope(_: PretrainedConfig, raw: Raw) -> dict[str, Any]:
-    """Version 4's spelling of `rope_parameters`; without it that version takes theta 10000, no scaling."""
+    """Version 4's spelling of `rope_parameters`. Without it, that version uses theta 10000 and no scaling."""
     rope = raw.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return {}
@@ -97,7 +97,7 @@ def _experts(config: PretrainedConfig, raw: Raw) -> dict[str, Any]:
 
 
 def _read_back(config: PretrainedConfig, raw: Raw, *, but: Raw | None = None) -> dict[str, Any]:
-    """What this transformers makes of a raw config, without the keys of `but`."""
+    """The config that this transformers reads from a raw config, without the keys of `but`."""
     with quiet():
         return _without(type(config).from_dict(copy.deepcopy(dict(raw))).to_dict(), but or {})
 

@@ -1,4 +1,4 @@
-"""What the command's flags take: the same bounds as the recipe's keys have."""
+"""The types of the command's flags, with the same bounds as the keys of a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halve.recipe import values
 
 
 def place(given: Any) -> Any:
-    """Raise `RecipeError` for a path or name, or one of a list, that could not be there."""
+    """Raise `RecipeError` for an impossible path or name, or for a list with one."""
     for one in given if isinstance(given, list) else [] if given is None else [given]:
         try:
             values.path_or_name(str(one))
@@ -23,15 +23,15 @@ def place(given: Any) -> Any:
 
 
 def new_folder(given: Path | None) -> Path | None:
-    """`place` for a folder that may not be there yet; `new/..` is the folder here, and makes no `new`."""
+    """`place` for a folder that may not exist yet. `new/..` means the current folder and does not create `new`."""
     place(given)
     return given.resolve() if given is not None and ".." in given.parts else given
 
 
 def finite(given: float | None) -> float | None:
-    """Refuse what is no number: no range leaves it out, since it compares with nothing."""
+    """Refuse NaN and infinity. A range does not exclude NaN, because every comparison with it is false."""
     if given is not None and not math.isfinite(given):
-        raise typer.BadParameter(f"{given} is no finite number.")
+        raise typer.BadParameter(f"{given} is not a finite number.")
     return given
 
 

@@ -1,4 +1,4 @@
-"""What the command says beside its results."""
+"""Messages of the command other than its results."""
 
 from __future__ import annotations
 

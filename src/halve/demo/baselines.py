@@ -1,4 +1,4 @@
-"""What a teacher has to beat to be called one: a 5-gram model and a general-purpose compressor.
+"""Baselines for the demo's teacher: a 5-gram model and a general-purpose compressor.
 
 Both see the same training text as the teacher and are measured in bits on the same held-out text.
 """
@@ -43,7 +43,7 @@ class NGram:
 
             p_n(w | h) = max(c(hw) - D, 0) / c(h.) + D N(h.) / c(h.) * p_{n-1}(w | h')
 
-        down to p_0 = 1 / vocab; h' is h without its oldest id. An unseen h leaves p_{n-1} as it is.
+        down to p_0 = 1 / vocab; h' is h without its oldest id. For an unseen h, p_n = p_{n-1}.
         """
         stream = np.asarray(ids, dtype=np.int64)
         order = len(self.levels)

@@ -1,11 +1,11 @@
-"""The demo's text: what every Python installation already has, its standard library.
+"""The demo's text: the standard library, which every Python installation has.
 
-Each module is taken apart into two texts that share no sentence:
+Each module is split into two texts that share no sentence:
 
     code    its source without docstrings    the demo's teacher learned from this
-    prose   its docstrings, cleaned           the demo corrects and distils on this
+    prose   its docstrings, cleaned           the demo corrects and distills on this
 
-A fixed tuple of modules, `HELD_OUT`, is in neither training text; measurements are made on it.
+The modules in the fixed list `HELD_OUT` are in neither training text. Results are measured on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from halve.errors import CorpusError
 
-# Spread over topics, in every Python from 3.11 on, without a near copy elsewhere in the library.
+# On different topics, in every Python from 3.11 on, and without a near copy elsewhere in the library.
 HELD_OUT = (
     "calendar",
     "configparser",
@@ -40,7 +40,7 @@ HELD_OUT = (
     "textwrap",
 )
 
-# Tables and generated files rather than code, or not the same on every machine.
+# Tables and generated files rather than code, or different from machine to machine.
 _SKIPPED = frozenset(
     {
         "__phello__",
@@ -60,7 +60,7 @@ _SHORTEST_PROSE = 40  # characters; shorter docstrings only repeat the name abov
 
 @dataclass(frozen=True)
 class Module:
-    """One module taken apart: its dotted name, its code without docstrings, its docstrings in order."""
+    """One split module: its dotted name, its code without docstrings, and its docstrings in order."""
 
     name: str
     code: str
@@ -83,8 +83,8 @@ def standard_library() -> Path:
 def read_modules(root: Path, *, tests: bool = False) -> Iterator[Module]:
     """Take apart every module under `root`, ordered by path.
 
-    Files that this Python cannot parse are passed over: the library ships some on purpose. `tests` adds
-    the library's own tests, which some systems package apart.
+    Files that this Python cannot parse are skipped: the library contains some on purpose. `tests` adds the library's
+    own tests, which some systems package separately.
     """
     files = [path.relative_to(root) for path in root.rglob("*.py")]
     for path in sorted(files, key=lambda file: file.parts):
@@ -106,8 +106,8 @@ def take_apart(name: str, source: str) -> Module:
     """Separate a module's source into code and docstrings.
 
     The code still parses: a docstring that was a body's only statement becomes `pass`. Comments stay.
-    Strings that stand alone as statements go as well, since they read like docstrings; only true docstrings
-    become prose.
+    Strings that are statements by themselves are removed as well, because they read like docstrings. Only true
+    docstrings become prose.
 
     >>> source = 'def half(x):\\n    "Divide a number by two, as floats are divided."\\n    return x / 2'
     >>> take_apart("m", source).code
@@ -124,10 +124,10 @@ def take_apart(name: str, source: str) -> Module:
 
 
 def documents(modules: Iterable[Module], *, held_out: bool) -> Iterator[dict[str, str]]:
-    """One prose document a module, `{"module", "text"}`: its docstrings, blank lines between.
+    """One prose document per module, `{"module", "text"}`: its docstrings with blank lines between them.
 
-    A docstring that occurs twice is kept once, and one that a held-out module has too is never in the
-    training text.
+    A docstring that occurs twice is kept once. A docstring that a held-out module also has is never in the training
+    text.
     """
     modules = list(modules)
     seen = set() if held_out else {text for module in modules if module.held_out for text in module.prose}
@@ -215,7 +215,7 @@ def _is_string(node: ast.stmt) -> bool:
 
 
 def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    """Every list of statements, without a look at the expressions, which are most of a tree."""
+    """Every list of statements. Expressions, which are most of a tree, are not visited."""
     for field in ("body", "orelse", "finalbody", "handlers", "cases"):
         nodes = getattr(node, field, None)
         if isinstance(nodes, list):

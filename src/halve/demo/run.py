@@ -1,7 +1,7 @@
 """The demo: the whole pipeline on the embedded teacher and the standard library's docstrings.
 
-The teacher knows code without docstrings (see scripts/train_demo_teacher.py); the corpus is the docstrings' prose, so
-that correction has something to correct. Held-out modules are in neither.
+The teacher was trained on code without docstrings (see scripts/train_demo_teacher.py). The corpus is the prose of the
+docstrings, so correction has something to correct. Held-out modules are in neither.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HELD_OUT_SHARE = 0.1
 
 
 def run(*, out: Path, long: bool, corpus: Path | None, console: Console) -> Path:
-    """Carry out the demo in `out` and return the run folder; its texts lie beside it in `OUT-texts`.
+    """Run the demo in `out` and return the run folder. Its texts are next to it, in `OUT-texts`.
 
-    `corpus` replaces the standard library's docstrings by a UTF-8 text file whose last tenth is held out; the
-    line-completion task is then left out. Raises `CorpusError` where the library's sources are missing.
+    `corpus` replaces the standard library's docstrings by a UTF-8 text file, of which the last tenth is held out. The
+    line-completion task is then left out. Raises `CorpusError` if the library's sources are missing.
     """
     place = out.resolve()  # `.` has no name
     recipe = make_recipe(place.parent / f"{place.name}-texts", long=long, corpus=corpus)
@@ -37,7 +37,7 @@ def run(*, out: Path, long: bool, corpus: Path | None, console: Console) -> Path
 
 
 def make_recipe(texts: Path, *, long: bool, corpus: Path | None) -> Recipe:
-    """Write the demo's texts into `texts` and give the recipe that uses them."""
+    """Write the demo's texts into `texts` and return the recipe that uses them."""
     texts.mkdir(parents=True, exist_ok=True)
     text = (HERE / ("long.yaml" if long else "demo.yaml")).read_text(encoding="utf-8")
     raw: dict[str, Any] = strict_yaml.parse_yaml(text)

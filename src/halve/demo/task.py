@@ -1,7 +1,7 @@
 """Which line comes next? A multiple-choice task made from the held-out modules' code.
 
-The answer is the line that follows the context; the distractors are lines from other places of the held-out
-modules with the same indentation, so that layout alone gives nothing away.
+The answer is the line that follows the context. The distractors are lines from other places of the held-out modules.
+They have the same indentation, so that layout alone does not reveal the answer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def build_items(
 ) -> list[TaskItem]:
     """Items `{"context", "choices", "answer"}` at places drawn from the modules' code by `seed`.
 
-    The context ends with a line break; every choice is one line, indentation kept, without a line break.
-    No two choices are equal, and no distractor occurs within 40 lines of the place asked about.
+    The context ends with a line break. Every choice is one line with its indentation, without a line break. No two
+    choices are equal, and no distractor occurs within 40 lines of the place in question.
     """
     rng = random.Random(seed)
     sources = [(module.name, module.code.split("\n")) for module in modules]
@@ -68,7 +68,7 @@ def write_items(path: Path, items: Iterable[TaskItem]) -> Path:
 
 
 def _context(lines: list[str]) -> str:
-    """The last whole lines that fit, or nothing if they are too few."""
+    """The last whole lines that fit, or nothing if there are too few."""
     kept: list[str] = []
     room = _CONTEXT_CHARS
     for line in reversed(lines):
@@ -81,7 +81,7 @@ def _context(lines: list[str]) -> str:
 
 
 def _is_choice(line: str) -> bool:
-    """A line of code that says something: of middling length, not a comment, plain letters."""
+    """Whether a line can be a choice: code of medium length in plain letters, not a comment."""
     text = line.strip()
     return (
         _SHORTEST <= len(text) <= _LONGEST

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, plain data in them, and hashes of what they hold."""
+"""Files that are written completely or not at all, JSON data in them, and hashes of their content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FULL_MESSAGE = re.compile(rf"(code: |os error |\[Errno )({errno.ENOSPC}|{errno.
 
 @contextmanager
 def disk_guard(path: Path) -> Iterator[None]:
-    """Turn "no space left" while writing to `path` into a `DiskError`; other errors pass."""
+    """Turn "no space left" while writing to `path` into a `DiskError`. Other errors pass through."""
     try:
         yield
     except DiskError:
@@ -44,10 +44,10 @@ def disk_guard(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; when the block ends it becomes `path`, whole or not at all.
+    """Yield a temporary path to write to. When the block ends, the file is renamed to `path`.
 
-    The content is on the disk before the name is. A failed block leaves `path` as it was and no other file.
-    Raises `DiskError` when the device is full.
+    The content is on disk before the name. A block that fails leaves `path` unchanged and no other file. Raises
+    `DiskError` when the device is full.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp")
@@ -66,11 +66,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, last: str) -> Iterator[Path]:
-    """Give a new folder to write to; when the block ends, what it holds is what `path` holds, and nothing else.
+    """Yield a new folder to write to. When the block ends, `path` has exactly its content.
 
-    A folder that is there stays, with other content: somebody may stand in it, or nothing may be made beside it. Of
-    its content the file `last` goes first and comes last, so that half a folder is never taken for a whole one. A
-    failed block leaves `path` as it was. Raises `DiskError` when the device is full.
+    If the folder `path` exists, it is kept and its content is replaced: it may be a process's working folder, or
+    nothing may be created next to it. The file `last` is removed first and written last, so that half a folder never
+    counts as complete. A block that fails leaves `path` unchanged. Raises `DiskError` when the device is full.
     """
     folder = Path(path).resolve()
     there = folder.is_dir()
@@ -105,7 +105,7 @@ def _refill(folder: Path, draft: Path, *, last: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or a folder's list of names, on the disk."""
+    """Flush a file, or the list of names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,7 +122,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data as JSON in one step; numbers that are not finite become null."""
+    """Write plain data as JSON, completely or not at all. Numbers that are not finite become null."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
@@ -137,7 +137,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """`read_json` of what has to be an object. Raises `RunError` naming the file."""
+    """`read_json` for a file that must hold an object. Raises `RunError` naming the file."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise RunError(f"cannot read {path}", why=f"it holds no JSON object but a {type(value).__name__}", fix=CHANGED)
@@ -145,12 +145,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Data with a digest of itself, which tells `read_sealed` that nobody has changed it."""
+    """Data with a digest of itself, by which `read_sealed` sees whether it was changed."""
     return {**value, "digest": _digest(value)}
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what was `sealed` and written. Raises `RunError` if that is not what the file holds."""
+    """Read data that was `sealed` and written. Raises `RunError` if it was changed."""
     value = read_object(path)
     if value.pop("digest", None) != _digest(value):
         why = "it was changed, or another version wrote it: it lacks the digest of its content"
@@ -163,7 +163,7 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Data as JSON has it: keys are strings, sequences lists, and numbers that are not finite are null."""
+    """Data in the form of JSON: keys are strings, sequences are lists, and numbers that are not finite are null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -173,14 +173,14 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-_hashes: dict[tuple[int, ...], str] = {}  # what this process has read of files that are as they were
+_hashes: dict[tuple[int, ...], str] = {}  # hashes that this process has computed of files that have not changed
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits.
 
-    A process reads a file for it once. The system's own time of the last change, which nobody sets, tells that a file
-    is as it was.
+    A process reads each file only once for this. The system's time of the last change (ctime), which programs cannot
+    set, shows whether a file is unchanged.
     """
     known = _identity(path)
     if known not in _hashes:
@@ -190,9 +190,9 @@ def file_sha256(path: Path) -> str:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file for good; what this process has read of it stays known.
+    """Rename a file and keep its known hash.
 
-    A rename moves the time of the last change, for which `file_sha256` would read the file again.
+    A rename changes the time of the last change, so `file_sha256` would otherwise read the file again.
     """
     known = _hashes.get(_identity(source))
     os.replace(source, target)
@@ -202,9 +202,9 @@ def rename(source: Path, target: Path) -> None:
 
 
 def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
-    """`file_sha256` of each file; `memo` remembers those whose size and time of change are as they were.
+    """`file_sha256` of each file. `memo` stores hashes for files whose size and time of change stay the same.
 
-    For what a run takes from outside and never writes. A memo that cannot be read remembers nothing.
+    For inputs that a run reads and never writes. A memo that cannot be read counts as empty.
     """
     known, found = _remembered(memo), {}
     for path in files:
@@ -222,7 +222,7 @@ def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
 
 
 def remembering(memo: Path) -> Callable[[Path], str]:
-    """`file_sha256`, or what `content_hashes` has noted of a file in `memo`; writes nothing."""
+    """`file_sha256`, or the hash that `content_hashes` has stored in `memo`. Writes nothing."""
     known = _remembered(memo)
     return lambda path: _noted(known, path) or file_sha256(path)
 

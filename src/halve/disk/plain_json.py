@@ -1,4 +1,4 @@
-"""JSON from outside: what is nested too deep to walk through is refused as what is no JSON at all is."""
+"""JSON from outside. Data that is nested too deeply is refused like invalid JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_JSON_DEPTH = 100
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that a JSON text stands for.
+    """The value of a JSON text.
 
     >>> parse_json('{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}

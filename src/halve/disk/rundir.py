@@ -1,18 +1,18 @@
-"""The run folder: what survives a kill at any moment, and who owns which file.
+"""The run folder: what survives a kill at any moment, and which process owns which file.
 
     run/
-      run.json            whose run this is (the recipe's name and model)
-      recipe.json         the recipe as it was last run
+      run.json            the name and model of the recipe that owns this run
+      recipe.json         the recipe of the last run in this folder
       data/               token files, keyed by content, and hashes of the inputs
       score/              a finished stage: its artifact and manifest.json
-      .distill.work/      a stage at work; what it finds here from before a kill it may use
-        .checkpoints/     names with a dot are scratch: dropped when the stage is committed
+      .distill.work/      an unfinished stage; after a kill it may use what it finds here
+        .checkpoints/     names with a dot are scratch and are dropped when the stage is committed
 
-A stage is finished in one rename. Its manifest is written into the work folder first: from then on the
-stage counts as finished, and whoever opens the run next completes a rename that a kill cut short.
+A stage is finished by one rename. Before that, its manifest is written into the work folder. From then on the stage
+counts as finished, and the next process that opens the run completes a rename that a kill has interrupted.
 
-A manifest holds the SHA-256 of every file, and a digest of itself. Whoever reads a file of a finished stage gets it
-from `sound` or has called `RunDir.verify`: what has changed behind halve's back is an error, not an input.
+A manifest holds the SHA-256 of every file, and a digest of itself. Code that reads a file of a finished stage gets it
+from `sound` or has called `RunDir.verify`. So a file that was changed by something else is an error, not an input.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class RunDir:
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe) -> RunDir:
-        """Open `folder` for `recipe`, making it if it is not there, and finish what a kill cut short.
+        """Open `folder` for `recipe`. Create it if necessary, and complete what a kill has interrupted.
 
-        Raises `RunError` for a folder that holds anything but a run of this recipe's name and model, or of this recipe
-        under another name, and for one that another process is running in.
+        Raises `RunError` unless the folder is empty or a run of this recipe's name and model, or of this recipe under
+        another name. Raises `RunError` also if another process is running in it.
         """
         check_folder(folder, recipe)
         try:
@@ -81,7 +81,7 @@ class RunDir:
 
     @classmethod
     def follow(cls, folder: Path) -> RunDir:
-        """A folder that another process of the same run has open, to work in it together."""
+        """Join a run folder that another process of the same run has opened."""
         return cls(folder, open(os.devnull, "w"))
 
     def close(self) -> None:
@@ -101,22 +101,21 @@ class RunDir:
         return self.path / name
 
     def manifest(self, name: str) -> dict[str, Any] | None:
-        """What a finished stage says of itself; None if it has not finished. Raises `RunError` if it was changed."""
+        """The manifest of a finished stage; None if it has not finished. Raises `RunError` if it was changed."""
         return read_manifest(self.stage(name)) if (self.stage(name) / MANIFEST).exists() else None
 
     def verify(self, *names: str) -> int:
-        """Count the files of finished stages.
+        """Check the files of finished stages, and return how many there are.
 
-        Raise `RunError` unless every one holds the bytes that its stage was finished with.
-
-        Within a process each file is hashed once, when it is first read or written.
+        Raises `RunError` unless every file has the bytes with which its stage was finished. A process hashes each file
+        only once, when it first reads or writes the file.
         """
         manifests = {name: read_manifest(self.stage(name)) for name in names}
         found = [sound(self.stage(name), one, file) for name, one in manifests.items() for file in one["files"]]
         return len(found)
 
     def work(self, name: str, key: str) -> Path:
-        """The work folder of a stage. It keeps what a killed run of the same key left, and nothing else."""
+        """The work folder of a stage. It keeps what a killed run with the same key has left, and nothing else."""
         work = self._work(name)
         if not _has_key(work, key):
             _remove(work, first=KEY)
@@ -134,10 +133,10 @@ class RunDir:
         seed: int = 0,
         inputs: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Declare the work folder of a stage finished and give its final place.
+        """Finish a stage: move its work folder to its final place, and return this place.
 
-        The manifest holds the key, the inputs' fingerprints, versions, seed, metrics, and size and SHA-256 of
-        every file. Scratch (names that begin with a dot) is dropped. A kill in here loses nothing.
+        The manifest holds the key, the fingerprints of the inputs, versions, seed, metrics, and the size and SHA-256 of
+        every file. Scratch (names that begin with a dot) is dropped. A kill during this loses nothing.
         """
         work = self._work(name)
         assert _has_key(work, key), f"{work} was not made by work({name!r}, {key!r})"
@@ -161,7 +160,7 @@ class RunDir:
         return self.stage(name)
 
     def is_done(self, name: str, key: str) -> bool:
-        """Whether a stage is finished with this key and its files are all there, of their sizes."""
+        """Whether a stage is finished with this key, and all its files are there with their sizes."""
         manifest = self.manifest(name)
         if manifest is None or manifest["key"] != key:
             return False
@@ -184,7 +183,7 @@ class RunDir:
 
 
 def read_manifest(stage: Path) -> dict[str, Any]:
-    """What a finished stage says of itself. Raises `RunError` if that was changed."""
+    """The manifest of a finished stage. Raises `RunError` if it was changed."""
     return read_sealed(stage / MANIFEST)
 
 
@@ -205,7 +204,7 @@ def sound(stage: Path, manifest: Mapping[str, Any], file: str) -> Path:
 
 
 def equal_run(recipe: Recipe, folders: Path) -> Path | None:
-    """Where the recipe's own folder is not in `folders`, one in there of the same recipe under another name."""
+    """A run in `folders` of the same recipe under another name, if the recipe's own folder is not there."""
     for marker in () if (folders / recipe.name).exists() else sorted(folders.glob(f"*/{MARKER}")):
         if marker.parent.name != recipe.name and _differs_in_name_alone(marker.parent, recipe):
             return marker.parent
@@ -274,7 +273,7 @@ def _marker(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _differs_in_name_alone(folder: Path, recipe: Recipe) -> bool:
-    """Whether a run's recipe, as it was last run, is this one but for its name."""
+    """Whether a run's last recipe differs from this one only in its name."""
     try:
         known = read_object(folder / RECIPE)
     except RunError:
@@ -300,7 +299,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _has_key(work: Path, key: str) -> bool:
-    """Whether a work folder was begun for this key; one whose key cannot be read was begun for none."""
+    """Whether a work folder was started with this key. A folder whose key cannot be read was not."""
     with suppress(RunError):
         return (work / KEY).is_file() and read_object(work / KEY).get("key") == key
     return False
@@ -314,7 +313,7 @@ def _artifacts(work: Path) -> list[Path]:
 
 
 def _remove(path: Path, *, first: str | None = None) -> None:
-    """Remove a file or a tree; `first` is the name in it that made it count, which goes before the rest."""
+    """Remove a file or a tree. `first` is the name that makes it valid, so it is removed before the rest."""
     if path.is_dir() and not path.is_symlink():
         if first is not None:
             (path / first).unlink(missing_ok=True)

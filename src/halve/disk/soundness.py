@@ -1,8 +1,8 @@
 """Is this a sound safetensors checkpoint? Answered from names, JSON and file headers, without torch.
 
-A source is a folder or a hub name. `locate` makes a folder of it, `read_config` and `read_headers` look at
-what is in there and raise `CheckpointError` for whatever would load wrongly, or would run code: pickles,
-remote code, kernels from the hub, missing and truncated files.
+A source is a folder or a hub name. `locate` turns it into a folder. `read_config` and `read_headers` check the content
+and raise `CheckpointError` for everything that would load wrongly or run code: pickles, remote code, kernels from the
+hub, missing and truncated files.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-"""How the names of files begin that say what may be done with a model."""
+"""How the names of files with terms of use begin."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", *(f"{name}*" for name in TERMS))
-# consolidated files repeat the weights in another layout; of folders only chat templates (.jinja) are wanted
+# consolidated files repeat the weights in another layout; subfolders are needed only for chat templates (.jinja)
 _HUB_IGNORED = ("consolidated*", "*/*.[!j]*", "*/*.json*", "*.py", *PICKLES)
 _MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says of one tensor."""
+    """The entry of one tensor in a safetensors header."""
 
     file: str
     dtype: str
@@ -62,7 +62,7 @@ class TensorHeader:
 def locate(source: str | Path, *, config_only: bool = False) -> Path:
     """The folder of a source; a hub name is downloaded (or taken from the hub's cache).
 
-    Only JSON, safetensors, tokenizer files and terms of use are ever asked for. Raises `CheckpointError`.
+    Only JSON, safetensors, tokenizer files and terms of use are ever downloaded. Raises `CheckpointError`.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -80,7 +80,7 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
     patterns: Sequence[str] = (CONFIG,) if config_only else _HUB_PATTERNS
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_HUB_IGNORED)))
-    except Exception as error:  # the client lets errors of its transport through, too
+    except Exception as error:  # the client also raises errors of its transport layer
         raise _unavailable(name, error) from error
 
 
@@ -117,22 +117,22 @@ def _incomplete(name: str, reason: str) -> CheckpointError:
 
 
 def refuse_incomplete(hub: str | None, *wanted: str) -> None:
-    """Raise `CheckpointError` unless a hub's repository is known to have none of these files, which are not here.
+    """Raise `CheckpointError` if the hub's repository has, or may have, one of these missing files.
 
-    `hub` is its name, or None for a folder: what is not there was never meant to come.
+    `hub` is the name of the repository. For a folder it is None, and nothing is expected.
     """
     if hub is None:
         return
     try:
         listed = {file.rfilename for file in HfApi().model_info(hub).siblings or ()}
-    except Exception as error:  # the client lets errors of its transport through, too
+    except Exception as error:  # the client also raises errors of its transport layer
         raise _incomplete(hub, _unreached(error)) from error
     if listed & set(wanted):
         raise _incomplete(hub, "the download did not end")
 
 
 def is_terms(path: Path) -> bool:
-    """Whether a file says what may be done with a model."""
+    """Whether a file has terms of use."""
     return path.name.upper().startswith(TERMS) and path.suffix not in (".py", *(name[1:] for name in PICKLES))
 
 
@@ -163,10 +163,10 @@ def read_config(folder: Path, *, hub: str | None = None) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, *, hub: str | None = None) -> list[Path]:
-    """The safetensors files that a model is loaded from, in the order of their names; none where there are none.
+    """The safetensors files from which a model is loaded, in the order of their names. Empty if there are none.
 
-    Others may lie beside them: the same weights in another layout. Raises `CheckpointError` for an index that does not
-    hold.
+    There may be other files with the same weights in another layout. Raises `CheckpointError` for an index that does
+    not match.
     """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file():  # transformers, too, takes the single file before the index
@@ -187,9 +187,9 @@ def weight_files(folder: Path, *, hub: str | None = None) -> list[Path]:
 
 
 def read_headers(folder: Path, *, hub: str | None = None) -> dict[str, TensorHeader]:
-    """Every tensor of a checkpoint, from the headers alone; each file's size is checked against its header.
+    """Every tensor of a checkpoint, by the headers. The size of each file is checked against its header.
 
-    Raises `CheckpointError` for pickles, missing or truncated files and an index that does not hold.
+    Raises `CheckpointError` for pickles, missing or truncated files, and an index that does not match.
     """
     files = weight_files(folder, hub=hub)
     if not files:
@@ -230,7 +230,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the files that the model is loaded from, in the order of their names."""
+    """SHA-256 over config.json and the files from which the model is loaded, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted([folder / CONFIG, *weight_files(folder)]):
         digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
@@ -281,7 +281,7 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
 
 
 def _refuse_code(value: Any, path: Path) -> None:
-    """Refuse settings by which transformers fetches kernels to run; `auto_map` is never followed anyway."""
+    """Refuse settings that make transformers download kernels and run them. `auto_map` is never followed anyway."""
     if isinstance(value, list):
         for item in value:
             _refuse_code(item, path)

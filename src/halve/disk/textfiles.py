@@ -1,4 +1,4 @@
-"""Files that people bring, opened with care: packed or not, and lines of JSON that may be anything."""
+"""Users' files, opened with care: they may be compressed, damaged, or not what their name says."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from halve.errors import CorpusError
 
 PACKED = (".gz", ".xz", ".bz2", ".zst")
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
-"""What reading a file may raise: it cannot be opened, or what is packed in it is not whole."""
+"""The errors of reading a file that cannot be opened, or whose compressed content is incomplete."""
 
 _CHUNK_BYTES = 1 << 16
 _SHOWN_CHARS = 120
 
 
 def status(path: Path) -> os.stat_result:
-    """`path.stat()`; raises `OSError` also for what can be no path at all, such as one with a NUL."""
+    """`path.stat()`, which also raises `OSError` for an impossible path, such as one with a NUL."""
     try:
         return path.stat()
     except ValueError as error:
@@ -34,12 +34,12 @@ def status(path: Path) -> os.stat_result:
 
 
 def reason(error: BaseException) -> str:
-    """Why a file cannot be read, in the system's words where it has some."""
+    """Why a file cannot be read, in the system's words if there are any."""
     return getattr(error, "strerror", None) or str(error) or f"the file ends too early ({type(error).__name__})"
 
 
 def shown(path: object) -> str:
-    """A path as errors name it: one that is long or cannot be printed is shortened and quoted.
+    """A path for error messages. A path that is long or not printable is shortened and quoted.
 
     >>> shown("a/b.txt"), shown("a\\0b")
     ('a/b.txt', "'a\\\\x00b'")
@@ -51,7 +51,7 @@ def shown(path: object) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raise `OSError` unless `path` is a regular file: reading a pipe or a device may never end."""
+    """Raise `OSError` unless `path` is a regular file, because reading a pipe or a device may never end."""
     mode = status(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -60,7 +60,7 @@ def require_file(path: Path) -> None:
 
 
 def ending(path: Path) -> str:
-    """The last suffix in lower case, less one that says how the file is packed.
+    """The last suffix in lower case, without a suffix of compression.
 
     >>> ending(Path("a.JSONL.gz")), ending(Path("wiki_00.bz2"))
     ('.jsonl', '')
@@ -72,7 +72,7 @@ def ending(path: Path) -> str:
 
 
 def open_packed(path: Path) -> io.BufferedIOBase:
-    """Open a file for reading, unpacked as its last suffix says. Raises `CorpusError` without the package for it."""
+    """Open a file for reading, and decompress it by its last suffix. Raises `CorpusError` if a package is missing."""
     match path.suffix.lower():
         case ".gz":
             return gzip.open(path)
@@ -87,9 +87,9 @@ def open_packed(path: Path) -> io.BufferedIOBase:
 
 
 def half_pair(text: str) -> int | None:
-    """Where half of a surrogate pair stands, which UTF-8 and so a tokenizer cannot take.
+    """The place of half a surrogate pair, which UTF-8, and so a tokenizer, cannot represent.
 
-    JSON can spell one:
+    JSON can contain one:
 
     >>> half_pair("a\\ud83d b"), half_pair("a😀 b")
     (1, None)
@@ -114,7 +114,7 @@ def extra(module: str, wanted_by: object) -> ModuleType:
 
 
 class _ZstdFile(io.RawIOBase):
-    """The unpacked bytes of a .zst file; the package's own reader takes a file cut short for a whole one."""
+    """The decompressed bytes of a .zst file. The package's own reader accepts a truncated file."""
 
     def __init__(self, path: Path, zstandard: ModuleType) -> None:
         self._file = path.open("rb")

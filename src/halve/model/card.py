@@ -1,4 +1,4 @@
-"""The short model card that lies in every model folder halve writes; the report stage writes a long one."""
+"""The short model card in every model folder that halve writes. The report stage writes a long one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _DONE = {
 
 
 def name_of(source: str | Path) -> str:
-    """What a model is called outside this machine: a hub name as it is, a folder by its own name."""
+    """The name of a model outside this machine: a hub name, or the last part of a folder's path."""
     return Path(source).name if Path(source).exists() else str(source)
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """What the card in a model folder says of its license: license, license_name and license_link, as far as it does.
+    """The license of a model folder by its card: license, license_name and license_link, if they are there.
 
-    Line by line, because a card of the wide world need not be sound YAML elsewhere.
+    Read line by line, because the rest of a card may not be valid YAML.
     """
     try:
         with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
@@ -47,7 +47,7 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def model_card(record: Mapping[str, Any], *, license: Mapping[str, str] | None = None) -> str:
-    """A README.md with front matter from what `halve.json` says: `stage`, `base_model` and, if cut, `plan`.
+    """A README.md with front matter, made from `halve.json`: `stage`, `base_model` and, if the model was cut, `plan`.
 
     The license is the original model's.
 

@@ -1,7 +1,8 @@
-"""A model that somebody brings, opened once: `Checkpoint` is what travels from stage to stage.
+"""A user's model, opened once. Stages pass it on as a `Checkpoint`.
 
-In goes a Hugging Face folder or a hub name. Safetensors only; no code from a checkpoint ever runs; every tensor is
-there, finite and of the shape that the config says. Every guard about models lives here and in `disk.soundness`.
+The source is a Hugging Face folder or a hub name. Only safetensors are read, and no code from a checkpoint ever runs.
+Every tensor must be there, finite and of the shape that the config implies. All checks of models are here and in
+`disk.soundness`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ __all__ = ["Checkpoint", "load_config", "resolve_device"]
 
 _VOCABULARIES = TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:9] + TOKENIZER_FILES[-2:]
 _PROBE = "The quick brown fox, 0123!\n\tna\u00efve \u6f22\u5b57 \U0001f600 \x01"
-"""Characters of every width: a tokenizer that lacks what it stands on fails at one of them."""
+"""Characters of one to four bytes. A tokenizer whose files are incomplete fails at one of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model folder; what it holds is read when it is first asked for, and then kept.
+    """A model folder. Its parts are read when they are first used, and then kept.
 
     >>> Checkpoint.open("no/such/folder/here")
     Traceback (most recent call last):
@@ -48,7 +49,7 @@ class Checkpoint:
     source: str
     """What the user called it: a folder or a hub name."""
     folder: Path
-    """Where its config.json lies. Weights and tokenizer of a hub name may not be there yet: see `files`."""
+    """The folder of its config.json. Weights and tokenizer of a hub name may not be there yet (see `files`)."""
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -67,11 +68,11 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> transformers.PretrainedConfig:
-        """The configuration; whoever changes it works on a copy.
+        """The configuration. Copy it before you change it.
 
-        Raises `CheckpointError` for a folder without a sound config.json, a model type that this transformers
-        does not know, and one that has no causal language model; `AnatomyError` for one that wraps a language model
-        and does not generate by itself.
+        Raises `CheckpointError` for a folder without a valid config.json, for a model type that this transformers does
+        not know, and for one that has no causal language model. Raises `AnatomyError` for one that wraps a language
+        model in other parts.
         """
         return _read_config(self.folder, self.source, self.hub)
 
@@ -103,8 +104,8 @@ class Checkpoint:
     def require_tokenizer(self) -> None:
         """Raise `TokenizerError` if the tokenizer reads no text or its vocabulary has ids without an embedding.
 
-        A model may have more rows than the tokenizer has ids (a padded vocabulary). It may have fewer only by tokens
-        that were added to the tokenizer afterwards: what is refused then is text that holds one.
+        A model may have more rows than the tokenizer has ids (a padded vocabulary). It may have fewer only if the
+        missing ones are tokens that were added to the tokenizer later. Then only text with such a token is refused.
         """
         vocab = self.config.get_text_config().vocab_size
         added = self.tokenizer.added_tokens_decoder
@@ -124,7 +125,7 @@ class Checkpoint:
             ) from error
 
     def require_embedded(self, largest: int, where: str) -> None:
-        """Raise `CorpusError` if the largest id that text is made of is that of a token without an embedding."""
+        """Raise `CorpusError` if `largest`, the largest id of a text, has no embedding."""
         vocab = self.config.get_text_config().vocab_size
         if largest >= vocab:
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -138,7 +139,7 @@ class Checkpoint:
         """A new model in evaluation mode, every weight of it read from the checkpoint.
 
         `dtype="auto"` keeps the checkpoint's own precision. Raises `CheckpointError` for anything but sound,
-        complete, finite safetensors of a known architecture; no tensor is silently made up or left out.
+        complete, finite safetensors of a known architecture. No tensor is silently initialized or left out.
         """
         _sound = self.config, self.headers
         size = sum(path.stat().st_size for path in self.weights)
@@ -148,12 +149,12 @@ class Checkpoint:
             return model.eval().to(device)
 
     def require_weights(self) -> None:
-        """Raise `CheckpointError` unless the files hold the model's tensors, all and no other, by their headers."""
+        """Raise `CheckpointError` unless, by their headers, the files hold exactly the tensors of the model."""
         loading.require_tensors(self.files, self.config, self.headers)
 
     @cached_property
     def parameters(self) -> frozenset[str]:
-        """The names of the model's parameters, as its own code has them; a tied table stands once."""
+        """The names of the model's parameters in its own code. A tied table is listed once."""
         return frozenset(name for name, _ in build(self.config, device="meta").named_parameters())
 
 
@@ -189,7 +190,7 @@ def _read_config(folder: Path, source: str, hub: str | None) -> transformers.Pre
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             if config._attn_implementation not in (None, "eager", "sdpa"):
-                config._attn_implementation = None  # how somebody's trainer ran it, not what the model is
+                config._attn_implementation = None  # how it was trained, not what the model is
     except Exception as error:  # transformers raises many types here
         raise CheckpointError(
             f"{folder / CONFIG} is not a valid {kind} config",
@@ -228,15 +229,17 @@ def _load_tokenizer(folder: Path, source: str, hub: str | None) -> transformers.
             if (folder / TOKENIZER_FILES[0]).is_file()
             else f"put the model's {TOKENIZER_FILES[0]} into the folder, or pip install sentencepiece tiktoken",
         ) from error
-    if not isinstance(tokenizer.model_max_length, int | float):  # said of text that is too long, and of no use here
+    if not isinstance(
+        tokenizer.model_max_length, int | float
+    ):  # warns of text that is too long, which is checked elsewhere
         tokenizer.model_max_length = VERY_LARGE_INTEGER
     return tokenizer
 
 
 def _require_ids(path: Path, tokenizer: transformers.PreTrainedTokenizerBase, vocab: int) -> None:
-    """Refuse ids of a tokenizer.json, beyond the model's, that are other ids as soon as it is loaded.
+    """Refuse a tokenizer.json with ids beyond the model's that change when it is loaded.
 
-    The library counts added tokens on from the vocabulary, whatever the file says.
+    The library numbers added tokens after the vocabulary and ignores the ids in the file.
     """
     if max(tokenizer.get_vocab().values()) < vocab or not path.is_file():
         return

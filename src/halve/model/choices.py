@@ -1,12 +1,12 @@
 """Multiple choice: which of several continuations a model finds most likely.
 
-A file is JSON lines (also .gz, .xz, .bz2 or .zst), one item a line; other keys are ignored:
+A file is JSON lines (also .gz, .xz, .bz2 or .zst), one item per line. Other keys are ignored:
 
     {"context": "def area(r):\\n", "choices": ["    return 3 * r * r", "    import os"], "answer": 0}
     {"contexts": ["Ann thanked Bea because Ann", "Ann thanked Bea because Bea"], "ending": " had helped.", "answer": 1}
 
-The first asks which choice follows the context, the second after which context the ending is most likely (as in
-Winogrande). A choice follows its context as it stands: a space between the two belongs to the choice.
+The first item asks which choice follows the context. The second asks after which context the ending is most likely, as
+in Winogrande. Context and choice are joined without a space, so a space between the two belongs to the choice.
 
 Shape suffixes: `N` choices of a batch, `S` tokens, `M` scored tokens, `D` hidden.
 """
@@ -36,7 +36,7 @@ LONGEST_ITEM_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Item:
-    """One question: which of the choices follows the context; or after which of the contexts its choice follows."""
+    """One question: which choice follows the context, or which context its ending follows."""
 
     context: str | tuple[str, ...]
     """One for all choices, or one for each."""
@@ -53,10 +53,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An item as tokens: each choice is a whole sequence, of which the tokens from its `starts` on are scored.
+    """An item as tokens. Each choice is a whole sequence; its tokens from `starts` on are scored.
 
-    `after` is where lm-evaluation-harness begins to score; `num_chars` is what it divides by, None where contexts
-    differ.
+    `after` is where lm-evaluation-harness begins to score. `num_chars` is the number that it divides by, None if the
+    contexts differ.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -174,11 +174,10 @@ def _short(value: Any) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, max_tokens: int | None) -> tuple[Encoded, ...]:
     """Turn items into tokens; `max_tokens` is the model's context, None for no limit.
 
-    Context and choice are tokenized together, since a token may cross the boundary between them. Scored are the
-    tokens after the prefix that the context and every sequence of the item share: all choices are then
-    continuations of the same tokens. (Where contexts differ, it is the prefix of each with its own.) Where nothing
-    is shared, the sequences start with the tokenizer's beginning-of-text token, or with its end-of-text token if there
-    is no other.
+    Context and choice are tokenized together, because a token may cross the boundary between them. The scored tokens
+    are those after the prefix that the context and all sequences of the item share, so all choices continue the same
+    tokens. (If contexts differ, each sequence is compared with its own context.) If nothing is shared, the sequences
+    start with the tokenizer's BOS token, or with its EOS token if there is no BOS.
 
     Raises `CorpusError` naming the item that is longer than `max_tokens` or has no token before its choices.
     """
@@ -221,7 +220,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, item: Item, max_tokens: int | No
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, item: Item) -> int:
-    """What stands before a text that begins with what is scored."""
+    """The token in front of a text whose first token is already scored."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise CorpusError(
@@ -233,13 +232,13 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, item: Item) -> int:
 
 
 def _num_chars(choice: str) -> int:
-    """Characters without the one space that parts a choice from its context."""
+    """Characters, without the space between the context and the choice."""
     parted = choice.startswith(" ") and not choice.startswith("  ")
     return max(1, len(choice) - parted)
 
 
 def _strip_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Without the end-of-text token that a few tokenizers append: it would be scored as part of a choice."""
+    """Remove the EOS that a few tokenizers append: it would be scored as part of a choice."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -250,16 +249,17 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Which items are answered rightly, by three rules; `halve.model.measure.proportion` makes accuracies of them.
+    """Which items are answered correctly, by three rules. `halve.model.measure.proportion` turns them into accuracies.
 
-    `right`: the right choice alone has the highest log-probability a UTF-8 byte, however a tokenizer cuts the text.
+    `right`: only the right choice has the highest log-probability per UTF-8 byte, which does not depend on the
+    tokenizer.
 
         score(choice) = sum_t log p(token_t | context, earlier tokens) / bytes(choice)
 
-    `acc` and `acc_norm` are what lm-evaluation-harness (0.4) calls so: the highest log-probability, and the highest one
-    a character; of equal choices the first wins. A choice is there written without the space that parts it from its
-    context, which is not counted. Tokens are scored from where the context, without the spaces at its end, would end.
-    Where contexts differ there is no `acc_norm`.
+    `acc` and `acc_norm` are the metrics of lm-evaluation-harness (0.4): the highest log-probability, and the highest
+    log-probability per character. The first of several equal choices wins. The harness does not count the space between
+    context and choice. It scores the tokens after the context without its trailing spaces. If contexts differ, there is
+    no `acc_norm`.
     """
 
     right: Bool[Tensor, " items"]
@@ -274,7 +274,7 @@ def multiple_choice(
     *,
     batch_tokens: int = 4096,
 ) -> Answers:
-    """Which items a model answers rightly."""
+    """Which items a model answers correctly."""
     return answer_encoded(
         model, encode(tokenizer, items, max_tokens=context_length(model.config)), batch_tokens=batch_tokens
     )
@@ -282,10 +282,10 @@ def multiple_choice(
 
 @torch.no_grad()
 def answer_encoded(model: PreTrainedModel, items: Sequence[Encoded], *, batch_tokens: int = 4096) -> Answers:
-    """Which items the model answers rightly.
+    """Which items the model answers correctly.
 
-    Sequences of like length go through the model together, padded on the right, where a causal model cannot
-    see; the head is applied to scored positions alone.
+    Sequences of similar length go through the model together. They are padded on the right, which a causal model does
+    not see. The head is applied only to scored positions.
     """
     body, head = split(model)
     batches = batch_up(items, batch_tokens=batch_tokens)
@@ -295,7 +295,7 @@ def answer_encoded(model: PreTrainedModel, items: Sequence[Encoded], *, batch_to
 
 @dataclass(frozen=True, eq=False)
 class PaddedBatch:
-    """Sequences of like length that go through the model together, padded on the right."""
+    """Sequences of similar length that go through the model together, padded on the right."""
 
     ids: Int64[Tensor, "choices seq"]
     owners: tuple[tuple[int, int], ...]
@@ -305,13 +305,13 @@ class PaddedBatch:
     at: Int64[Tensor, " scored"]
     """Its place in there."""
     counts: Bool[Tensor, "scored 2"]
-    """Whether it counts by our rule, and by that of lm-evaluation-harness."""
+    """Whether it counts by halve's rule, and by that of lm-evaluation-harness."""
 
 
 def batch_up(items: Sequence[Encoded], *, batch_tokens: int = 4096) -> tuple[PaddedBatch, ...]:
-    """Put all choices of all items into batches of at most so many tokens, padding included, shortest first.
+    """Put all choices of all items into batches of at most this many tokens with padding, shortest first.
 
-    One sequence that is longer has a batch of its own.
+    A longer sequence gets a batch of its own.
     """
     flat = [(i, c, row) for i, item in enumerate(items) for c, row in enumerate(item.sequences)]
     flat.sort(key=lambda entry: len(entry[2]))
@@ -331,9 +331,9 @@ def batch_up(items: Sequence[Encoded], *, batch_tokens: int = 4096) -> tuple[Pad
 def choice_nats(
     head: Head, hidden: Float[Tensor, "choices seq hidden"], batch: PaddedBatch
 ) -> Float64[Tensor, "choices 2"]:
-    """Log-probability of each choice of a batch from the last hidden states (CPU), by our rule and by the harness's.
+    """Log-probability of each choice of a batch from the last hidden states (CPU), by halve's and the harness's rule.
 
-    It is summed over the tokens that count. The head is applied to scored positions alone.
+    It is summed over the tokens that count. The head is applied only to scored positions.
     """
     row_of, at, ids_NS = (tensor.to(hidden.device) for tensor in (batch.row, batch.at, batch.ids))
     counts_M2 = batch.counts.to(hidden.device)
@@ -346,7 +346,7 @@ def choice_nats(
 
 
 def answers(items: Sequence[Encoded], batches: Sequence[PaddedBatch], nats: Sequence[Tensor]) -> Answers:
-    """Which items are answered rightly, from what `choice_nats` gives of every batch."""
+    """Which items are answered correctly, from the results of `choice_nats` for every batch."""
     found = [torch.empty(len(item.sequences), 2, dtype=torch.float64) for item in items]
     for batch, nats_N2 in zip(batches, nats, strict=True):
         for (i, c), nats_2 in zip(batch.owners, nats_N2, strict=True):

@@ -1,8 +1,8 @@
-"""A language model in two parts: the body that makes hidden states and the head that makes logits of them.
+"""A language model in two parts: the body computes hidden states, and the head computes logits from them.
 
-Losses and measurements need the two apart, so that logits are made a chunk at a time. Whatever a
-family does to its logits (a scale, a soft-cap, a bias) is part of the head. Nothing is believed:
-`split` compares body and head with the whole model on real token ids.
+Losses and measurements need the two parts, so that logits can be computed one chunk at a time. Everything that a family
+does to its logits (a scale, a soft-cap, a bias) is part of the head. `split` compares body and head with the whole
+model on real token ids.
 
 Shapes: B batch, S seq, N tokens, D hidden, V vocab.
 """
@@ -23,7 +23,7 @@ from halve.model.products import product
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How a config spells what its model does between the output matrix and the logits.
+# The config keys of what a model does between the output matrix and the logits.
 _MULTIPLIERS = ("logit_scale",)
 _DIVISORS = ("logits_scaling",)
 _SOFTCAP = "final_logit_softcapping"
@@ -38,8 +38,8 @@ class Head:
 
     `weight` and `bias` are the model's own parameters, not copies: gradients and optimizer steps reach them.
     Without a soft-cap the outer `tanh` is the identity. With `accumulates`, chunked losses add the weight's gradient to
-    `weight.grad` on the way forward, so that nothing of its size is held beside it. Who sets it calls `backward`
-    on the loss itself, once, and not on a multiple.
+    `weight.grad` in the forward pass, so that no second tensor of that size is needed. The caller must then call
+    `backward` exactly once, on the loss itself and not on a multiple.
     """
 
     weight: Float[Tensor, "vocab hidden"]
@@ -49,7 +49,7 @@ class Head:
     accumulates: bool = False
 
     def logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
-        """Return logits in float32 (float64 where an operand is), whatever the precision of the weights."""
+        """Return logits in float32 (float64 if an operand is float64), for any precision of the weights."""
         z_NV = product(hidden.reshape(-1, hidden.shape[-1]), self.weight.t())
         if self.bias is not None:
             z_NV = z_NV + self.bias
@@ -67,17 +67,16 @@ class Body:
     module: nn.Module
 
     def __call__(self, input_ids: Int[Tensor, "batch seq"], **kwargs: Any) -> Float[Tensor, "batch seq hidden"]:
-        """Run the body; further keywords (such as `attention_mask`) go to the model's own forward."""
+        """Run the body. Other keywords (such as `attention_mask`) go to the model's own forward."""
         hidden: Tensor = self.module(input_ids=input_ids, **({"use_cache": False} | kwargs))[0]
         return hidden
 
 
 def split(model: PreTrainedModel) -> tuple[Body, Head]:
-    """Take a causal language model apart into its body and its head, and prove that they make it whole again.
+    """Split a causal language model into body and head, and check that together they give its logits.
 
-    Raises `AnatomyError` where the model has no output matrix, or where its logits are not what the config
-    says of them; then neither distillation nor measurement may trust the parts. Raises `CheckpointError` for logits
-    that are not finite.
+    Raises `AnatomyError` if the model has no output matrix, or if its logits are not what the config implies. Then
+    neither distillation nor measurement can use the parts. Raises `CheckpointError` for logits that are not finite.
     """
     body, head = parts(model)
     error = _difference(model, body, head)
@@ -97,7 +96,7 @@ def split(model: PreTrainedModel) -> tuple[Body, Head]:
 
 
 def parts(model: PreTrainedModel) -> tuple[Body, Head]:
-    """The same without the proof, for models without values. Raises `AnatomyError` if there is no output matrix."""
+    """The same without the check, for models without values. Raises `AnatomyError` if there is no output matrix."""
     output = model.get_output_embeddings()
     module = model.base_model
     if module is model or not isinstance(getattr(output, "weight", None), Tensor):
@@ -119,7 +118,7 @@ def _number(config: Any, key: str) -> float | None:
 
 
 def _difference(model: PreTrainedModel, body: Body, head: Head) -> float:
-    """Return the largest difference between both ways to the logits, relative to the largest logit."""
+    """Return the largest difference between the logits of both ways, relative to the largest logit."""
     random = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(head.weight.shape[0], (1, _PROBE_TOKENS), generator=random).to(head.weight.device)
     training = model.training

@@ -1,7 +1,7 @@
-"""From safetensors files to a model: every tensor that the model has, no other, each finite and of the right shape.
+"""From safetensors files to a model: exactly the tensors of the model, each finite and of the right shape.
 
-`require_tensors` asks transformers' own loader, with tensors that have shapes and no data, so that a misfit is found
-before a weight is read, whatever the loader renames, fuses or splits on the way. `load` reads the weights.
+`require_tensors` runs transformers' own loader on tensors that have shapes but no data. So it finds a mismatch before a
+weight is read, even if the loader renames, fuses or splits tensors. `load` reads the weights.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from halve.anatomy.configs import build, quiet
 from halve.disk.soundness import ADAPTER, GENERATION, INDEX, WEIGHTS, TensorHeader
 from halve.errors import CheckpointError
 
-# Buffers that older versions of transformers saved beside the weights; the code computes them anew.
+# Buffers that older versions of transformers saved with the weights; the code computes them itself.
 _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-# What quantizing tools keep beside the packed weights, by the end of the name.
+# Tensors that quantization tools save next to packed weights, by the end of the name.
 _OF_QUANTIZED = (
     ".weight_scale",
     ".weight_scale_inv",
@@ -43,10 +43,10 @@ _CHUNK_ENTRIES = 1 << 24
 
 
 def require_tensors(folder: Path, config: PretrainedConfig, headers: Mapping[str, TensorHeader]) -> None:
-    """Raise `CheckpointError` unless these tensors are the model's, by name, shape and kind; weights are not read.
+    """Raise `CheckpointError` unless names, shapes and types of these tensors are the model's. Weights are not read.
 
-    Where the config ties the head to the embedding and both are in the files, the two are compared: transformers would
-    keep a head that differs, and a cut would lose it.
+    If the config ties the head to the embedding and the files hold both, the two are compared: transformers would keep
+    a head that differs, and a cut would lose it.
     """
     _refuse_adapter(folder)
     _refuse_packed(folder, headers)
@@ -69,7 +69,7 @@ def load(folder: Path, config: PretrainedConfig, *, dtype: torch.dtype | str) ->
 
 
 def require_parameters(folder: Path, model: PreTrainedModel, names: frozenset[str]) -> None:
-    """Raise `CheckpointError` unless the loaded model's parameters are the ones that its config makes."""
+    """Raise `CheckpointError` unless the loaded model has exactly the parameters that its config implies."""
     loaded = {name for name, _ in model.named_parameters()}
     if loaded == names:
         return
@@ -84,7 +84,7 @@ def require_parameters(folder: Path, model: PreTrainedModel, names: frozenset[st
 def _loaded(
     kind: Any, folder: Path | None, config: PretrainedConfig, *, dtype: torch.dtype | str, **how: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """What transformers makes of a folder, or of a `state_dict`, and what it says of missing and extra tensors."""
+    """The model that transformers loads from a folder or `state_dict`, and its report on missing and extra tensors."""
     try:
         with quiet():
             model, info = kind.from_pretrained(
@@ -109,7 +109,7 @@ def _loaded(
 
 @contextmanager
 def _with_whole_index(folder: Path) -> Iterator[Path]:
-    """The folder; where its index lacks the metadata that transformers asks for, a view of it with a whole index."""
+    """The folder, or a view of it with a complete index if its index lacks metadata that transformers requires."""
     index = folder / INDEX
     raw = json.loads(index.read_text(encoding="utf-8")) if index.is_file() and not (folder / WEIGHTS).is_file() else {}
     if not raw or isinstance(raw.get("metadata"), dict):
@@ -125,7 +125,7 @@ def _with_whole_index(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """transformers puts an adapter that lies beside the weights into the model, where peft is installed."""
+    """Refuse an adapter next to the weights: transformers would load it into the model if peft is installed."""
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
             f"{folder} holds an adapter beside the weights",
@@ -135,7 +135,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_generation(folder: Path) -> None:
-    """transformers reads this file with the weights and passes over one that is no JSON, not over wrong values."""
+    """Refuse wrong values in generation_config.json. transformers skips a file that is not JSON, but fails on those."""
     if not (folder / GENERATION).is_file():
         return
     try:
@@ -202,7 +202,7 @@ def _first(names: list[str]) -> str:
 
 
 def _refuse_a_head_of_its_own(folder: Path, model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> None:
-    """Names that the model holds as one parameter have one content in the files."""
+    """Refuse names that the model ties to one parameter if they differ in the files."""
     names: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         names.setdefault(id(value), []).append(name)

@@ -1,8 +1,8 @@
-"""How well a model models: nats, perplexity, bits per byte, and how far it is from another model.
+"""The quality of a model: nats, perplexity, bits per byte, and the divergence from another model.
 
-Everything is measured sample by sample, so that two models measured on the same samples can be compared in
-pairs, and every figure is an `Estimate` with its standard error. Weights may be bfloat16; logits, softmax
-and sums are not: log-softmax is float32, sums are float64. Logits exist for one chunk of tokens at a time.
+Everything is measured sample by sample, so that two models can be compared in pairs on the same samples. Every result
+is an `Estimate` with its standard error. Weights may be bfloat16, but log-softmax is float32 and sums are float64.
+Logits exist for one chunk of tokens at a time.
 
 Shape suffixes: `B` samples, `S` tokens of a sample, `T` predictions of a sample (S - 1), `N` rows of a chunk,
 `D` hidden, `V` vocab.
@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits: enough rows to keep a GPU 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error."""
+    """A value and its standard error."""
 
     value: float
     stderr: float
@@ -40,10 +40,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """What one pass of a student and a teacher over the same samples gives, an entry a sample (float64, CPU).
+    """Results of one pass of a student and a teacher over the same samples, one entry per sample (float64, CPU).
 
-    `nll` is the student's mean nats per predicted token, `kl` the mean of KL(teacher || student) over its
-    positions, `agreement` the share of positions at which both put the same token first.
+    `nll` is the student's mean nats per predicted token. `kl` is the mean of KL(teacher || student) over the positions.
+    `agreement` is the share of positions at which both rank the same token first.
     """
 
     nll: Float[Tensor, " samples"]
@@ -52,10 +52,10 @@ class Divergence:
 
 
 def average(values: Float[Tensor, " samples"]) -> Estimate:
-    """Mean over samples with standard error s / sqrt(B), s having B - 1 below; one sample has no error.
+    """Mean over samples with standard error s / sqrt(B), where s divides by B - 1. One sample has no error.
 
-    Samples are treated as independent draws of the held-out text. Neighbors cut from one document are not
-    quite that, so that the error is a little too small where documents are much longer than samples.
+    Samples are treated as independent draws from the held-out text. Neighboring samples of one document are not quite
+    independent, so the error is a little too small if documents are much longer than samples.
     """
     values = values.double()
     spread = values.std().item() if len(values) > 1 else math.nan
@@ -63,7 +63,7 @@ def average(values: Float[Tensor, " samples"]) -> Estimate:
 
 
 def difference(ours: Float[Tensor, " samples"], theirs: Float[Tensor, " samples"]) -> Estimate:
-    """Mean of ours minus theirs on the same samples; what both find hard cancels in the error."""
+    """Mean of ours minus theirs on the same samples. What is hard for both cancels in the error."""
     return average(ours.double() - theirs.double())
 
 
@@ -102,11 +102,11 @@ def target_bytes(
     samples: Int[Tensor, "samples seq"],
     predicted: Bool[Tensor, "samples predictions"] | None = None,
 ) -> Int[Tensor, " samples"]:
-    """UTF-8 bytes of the text that each sample's predicted tokens (all but the first) stand for.
+    """UTF-8 bytes of the text of each sample's predicted tokens (all but the first).
 
-    The whole sample, up to its last prediction, decoded less its first token decoded, without special tokens:
-    separators between documents cost bits and count no bytes. Exact but for a character that a sample boundary cuts
-    in two. Of tokens before the last prediction only special ones may be left out of `predicted`.
+    These are the bytes of the decoded sample up to its last prediction, minus those of its first token. Special tokens
+    count no bytes, so separators between documents cost only bits. The result is exact, except for a character that a
+    sample boundary cuts in two. Before the last prediction, only special tokens may be left out of `predicted`.
     """
 
     def size(ids: list[int]) -> int:
@@ -129,7 +129,7 @@ def language_modeling(
 ) -> Float[Tensor, " samples"]:
     """Mean negative log-likelihood of each sample's tokens after its first, in nats per token (float64, CPU).
 
-    `predicted` says which of them are measured, by default all.
+    `predicted` says which of them are measured. By default, all are.
     Raises `CorpusError` if the samples are longer than the model's context.
     """
     require_context(model.config, samples.shape[1], "a held-out sample")
@@ -184,8 +184,8 @@ def divergence(
 
         KL = sum_v p_t(v) (log p_t(v) - log p_s(v)),   float32 log-softmax over the full vocabulary
 
-    Only positions that predict a token of the sample count, and of these only those of `predicted`, if given. Where
-    one vocabulary is padded further than the other, both distributions are taken over the entries that they share.
+    Only positions that predict a token of the sample count. If `predicted` is given, only those in it count. If one
+    vocabulary is padded further than the other, both distributions are taken over the entries that they share.
 
     Raises `CorpusError` if the samples are longer than either model's context.
     """
@@ -239,9 +239,9 @@ def require_context(config: PretrainedConfig, num_tokens: int, what: str) -> Non
 def generate_greedily(
     model: PreTrainedModel, prompt_1S: Int[Tensor, "1 seq"], *, num_new_tokens: int, end: int | list[int] | None = None
 ) -> Int[Tensor, "1 longer"]:
-    """The prompt and the likeliest token after it, again and again, with the key-value cache; stops after `end`.
+    """Greedy generation from the prompt with the key-value cache; stops after the token `end`.
 
-    What the checkpoint's generation_config.json asks for (penalties, beams, forced tokens, stop strings) has no say.
+    The checkpoint's generation_config.json (penalties, beams, forced tokens, stop strings) is ignored.
     """
     own = model.generation_config
     pad = end[0] if isinstance(end, list) else end

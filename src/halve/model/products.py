@@ -1,6 +1,6 @@
 """Matrix products whose results are never rounded to half precision, from the fastest library that is exact.
 
-Where a CPU may round what it multiplies, it may only in products whose factors are bfloat16 anyway.
+A CPU may round the factors of a product only if they are bfloat16 anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def product(
 
 
 def rounded_product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
-    """Multiply two matrices of one precision; on a CPU the result has it, too, as autocast has it."""
+    """Multiply two matrices of the same precision. On a CPU the result has this precision too, as under autocast."""
     if a.is_cuda:
         return product(a, b)
     with torch.autocast(a.device.type, enabled=False):
@@ -58,11 +58,11 @@ def add_product(
 
 @contextmanager
 def fast_products(operand: torch.dtype = torch.float32) -> Iterator[None]:
-    """Within, a CPU takes its float32 products from oneDNN, where the operands' precision allows.
+    """In this context, a CPU takes its float32 products from oneDNN if the precision of the operands allows it.
 
-    torch asks oneDNN only if it may round operands to bfloat16; its default, MKL, is slower on many processors (half
-    as fast for logits on one from AMD). oneDNN does round where a processor has units for it (AMX), and there only
-    operands that are bfloat16 anyway may go this way. Everywhere else its results are float32's.
+    torch calls oneDNN only if it may round operands to bfloat16. The default, MKL, is slower on many processors (half
+    as fast for logits on one from AMD). oneDNN does round on processors with units for bfloat16 (AMX). There, only
+    operands that are bfloat16 anyway are multiplied this way. On all other processors its results are those of float32.
     """
     backends: Any = torch.backends.mkldnn
     setting = backends.matmul
@@ -77,7 +77,7 @@ def fast_products(operand: torch.dtype = torch.float32) -> Iterator[None]:
 
 @functools.cache
 def rounds_nothing() -> bool:
-    """Whether this CPU multiplies in float32 even where it may round to bfloat16: one small product tells."""
+    """Whether this CPU multiplies in float32 even if it may round to bfloat16. One small product shows it."""
     with _disable_current_modes():  # a rehearsal's tensors have no values
         random = torch.Generator().manual_seed(0)
         a, b = torch.randn(192, 256, generator=random), torch.randn(256, 1024, generator=random)

@@ -1,6 +1,7 @@
-"""Saving models, so that what comes out opens everywhere.
+"""Saving models so that they open everywhere.
 
-Out comes an ordinary Hugging Face folder whose config.json speaks to older readers, too (`halve.anatomy.spelling`).
+The result is an ordinary Hugging Face folder. Its config.json also has the keys that older readers need
+(`halve.anatomy.spelling`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from halve.process.waits import wait
 
 RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
 _CODE = "auto_map"
-"""The key under which JSON files name the code that a model brings."""
+"""The key under which JSON files name a model's own code."""
 
 
 def save_model(
@@ -37,7 +38,7 @@ def save_model(
     extra_from: Path | None,
     record: Mapping[str, Any] | None,
 ) -> None:
-    """Write an ordinary Hugging Face folder, whole or not at all.
+    """Write an ordinary Hugging Face folder, completely or not at all.
 
     `extra_from` is the folder whose tokenizer, chat templates, generation config and terms of use are copied; `record`
     becomes halve.json and a short model card, which names that folder's license. An earlier model in `folder` is
@@ -61,7 +62,7 @@ def save_model(
 
 
 def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
-    """`save_pretrained` writes into the model's config; it gets copies."""
+    """Save the weights. `save_pretrained` changes the model's config, so it gets copies."""
     config, generation = model.config, model.generation_config
     model.config = copy.deepcopy(config)
     model.generation_config = GenerationConfig()
@@ -71,7 +72,7 @@ def _write_weights(model: transformers.PreTrainedModel, draft: Path) -> None:
     finally:
         model.config, model.generation_config = config, generation
     for file in draft.glob("*.safetensors"):
-        file.chmod((draft / CONFIG).stat().st_mode)  # safetensors writes files that others cannot read
+        file.chmod((draft / CONFIG).stat().st_mode)  # safetensors writes files that other users cannot read
     (draft / GENERATION).unlink(missing_ok=True)
     if generation is not None:
         generation.to_json_file(draft / GENERATION)
@@ -99,11 +100,11 @@ def _copy_extras(source: Path | None, draft: Path) -> None:
 
 
 def _drop_code(path: Path) -> None:
-    """Leave out of a copied file which code its model brings: it stays behind, and who trusts it would miss it."""
+    """Remove the reference to a model's own code from a copied file, because this code is not copied."""
     text = path.read_bytes()
     if f'"{_CODE}"'.encode() not in text:
         return
-    with suppress(ValueError):  # what is no JSON names no code
+    with suppress(ValueError):  # a file that is not JSON names no code
         raw = plain_json.parse_json(text)
         if isinstance(raw, dict) and raw.pop(_CODE, None) is not None:
             _write_object(path, raw)

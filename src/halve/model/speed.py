@@ -1,4 +1,4 @@
-"""How fast a model reads and writes, and the memory that this takes, in plain transformers.
+"""Prefill speed, decode speed and peak memory of a model in plain transformers.
 
 Shape suffixes: `B` batch, `S` tokens of the prompt.
 """
@@ -41,9 +41,9 @@ def compare_speed(
 ) -> dict[str, Speed]:
     """Time models against each other on one prompt.
 
-    Prefill is one forward pass over the prompt that fills the key-value cache; decode is `num_new_tokens`
-    greedy steps of one token on that cache. Tokens of all sequences of the batch count. Models take turns
-    within each repeat, after one that is thrown away, so that a busy machine slows all of them alike.
+    Prefill is one forward pass over the prompt that fills the key-value cache. Decode is `num_new_tokens` greedy steps
+    of one token on that cache. Tokens of all sequences in the batch count. Models take turns within each repeat, so
+    that other work on the machine slows all of them alike. A first repeat is thrown away.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
@@ -64,16 +64,16 @@ def compare_speed(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters as they are held, tied ones once."""
+    """Bytes of the parameters in memory; tied ones count once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> int:
-    """The most bytes in tensors at any moment of prefill and four decode steps, the weights left out.
+    """The peak bytes of tensors during prefill and four decode steps, without the weights.
 
-    On CUDA this is the allocator's own peak. On a CPU it is the same figure from the profiler's record of
-    each allocation: a process's resident size would mostly show what importing torch costs, tens of times the
-    weights of a small model.
+    On CUDA this is the allocator's own peak. On a CPU it comes from the profiler's record of every allocation. The
+    resident size of the process would mostly show the cost of importing torch, tens of times the weights of a small
+    model.
     """
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
@@ -101,7 +101,7 @@ def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> i
 def _time(model: PreTrainedModel, prompt_BS: Tensor, num_new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of this many decode steps."""
     prompt_BS = prompt_BS.to(model.device)
-    # generation asks for the last position's logits alone; so does this, where the model's class can
+    # like generation, ask only for the logits of the last position, if the model's class can do that
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     began = _now(model)
     out = model(input_ids=prompt_BS, use_cache=True, **last)
@@ -120,7 +120,7 @@ def _now(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's C++ part writes its own lines to stderr and no setting stops it."""
+    """Silence stderr: the C++ part of the profiler writes lines to it, and no setting stops that."""
     saved = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,4 +1,4 @@
-"""What a recipe asks of memory, processors, the tokenizer and the model's context, against what there is."""
+"""Compare what a recipe needs with what is available: memory, processors, tokenizer, and the model's context."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROCESSES_A_CORE = 16
 
 
 def of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> Iterator[Callable[[], Any]]:
-    """Checks that raise a `HalveError` each; of a step only where it is known that this machine takes it."""
+    """Checks that each raise a `HalveError`. A step is checked only if it is known to run on this machine."""
     yield partial(_check_questions, recipe, teacher)
     if ranks is None:
         return
@@ -42,7 +42,7 @@ def check_workers(recipe: Recipe) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Refuse a run folder that cannot be made where it is asked for."""
+    """Refuse a run folder that cannot be created at this place."""
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(
@@ -61,7 +61,7 @@ def check_place(out: Path) -> None:
 
 
 def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
-    """Multiple-choice items and prompts fit the teacher's context and vocabulary."""
+    """Refuse multiple-choice items and prompts that do not fit the teacher's context and vocabulary."""
     from halve.anatomy.configs import context_length
     from halve.model.choices import encode, load_items
     from halve.text.questions import encoded_choices, encoded_prompts
@@ -82,7 +82,7 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Training, ranks: int) -> None:
-    """No plan, only what no way of training does without: the ids of a step, the states that enter a layer."""
+    """Refuse a step that cannot fit in memory in any setting: its ids, and the states that enter a layer."""
     sizes = teacher.anatomy.sizes
     context = max([recipe.data.context, *(phase.context or 0 for phase in training.phases)])
     share = max(1, training.batch // ranks)
@@ -99,7 +99,7 @@ def _check_step(recipe: Recipe, teacher: Checkpoint, name: str, training: Traini
 
 
 def _memory(recipe: Recipe) -> int:
-    """Of the device and of the machine together: some states may wait there."""
+    """The memory of the device and of the machine together, because some states may be offloaded."""
     import psutil
 
     from halve.model.checkpoint import resolve_device

@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 def check(
     recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None, ranks: int | None = None
 ) -> tuple[HalveError, ...]:
-    """What is wrong with a recipe, as far as names, headers, sizes and first lines can tell; empty if nothing.
+    """The errors of a recipe that names, headers, sizes and first lines can show. Empty if there are none.
 
-    Looks at the teacher's config, file headers and tokenizer, the beginning of every file of text, the samples that
-    short text makes, the plan's sizes, the multiple-choice files, the device, and, with `out`, the run folder and the
-    room on its disk.
-    `teacher` is the recipe's model, where the caller has opened it. `ranks` is how many processes will train together;
-    None is not known yet, as on the machine from which a job is sent to a cluster. What a step needs of its memory is
-    then not asked.
+    Checks the teacher's config, file headers and tokenizer, the beginning of every text file, the number of samples of
+    short text, the sizes of the plan, the multiple-choice files and the device. With `out`, it also checks the run
+    folder and the free disk space.
+
+    `teacher` is the recipe's model, if the caller has opened it. `ranks` is how many processes will train together.
+    None means that this is not known yet, as on a machine that submits jobs to a cluster. Memory for a step is then not
+    checked.
     """
     found: list[HalveError] = []
 
@@ -55,7 +56,7 @@ def check(
     tell(_of_the_text(recipe))
     if out is not None and teacher is not None:
         tell(iter([partial(_check_room, recipe, teacher, out)]))
-    if not found and teacher is not None:  # what is wrong so far would be told again
+    if not found and teacher is not None:  # the errors so far would be reported again
         tell(iter([partial(preflight_text.check_samples, recipe, teacher, out and out / "data")]))
     return tuple(found)
 
@@ -122,13 +123,13 @@ def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
             raise RecipeError(
                 f"round {number} learns from the last student, which has learned nothing",
-                why=f"round {number - 1} has no section distill, so its student is what the cut left",
+                why=f"round {number - 1} has no section distill, so its student is not trained",
                 fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
             )
 
 
 def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:
-    """What the correction trains is in the model, and the packages for it are there."""
+    """Check that the model has what the correction trains, and that the packages for it are installed."""
     if recipe.correct is not None:
         from halve.train.loop import adapters, optimizers
 
@@ -137,7 +138,7 @@ def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_states(recipe: Recipe, found: Sequence[PlannedRound]) -> None:
-    """Teacher and student have the layers whose states are compared."""
+    """Check that teacher and student have the layers whose states are compared."""
     from halve.train.objectives.intermediate import layer_pairs
 
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
@@ -148,14 +149,14 @@ def _check_states(recipe: Recipe, found: Sequence[PlannedRound]) -> None:
 
 
 def _check_shares(training: Training, ranks: int) -> None:
-    """There are ranks for its replicas, and a step's samples fall into equal shares."""
+    """Check that there are enough ranks for the replicas, and that samples can be split equally over the ranks."""
     from halve.train.ranks.group import require_shares
 
     require_shares(training, ranks)
 
 
 def _check_packages(training: Training) -> None:
-    """What its optimizer and its loggers are made with is installed."""
+    """Check that the packages of the optimizer and the loggers are installed."""
     from halve.train.loop import journal, optimizers
 
     optimizers.require(training)
@@ -205,9 +206,9 @@ def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
-    """The tokenizer marks where documents end, and a tiny twin of the model keeps them apart.
+    """Check that the tokenizer separates documents, and that a tiny twin of the model keeps them apart.
 
-    Where no twin runs, the stages ask the model itself.
+    If no twin runs, the stages check the model itself.
     """
     from halve.cut.proof.twins import running_twin
     from halve.text import documents, tokenize
@@ -223,7 +224,7 @@ def _check_corpus(source: str, text_field: str) -> None:
 
 
 def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:
-    """The disk plan's bytes, less those that an earlier start of the run has written, are free."""
+    """Check that the disk has room for the plan, without what an earlier start of the run has already written."""
     from halve.model.checkpoint import resolve_device
     from halve.preflight.sizes import planned_rounds
     from halve.preflight.space import planned_disk

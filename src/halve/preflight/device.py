@@ -1,4 +1,4 @@
-"""The device that a run is planned for: the one at hand, or a card that the command names."""
+"""The device for which a run is planned: the one of this machine, or a card that the command names."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from halve.train.loop import watch
 
 GPU_MFU: Final = 0.4
 CPU_MFU: Final = 0.5
-"""What the demo's distillation reaches of the products that are measured here: 0.50 to 0.52 on two cores."""
+"""The share of the measured matrix rate that the demo's distillation reaches: 0.50 to 0.52 on two cores."""
 CARD_BYTES: Final = 80e9
 
 
 @dataclass(frozen=True)
 class PlannedDevice:
-    """What runs a recipe, how much it holds, and how fast it multiplies."""
+    """A device with its memory and its speed of matrix products."""
 
     name: str
     cuda: bool
     memory_bytes: float
-    """Of a CPU the machine's main memory, which its processes share."""
+    """For a CPU this is the machine's main memory, which its processes share."""
     flops: float | None
-    """Matrix products a second: a GPU's by its data sheet, a CPU's as just measured; None where nobody knows."""
+    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's as measured. None if it is not known."""
     mfu: float
     cores: int | None = None
 
     def hours(self, flops: float, *, ranks: int = 1) -> float | None:
-        """How long so many FLOPs take; the ranks of one CPU share it."""
+        """How long this many FLOPs take. The ranks on one CPU share it."""
         if self.flops is None:
             return None
         return flops / (self.flops * self.mfu) / 3600 / (ranks if self.cuda else 1)
@@ -45,21 +45,21 @@ class PlannedDevice:
 
 
 def card(memory_bytes: float = CARD_BYTES, mfu: float = GPU_MFU) -> PlannedDevice:
-    """An H100 with so much memory, wherever it may be."""
+    """An H100 with this much memory, which need not be in this machine."""
     return PlannedDevice("an H100", True, memory_bytes, watch.GPU_FLOPS["H100"], mfu)
 
 
 def device_name(gigabytes: float | None, mfu: float | None, ranks: int | None) -> PlannedDevice | None:
-    """The card that the command's flags speak of; None where none is given, so that the device at hand is meant."""
+    """The card that the command's flags describe. None without such flags: then the device of this machine is meant."""
     if gigabytes is mfu is ranks is None:
         return None
     return card(CARD_BYTES if gigabytes is None else gigabytes * 1e9, GPU_MFU if mfu is None else mfu)
 
 
 def at_hand(asked: recipe.Device) -> PlannedDevice:
-    """The device of this machine that a recipe would run on; a card where it asks for CUDA that is not there.
+    """The device of this machine on which a recipe would run. If it asks for CUDA and there is none, a card.
 
-    A CPU's rate is measured: a fraction of a second.
+    The speed of a CPU is measured, which takes a fraction of a second.
     """
     if asked != "cpu" and torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)

@@ -1,4 +1,4 @@
-"""What a run will do and cost, said before it starts: sizes, tokens, FLOPs, memory, disk. Reads no weights."""
+"""A forecast of what a run will do and cost: sizes, tokens, FLOPs, memory, disk. Reads no weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from halve.train.ranks.group import require_shares
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of pruning and distilling makes."""
+    """The result of one round of pruning and distillation."""
 
     student: Arch
     counts: Counts
@@ -31,7 +31,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything that `--dry-run` prints; `student` and what follows it is the last round's."""
+    """Everything that `--dry-run` prints. `student` and the fields after it belong to the last round."""
 
     name: str
     teacher: Arch
@@ -44,42 +44,42 @@ class Forecast:
     tokens: dict[str, int]
     flops: dict[str, float]
     memory: dict[str, Memory]
-    """What a rank holds in every stage that trains."""
+    """The memory of one rank in every training stage."""
     settings: tuple[DistillSetting, ...]
-    """Other ways to carry out the distillation that takes most, where they are asked for."""
+    """Other settings for the distillation that needs most memory, if `compare` is set."""
     place: Hardware
     device: PlannedDevice
-    """What memory and hours are planned for."""
+    """The device for which memory and hours are planned."""
     disk: Disk
     schedule: dict[str, Any]
     trial: tuple[tuple[Arch, ...], ...]
-    """For every round the sizes that its trial chooses from; what is shown above is then width alone."""
+    """For every round, the sizes from which its trial chooses. The sizes above then cut only width."""
 
     @property
     def hours(self) -> float | None:
-        """Hours on the device, shared among its ranks; None where its rate is not known."""
+        """Hours on the device, split over its ranks. None if its speed is not known."""
         return self.device.hours(sum(self.flops.values()), ranks=self.place.ranks)
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of one H100 at `gpu_mfu`, whatever the device is: people plan on a laptop for a cluster."""
+        """Hours of one H100 at `gpu_mfu`. Given for every device, because people plan on a laptop for a cluster."""
         hours = card(mfu=self.gpu_mfu).hours(sum(self.flops.values()))
         assert hours is not None
         return hours
 
     @property
     def gpu_mfu(self) -> float:
-        """The share of its rate that a card is planned with."""
+        """The share of its peak FLOP/s with which a card is planned."""
         return self.device.mfu if self.device.cuda else GPU_MFU
 
     @property
     def room_bytes(self) -> float:
-        """The memory that one rank has of the device's."""
+        """The part of the device's memory for one rank."""
         return self.device.memory_bytes / (1 if self.device.cuda else self.place.ranks)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage that trains fits the device."""
+        """Whether every training stage fits the device."""
         return all(memory.fits(self.room_bytes) for memory in self.memory.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -103,12 +103,12 @@ def forecast(
     device: PlannedDevice | None = None,
     compare: bool = False,
 ) -> Forecast:
-    """Plan and cost of a recipe from the teacher's config alone, on so many ranks.
+    """Plan and cost of a recipe on this many ranks, from the teacher's config alone.
 
-    `teacher` is the recipe's model, where the caller has opened it. `device` is by default what this machine would run
-    the recipe on; a recipe with `device: cpu` is always planned for that. `compare` adds `settings`: what the
-    distillation would take on a GPU in other ways. Raises what planning raises: `CheckpointError`, `AnatomyError`,
-    `PlanError`, and `TrainError` for ranks that the samples of a step cannot be shared among.
+    `teacher` is the recipe's model, if the caller has opened it. `device` is by default the device on which this
+    machine would run the recipe. A recipe with `device: cpu` is always planned for the CPU. `compare` adds `settings`:
+    the memory of the distillation on a GPU with other settings. Raises `CheckpointError`, `AnatomyError`, `PlanError`,
+    and `TrainError` if the samples of a step cannot be split over the ranks.
     """
     if device is None or recipe.device == "cpu":
         device = at_hand(recipe.device)
@@ -151,7 +151,7 @@ def _made(shape: PlannedRound, context: int) -> Round:
 
 
 def _opened(found: Sequence[PlannedRound]) -> tuple[tuple[str, str, str], ...]:
-    """Which runtimes open the last student: what a round moves stays moved in those after it."""
+    """Which runtimes open the last student. Layers that a round moves stay moved in later rounds."""
     rounds = [runtimes(shape.before, shape.after, shape.kept_layers) for shape in found]
     return tuple(
         (told[0].name, worst(r.opens for r in told), next((r.remedy for r in told if r.remedy), ""))
@@ -172,7 +172,7 @@ def _place(recipe: Recipe, ranks: int, *, cuda: bool) -> Hardware:
 def _memory(
     recipe: Recipe, found: tuple[PlannedRound, ...], place: Hardware, *, compare: bool
 ) -> tuple[dict[str, Memory], tuple[DistillSetting, ...]]:
-    """What every stage that trains takes, and other settings for the distillation that takes most."""
+    """The memory of every training stage, and other settings for the distillation that needs most."""
     teacher = _sized(found[0], found[0].before.sizes)
     memory: dict[str, Memory] = {}
     distillations: dict[str, Distillation] = {}

@@ -1,13 +1,13 @@
-"""The memory plan: what one rank of a training run holds at the moment that takes most, before anything is loaded.
+"""The memory plan: the peak memory of one rank in a training, before anything is loaded.
 
-    masters      float32 weights of what is trained, a rank's share of them
+    masters      float32 weights of the trained parameters, a rank's shard of them
     gradients    float32, of the same parameters
-    moments      the optimizer's
-    teacher      its weights, where and as the recipe keeps them; of one that learns beside, masters and moments too
-    gathered     what ranks put together for a moment: two layers, the embeddings, the head
-    passing      activations, copies in half precision and the chunks of the loss, by a rehearsal (`rehearsal`)
+    moments      those of the optimizer
+    teacher      its weights, where and how the recipe keeps them; if it is corrected beside, masters and moments too
+    gathered     what FSDP gathers temporarily: two layers, the embeddings, the head
+    passing      activations, copies in half precision and chunks of the loss, from a rehearsal (`rehearsal`)
 
-Not counted: PyTorch's own context and fragments of its allocator, for which `fits` leaves a tenth.
+Not counted: PyTorch's own context and the fragmentation of its allocator. `fits` leaves a tenth free for them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Memory:
     gathered_bytes: int
     passing_bytes: int
     unknown: str = ""
-    """Why `passing_bytes` could not be rehearsed, where that is so; they are 0 then."""
+    """Why `passing_bytes` could not be rehearsed, if so. They are then 0."""
 
     @property
     def total_bytes(self) -> int:
@@ -52,13 +52,13 @@ class Memory:
         return sum(value for value in asdict(self).values() if isinstance(value, int))
 
     def fits(self, room: float) -> bool:
-        """Whether a card or machine of so many bytes holds it with `SPARE` to spare; what is not known does not."""
+        """Whether it fits into this many bytes with `SPARE` left free. An unknown size does not fit."""
         return not self.unknown and self.total_bytes < (1 - SPARE) * room
 
 
 @dataclass(frozen=True)
 class Sized:
-    """A model as far as a plan knows it."""
+    """What a plan knows about a model."""
 
     config: PretrainedConfig
     arch: Arch
@@ -77,7 +77,7 @@ class Sized:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a run is planned: ranks, groups of them that hold a whole model, the kind of device, its precision."""
+    """Where a run is planned: ranks, groups of ranks that hold a whole model, kind of device, precision."""
 
     ranks: int = 1
     replicas: int = 1
@@ -92,7 +92,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class DistillSetting:
-    """A way to carry a distillation out, and what it takes."""
+    """A setting of a distillation, and its memory."""
 
     optimizer: str
     recompute: str
@@ -102,7 +102,7 @@ class DistillSetting:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is planned: who learns from whom, where, in samples of how many tokens."""
+    """What is planned: student, teacher, place, and tokens in a sample."""
 
     training: Distill
     student: Sized
@@ -113,11 +113,11 @@ class Distillation:
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
-        """Its passes, gone through."""
+        """The rehearsal of its passes."""
         return _rehearsed(self._cast(), self.training, self.training, self.context, ranks=self.place.ranks)
 
     def memory(self) -> Memory:
-        """What it takes."""
+        """Its memory."""
         return self._memory(self.training, self.rehearsal)
 
     def _memory(self, training: Distill, found: Rehearsal) -> Memory:
@@ -127,7 +127,7 @@ class Distillation:
         return replace(own, teacher_bytes=held, gathered_bytes=own.gathered_bytes + gathered)
 
     def with_correction(self, section: Correct) -> Memory:
-        """The same where the teacher is corrected beside: they take turns, so that the fuller turn counts."""
+        """The same with a correction beside. Student and teacher train in turns, so the larger peak counts."""
         own = _learning(self.training, self.student, self.rehearsal, self.place, batch=self.training)
         cast = replace(self._cast(), student=self.teacher.config, teacher=None)
         played = _rehearsed(cast, section, self.training, self.context, ranks=self.place.ranks)
@@ -139,7 +139,7 @@ class Distillation:
         return replace(fuller, **kept, unknown=unknown)
 
     def settings(self) -> tuple[DistillSetting, ...]:
-        """Other ways to carry it out: optimizer, recomputation, where the teacher is."""
+        """Other settings: optimizer, recomputation, place of the teacher."""
         training = self.training
         ways = [way for way in _OPTIMIZERS if way == "adamw" or self.place.ranks == 1]
         cacheable = training.intermediate is None and set(training.terms) != {"ce"}
@@ -182,14 +182,14 @@ def dtype_of(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
 
 
 def correction_memory(training: Correct, teacher: Sized, place: Hardware, *, context: int) -> Memory:
-    """What correcting the teacher before anything else takes."""
+    """The memory of a correction before the other stages."""
     cast = Cast(teacher.config, None, place.half, cuda=place.cuda, in_shards=place.ranks > 1)
     found = _rehearsed(cast, training, training, context, ranks=place.ranks)
     return _learning(training, teacher, found, place, batch=training)
 
 
 def _samples(batch: Training, ranks: int) -> int:
-    """Of one micro-batch on one rank."""
+    """The samples of one micro-batch on one rank."""
     return min(batch.micro_batch or batch.batch, max(1, batch.batch // ranks))
 
 
@@ -198,7 +198,7 @@ def _rehearsed(cast: Cast, training: Training, batch: Training, context: int, *,
 
 
 def _learning(training: Training, model: Sized, found: Rehearsal, place: Hardware, *, batch: Training) -> Memory:
-    """What one learner takes; how many micro-batches make a step, `batch` says."""
+    """The memory of one learner. `batch` says how many micro-batches make a step."""
     one_pass = place.ranks == 1 and _samples(batch, 1) == batch.batch
     gradients = 4 * found.trained / place.shards
     scratch = 10 * found.largest if training.optimizer == "muon" else 0  # its update in float32, three factors in half
@@ -215,7 +215,7 @@ def _learning(training: Training, model: Sized, found: Rehearsal, place: Hardwar
 
 
 def moments(training: Training, found: Learned) -> float:
-    """Bytes of an optimizer's moments, wherever they are."""
+    """Bytes of an optimizer's moments, on any device."""
     if training.offload_optimizer:
         return 8.0 * found.trained
     if training.optimizer == "adamw8bit":
@@ -231,7 +231,7 @@ def _gathered(model: Sized, each: int) -> float:
 
 
 def _frozen(training: Distill, teacher: Sized, each: int, place: Hardware) -> tuple[int, int]:
-    """A teacher's weights on the student's device, and what ranks put together of them."""
+    """A teacher's weights on the student's device, and what FSDP gathers of them."""
     head, params = each * teacher.table, each * teacher.counts.params
     if training.cache != "none" or training.teacher_device != "same":
         return head, 0

@@ -1,10 +1,10 @@
-"""How much memory one step takes, found by going through it on tensors that have shapes and no contents.
+"""How much memory one step takes, found by running it on tensors that have shapes but no contents.
 
-The passes are those of the loop itself, under PyTorch's fake tensors, so that every family, precision and kind of
-recomputation is counted by what it really keeps. No weight is read and no memory is taken; an 8B model takes seconds.
+The passes are those of the loop itself, under PyTorch's fake tensors. So every family, precision and kind of
+recomputation is counted by what it really stores. No weight is read and no memory is taken. An 8B model takes seconds.
 
-A GPU is rehearsed on the CPU: attention keeps the same there (queries, keys, values, the result and a number for each
-row). What differs are the factors of the head's products, and they are given as the GPU has them.
+A GPU is rehearsed on the CPU. Attention stores the same there: queries, keys, values, the result and a number for each
+row. Only the factors of the head's products differ, and these are set as on the GPU.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
 
 _FEW = 2
-"""Layers of the shallower play: families that take turns between two kinds of layers do so within it."""
+"""Layers of the shallower model. Families that alternate between two kinds of layers do so within it."""
 
 
 @dataclass(frozen=True)
 class Cast:
-    """Who plays: a student, the teacher whom it follows (None: it learns from text alone), and how they are held.
+    """The models of a rehearsal: a student and its teacher (None if it learns from text alone).
 
-    `half` says whether products are taken in bfloat16; `in_shards`, that layers are then gathered in it, and not cast.
+    `half`: products are computed in bfloat16. `in_shards`: layers are then gathered in bfloat16 and not cast.
     """
 
     student: PretrainedConfig
@@ -62,9 +62,7 @@ class Cast:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a training moves: so many parameters; `matrices` of them are in matrices between hidden states, the largest
-    of which has `largest`.
-    """
+    """The trained parameters: their number, how many are in matrices between hidden states, the largest of these."""
 
     trained: int
     matrices: int
@@ -73,11 +71,11 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal(Learned):
-    """What a step takes beside the weights of both and the optimizer's moments.
+    """The memory of a step, without the weights of both models and the optimizer's moments.
 
-    `first` is the most bytes during a step's first micro-batch, its growing gradients included; `later` the most
-    during the others, beside gradients. `kept` are the bytes that wait for the way back when the loss is known. Where
-    the family's code cannot be gone through without contents, `problem` says why, and bytes are 0.
+    `first` is the peak of the first micro-batch, with its growing gradients. `later` is the peak of the others, without
+    gradients. `kept` are the bytes that are stored for the backward pass when the loss is known. If the family's code
+    cannot run on tensors without contents, `problem` says why, and the bytes are 0.
     """
 
     first: int
@@ -87,7 +85,7 @@ class Rehearsal(Learned):
 
 
 class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are made while it watches: `now`, and the `most` so far."""
+    """Counts the bytes of tensors that are made while it is active: `now`, and the `most` so far."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -95,7 +93,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let the operation run, and count what it made."""
+        """Run the operation and count its results."""
         grouped = func is torch.ops.aten._grouped_mm.default
         result = _grouped(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -105,7 +103,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def begin_anew(self) -> int:
-        """Forget the most so far; give what there is now."""
+        """Reset the peak, and return the current bytes."""
         self.most = self.now
         return self.now
 
@@ -122,9 +120,9 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
-    """What a mixture's experts make of their tokens, or their gradients: `torch._grouped_mm` by its shapes.
+    """The result shapes of `torch._grouped_mm`, which computes a mixture's experts and their gradients.
 
-    PyTorch's own rule for tensors without contents refuses all but bfloat16, which its kernels do not.
+    PyTorch's own rule for tensors without contents refuses every dtype but bfloat16. Its kernels accept others.
     """
     if a.ndim == b.ndim == 2:
         assert offs is not None, "groups of columns are told by their ends"
@@ -134,24 +132,24 @@ def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tens
 
 
 def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> Rehearsal:
-    """Go through two micro-batches of so many samples.
+    """Run two micro-batches of this many samples.
 
-    A deep student is played by two shallow ones: what a pass takes grows by the same with every layer. Raises what
-    `intermediate.match` raises.
+    For a deep student, two shallow ones are run instead, because the memory grows by the same amount with every layer.
+    Raises what `intermediate.match` raises.
     """
     problem = ""
     try:
-        with _quietly(), wait("going through a step on tensors without contents, for the memory plan"):
+        with _quietly(), wait("running a step on tensors without contents, for the memory plan"):
             played = _played(cast, training, samples=samples, context=context)
     except HalveError:
         raise
-    except Exception as error:  # a family's code may look at contents, which are not there
+    except Exception as error:  # a family's code may read contents, which do not exist
         played, problem = _Played(0, 0, 0), " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return Rehearsal(**played._asdict(), **asdict(learned(cast.student, training)), problem=problem)
 
 
 def learned(config: PretrainedConfig, training: Training) -> Learned:
-    """What a training moves of a model."""
+    """The parameters of a model that a training changes."""
     model = _learner(Cast(config, None, half=False), training)
     matrices = [
         p.numel() for layer in blocks.layers(model) for p in layer.parameters() if p.requires_grad and p.ndim == 2
@@ -162,7 +160,7 @@ def learned(config: PretrainedConfig, training: Training) -> Learned:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep PyTorch from logging what a family's code could not do without contents: `problem` says it."""
+    """Keep PyTorch from logging errors of code that needs contents. `problem` has the message."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -214,7 +212,7 @@ def _play(cast: Cast, training: Training, *, samples: int, context: int) -> _Pla
 
 
 def _shallow(cast: Cast, layers: int) -> Cast:
-    """The same with so many layers; a teacher keeps nothing from layer to layer, and needs few."""
+    """The same with this many layers. A teacher stores nothing from layer to layer, so few are enough."""
 
     def cut(config: PretrainedConfig | None) -> PretrainedConfig | None:
         if config is None or discover(config).sizes.layers <= layers:
@@ -230,7 +228,7 @@ def _shallow(cast: Cast, layers: int) -> Cast:
 class _Act:
     objective: objectives.Objective
     known: tuple[Tensor, ...]
-    """Weights: they are there before."""
+    """The bytes of weights, which exist before the step."""
 
     @classmethod
     def of(cls, cast: Cast, training: Training, student: PreTrainedModel, teacher: PreTrainedModel | None) -> _Act:
@@ -243,12 +241,12 @@ class _Act:
 def _objective(
     cast: Cast, training: Training, student: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> tuple[objectives.Objective, list[Tensor]]:
-    """What the stage would minimize, with the chunks of the device in question, and weights that it has of its own."""
+    """The loss of the stage, with the chunk size of the planned device, and the loss's own weights."""
 
     def summed(hidden_ND: Tensor, head: Head, target: chunked.Target) -> Tensor:
         vocab = head.weight.shape[0]
         chunk = chunked.chunk_tokens(vocab, cuda=cast.cuda)
-        hidden_ND = hidden_ND[: 2 * chunk]  # further chunks take the same room, and time
+        hidden_ND = hidden_ND[: 2 * chunk]  # further chunks take the same memory, and more time
         return chunked.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=operand)
 
     operand = torch.bfloat16 if cast.half else None
@@ -261,7 +259,7 @@ def _objective(
         return from_text, []
     rows = divergences.weighted(objectives.teacher_terms(training))
     its_body, its_head = parts(teacher)
-    if cast.cuda:  # a CPU would make a float32 copy of it, which there is not on a GPU
+    if cast.cuda:  # a CPU would make a float32 copy of it, and a GPU does not
         its_head = replace(its_head, weight=its_head.weight.float())
     live = Live(its_body, its_head)
 
@@ -273,7 +271,7 @@ def _objective(
         return summed(predictions(body, batch), head, target), batch.labels().numel()
 
     states = training.intermediate
-    # relations of attention are taken a head at a time, over positions that no shape tells: they are not rehearsed
+    # attention relations are computed one head at a time, over positions that shapes do not show: not rehearsed
     heard = () if states is None else tuple(state for state in states.states if state != "attention")
     if states is None or not heard:
         return from_teacher, [its_head.weight]
@@ -283,7 +281,7 @@ def _objective(
 
 
 def _learner(cast: Cast, training: Training) -> PreTrainedModel:
-    """The student as `shards.learner` leaves it; a teacher that is corrected, with what it may change. On meta."""
+    """The student as `shards.learner` prepares it, or a teacher that is corrected, on the meta device."""
     model = build(cast.student, device="meta").requires_grad_(True)
     if isinstance(training, Correct):
         adapters.choose_trained(model, training, seed=0)
@@ -296,7 +294,7 @@ def _learner(cast: Cast, training: Training) -> PreTrainedModel:
 
 
 def _give_storage(model: PreTrainedModel) -> None:
-    """Put every tensor from meta to the CPU; under fake tensors that takes no memory. Tied ones stay tied."""
+    """Move every tensor from meta to the CPU, which takes no memory under fake tensors. Tied ones stay tied."""
     there: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -1,7 +1,7 @@
-"""Whether a recipe's text makes the samples that it asks for, known before a run where the text is short.
+"""Whether a recipe's text gives enough samples, checked before a run if the text is short.
 
-Short text is tokenized as a run would, into a folder that is thrown away. Of text that a run has tokenized before, the
-token files tell.
+Short text is tokenized as in a run, into a folder that is thrown away. If a run has tokenized the text before, its
+token files are used.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
 _SHORT_CHARS = 1 << 20
-"""Tokenized in a second. Longer text makes many samples, unless these are long."""
+"""Characters that are tokenized in a second. Longer text gives many samples, unless these are long."""
 _CHARS_A_TOKEN = 16
 
 
 def check_samples(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> None:
-    """Raise the `CorpusError` of a run whose text holds too few samples, or tokens that the model does not know.
+    """Raise `CorpusError` for text with too few samples, or with tokens that the model does not know.
 
-    `cache` is the run's folder of token files; a `RunError` tells which of them has changed.
+    `cache` is the run's folder of token files. A `RunError` names one that was changed.
     """
     if any(source.startswith(sources.HUB) for source in _sources(recipe)):
         return
@@ -39,7 +39,7 @@ def check_samples(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> No
 
 @contextmanager
 def _opened(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> Iterator[tuple[Recipe, Path] | None]:
-    """The recipe, its boundary settled, and a folder in which its text is, or can be, tokenized in a moment."""
+    """The recipe with its boundary decided, and a folder in which its text is or can quickly be tokenized."""
     from halve.text.boundary import bounded
 
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})
@@ -55,7 +55,7 @@ def _opened(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> Iterator
 
 
 def _settled(recipe: Recipe, teacher: Checkpoint) -> tuple[Boundary, ...]:
-    """What a run may have made of `data.boundary`: see `text.boundary.settled`."""
+    """The values that a run may have decided for `data.boundary` (see `text.boundary.settled`)."""
     from halve.text import tokenize
 
     asked = recipe.data.boundary
@@ -64,7 +64,7 @@ def _settled(recipe: Recipe, teacher: Checkpoint) -> tuple[Boundary, ...]:
 
 
 def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:
-    """Whether the token files of all texts are there and as they were made. Raises `RunError` for one that is not."""
+    """Whether the token files of all texts are there. Raises `RunError` for one that was changed."""
     from halve.text import corpus
 
     how = {"tokenizer": teacher.tokenizer, "boundary": recipe.data.boundary, "text_field": recipe.data.text_field}
@@ -73,7 +73,7 @@ def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:
 
 
 def _is_short(recipe: Recipe) -> bool:
-    """Whether all text together is short, or not long beside the longest sample."""
+    """Whether all text together is short, or not long compared with the longest sample."""
     phases = [phase for training in trainings(recipe).values() for phase in training.phases]
     longest = max([recipe.data.context, *(phase.context or 0 for phase in phases)])
     left = max(_SHORT_CHARS, _CHARS_A_TOKEN * longest)
@@ -86,7 +86,7 @@ def _is_short(recipe: Recipe) -> bool:
 
 
 def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
-    """Make the samples that stages begin with."""
+    """Make the first samples of every stage."""
     from halve.cut import trial
     from halve.cut.plan.shapes import to_try
     from halve.cut.score import calibration

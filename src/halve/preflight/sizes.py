@@ -1,4 +1,4 @@
-"""What every round of a recipe makes of the model before it, from the teacher's config alone."""
+"""The sizes before and after every round of a recipe, from the teacher's config alone."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from halve.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class PlannedRound:
-    """What one round cuts: the model before, the sizes after and, where the recipe names them, the kept layers."""
+    """The cut of one round: the model before, the sizes after, and the kept layers if the recipe names them."""
 
     before: Anatomy
     student: Anatomy
-    """What the student's sizes are those of: rotation may give it a head of its own."""
+    """The anatomy of the student. Rotation may give it an untied head."""
     after: Arch
     kept_layers: tuple[int, ...] | None
 
     def counts(self, *, context: int = 4096) -> Counts:
-        """What the student costs."""
+        """The counts of the student."""
         return self.student.ledger.count(self.after, kept_layers=self.kept_layers, context=context)
 
     def config(self) -> PretrainedConfig:
-        """The student's; the first layers stand for those kept where they are not named yet."""
+        """The student's config. If the kept layers are not known yet, the first ones are used."""
         kept = tuple(range(self.after.layers)) if self.kept_layers is None else self.kept_layers
         return resized(self.student.config, config_sizes(self.student, self.after), kept_layers=kept)
 
 
 def require_proved(found: Iterable[PlannedRound]) -> None:
-    """Raise `AnatomyError` where a round cuts what is not proved; that a student reopens is left to the cut."""
+    """Raise `AnatomyError` if a round cuts an unproved axis. The cut itself checks that the student reopens."""
     for shape in found:
         prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
 
@@ -46,8 +46,8 @@ def require_proved(found: Iterable[PlannedRound]) -> None:
 def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, ...]:
     """The sizes before and after every round, from the teacher's config alone.
 
-    Which layers a round drops may be known only when they are scored: until then the first ones stand for those
-    that are kept. Raises `CheckpointError`, `AnatomyError` and `PlanError`.
+    Which layers a round drops may be known only after scoring. Until then, the first layers are taken as the kept ones.
+    Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     anatomy = teacher.anatomy
     found: list[PlannedRound] = []

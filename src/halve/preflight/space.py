@@ -1,11 +1,11 @@
-"""The disk plan: what a run holds at its fullest moment, stage by stage, before anything is written.
+"""The disk plan: the largest size of a run folder, stage by stage, before anything is written.
 
-    models       every stage's, in the precision of the checkpoint; they stay
-    states       masters and moments of a training that is going on: `keep_checkpoints` and one that is being written
-    caches       teachers' answers at most
-    text         tokens, about as many bytes as the text has; of a data set of the hub, of as many as are trained on
+    models       one for each stage, in the precision of the checkpoint; they are kept
+    states       masters and moments of the current training: `keep_checkpoints`, and one that is being written
+    caches       upper bound for the teachers' answers
+    text         tokens, about as many bytes as the text has; for a hub data set, the tokens that are trained on
 
-Not counted: scores, hidden states that a refit spills (it says how many bytes before it does), reports.
+Not counted: scores, reports, and hidden states that a refit writes to disk (it reports their bytes first).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _NARROW_VOCAB = 2**16  # tokens of a larger one take four bytes instead of two
 
 @dataclass
 class _Timeline:
-    """What lies on the disk, and the most that ever did."""
+    """The bytes on disk, and their largest value so far."""
 
     held: int = 0
     peak: int = 0
 
     def make(self, num_bytes: int, *, state: int = 0, training: Training | None = None, context: int = 0) -> None:
-        """A stage that leaves so many bytes; while it trains, states of `state` bytes lie beside."""
+        """A stage that leaves this many bytes. While it trains, there are `state` more bytes of states."""
         written = 0
         if training is not None:
             steps = sum(span.steps for span in spans(training, context))
@@ -53,7 +53,7 @@ class Disk:
     """Bytes of a run's folder."""
 
     model_bytes: int
-    """Models and training states, at the fullest moment."""
+    """Models and training states, at their largest."""
     cache_bytes: int
     text_bytes: int
 
@@ -64,7 +64,7 @@ class Disk:
 
 
 def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -> Disk:
-    """Plan a run from what every round cuts. Nothing is read but the sizes of files of text."""
+    """Plan a run from the sizes of every round. Only the sizes of text files are read."""
     teacher = found[0].before
     itemsize, params = dtype_of(recipe, teacher.config).itemsize, teacher.ledger.count(teacher.sizes).params
     line, context, whole = _Timeline(), recipe.data.context, params * itemsize
@@ -83,7 +83,7 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
             beside = _state(recipe.correct, learned(teacher.config, recipe.correct), params)
         for variant in ("student", *training.baselines):
             if variant == "random_prune":
-                line.make(own)  # its start is a model of its own
+                line.make(own)  # its starting point is a separate model
             made, states = own, state
             if recipe.corrects_beside and variant != "ce":
                 made, states = made + whole, states + beside
@@ -92,12 +92,12 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
 
 
 def _state(training: Training, changed: Learned, weights: int) -> int:
-    """One checkpoint of a training: float32 weights, and the moments of those that it changes."""
+    """One checkpoint of a training: float32 weights, and moments of the trained ones."""
     return round(_FLOAT32_BYTES * weights + moments(training, changed))
 
 
 def _cache_bytes(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -> int:
-    """What caches take at most: samples that are drawn more than once are kept once, in the precision of products."""
+    """Upper bound of caches. Samples that are drawn several times are stored once, in the compute precision."""
     total = 0
     for number, part in enumerate(rounds(recipe), 1):
         if part.distill is not None:
@@ -116,7 +116,7 @@ def _text_bytes(recipe: Recipe, vocab: int) -> int:
     listed = (*recipe.data.train_sources, *recipe.data.valid)
     text = 0
     for source in (one for one in listed if not one.startswith(sources.HUB)):
-        with suppress(HalveError):  # what is not there is told elsewhere
+        with suppress(HalveError):  # a missing file is reported elsewhere
             text += sum(path.stat().st_size for path in sources.files(source))
     if any(source.startswith(sources.HUB) for source in listed):
         trained = [training.tokens for training in trainings(recipe).values()]

@@ -24,9 +24,9 @@ _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from a
 
 
 def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint) -> dict[str, Work]:
-    """By stage, in order; of a trial the most that it may take.
+    """Work by stage, in order. For a trial this is an upper bound.
 
-    Forward is one unit, backward two: 3 for what is trained, 1 for the teacher.
+    The forward pass is one unit and the backward pass two: 3 for a trained model, 1 for a teacher.
     """
     done: dict[str, Work] = {}
 
@@ -49,7 +49,9 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         source = shape if learns_from_previous(recipe, number) else found[0]
         alone = partial(_learning, shape)
         taught = partial(_learning, shape, teacher=source)
-        if part.distill.cache == "hidden":  # the teacher runs once for all students; of its states they make logits
+        if (
+            part.distill.cache == "hidden"
+        ):  # the teacher runs once for all students, which compute logits from its states
             add(named("cache", number), part.distill, partial(_body, source))
             taught = partial(_reading, shape, source)
         elif part.distill.cache == "logits":
@@ -67,7 +69,7 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
 
 
 def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, ...], ...]:
-    """For every round the sizes that its trial chooses from, each once; none where nothing is tried."""
+    """For every round, the sizes from which its trial chooses, each once. Empty without a trial."""
     return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
 
 
@@ -77,7 +79,7 @@ def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
 
 
 def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
-    """What scoring and pruning do in one round."""
+    """The work of scoring and pruning in one round."""
     before, after = _models(part, shape)
     prune, score = part.prune, part.score
     scored = cost.scoring(before, score) + _checked_boundaries(before, score.samples)
@@ -127,7 +129,7 @@ def _checked_boundaries(model: Costed, samples: int) -> Work:
 
 
 def _whole(shape: PlannedRound, context: int) -> int:
-    """FLOPs a token of the model that a round cuts."""
+    """FLOPs per token of the model that a round cuts."""
     return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
 
 
@@ -141,13 +143,13 @@ def _head(shape: PlannedRound) -> int:
 
 
 def _learning(shape: PlannedRound, context: int, *, teacher: PlannedRound | None = None) -> int:
-    """FLOPs a token of a round's student in training, with the teacher that it follows."""
+    """FLOPs per token of training a round's student, with its teacher."""
     own = 3 * shape.counts(context=context).flops_per_token
     return own if teacher is None else own + _whole(teacher, context)
 
 
 def _reading(shape: PlannedRound, teacher: PlannedRound, context: int) -> int:
-    """The same where the teacher's hidden states are read."""
+    """The same with cached hidden states of the teacher."""
     return _learning(shape, context) + _head(teacher)
 
 

@@ -1,9 +1,9 @@
-"""Fresh processes that find the code this one finds, and none in folders that hold what people bring.
+"""Fresh processes that find the same code as this one, and never code in folders with recipes or models.
 
-Python looks for code in the working folder first, in `python -c` and in whatever multiprocessing starts: a `torch.py`
-that lies there would be run. So fresh processes are started here only. They search where this process searches, without
-the working folder and without folders that were `distrust`ed: those of recipes and models. What PYTHONPATH or the
-user's own site installs stays, because that environment is the user's.
+With `python -c` and in multiprocessing, Python looks for code in the working folder first. A `torch.py` there would be
+run. So all fresh processes are started here. They search where this process searches, but not in the working folder and
+not in folders that were `distrust`ed: those of recipes and models. PYTHONPATH and the user's own site packages stay in
+use, because they are the user's choice.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _distrusted: set[str] = set()
 
 
 def distrust(folder: str | Path) -> None:
-    """From now on no fresh process looks for code in this folder."""
+    """From now on, no fresh process looks for code in this folder."""
     _distrusted.add(os.path.realpath(folder))
 
 
 def search_path(*, keep: frozenset[str] = frozenset()) -> list[str]:
-    """Where this process looks for code, less the working folder and what is distrusted, but for `keep`."""
+    """Where this process looks for code, without the working folder and distrusted folders, except for `keep`."""
     shut = {os.path.realpath(os.curdir), *_distrusted} - keep
     return [entry for entry in sys.path if os.path.realpath(entry) not in shut]
 
 
 def python(code: str, *words: str) -> str:
-    """Run code in a process that knows nothing of this one; gives the last line of its complaint, "" for none."""
+    """Run code in a separate process. Returns the last line of its error, or "" if there was none."""
     command = [sys.executable, "-P", "-c", code, *words]
     done = subprocess.run(
         command,
@@ -56,11 +56,11 @@ def python(code: str, *words: str) -> str:
 
 
 def require_guard() -> None:
-    """Raise `RunError` in a process of a pool that runs the user's script again before it begins to work.
+    """Raise `RunError` in a child process that runs the user's script again before it begins to work.
 
-    It would do there what the process that started it is doing, and wait for that one's locks.
+    It would repeat the work of its parent there, and wait for the locks of its parent.
     """
-    if getattr(current_process(), "_inheriting", False):  # so multiprocessing notes it, for a refusal of its own
+    if getattr(current_process(), "_inheriting", False):  # multiprocessing's own mark, for its own refusal
         raise RunError(
             "this script starts itself again",
             why="a fresh process runs the script once more before it begins to work, and the script calls halve",
@@ -69,16 +69,16 @@ def require_guard() -> None:
 
 
 def pool(workers: int, begin: Callable[..., object], *arguments: Any) -> Pool:
-    """Processes that wait for work, each made ready by `begin(*arguments)`. Ctrl-C is this process's to answer.
+    """Processes that wait for work, each prepared by `begin(*arguments)`. Only this process handles Ctrl-C.
 
-    They are spawned: a forked copy of a process whose libraries have threads may hang.
+    They are spawned, because a forked copy of a process whose libraries have threads may hang.
     """
     with _shut():  # the locks of a pool have a process of their own
         return Pool(workers, mp_context=_Context(), initializer=begin, initargs=arguments)
 
 
 def shut_program() -> None:
-    """Keep the working folder out of this process and all that it starts; for programs, not for libraries."""
+    """Keep the working folder out of this process and all that it starts. For programs, not for libraries."""
     sys.path[:] = search_path()
     os.environ["PYTHONSAFEPATH"] = "1"
     if "PYTHONPATH" in os.environ:
@@ -90,11 +90,11 @@ class Pool(ProcessPoolExecutor):
     """Processes that wait for work; see `pool`."""
 
     def submit(self, *work: Any, **options: Any) -> Future[Any]:
-        with uninterrupted():  # it may start a process, which complains when it is told half of what to do
+        with uninterrupted():  # it may start a process, which fails if it receives half of its instructions
             return super().submit(*work, **options)
 
     def failed(self) -> bool:
-        """End the pool; whether one of its processes ended by an error of its own: nobody killed it."""
+        """End the pool. Returns whether one of its processes ended with an error of its own, without being killed."""
         mine = list((self._processes or {}).values())
         self.shutdown(wait=True, cancel_futures=True)
         return any((process.exitcode or 0) > 0 for process in mine)
@@ -112,7 +112,7 @@ class _Context(SpawnContext):
 
 @contextmanager
 def _shut() -> Iterator[None]:
-    """Within, multiprocessing starts processes that search where they should."""
+    """In this context, multiprocessing starts processes with the right search path."""
     path, before = sys.path, {key: os.environ.get(key) for key in ("PYTHONPATH", "PYTHONSAFEPATH")}
     sys.path = _program_path()
     os.environ.update(_environment(sys.path))
@@ -129,7 +129,7 @@ def _shut() -> Iterator[None]:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Within, processes are started that never hear of Ctrl-C, not even while they wake up."""
+    """In this context, started processes ignore Ctrl-C from the beginning."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -141,7 +141,7 @@ def _deaf() -> Iterator[None]:
 
 
 def _program_path() -> list[str]:
-    """The search path of processes that go on with this program: its main module is theirs, too, and so is halve."""
+    """The search path of child processes: they must find the main module of this program, and halve."""
     main, home = sys.modules["__main__"], os.path.realpath(Path(__file__).parents[2])
     keep = {home}
     if (file := getattr(main, "__file__", None)) is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a program with one line that says how to go on, whatever it is doing."""
+"""Ctrl-C and SIGTERM end a program at any time, with one line that says how to resume."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from types import FrameType
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _RESUMED = {"demo", "run", "study", "correct", "score", "prune", "cache", "distill", "evaluate", "report"}
 _AGAIN_S = 0.05
-_closed: list[None] = []  # one entry for each block of `uninterrupted` that the main thread is in
+_closed: list[None] = []  # one entry for each `uninterrupted` block that the main thread is in
 
 
 class Terminated(BaseException):
-    """SIGTERM has come. Like `KeyboardInterrupt` it is no error, so nothing but the program catches it."""
+    """SIGTERM was received. Like `KeyboardInterrupt`, this is not an error, so only the program itself catches it."""
 
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Within, Ctrl-C raises `KeyboardInterrupt` and SIGTERM `Terminated`, once what is done can be left off.
+    """In this context, Ctrl-C raises `KeyboardInterrupt` and SIGTERM raises `Terminated`, as soon as it is safe.
 
-    What was half written is cleared away on the way out. A training takes SIGTERM over while it lasts: it ends with a
-    checkpoint (`train.ranks.group.sigterm`). A signal that is ignored, as in a shell's background, stays so.
+    Half-written files are removed on the way out. A training handles SIGTERM itself and ends with a checkpoint
+    (`train.ranks.group.sigterm`). A signal that is ignored, as in a shell's background, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
         yield
@@ -43,7 +43,7 @@ def heeded() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within, a signal waits: for what must not be left half done in the main thread."""
+    """In this context, signals wait. For work in the main thread that must not be left half done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,7 +55,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def farewell(code: int, words: Sequence[str]) -> str:
-    """The line that a program ends with, and how to go on with what `halve` was told by `words`.
+    """The last line of a program, with the command that resumes. `words` are the arguments of `halve`.
 
     >>> farewell(INTERRUPTED, ["run", "my recipe.yaml"])
     "interrupted; the same command resumes where it stopped: halve run 'my recipe.yaml'"
@@ -69,7 +69,7 @@ def farewell(code: int, words: Sequence[str]) -> str:
 
 
 def _answer(number: int, frame: FrameType | None) -> None:
-    if _closed or _is_importing(frame):  # C++ code of a library that is being loaded cannot be unwound
+    if _closed or _is_importing(frame):  # a library that is being loaded has C++ code that cannot be unwound
         again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()

@@ -9,5 +9,5 @@ import os
 
 
 def leads() -> bool:
-    """Whether this process is the first: it alone speaks, and it alone reads what one reading is enough for."""
+    """Whether this process is the first. Only the first one prints, and reads what needs to be read only once."""
     return os.environ.get("RANK", "0") == "0"

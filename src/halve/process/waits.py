@@ -1,6 +1,6 @@
-"""Waits that are told of when they turn out long: gigabytes that are read, a proof, a process that starts.
+"""Messages about long waits: reading gigabytes, a proof, a process that starts.
 
-They lie far below the stages and have nothing to count. Whoever shows progress hears of each in one line:
+These waits are far below the stages and have nothing to count. Code that shows progress gets one line for each:
 
     with heard(print), wait("loading a model"):
         ...
@@ -21,7 +21,7 @@ _say: ContextVar[Callable[[str], object] | None] = ContextVar("say", default=Non
 
 @contextmanager
 def heard(say: Callable[[str], object] | None) -> Iterator[None]:
-    """Within, `say` gets a line for every wait that lasts; with None nobody hears of them."""
+    """In this context, `say` gets a line for every long wait. With None there are no messages."""
     before = _say.set(say)
     try:
         yield
@@ -31,7 +31,7 @@ def heard(say: Callable[[str], object] | None) -> Iterator[None]:
 
 @contextmanager
 def wait(what: str) -> Iterator[None]:
-    """Within, something may take long: if it does, `what` is said once."""
+    """In this context, something may take long. If it does, `what` is reported once."""
     if (say := _say.get()) is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""From a recipe's file to a `Recipe`, or to an error that names the key, without importing torch.
+"""Read a recipe file into a `Recipe`, or raise an error that names the key. Does not import torch.
 
 Relative paths are relative to the recipe's own folder.
 """
@@ -117,7 +117,7 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def on_spikes(recipe: Recipe, policy: Literal["stop", "skip", "rewind"]) -> Recipe:
-    """Return the recipe with one policy for the spikes of all its trainings."""
+    """Return the recipe with the same reaction to spikes in all its trainings."""
     raw = recipe.model_dump(mode="python", exclude_unset=True)
     for part in (raw, *raw.get("then", ())):
         for name in ("correct", "distill"):

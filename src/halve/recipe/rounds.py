@@ -1,7 +1,7 @@
 """Rounds of iterative compression: prune, distill, prune the student again (2407.14679: 15B to 8B to 4B).
 
-Each round reads like a recipe of its own, on the last student. Its stages and models carry its number from
-the second round on: prune-2, distill-2-ce; pruned-2, ce-2.
+Each round is like a recipe of its own for the last student. From the second round on, the names of its stages and
+models have the number of the round: prune-2, distill-2-ce; pruned-2, ce-2.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from halve.recipe.schema import Recipe, Training
 
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
-    """The recipe of each round: the run's own, with that round's `prune` and `distill` and without `then`."""
+    """The recipe of each round: that of the run, with the `prune` and `distill` of the round and without `then`."""
     first = recipe.model_copy(update={"then": ()})
     return (
         first,
@@ -19,9 +19,9 @@ def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
 
 
 def trainings(recipe: Recipe) -> dict[str, Training]:
-    """Every section that makes a training of its own, by what errors call it, in the order in which they run.
+    """Every section with a training of its own, by its name in errors, in the order in which they run.
 
-    A correction beside the distillations is part of theirs.
+    A correction beside the distillations is part of their trainings.
     """
     found: dict[str, Training] = {}
     if recipe.correct is not None and recipe.corrects_before:

@@ -1,7 +1,7 @@
 """YAML as people read it: the core schema of YAML 1.2, no key twice, bounded in size, depth and repetition.
 
-PyYAML reads the scalars of YAML 1.1, where `on` is true, `1:30` is ninety and `1e-4` is text. Its loader keeps the last
-of two equal keys, and a few lines of aliases of aliases stand for more than any memory holds.
+PyYAML reads the scalars of YAML 1.1, in which `on` is true, `1:30` is ninety and `1e-4` is text. Its loader keeps the
+last of two equal keys. And with aliases of aliases, a few lines can expand to more than fits into memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from yaml.resolver import BaseResolver
 MAX_BYTES = 1 << 20
 MAX_YAML_DEPTH = 32
 MAX_NODES = 20_000
-"""Keys, values and lists of one document, each counted as often as aliases repeat it."""
+"""Upper bound for the keys, values and lists of a document, counted as often as aliases repeat them."""
 
 _PREFIX = "tag:yaml.org,2002:"
 _SCALARS = (
@@ -30,7 +30,7 @@ _SCALARS = (
         list("-+.0123456789"),
     ),
 )
-"""How each kind of plain scalar is written, and what it can begin with. Digits in groups, as in 1_000, are ours."""
+"""The pattern of each kind of plain scalar, and its first characters. Groups of digits as in 1_000 are an addition."""
 
 
 class _Resolver(BaseResolver):
@@ -66,7 +66,7 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
 
 
 class _Dumper(yaml.SafeDumper):
-    """The other way round: quotes what this reader or one of YAML 1.1 would take for something else."""
+    """Writes YAML. Quotes text that this reader, or one of YAML 1.1, would read as something else."""
 
 
 for _kind, _written, _begins in _SCALARS:
@@ -74,7 +74,7 @@ for _kind, _written, _begins in _SCALARS:
 
 
 def _represent_text(dumper: _Dumper, text: str) -> ScalarNode:
-    """Line breaks beyond the usual are folded away in plain and single quotes, and escaped in double ones."""
+    """Use double quotes for unusual line breaks, because other styles would fold them."""
     style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
     node: ScalarNode = dumper.represent_scalar(_PREFIX + "str", text, style=style)
     return node
@@ -84,7 +84,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The plain data that a text stands for: dicts, lists, texts, numbers, booleans and None.
+    """The plain data of a YAML text: dicts, lists, texts, numbers, booleans and None.
 
     >>> parse_yaml("{lr: 1e-4, tokens: 1_000, at: 1:30, untie: on, name: 'yes'}")
     {'lr': 0.0001, 'tokens': 1000, 'at': '1:30', 'untie': 'on', 'name': 'yes'}

@@ -1,8 +1,8 @@
-"""Small plots as inline SVG, drawn by hand so that the page owns them.
+"""Small plots as inline SVG, made without a plotting library.
 
-Text is the page's text and colors are the page's CSS variables: one drawing serves light, dark and print.
-A mark names its color by class (`distilled`, `ce`, ...). The same data give the same bytes. Every plot is
-480 wide and scales with its column; hovering a mark shows its figure by SVG's own `<title>`.
+Fonts and colors come from the page's CSS, so that one drawing serves light mode, dark mode and print. A mark names its
+color by class (`distilled`, `ce`, ...). The same data give the same bytes. Every plot is 480 wide and scales with its
+column. Hovering a mark shows its value through SVG's own `<title>`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its standard error, for a row of a dot plot."""
+    """A value with its standard error, for a row of a dot plot."""
 
     label: str
     color: str
@@ -48,7 +48,7 @@ class Interval:
 def curves(
     series: Sequence[Series], *, title: str, x_label: str, levels: Sequence[Level] = (), log_y: bool = False
 ) -> str:
-    """Curves over a shared x with their names at their ends, and dashed levels."""
+    """Curves over a shared x axis with their names at their ends, and dashed levels."""
     height, left, right, top, bottom = 270, 50, 118, 12, 40
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points] + [level.value for level in levels]
@@ -75,7 +75,7 @@ def curves(
 
 
 def dots(rows: Sequence[Interval], *, title: str) -> str:
-    """One row a model: a dot at its figure, a whisker of two standard errors to either side."""
+    """One row per model: a dot at its value, and a whisker of two standard errors to either side."""
     left, right, top, step = 132, 74, 8, 27
     height = top + step * len(rows) + 28
     low = min(row.value - 2 * (row.stderr or 0) for row in rows)
@@ -114,7 +114,7 @@ font-weight:600}.middle{text-anchor:middle}.end{text-anchor:end}.grid{stroke:var
 
 
 def sheet(panels: Sequence[tuple[str, str]], *, title: str) -> str:
-    """Plots of this module under each other, each under its heading, as a file that brings its own style."""
+    """Plots of this module below each other, each with its heading, as one file with its own style."""
     margin, top = 16, 16
     parts = [f"<style>{_SHEET_STYLE}</style>", '<rect class="back" width="100%" height="100%" rx="12"/>']
     for heading, svg in panels:
@@ -127,7 +127,7 @@ def sheet(panels: Sequence[tuple[str, str]], *, title: str) -> str:
 
 
 def bars(values: Sequence[Number], kept: Sequence[bool], *, title: str, x_label: str) -> str:
-    """One bar an entry; entries that were cut are outlines."""
+    """One bar per entry. Entries that were cut are outlined."""
     height, left, top, bottom = 190, 50, 12, 40
     high = max(*values, 0.0) or 1.0
     y_ticks = ticks(0, high, 4)
@@ -150,7 +150,7 @@ def bars(values: Sequence[Number], kept: Sequence[bool], *, title: str, x_label:
 
 
 def profile(values: Sequence[Number], kept: int, *, title: str, x_label: str) -> str:
-    """Values from the largest down as a filled curve; the first `kept` of them are what was kept."""
+    """Values in descending order as a filled curve. The first `kept` of them were kept."""
     height, left, right, top, bottom = 190, 50, 4, 16, 40
     step = max(1, len(values) // 240)
     ordered = sorted(values, reverse=True)
@@ -177,9 +177,9 @@ def profile(values: Sequence[Number], kept: int, *, title: str, x_label: str) ->
 def ranked(
     rows: Sequence[Sequence[Number]], labels: Sequence[str], *, title: str, x_label: str, cut_at: Number | None
 ) -> str:
-    """Heat map of importance, best first: a row a layer, columns are shares of its entries.
+    """Heat map of importance, best first: one row per layer, and columns are shares of its entries.
 
-    `rows` hold values from 0 to 1. A line stands at `cut_at`, the share that is kept.
+    `rows` hold values from 0 to 1. A line marks `cut_at`, the share that is kept.
     """
     left, right, top, bottom = 50, 4, 20, 40
     row_height = min(18.0, max(5.0, 260 / len(rows)))
@@ -210,7 +210,7 @@ def grid(
     x_label: str,
     group: int,
 ) -> str:
-    """Heat map with a cell an entry and a gap after every `group`; entries that were cut are outlines."""
+    """Heat map with one cell per entry and a gap after every `group`. Entries that were cut are outlined."""
     left, right, top, bottom = 50, 4, 4, 40
     row_height = min(18.0, max(6.0, 280 / len(rows)))
     height = math.ceil(top + row_height * len(rows) + bottom)
@@ -243,7 +243,7 @@ def ticks(low: Number, high: Number, count: int = 5) -> list[Number]:
 
 
 def figure(value: Number, *, trim: bool = True) -> str:
-    """A number for reading: three significant digits or so, k, M and B for large ones; `trim` drops zeros.
+    """A number in readable form: about three significant digits, with k, M and B. `trim` drops zeros.
 
     >>> [figure(x) for x in (0, 0.01234, 1.5, 23.456, 1234, 7_000_000)]
     ['0', '0.0123', '1.5', '23.5', '1.23k', '7M']
@@ -282,7 +282,7 @@ def _scale(low: Number, high: Number, start: Number, end: Number, *, log: bool =
 
 
 def _spread(ends: list[tuple[Number, str, str]], *, low: Number, high: Number) -> list[tuple[Number, str, str]]:
-    """Move labels apart so that none covers another: down from the top, then up from the bottom."""
+    """Move labels apart so that none overlaps another: down from the top, then up from the bottom."""
     placed = sorted(ends)
     ys = [y for y, _, _ in placed]
     for i in range(1, len(ys)):

@@ -1,4 +1,4 @@
-"""An arm and a seed made into a recipe: keys laid over each other, shares of the teacher's sizes made numbers."""
+"""From an arm and a seed to a recipe: keys override each other, and shares of the teacher's sizes become numbers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 SIZES = ("params", "non_embedding_ratio", "hidden", "ffn", "heads", "kv_heads", "layers", "drop_layers")
 SELECT, TEST = "@select", "@test"
-"""In a study's recipe: the multiple-choice items that layers are chosen by, and those that are measured."""
+"""Placeholders in a study's recipe: the items by which layers are chosen, and the items of the measurement."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """On what a study is done: a teacher, texts, items for choosing and for measuring, and changes of the base."""
+    """The setting of a study: a teacher, texts, items for choosing and for measuring, and changes to the base."""
 
     name: str
-    """What the teacher is called on the page."""
+    """The name of the teacher on the page."""
     model: str
     train: tuple[str, ...]
     valid: tuple[str, ...]
@@ -38,13 +38,13 @@ class Setting:
 
 
 def cell(study: Study, arm: Arm, setting: Setting, *, seed: int, sizes: Arch, teacher: str) -> Recipe:
-    """The recipe of one arm and seed, named by a hash of all it says: arms that are alike share one run.
+    """The recipe of one arm and seed, named by a hash of its content, so that equal arms share one run.
 
-    `sizes` are the teacher's; `teacher` is the folder that this arm cuts and learns from.
-    Raises `RecipeError` for keys that no recipe has and for items that are missing.
+    `sizes` are the teacher's. `teacher` is the folder of the model that this arm cuts and learns from. Raises
+    `RecipeError` for unknown keys and missing items.
     """
     raw = layered(layered(_base(setting), study.base), arm.recipe)
-    raw.pop("correct", None)  # the base's makes the corrected teacher, once for all studies
+    raw.pop("correct", None)  # the correction in the base makes the corrected teacher, once for all studies
     if "correct" in arm.recipe:
         raw["correct"] = arm.recipe["correct"]
     if study.items:
@@ -53,14 +53,14 @@ def cell(study: Study, arm: Arm, setting: Setting, *, seed: int, sizes: Arch, te
 
 
 def correction_recipe(setting: Setting, *, seed: int) -> Recipe:
-    """The recipe whose `correct` stage makes the teacher of a seed; nothing else of it is run."""
+    """The recipe whose `correct` stage makes the teacher of a seed. Only this stage is run."""
     raw = layered(_base(setting), {"prune": {"non_embedding_ratio": 0.5}})
     raw = {key: raw[key] for key in ("dtype", "data", "correct", "prune", "device") if key in raw}
     return _named(raw, setting, seed=seed, model=setting.model, source="the studies' correction")
 
 
 def layered(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merged key by key, `above` winning; sizes to cut to are replaced as a whole.
+    """Merge mappings key by key; `above` overrides. The sizes of a cut are replaced together.
 
     >>> layered({"prune": {"layers": 3, "gain": "none"}, "seed": 1}, {"prune": {"ffn": 8}})
     {'prune': {'gain': 'none', 'ffn': 8}, 'seed': 1}
@@ -113,7 +113,7 @@ def _unsized(prune: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut(prune: Mapping[str, Any], sizes: Arch) -> dict[str, Any]:
-    """Shares of the teacher's sizes as legal sizes: heads in whole groups, hidden in multiples of the heads."""
+    """Turn shares of the teacher's sizes into valid sizes: heads in whole groups, hidden in multiples of the heads."""
     cut = {key: value for key, value in prune.items() if not _is_share(value)}
     share = {key: _share(value) for key, value in prune.items() if _is_share(value)}
     for axis in ("layers", "ffn", "kv_heads"):
@@ -150,7 +150,7 @@ def _with_items(value: Any, setting: Setting) -> Any:
     if setting.items is None:
         raise RecipeError(
             "this study needs multiple-choice items",
-            why="it chooses layers by the accuracy on some and measures the accuracy on others",
+            why="it chooses layers by the accuracy on some items and measures the accuracy on others",
             fix="--choices FILE, JSON lines with context, choices and answer",
         )
     return setting.items[0 if value == SELECT else 1]

@@ -26,13 +26,13 @@ ORDER = (
     "iterative-importance",
     "head-merge",
 )
-"""The order of `halve study all`: first what the most depends on."""
+"""The order of `halve study all`: the most important results first."""
 
 Metric = Literal["kl_before", "kl_after", "perplexity_before", "perplexity_after", "accuracy_before", "accuracy_after"]
 
 
 class Arm(Section):
-    """One way to do it: keys laid over the study's recipe."""
+    """One configuration: keys that override those of the study's recipe."""
 
     label: str
     teacher: Literal["corrected", "original"] = "corrected"
@@ -44,7 +44,7 @@ class Arm(Section):
 
 
 class Claim(Section):
-    """What the paper found: one arm better than another in one figure."""
+    """A result of the paper: one arm is better than another by one metric."""
 
     text: str
     better: str
@@ -55,7 +55,7 @@ class Claim(Section):
 
 
 class Study(Section):
-    """A table or figure of the papers."""
+    """The reproduction of a table or figure of the papers."""
 
     name: str
     title: str
@@ -86,19 +86,19 @@ class Study(Section):
 
 
 def names() -> tuple[str, ...]:
-    """The shipped studies, in the order that all of them run in."""
+    """The shipped studies, in the order in which all of them run."""
     return ORDER
 
 
 def load_study(name: str) -> Study:
-    """A shipped study. Raises `RecipeError` for a name that there is none of."""
+    """A shipped study. Raises `RecipeError` for an unknown name."""
     if name not in ORDER:
         raise RecipeError(f"there is no study {name}", why=f"known: {', '.join(ORDER)}", fix="halve study --list")
     return read_study((_HERE / "catalog" / f"{name}.yaml").read_text(encoding="utf-8"), source=f"{name}.yaml")
 
 
 def read_study(text: str, *, source: str) -> Study:
-    """A study from YAML. Raises `RecipeError` naming what is wrong with it."""
+    """A study from YAML. Raises `RecipeError` with the mistake."""
     try:
         return Study.model_validate(strict_yaml.parse_yaml(text))
     except (ValidationError, yaml.YAMLError) as error:

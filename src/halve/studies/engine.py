@@ -81,8 +81,8 @@ def collect(
         arms    [{name, label, kept (of the non-embedding parameters), paper, metrics {metric: estimate or null}}]
         claims  [{text, better, worse, metric, paper, tie, effect (an estimate), verdict}]
 
-    where an estimate is {mean, stderr, values}, the values in the order of `seeds`. The effect of a claim is above
-    zero where it holds; its standard error is that of the pairs.
+    An estimate is {mean, stderr, values}, with the values in the order of `seeds`. The effect of a claim is positive if
+    the claim holds. Its standard error is that of the paired differences.
     """
     runs = {name: done[arm.of or name] for name, arm in study.arms.items()}
     values: dict[str, Values] = {
@@ -114,7 +114,7 @@ def collect(
 
 
 def _circumstances(setting: Setting, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The teacher, the setting and the machine, as the runs of one arm say them, a run a seed."""
+    """The teacher, the setting and the machine, by the runs of one arm (one run per seed)."""
     first = runs[0]
     recipe: Recipe = first["recipe"]
     assert recipe.distill is not None

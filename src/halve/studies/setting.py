@@ -1,4 +1,4 @@
-"""On what studies are done: the demo's teacher and texts, or one's own."""
+"""The setting of studies: the demo's teacher and texts, or the user's own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from halve.studies.arms import Setting
 
 
 def of_demo(texts: Path, *, changes: dict[str, Any]) -> Setting:
-    """The embedded teacher, the standard library's prose and the demo's items; writes the texts into `texts`.
+    """The embedded teacher, the standard library's prose and the demo's items. Writes the texts into `texts`.
 
-    Raises `CorpusError` where the library's sources are missing.
+    Raises `CorpusError` if the library's sources are missing.
     """
     recipe = demo.make_recipe(texts, long=False, corpus=None)
     items = split_items(Path(recipe.evaluate.choices[0]), texts)
@@ -32,11 +32,11 @@ def of_ones_own(
     texts: Path,
     changes: dict[str, Any],
 ) -> Setting:
-    """A teacher and texts of one's own; relative paths are made absolute. Raises `RecipeError` without texts."""
+    """The user's own teacher and texts. Relative paths become absolute. Raises `RecipeError` without texts."""
     if not train or not valid:
         raise RecipeError(
             f"a study of {model} needs texts",
-            why="the demo's texts go with the demo's teacher",
+            why="the demo's texts fit only the demo's teacher",
             fix="--train FILE --valid FILE, each as in a recipe's data section",
         )
     items = None if choices is None else split_items(choices, texts)
@@ -50,9 +50,9 @@ def _absolute(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def split_items(path: Path, texts: Path) -> tuple[str, str]:
-    """Every second item for choosing, the others for measuring: two files in `texts`, by their paths.
+    """Split items into two files in `texts`: every second item for choosing, the others for measuring.
 
-    Raises `CorpusError` for what is no file of multiple-choice items.
+    Raises `CorpusError` for a file that does not hold multiple-choice items.
     """
     from halve.model.choices import json_line, load_items
 

@@ -35,7 +35,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """`first` minus `second`, seed by seed: what both share, such as an easy corpus order, drops out.
+    """`first` minus `second`, seed by seed. Effects that both share, such as an easy order of the text, cancel.
 
     >>> differences([3.0, 5.0], [1.0, 4.0])
     [2.0, 1.0]
@@ -44,10 +44,10 @@ def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 def verdict(effects: Sequence[float]) -> Verdict:
-    """What effects over seeds say of a claim that they are above zero.
+    """The verdict on the claim that the effects are above zero, one effect per seed.
 
-    Inconclusive unless Student's two-sided t-test at 5 % tells their mean from zero; one seed tells nothing. Three
-    seeds have two degrees of freedom: the effect must be 4.3 standard errors away.
+    Inconclusive unless the mean differs from zero by Student's two-sided t-test at 5 %. One seed is always
+    inconclusive. Three seeds have two degrees of freedom, so the mean must be 4.3 standard errors away from zero.
 
     >>> verdict([1.0, 1.1, 0.9]), verdict([-1.0, -1.1, -0.9]), verdict([1.0, 2.0, 1.0])
     ('held', 'reversed', 'inconclusive')
