@@ -105,7 +105,7 @@ def test_a_run_tells_what_it_waits_for(
         "hashing train.txt (",
         "proving the axes of llama on random twins",
         "opening the student in a fresh process",
-        "turning the weights",
+        "rotating the weights",
         "waiting for the disk to keep score",
         f"writing {tmp_path}",
     ):

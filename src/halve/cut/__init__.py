@@ -1,1 +1,1 @@
-"""What goes, and what becomes of the rest? The files beside the rooms alone know the order of the rooms."""
+"""What is removed, and how is the rest adjusted? Only the files at this level know the order of the subpackages."""

@@ -1,9 +1,9 @@
-"""From scores to a smaller model: everything that `prune` in a recipe can ask for, in its order.
+"""From scores to a smaller model: all steps of a recipe's `prune` section, in order.
 
     target sizes -> which entries (ranked, in steps, or by refit) -> plan -> merge -> trim -> refit
 
-The residual stream is turned before its channels are ranked; what was merged or turned is a copy of the teacher, and
-its own weights are never changed. The plan is complete before the first weight is cut.
+The residual stream is rotated before its channels are ranked. Merging and rotation work on a copy of the teacher, whose
+own weights are never changed. The plan is complete before the first weight is cut.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune
 
 FEW_SAMPLES = 32
-"""For what has one unknown a norm or a channel: gains, and the final norm of a head that stays tied."""
+"""For fits with one unknown per norm or channel: gains, and the final norm of a head that stays tied."""
 
 Rescore = Callable[[PreTrainedModel, Anatomy], Importance]
-"""Scores a partly cut model anew, for `prune.steps` above 1."""
+"""Scores a partly cut model again, for `prune.steps` above 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Turned:
-    """The model in the basis that its hidden is cut in; `energy_D` is None in its own."""
+    """The model in the basis in which hidden is cut. `energy_D` is None for the model's own basis."""
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -50,7 +50,7 @@ class Turned:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A student and how it came about; `anatomy` is that of the model whose entries the plan names."""
+    """A student and how it was made. `anatomy` is that of the model whose entries the plan lists."""
 
     student: PreTrainedModel
     anatomy: Anatomy
@@ -69,16 +69,16 @@ def turn(
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> Turned:
-    """Turn the residual stream to its principal axes where `prune` asks for it and the family allows it.
+    """Rotate the residual stream to its principal axes if `prune` asks for it and the family allows it.
 
-    `sizes` are those that the model may be cut to: where hidden stays whole in all of them, nothing is turned.
-    Raises `AnatomyError` for `rotation: pca` in a family whose norms do not allow it.
+    `sizes` are the possible sizes of the cut. If none of them cuts hidden, nothing is rotated. Raises `AnatomyError`
+    for `rotation: pca` in a family whose norms do not allow it.
     """
     if not rotates(anatomy, prune) or all(after.hidden == anatomy.sizes.hidden for after in sizes):
         return Turned(model, anatomy, None)
     samples_BS = samples_BS[: prune.refit_samples]
     moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
-    with wait("turning the weights to the principal axes of the residual stream"):
+    with wait("rotating the weights to the principal axes of the residual stream"):
         basis = principal_basis(moment_DD)
         turned, own = rotate(model, anatomy, basis.columns_DD)
     return Turned(turned, own, basis.energy_D)
@@ -100,11 +100,11 @@ def cut(
     progress: Progress = SILENT,
     planned: Callable[[Plan], None] | None = None,
 ) -> Cut:
-    """Cut a model to legal sizes the way `prune` says; the model is not changed.
+    """Cut a model to valid sizes as `prune` says. The model itself is not changed.
 
-    `samples_BS` are the calibration samples of the selection, the gains and the refit: the first `refit_samples` are
-    used, of them the first 32 for gains. `turned` is what `turn` gave; a cut that leaves hidden alone does not use
-    it. `planned` gets the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1, `merges`
+    `samples_BS` are the calibration samples for the selection, the gains and the refit. The first `refit_samples` are
+    used, and the first 32 of these for gains. `turned` is the result of `turn`; a cut that keeps hidden does not use
+    it. `planned` receives the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1. `merges`
     are those that `layer_merge: laco_search` found.
 
     Raises `PlanError` and `CheckpointError`.
@@ -186,7 +186,7 @@ def cut(
 
 
 def selects_by_refit(prune: Prune, method: str) -> bool:
-    """Whether neurons and heads are chosen by what a refit cannot make up for, rather than by their scores."""
+    """Whether neurons and heads are chosen by what a refit cannot compensate for, instead of by score."""
     if prune.selection != "auto":
         return prune.selection == "refit"
     return prune.refit != "none" and prune.steps == 1 and method == "activation"
@@ -200,7 +200,7 @@ def _gains(
     micro_batch: int,
     progress: Progress,
 ) -> dict[str, float]:
-    """What makes up for fewer channels in the norms. A refit of what reads them starts from there, too."""
+    """Gains that compensate for fewer channels in the norms. A refit of the readers starts from these, too."""
     if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
         return {}
     if plan.gain == "constant":

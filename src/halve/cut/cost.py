@@ -1,7 +1,7 @@
-"""What scoring and cutting compute: tokens that go through a model, and FLOPs, from the anatomy alone.
+"""The work of scoring and cutting, from the anatomy alone: tokens that go through a model, and FLOPs.
 
-Counted are the products of a model's matrices, of Gram matrices and of their solutions. Left out is what is done on a
-few tokens: proofs on twins, probes, the generation that checks the key-value cache. Of samples the text may give fewer.
+Counted are the products of a model's matrices, of Gram matrices and of their solutions. Work on a few tokens is left
+out: proofs on twins, probes, and the generation that checks the key-value cache. The text may give fewer samples.
 
 Letters: D the teacher's hidden, K the student's, V the vocabulary, C channels that a matrix reads.
 """
@@ -29,7 +29,7 @@ _PASSES_OF_STATES: Final = ("bi", "angular")
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens through the larger model that takes part, once for each whole pass; FLOPs of everything done on them."""
+    """Tokens through the larger of the models involved, once per full pass, and all FLOPs on them."""
 
     tokens: int | float = 0
     flops: int | float = 0
@@ -40,13 +40,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Costed:
-    """A model of some sizes, reading samples of `context` tokens; the rest are FLOPs a token."""
+    """A model with these sizes that reads samples of `context` tokens. The methods give FLOPs per token."""
 
     anatomy: Anatomy
     arch: Arch
     context: int
     kept_layers: tuple[int, ...] | None = None
-    """Which layers it has, where that is known."""
+    """Which layers it has, if that is known."""
 
     @property
     def whole(self) -> float:
@@ -81,7 +81,7 @@ class Costed:
 
 
 def scoring(model: Costed, score: Score) -> Work:
-    """One pass over the samples: forward, for gradients also back; weights alone take none."""
+    """One pass over the samples: forward, and backward for gradients. Scores of weights alone need no pass."""
     tokens = float(score.samples * model.context)
     if score.method in ("random", "magnitude"):
         return Work()
@@ -89,9 +89,9 @@ def scoring(model: Costed, score: Score) -> Work:
 
 
 def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
-    """Which `remove` layers go, where sets are compared by passes; None for a task, whose items are not read here.
+    """The comparison of sets of `remove` layers. None for a task, because its items are not read here.
 
-    Tokens are whole passes' worth: a removal runs the layers behind it alone.
+    Tokens are in full passes: measuring a removal runs only the layers after it.
     """
     if not remove or score.depth in ("taylor", "random"):
         return Work()
@@ -116,7 +116,7 @@ def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
 
 
 def turning(model: Costed, prune: Prune) -> Work:
-    """The principal basis: a pass, the second moment of what each norm reads, and every matrix turned."""
+    """The principal basis: one pass, the second moment of what each norm reads, and the rotation of every matrix."""
     tokens, hidden = float(prune.refit_samples * model.context), model.arch.hidden
     moments = 2.0 * hidden**2 * len(model.anatomy.norms)
     matrices = 2.0 * hidden * model.anatomy.ledger.count(model.arch).params
@@ -124,7 +124,7 @@ def turning(model: Costed, prune: Prune) -> Work:
 
 
 def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
-    """Which entries stay: by what a refit could not make up for, or scored anew before each of several steps."""
+    """The choice of entries: by what a refit cannot compensate for, or by new scores before each of several steps."""
     if prune.steps > 1:
         on_the_way = [before.arch, *sizes_on_the_way(before.anatomy, after, prune.steps)]
         scored = [scoring(before.at(arch), score) for arch in on_the_way[:-1]]
@@ -145,7 +145,7 @@ def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
 
 
 def gaining(before: Costed, after: Arch, prune: Prune, *, samples: int) -> Work:
-    """A pass over a few of so many samples, where gains of norms are fitted."""
+    """A pass over a few of these samples, if gains of norms are fitted."""
     if prune.gain != "fitted" or before.arch.hidden == after.hidden:
         return Work()
     tokens = float(min(FEW_SAMPLES, samples) * before.context)
@@ -153,7 +153,7 @@ def gaining(before: Costed, after: Arch, prune: Prune, *, samples: int) -> Work:
 
 
 def tying(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: bool) -> Work:
-    """The head tied again that a rotation untied: a pass of both, and the products of both heads."""
+    """Tying a head again after a rotation: a pass of both models, and the products of both heads."""
     if prune.untie or not _untied(before, after, turned=turned):
         return Work()
     tokens = float(min(FEW_SAMPLES, samples) * before.context)
@@ -164,7 +164,7 @@ def tying(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: 
 def trying(
     before: Costed, student: Anatomy, prune: Prune, score: Score, shapes: Sequence[Arch], *, turned: bool
 ) -> Work:
-    """A trial of these shapes: each cut, refit and measured on a few samples."""
+    """A trial of these shapes: each is cut, refit and measured on a few samples."""
     held, fitted = fewer_samples(prune, max(prune.refit_samples, score.samples))
     asked, measured = without_extras(prune), held * before.context
     done = Work()
@@ -180,13 +180,13 @@ def trying(
 
 
 def measuring(before: Costed, after: Costed, *, samples: int) -> Work:
-    """The perplexity of both."""
+    """The perplexity of teacher and student."""
     tokens = float(samples * before.context)
     return Work(tokens, tokens * (before.whole + after.whole))
 
 
 def refitting(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: bool) -> Work:
-    """A pass of the teacher; of the student one, and for each site what comes before it; its Gram matrix, solved."""
+    """One pass of the teacher. One pass of the student, and for each site the modules before it and a solve."""
     tokens = float(samples * before.context)
     anatomy, everything = before.anatomy, prune.refit == "all"
     wide, narrow = before.arch.hidden, after.arch.hidden
@@ -217,7 +217,7 @@ def refitting(before: Costed, after: Costed, prune: Prune, *, samples: int, turn
 
 
 def _untied(before: Costed, after: Costed, *, turned: bool) -> bool:
-    """Whether a tied head has got weights of its own: `turned` says that hidden is cut in another basis."""
+    """Whether a tied head has been untied. `turned`: hidden is cut in another basis."""
     return turned and before.anatomy.tied and after.arch.hidden < before.arch.hidden
 
 

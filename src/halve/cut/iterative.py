@@ -1,7 +1,7 @@
-"""Iterative importance: width is cut in steps, and what is left is scored anew before each.
+"""Iterative importance: width is cut in steps, and the remaining entries are scored again before each step.
 
 2407.14679, Sec. 2.2 and Table 14: with T steps from size d to d', step i ranks at `d - i (d - d') / T` and keeps the
-best of `d - (i + 1) (d - d') / T`. The paper finds no gain over one shot. Nothing is trained in between.
+best of `d - (i + 1) (d - d') / T`. The paper finds no gain over one step. Nothing is trained in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Gains = Callable[[PreTrainedModel, Anatomy, Plan], Mapping[str, float]]
 
 
 def no_gains(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> Mapping[str, float]:
-    """Norms as they are."""
+    """No gains: norms are left unchanged."""
     return {}
 
 
@@ -36,12 +36,12 @@ def select_iteratively(
     kept_layers: Sequence[int] | None = None,
     gains: Gains = no_gains,
 ) -> Plan:
-    """A plan for the given model, found in `steps` cuts; with one step what `select` gives for `score`'s scores.
+    """A plan for the given model, found in `steps` cuts. With one step it is the result of `select` on the scores.
 
-    Layers go in the first step (`kept_layers`, or the least important), widths in equal parts, each at the nearest
-    sizes that the family's config accepts. `score` is called before each step on the model that is left; `gains` says
-    how norms between the steps make up for fewer channels (`halve.cut.surgery.gain`). `gain` is what the plan notes for
-    the final cut, which starts from the given model again. The given model is not changed.
+    Layers are dropped in the first step: those not in `kept_layers`, or the least important. Widths shrink by equal
+    parts, at the nearest sizes that the family's config accepts. `score` is called before each step on the remaining
+    model. `gains` says how norms compensate for fewer channels between the steps (`halve.cut.surgery.gain`). `gain` is
+    recorded in the plan for the final cut, which starts from the given model again. The given model is not changed.
     """
     assert steps > 0, "a cut has at least one step"
     chosen: Plan | None = None
@@ -59,7 +59,7 @@ def select_iteratively(
 
 
 def sizes_on_the_way(anatomy: Anatomy, after: Arch, steps: int) -> Iterator[Arch]:
-    """The sizes after each step, the last being `after`; a step that would change nothing is left out."""
+    """The sizes after each step. The last are `after`. A step without a change is left out."""
     before, last = anatomy.sizes, anatomy.sizes
     for step in range(1, steps):
         groups = _part(before.kv_heads, after.kv_heads, step, steps)
@@ -78,9 +78,9 @@ def _part(before: int, after: int, step: int, steps: int) -> int:
 
 
 def _with_legal_hidden(anatomy: Anatomy, sizes: Arch, near: int, *, most: int) -> Arch | None:
-    """The sizes with the legal `hidden` that is nearest, between the final and the last one.
+    """The sizes with the nearest valid `hidden` between the final one and that of the last step.
 
-    None where there is none: heads may not allow any.
+    None if the heads allow no such size.
     """
     if anatomy.coupled:
         near = sizes.heads * sizes.head_dim
@@ -95,7 +95,7 @@ def _with_legal_hidden(anatomy: Anatomy, sizes: Arch, near: int, *, most: int) -
 
 
 def composed(first: Plan, second: Plan) -> Plan:
-    """The plan that cuts in one go what `first` and then, on its result, `second` cut."""
+    """One plan with the same result as `first`, followed by `second` on its result."""
     rows = {
         axis: tuple(
             tuple(getattr(first, axis)[layer][entry] for entry in kept)

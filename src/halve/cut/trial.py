@@ -1,8 +1,8 @@
-"""Choosing between depth and width by trying: every shape that meets the budget is cut, refit and measured.
+"""The trial: shapes that meet a budget are cut, refit and measured, to choose between depth and width.
 
-The papers prefer width on grounds of long retraining of large models, and search by short distillation. A refit takes
-the place of the first steps of that distillation: seconds a shape, no gradients. docs/decisions/0011-shape.md has what
-the trial finds on small teachers and how well it foretells the loss after retraining.
+The papers prefer width because of long retraining of large models, and search by short distillation. Here a refit takes
+the place of the first steps of that distillation. It takes seconds per shape and no gradients. What the trial finds on
+small teachers, and how well it predicts the loss after retraining, is in docs/decisions/0011-shape.md.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from halve.recipe.schema import Prune
 
 FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
 TIE_TOLERANCE = 0.1
-"""Shapes this close to the best count as equal; of them the deepest wins, which the papers find to learn best."""
+"""Shapes this close to the best count as equal. The deepest of them wins, because by the papers it learns best."""
 NOISE = 0.03
-"""A shape that is worse than its neighbor by less than this says nothing yet."""
+"""If a shape is worse than its neighbor by less than this, the search still continues in this direction."""
 HOPELESS = 1.25
-"""Times the lowest KL so far: a list whose middle is worse is left. Where a list of the demo's teacher beats the
-others, it comes down from its middle by 19 % at most (docs/decisions/0011-shape.md)."""
+"""A list whose middle exceeds this times the lowest KL so far is skipped. On the demo's teacher, a list that beats the
+others is at most 19 % lower than its middle (docs/decisions/0011-shape.md)."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A shape, the layers that it keeps, and its KL to the teacher in nats a token."""
+    """A shape, the layers that it keeps, and its KL from the teacher in nats per token."""
 
     arch: Arch
     kept_layers: tuple[int, ...]
@@ -72,12 +72,12 @@ def try_shapes(
 ) -> tuple[Tried, ...]:
     """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
-    Within each list in `shapes` (see `sizes.shapes`, deepest first) KL falls and then rises with every layer that makes
-    room for width: of each the middle is measured, and from there the trial goes down, the best list first; lists that
-    begin too high are left. A shape that stands in two lists is cut once.
+    Within each list in `shapes` (see `sizes.shapes`, deepest first), KL falls and then rises as layers are dropped in
+    favor of width. So the middle of each list is measured first. From there the trial follows falling KL, and the best
+    list comes first. Lists whose middle is too high are skipped. A shape in two lists is cut only once.
 
-    Layers go by `scores.layers`. A third of the samples, 8 at most, is measured on; of the others 8 at most are
-    fitted. Neurons are ranked, not selected by refit, and whatever merges heads or layers is left out.
+    Layers are dropped by `scores.layers`. Up to 8 samples, and at most a third of them, are for measurements. Up to 8
+    of the others are for fitting. Neurons are chosen by score and not by refit, and heads and layers are not merged.
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
@@ -89,7 +89,7 @@ def try_shapes(
     tried: dict[Arch, Tried] = {}
 
     def measured(arch: Arch) -> float:
-        if arch in tried:  # it stands in another list, too
+        if arch in tried:  # it is in another list, too
             return tried[arch].kl
         kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
         student = cut(
@@ -121,7 +121,7 @@ def try_shapes(
 
 
 def without_extras(prune: Prune) -> Prune:
-    """How a shape is cut to be tried."""
+    """The settings with which shapes are cut in the trial."""
     usual = Prune(hidden=1)
     few = {"refit_samples": min(prune.refit_samples, FIT_SAMPLES)}
     merged = {"head_merge": usual.head_merge, "layer_merge": usual.layer_merge}
@@ -129,7 +129,7 @@ def without_extras(prune: Prune) -> Prune:
 
 
 def fewer_samples(prune: Prune, num_samples: int) -> tuple[int, int]:
-    """Of so many samples those that shapes are measured on, and those that they are fitted on.
+    """The numbers of samples for measuring and for fitting shapes, from the available ones.
 
     >>> fewer_samples(Prune(hidden=1), 1024), fewer_samples(Prune(hidden=1), 9)
     ((8, 8), (3, 6))
@@ -139,7 +139,7 @@ def fewer_samples(prune: Prune, num_samples: int) -> tuple[int, int]:
 
 
 def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], float]) -> None:
-    """Measure from the middle on toward more layers, and toward fewer if that leads up, each until it gets worse."""
+    """Measure from the middle toward more layers, then toward fewer if KL rises, each until it gets worse."""
     middle, lowest = len(family) // 2, begun
     for way in (range(middle - 1, -1, -1), range(middle + 1, len(family))):
         for i in way:

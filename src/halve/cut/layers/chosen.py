@@ -1,4 +1,4 @@
-"""Which layers go, where the recipe compares sets of them: shared by the stages that know how many."""
+"""Which layers are dropped if the recipe compares sets of layers. Used by the stages that know their number."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEPTH = "depth.json"
 
 
 def compares(score: Score) -> bool:
-    """Whether layers go by more than their block importance, one by one."""
+    """Whether layers are chosen by more than the block importance of single layers."""
     return (score.depth, score.depth_pattern) != ("bi", "single")
 
 
 def read_of(score: Score, remove: int) -> int | bool | None:
-    """What the score stage's comparison depends on of the number of layers that go; None where it compares nothing.
+    """How the score stage's comparison depends on the number of dropped layers. None if nothing is compared.
 
-    Block importance comes with every score, and single layers that were compared tell any number of layers.
+    Block importance comes with every score. A comparison of single layers is valid for any number of layers.
     """
     if not compares(score):
         return None

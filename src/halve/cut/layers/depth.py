@@ -1,9 +1,9 @@
-"""Which layers go: what is compared, and which set is chosen.
+"""Which layers are dropped: what is compared, and which set is chosen.
 
 A pattern says which sets of layers are compared, a criterion (`halve.cut.layers.depth_values`) what each is worth. The
 methods of the papers are special cases of `choose`:
 
-    ShortGPT (arXiv 2403.03853)             bi, single         the layers that turn their input least
+    ShortGPT (arXiv 2403.03853)             bi, single         the layers that change the direction of their input least
     Gromov et al. (arXiv 2403.17887)        angular, block     the block whose input and output are most alike
     Shortened LLaMA (arXiv 2402.02834)      nll, single        by perplexity; taylor, single by first-order Taylor
     SLEB (arXiv 2402.09025)                 nll, greedy        one by one, each measured in the model that is left
@@ -11,7 +11,7 @@ methods of the papers are special cases of `choose`:
     Minitron (2407.14679, Sec. 2.2)         bi or nll, single
     Llama-Minitron (2408.11796)             task, block        contiguous layers by accuracy downstream
 
-No layer is protected from removal, the first and the last neither.
+No layer is protected from removal, not even the first and the last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from halve.recipe.schema import DepthCriterion, DepthPattern
 
 @dataclass(frozen=True)
 class Removal:
-    """A set of layers and what taking it out does, by the criterion: higher hurts more."""
+    """A set of layers and the effect of its removal by the criterion. Higher hurts more."""
 
     layers: tuple[int, ...]
     value: float
@@ -46,7 +46,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """The layers that stay, and every set that was compared on the way."""
+    """The kept layers, and every set that was compared."""
 
     criterion: DepthCriterion
     pattern: DepthPattern
@@ -54,16 +54,16 @@ class DepthChoice:
     removals: tuple[Removal, ...]
     """In greedy order: sets of one layer first, each later set holding the layers chosen before it."""
     passes: float
-    """Layers that were run, by tokens, over all layers: what the choice cost in whole forward passes."""
+    """The cost of the choice in full forward passes."""
     whole: float | None
-    """The criterion's value of the model with every layer; None where it has none."""
+    """The value of the criterion for the whole model, or None."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
 
     def of(self, remove: int) -> DepthChoice:
-        """The choice of another number of layers, which single layers tell; sets are of the number they were made for.
+        """The choice for another number of layers. Only a comparison of single layers is valid for any number.
 
         >>> removals = (Removal((0,), 3.0), Removal((1,), 1.0), Removal((2,), 2.0))
         >>> DepthChoice("bi", "single", (0, 2), removals, 1.0, None).of(2).kept
@@ -89,7 +89,7 @@ class DepthChoice:
 
 @dataclass(frozen=True)
 class PatternResult:
-    """What a pattern found: the layers to remove, the sets it compared and what that cost."""
+    """The result of a pattern: the layers to remove, the compared sets, and the cost."""
 
     removed: tuple[int, ...]
     removals: tuple[Removal, ...]
@@ -101,7 +101,7 @@ class PatternResult:
 
 
 def single(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
-    """Compare every layer alone and remove those that hurt least; of equals the later goes.
+    """Compare every layer alone and remove those that hurt least. For equal values, the later layer is removed.
 
     >>> values = {(0,): 3.0, (1,): 1.0, (2,): 2.0}
     >>> compare = lambda sets, removed: Compared(tuple(values[s] for s in sets), 1.0, None)
@@ -116,7 +116,7 @@ def single(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
 def blocks(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
     """Compare contiguous blocks of `remove` layers at every position and remove the one that hurts least.
 
-    The papers' figures of 1, 2, 8 and 16 removed layers by position are `removals`. Of equals the later goes.
+    `removals` are the values by position, as in the papers' figures. For equal values, the later block is removed.
     """
     sets = [tuple(range(start, start + remove)) for start in range(num_layers - remove + 1)]
     compared, removals = _compare(compare, sets, ())
@@ -124,10 +124,10 @@ def blocks(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
 
 
 def greedy(compare: Compare, num_layers: int, *, remove: int) -> PatternResult:
-    """Remove one layer at a time: the one that hurts least in the model that is left. Of equals the later goes.
+    """Remove one layer at a time: the one that hurts least in the remaining model. For equal values, the later one.
 
-    SLEB, arXiv 2402.09025, Sec. 3: the layers need not be neighbors, and two that stand in for each other do not both
-    go, as they may when each is judged alone.
+    SLEB, arXiv 2402.09025, Sec. 3. The layers need not be neighbors. Two layers that can replace each other are not
+    both removed, which may happen if each is judged alone.
     """
     gone: tuple[int, ...] = ()
     all_removals: list[Removal] = []
@@ -186,10 +186,10 @@ def choose(
     scores: Scores | None = None,
     progress: Progress = SILENT,
 ) -> DepthChoice:
-    """Choose `remove` layers to take out by one criterion and pattern; the model is as before on return.
+    """Choose `remove` layers to drop, by one criterion and pattern. The model is unchanged on return.
 
-    `task` reads `items` and `tokenizer`, `taylor` reads `scores.layer_scores`, the others the samples. bi of single
-    layers is read from `scores` where they were measured in a forward pass, and then costs no further one.
+    `task` uses `items` and `tokenizer`, `taylor` uses `scores.layer_scores`, and the others use the samples. `bi` of
+    single layers is taken from `scores` if they come from a forward pass, and then needs no other pass.
 
     Raises `PlanError` unless at least one layer goes and one stays, `RecipeError` for `task` without items and `taylor`
     without layer scores, `CorpusError` for no samples, and `CheckpointError` where logits are not finite.

@@ -1,6 +1,7 @@
-"""How much it hurts to take a set of layers out: every criterion as one kind of function.
+"""How much the removal of a set of layers hurts. Every criterion is a `Compare` function.
 
-A `Compare` takes sets of layers, and layers that are gone already, and gives a value for each set: higher hurts more.
+A `Compare` takes sets of layers, and layers that are already removed, and returns a value for each set. Higher hurts
+more.
 
     bi          1 - E[cos(x_in, x_out)] over tokens                    one pass, no removal
     angular     arccos(cos(x_in, x_out)) / pi at the last token        one pass, no removal
@@ -42,12 +43,12 @@ LayerSet = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Compared:
-    """What a `Compare` found: a value for each set, and the whole forward passes that it took."""
+    """The result of a `Compare`: a value for each set, and its cost in full forward passes."""
 
     values: tuple[float, ...]
     passes: float
     whole: float | None
-    """The same figure with none of the sets removed; None where the criterion has none."""
+    """The value with no set removed, or None."""
 
 
 Compare = Callable[[Sequence[LayerSet], Collection[int]], Compared]
@@ -62,9 +63,9 @@ def angular_distance(
 ) -> Float[Tensor, " batch"]:
     """Angle between a block's input and output at each sample's last token, as a share of pi: 0 alike, 1 opposite.
 
-    Gromov et al., arXiv 2403.17887: `d = arccos( x_in . x_out / (|x_in| |x_out|) ) / pi` at the last token, as in
-    the paper, since under a causal mask it alone has seen the whole sample; `bi` is the mean over all tokens. In
-    float64: the arccosine loses half of the digits where states are alike.
+    Gromov et al., arXiv 2403.17887: `d = arccos( x_in . x_out / (|x_in| |x_out|) ) / pi` at the last token, as in the
+    paper: with a causal mask, only this token has seen the whole sample. (`bi` is the mean over all tokens.) Computed
+    in float64, because the arccosine of similar states loses half of the digits.
 
     >>> x = torch.tensor([[[9.0, 9.0], [1.0, 0.0]]])
     >>> y = torch.tensor([[[-9.0, 3.0], [0.0, 2.0]]])
@@ -159,8 +160,8 @@ def logit_mse(
     """Squared error of the logits against those of the whole model, relative to the size of these.
 
     Nemotron Elastic, arXiv 2511.16664: `sum (z_full - z)^2 / sum z_full^2`, over all tokens and the vocabulary. The
-    reference is the model with no layer removed, also where some are gone already. Its last hidden states of all
-    samples are kept in main memory: samples x seq x hidden numbers in the model's type.
+    reference is the model with all layers, even if some are already removed. Its last hidden states of all samples are
+    kept in main memory: samples x seq x hidden numbers in the model's type.
     """
     require_context(model.config, samples_BS.shape[1], "a sample")
     layers, (_, head) = removal.layers_of(model, anatomy), split(model)
@@ -214,7 +215,7 @@ def task(
     batch_tokens: int = 4096,
     progress: Progress = SILENT,
 ) -> Compare:
-    """Share of multiple-choice items that the model without the set answers wrongly: one minus its accuracy.
+    """Share of multiple-choice items that the model answers wrongly without the set: one minus its accuracy.
 
     2408.11796 chooses its depth by a downstream task (Winogrande) rather than by loss: items with a context for each
     option and one ending. Items are scored as in `halve.model.choices`.
@@ -250,7 +251,7 @@ def task(
 
 
 def additive(scores_L: Float[Tensor, " layers"]) -> Compare:
-    """The sum of the scores of all that is removed: first-order Taylor, where what layers are worth adds up.
+    """The sum of the scores of all removed layers. In a first-order Taylor expansion, these add up.
 
     Shortened LLaMA's Taylor (arXiv 2402.02834). The paper's Taylor+ also protects the first four and the last two
     layers; nothing is protected here.
@@ -264,7 +265,7 @@ def additive(scores_L: Float[Tensor, " layers"]) -> Compare:
 
 
 def random_values(seed: int) -> Compare:
-    """A uniform number for each set, whatever else is removed: the control."""
+    """A uniform random number for each set, which does not depend on other removals: the control."""
     generator = torch.Generator().manual_seed(seed)
 
     def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
@@ -274,7 +275,7 @@ def random_values(seed: int) -> Compare:
 
 
 def finite_values(values: Tensor, sets: Sequence[LayerSet]) -> tuple[float, ...]:
-    """The values as numbers; raises `CheckpointError` naming the first set whose value is not finite."""
+    """The values as numbers. Raises `CheckpointError` naming the first set whose value is not finite."""
     found = values.tolist()
     for value, chosen in zip(found, sets, strict=True):
         if value - value != 0:

@@ -1,13 +1,13 @@
-"""Layer collapse: what removed layers did is added to the layer in front of them, instead of being lost.
+"""Layer collapse: the differences of removed layers are added to the layer before them, instead of being lost.
 
 LaCo, arXiv 2402.11187, Sec. 2. With theta_l all parameters of layer l, attention and MLP and norms, merging m layers
 into the one before them gives
 
     theta*_l = theta_l + sum_{k=1..m} (theta_{l+k} - theta_l)
 
-and layers l+1 .. l+m are dropped. For m = 1 that is theta_{l+1}. The notebook published with the paper computes
-something else; this is the paper's text. Merging is a change of the teacher's weights: `halve.cut.surgery.trim.trim`
-then drops the layers as in any other cut.
+and layers l+1 .. l+m are dropped. For m = 1 this is theta_{l+1}. This follows the text of the paper; the notebook that
+was published with it computes something else. Merging changes the teacher's weights. Then
+`halve.cut.surgery.trim.trim` drops the layers as in any other cut.
 
 Sums are float64 and rounded once to the parameter's own type.
 
@@ -39,7 +39,7 @@ _DEEP = 30
 
 
 def laco(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
-    """One parameter of a layer with those of the m layers behind it merged in.
+    """One parameter of a layer, merged with those of the m layers after it.
 
     `theta + sum_k (theta_k - theta)`; with nothing behind, the parameter itself.
 
@@ -53,7 +53,7 @@ def laco(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[T
 
 @dataclass(frozen=True)
 class Merge:
-    """Layers that collapse into the one in front of them, by their numbers in the whole model."""
+    """Layers that collapse into the layer before them, by their numbers in the whole model."""
 
     into: int
     layers: tuple[int, ...]
@@ -61,20 +61,20 @@ class Merge:
 
 @dataclass(frozen=True)
 class Collapse:
-    """What the search found: merges in the order in which they are made, and the layers that are left."""
+    """The result of the search: merges in the order in which they are made, and the remaining layers."""
 
     merges: tuple[Merge, ...]
     kept: tuple[int, ...]
     threshold: float
     """The similarity that every merge had to exceed."""
     similarity: float
-    """That of the last merged model with the whole one."""
+    """The similarity of the final merged model with the whole one."""
     passes: float
-    """Layers that were run, by tokens, over all layers: what the search cost in whole forward passes."""
+    """The cost of the search in full forward passes."""
 
 
 def merges_of(kept: Sequence[int], total: int) -> tuple[Merge, ...]:
-    """Every kept layer takes in the removed ones that follow it; what precedes the first kept layer is lost.
+    """Every kept layer takes in the removed layers after it. Layers before the first kept one are lost.
 
     >>> merges_of([0, 3], 6)
     (Merge(into=0, layers=(1, 2)), Merge(into=3, layers=(4, 5)))
@@ -85,18 +85,18 @@ def merges_of(kept: Sequence[int], total: int) -> tuple[Merge, ...]:
 
 
 def merge_layers(model: PreTrainedModel, anatomy: Anatomy, kept: Sequence[int]) -> PreTrainedModel:
-    """A copy of the model in which each kept layer carries the differences of the removed ones behind it.
+    """A copy of the model in which each kept layer has the differences of the removed layers after it.
 
-    All layers are still there, the removed ones unchanged, for `trim` to drop. `kept` is in rising order.
-    Raises `AnatomyError` where layers that merge are not made of the same parameters.
+    All layers are still there, so that `trim` can drop the removed ones. `kept` is in ascending order. Raises
+    `AnatomyError` if layers that merge do not have the same parameters.
     """
     return apply_merges(model, anatomy, merges_of(kept, anatomy.sizes.layers))
 
 
 def apply_merges(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> PreTrainedModel:
-    """A copy of the model with these merges made one after the other, each on what the earlier ones left.
+    """A copy of the model with these merges, each made on the result of the earlier ones.
 
-    Raises `AnatomyError` where layers that merge are not made of the same parameters.
+    Raises `AnatomyError` if layers that merge do not have the same parameters.
     """
     result = copy.deepcopy(model)
     _apply(result, anatomy, merges)
@@ -105,7 +105,7 @@ def apply_merges(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merg
 
 @contextmanager
 def _applied(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> Iterator[None]:
-    """Within, the model itself carries the merges; its own weights are put back on any exit."""
+    """In this context, the model itself is merged. Its own weights are restored on every exit."""
     into = {merge.into for merge in merges}
     own = {name: value.detach().clone() for name, value in model.named_parameters() if anatomy.layer_of(name) in into}
     try:
@@ -148,10 +148,10 @@ def _write(model: PreTrainedModel, values: dict[str, Tensor]) -> None:
 
 
 def search_setting(total: int) -> tuple[int, int]:
-    """How many layers a merge makes one of, and how far apart merges are, for a model of `total` layers.
+    """How many layers a merge turns into one, and the distance of merges, for a model of `total` layers.
 
-    The paper merges four at a time, two apart, in models of 30 layers and more. On few layers that is too coarse, and
-    pairs would be plain removal: there it is three at a time, one apart.
+    The paper merges four at a time, at a distance of two, in models of 30 layers and more. For few layers this is too
+    coarse, and merging pairs would be plain removal. Then it is three at a time, at a distance of one.
 
     >>> search_setting(32), search_setting(10)
     ((4, 2), (3, 1))
@@ -171,16 +171,16 @@ def laco_search(
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> Collapse:
-    """Collapse a model to `layers` layers by the paper's procedure; the model is as before on return.
+    """Collapse a model to `layers` layers by the paper's procedure. The model is unchanged on return.
 
-    LaCo, Algorithm 1 (`collapse`), with the cosine of the last hidden states (those that the head reads) with the
-    whole model's, averaged over tokens. The paper tunes the threshold by hand until a size is met; here it is lowered
-    from the given one in steps of 0.05 until the number of layers is reached, at last to any similarity. What was
-    measured under a higher threshold is not measured again.
+    LaCo, Algorithm 1 (`collapse`). The similarity is the cosine between the last hidden states (those that the head
+    reads) and those of the whole model, averaged over tokens. The paper tunes the threshold by hand. Here it is lowered
+    in steps of 0.05 until the number of layers is reached, if necessary until any similarity is accepted. Results under
+    a higher threshold are not measured again.
 
-    Keeps the last hidden states of all samples in main memory, and a copy of the merged layers' weights.
-    Raises `PlanError` for a number of layers that cannot be reached, `CorpusError` for no samples, `CheckpointError`
-    where hidden states are not finite, `AnatomyError` where layers that merge differ in their parameters.
+    The last hidden states of all samples and a copy of the merged layers' weights are kept in main memory. Raises
+    `PlanError` for a number of layers that cannot be reached, `CorpusError` for no samples, `CheckpointError` for
+    hidden states that are not finite, and `AnatomyError` if layers that merge differ in their parameters.
     """
     total = anatomy.sizes.layers
     if not 0 < layers < total:
@@ -251,11 +251,11 @@ def collapse(
 ) -> tuple[Merge, ...]:
     """The merges that LaCo's Algorithm 1 makes under one threshold, stopping at `layers` layers.
 
-    From the back: the present layer takes in `combine` - 1 layers behind it. If `similarity` of all merges up to this
-    one exceeds the threshold it stays, and the place moves `interval` layers to the front (more, where fewer than
-    `combine` layers would be left behind it); otherwise it is undone, and the place moves one. Places count the layers
-    that are left, so that a layer may be merged again. Only the last merge takes in fewer, where `combine` - 1 would
-    overshoot `layers`.
+    It starts from the back. The current layer takes in the `combine` - 1 layers after it. If the `similarity` with all
+    merges so far exceeds the threshold, the merge is kept, and the position moves `interval` layers toward the front
+    (or more, if fewer than `combine` layers would be left after it). Otherwise the merge is undone, and the position
+    moves by one. Positions count the remaining layers, so a layer may be merged again. Only the last merge may take in
+    fewer layers, if `combine` - 1 would overshoot `layers`.
     """
     assert combine > 1, "a merge takes in at least one layer"
     assert interval > 0, "places move to the front"

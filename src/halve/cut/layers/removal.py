@@ -1,16 +1,16 @@
-"""A model without some of its layers, measured without building it: the states of the untouched prefix are reused.
+"""Measure a model without some of its layers, without building it. The states before the removal are reused.
 
-A layer is removed by passing its input on, which is what `halve.cut.surgery.trim.trim` builds (the proofs of
-`halve.cut.proof.prove` compare the two), and every layer that stays keeps its own attention type, mask and rotary
-table. Removing layers i.. leaves everything before i as it was. So a micro-batch goes through the model once, the input
-of every layer is kept, and a removal starts from the input of its first removed layer:
+A layer is removed by passing its input on, which equals what `halve.cut.surgery.trim.trim` builds (the proofs of
+`halve.cut.proof.prove` compare the two). Every remaining layer keeps its own attention type, mask and rotary table.
+Removing layers i.. changes nothing before i. So a micro-batch goes through the model once, and the input of every layer
+is kept. A removal then starts from the input of its first removed layer:
 
     layers run by a sweep of n contiguous layers over all L - n + 1 positions
         each position on its own     (L - n + 1) (L - n)
         with the prefix reused       (L - n + 1) (L - n) / 2  and L for the one whole pass
 
-The model's own forward is run each time with some layers' `forward` replaced, so that masks, embeddings, scales and
-whatever stands behind the last layer are the family's code. The replacements are taken back on any exit.
+Each time, the model's own forward is run with the `forward` of some layers replaced. So masks, embeddings, scales and
+everything after the last layer are the family's own code. The replacements are undone on every exit.
 
 Legend: B batch, S seq, D hidden, L layers.
 """
@@ -36,10 +36,10 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What one pass of one micro-batch leaves."""
+    """The states of one pass of one micro-batch."""
 
     states: tuple[Float[Tensor, "batch seq hidden"], ...]
-    """The residual stream in front of every layer, and behind the last: L + 1 tensors."""
+    """The residual stream before every layer and after the last: L + 1 tensors."""
     hidden: Float[Tensor, "batch seq hidden"]
     """The body's output, after the final norm: what the head reads."""
 
@@ -55,10 +55,10 @@ class Layers:
 
 
 def layers_of(model: PreTrainedModel, anatomy: Anatomy) -> Layers:
-    """The layers of a model, after a trial on four tokens that the second half can be run from kept states.
+    """The layers of a model, after a test on four tokens that the second half can run from stored states.
 
-    Raises `AnatomyError` where a layer is not called once in a pass, or where more than one tensor goes from layer to
-    layer, and `CheckpointError` where hidden states are not finite.
+    Raises `AnatomyError` if a layer is not called exactly once in a pass, or if more than one tensor goes from layer to
+    layer. Raises `CheckpointError` for hidden states that are not finite.
     """
     assert not model.training, "measure a model in eval mode"
     modules = tuple(model.get_submodule(f"{anatomy.layers_path}.{i}") for i in range(anatomy.sizes.layers))
@@ -87,7 +87,7 @@ def layers_of(model: PreTrainedModel, anatomy: Anatomy) -> Layers:
 
 @torch.inference_mode()
 def trace(layers: Layers, ids_BS: Int64[Tensor, "batch seq"], *, removed: Collection[int] = ()) -> Trace:
-    """One pass without the removed layers that keeps the input of every layer."""
+    """One pass without the removed layers that stores the input of every layer."""
     states: list[Tensor] = []
     with ExitStack() as hooks:
         hooks.enter_context(_replaced(layers, {layer: _pass_on(layers.arity) for layer in removed}))
@@ -128,12 +128,12 @@ def sweep(
     each: Callable[[int, int, Tensor], None],
     progress: Progress = SILENT,
 ) -> float:
-    """Run every batch without `removed`, then without each set as well; give the whole passes that this took.
+    """Run every batch without `removed`, then also without each set. Returns the cost in full passes.
 
     `batches` holds token ids [batch, seq].
 
-    `whole(batch, trace)` hears of the first, `each(batch, set, hidden)` of the others; nothing outlives its batch
-    unless they keep it. Memory: L + 1 states of one batch.
+    `whole(batch, trace)` is called for the first, and `each(batch, set, hidden)` for the others. Nothing is kept after
+    its batch unless they keep it. Memory: L + 1 states of one batch.
 
     The result counts layers that were run, by tokens, over L times all tokens.
     """
@@ -155,12 +155,12 @@ def sweep(
 
 
 def ignore(*_: Any) -> None:
-    """A listener for `sweep` that is not interested."""
+    """A listener for `sweep` that does nothing."""
 
 
 @contextmanager
 def _replaced(layers: Layers, forwards: Mapping[int, Forward]) -> Iterator[None]:
-    """Within, these layers run another function; what an instance had of its own before is put back."""
+    """In this context, these layers run another function. An own `forward` of an instance is restored."""
     own = {layer: layers.modules[layer].__dict__.get("forward") for layer in forwards}
     try:
         for layer, forward in forwards.items():

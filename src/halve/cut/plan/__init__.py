@@ -1,1 +1,1 @@
-"""Which sizes are legal, and which indices are kept?"""
+"""Which sizes are valid, and which entries are kept?"""

@@ -1,17 +1,17 @@
-"""Head residual merge: kept query heads take over what sets them apart from removed ones.
+"""Head residual merge: kept query heads take over residuals of removed ones.
 
 2407.14679, Sec. 2.3. Of L heads ranked by importance the first K stay, and kept head i takes
 
     head_i + c (head_i - head_{2K-i+1}),    i = 2K - L + 1 .. K
 
-so that the least important kept head meets the most important removed one. Where we differ:
+so that the least important kept head is paired with the most important removed one. Differences from the paper:
 
 - the paper prints `i = K - (L - K) .. K`, which has one pair too many: 2K - i + 1 would then be L + 1;
-- the paper's c is 1; LaCo, which it takes after, has the other sign (c = -1). It is a parameter, 0 is off;
-- pairs lie inside one key-value group, since a query head means nothing beside another group's keys. There only what
-  belongs to query heads moves: rows of the query projection and its bias, columns of the output projection. Where
-  every head has its own key and value, those move too, and the layer is one group;
-- with L > 2K only the first K removed heads meet a kept one, the others go as they would without a merge.
+- the paper's c is 1; LaCo, which it follows, has the other sign (c = -1). Here c is a parameter, and 0 is off;
+- pairs are inside one key-value group, because a query head is of no use with the keys of another group. Then only the
+  weights of query heads change: rows of the query projection and its bias, columns of the output projection. If every
+  head has its own key and value, these change too, and the layer is one group;
+- with L > 2K only the first K removed heads are paired with a kept one. The others are removed without a merge.
 
 Legend: N weights of one head in one parameter.
 """
@@ -44,7 +44,7 @@ def merged(kept: Float[Tensor, "*n"], removed: Float[Tensor, "*n"], *, coefficie
 
 
 def pairs(kept: Sequence[int], removed: Sequence[int]) -> list[tuple[int, int]]:
-    """Which kept head meets which removed one, both given from the most to the least important.
+    """Pairs of a kept and a removed head. Both lists are ordered from the most to the least important.
 
     >>> pairs([7, 5, 6], [1, 2])  # ranks 1 2 3 | 4 5: the third meets the fourth, the second the fifth
     [(6, 1), (5, 2)]
@@ -55,10 +55,11 @@ def pairs(kept: Sequence[int], removed: Sequence[int]) -> list[tuple[int, int]]:
 def merge_heads(
     model: PreTrainedModel, plan: Plan, anatomy: Anatomy, scores: Importance, *, coefficient: float
 ) -> PreTrainedModel:
-    """A copy of the model whose heads carry the residuals of those that the plan removes; `trim` then takes them out.
+    """A copy of the model whose kept heads carry residuals of the heads that the plan removes. `trim` then removes
+    them.
 
-    Heads are ranked by `scores.heads`. Groups that the plan removes whole are merged into none. With coefficient 0, or
-    where no head goes, the copy is identical, bit for bit.
+    Heads are ranked by `scores.heads`. Groups that the plan removes completely are not merged. With coefficient 0, or
+    if no head is removed, the copy is bit-identical.
     """
     result = copy.deepcopy(model)
     if coefficient == 0:
@@ -78,7 +79,7 @@ def merge_heads(
 
 
 def _matrices(anatomy: Anatomy) -> Iterator[AxisPlace]:
-    """Weights and biases of projections that carry heads, and where each has its own key and value, those."""
+    """Weights and biases of the projections of query heads, and of keys and values if each head has its own."""
     own = anatomy.sizes.heads == anatomy.sizes.kv_heads
     for axis in ("heads", "kv_heads") if own else ("heads",):
         for place in places(anatomy, axis):

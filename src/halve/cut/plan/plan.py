@@ -1,7 +1,6 @@
-"""A Plan says which entries of which axis survive in which layer; it is made and saved before weights are touched.
+"""A Plan lists the entries of each axis that survive in each layer. It is saved before any weight is touched.
 
-`halve.cut.plan.sizes` turns a recipe's `prune` section into legal sizes; `select` here turns sizes and scores into a
-Plan.
+`halve.cut.plan.sizes` turns a recipe's `prune` section into valid sizes. `select` turns sizes and scores into a Plan.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from halve.recipe.schema import Gain
 
 @runtime_checkable
 class Importance(Protocol):
-    """What `select` reads of scores, higher is kept: [hidden], [layers, ffn], [layers, heads], ..., [layers]."""
+    """The scores that `select` needs; higher is kept: [hidden], [layers, ffn], [layers, heads], ..., [layers]."""
 
     @property
     def hidden(self) -> Tensor | None: ...
@@ -83,10 +82,10 @@ class Plan:
 def select(
     anatomy: Anatomy, after: Arch, scores: Importance, *, gain: Gain, kept_layers: Sequence[int] | None = None
 ) -> Plan:
-    """Keep the entries that score highest, in their old order.
+    """Keep the entries with the highest scores, in their old order.
 
-    Heads are ranked inside each key-value group and the same number stays in each (FAMILIES: the only cut that an
-    ordinary config can say). Equal scores keep the earlier entry. `kept_layers` overrides the layers' ranking.
+    Heads are ranked within each key-value group, and each group keeps the same number. An ordinary config can describe
+    no other cut. For equal scores the earlier entry is kept. `kept_layers` overrides the ranking of layers.
     """
     before = anatomy.sizes
     layers = tuple(kept_layers) if kept_layers is not None else _top(scores.layers, before.layers, after.layers)

@@ -1,6 +1,6 @@
-"""The ways to share a budget between depth and width: the shapes that a trial cuts, refits and compares.
+"""The ways to split a budget between depth and width: the shapes that a trial cuts, refits and compares.
 
-Every shape is one that the family's own config accepts: illegal ones are passed over before the most even is chosen.
+The family's own config accepts every shape: invalid ones are left out before the most even one is chosen.
 
 Legend: W widths, L layers, K kinds of layers, F choices of ffn, A axes.
 """
@@ -21,9 +21,9 @@ _Integers = npt.NDArray[np.int64]
 
 
 def to_try(anatomy: Anatomy, prune: Prune, *, refused: Mapping[str, str] | None = None) -> list[list[Arch]]:
-    """What `prune` leaves to a trial; nothing where sizes are given, or where their shape is settled.
+    """The shapes that `prune` leaves to a trial. Empty if sizes are given or `shape` is not trial.
 
-    `anatomy` is that of the student's sizes (`rotate.student_anatomy`). `refused` are further axes that stay whole.
+    `anatomy` is the one for the student's sizes (`rotate.student_anatomy`). `refused` are other axes that are not cut.
     """
     budget = budget_of(anatomy, prune)
     if budget is None or prune.shape != "trial":
@@ -33,16 +33,16 @@ def to_try(anatomy: Anatomy, prune: Prune, *, refused: Mapping[str, str] | None 
 
 
 def list_shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:
-    """The ways to share a budget between depth and width, by what is cut beside layers; each the deepest first.
+    """The ways to split a budget between depth and width, in lists by what is cut in addition to layers, deepest first.
 
         ffn                                     the residual stream and attention kept
         ffn and groups of heads                 the residual stream kept
         hidden, ffn and groups of heads
         hidden and ffn                          attention kept, as 2408.11796 (Sec. 6) advises
 
-    At most one for each number of layers in each list: of the legal ones that which shrinks its axes most evenly; a
-    pure depth cut is the last list's last. None is larger than the budget by more than twice the nearest's distance
-    or one percent, so that no shape wins by its size, and none smaller by more than twice that.
+    Each list has at most one shape for each number of layers: the valid one that shrinks its axes most evenly. A pure
+    depth cut is the last entry of the last list. So that no shape wins by its size, none exceeds the budget by more
+    than twice the distance of the nearest shape, or one percent. None is below the budget by more than twice that.
     """
     depths = range(anatomy.sizes.layers, 0, -1) if can(anatomy, "layers") else [anatomy.sizes.layers]
     listed = []
@@ -58,15 +58,15 @@ def list_shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[li
 
 @dataclass(frozen=True, eq=False)
 class _Counted:
-    """What widths count: linear in ffn, and a sum over the first layers."""
+    """Parameter counts of all widths: linear in ffn, and a sum over the first layers."""
 
     widths: list[Arch]
     outside_W: _Integers
-    """What is not in layers."""
+    """Parameters outside the layers."""
     layers_LW: _Integers
-    """Of each layer what does not depend on ffn."""
+    """The part of each layer that does not depend on ffn."""
     neurons_LW: _Integers
-    """What one neuron takes in each layer."""
+    """Parameters of one neuron in each layer."""
 
     @classmethod
     def of(cls, anatomy: Anatomy, widths: list[Arch], *, total: bool) -> _Counted:
@@ -93,9 +93,9 @@ class _Counted:
 def _most_even(
     anatomy: Anatomy, axes: tuple[str, ...], counted: _Counted, layers: int, budget: int
 ) -> tuple[float, Arch] | None:
-    """Of the legal widths of so many layers that which shrinks most evenly, and how far over the budget it is.
+    """The valid width for this number of layers that shrinks most evenly, and how far over the budget it is.
 
-    Each width has the ffn that brings it nearest.
+    Each width has the ffn that comes closest to the budget.
     """
     before, step = anatomy.sizes, step_of(anatomy.sizes.ffn)
     fixed_W = counted.outside_W + counted.layers_LW[:layers].sum(0)
@@ -116,7 +116,7 @@ def _most_even(
 
 
 def _families(anatomy: Anatomy) -> dict[tuple[str, ...], list[Arch]]:
-    """By the axes that are cut: every size of the others, ffn whole."""
+    """For each set of axes that are cut: every size of these axes, with the full ffn."""
     before, found = anatomy.sizes, widths(anatomy)
     if anatomy.coupled or not (can(anatomy, "ffn") and can(anatomy, "hidden")):
         return {("hidden", "ffn"): found}

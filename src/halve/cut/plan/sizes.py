@@ -1,4 +1,4 @@
-"""Legal sizes: those asked for by hand, and those near a budget. Reads no weights and builds no model."""
+"""Valid sizes: those given by hand, and those near a budget. Reads no weights and builds no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Legal sizes with what they cost."""
+    """Valid sizes and their counts."""
 
     arch: Arch
     counts: Counts
@@ -33,9 +33,9 @@ class Candidate:
 
 
 def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None]:
-    """The legal sizes that a recipe asks for, and the kept layers where it names those to drop.
+    """The valid sizes that a recipe asks for, and the kept layers if it names the layers to drop.
 
-    Raises `PlanError` for illegal sizes (naming legal ones) and for a budget that cannot be met (naming the nearest).
+    Raises `PlanError` for invalid sizes (naming valid ones) and for a budget that cannot be met (naming the nearest).
     """
     if (asked_budget := budget_of(anatomy, prune)) is not None:
         return _nearest(anatomy, asked_budget[0], total=asked_budget[1]).arch, None
@@ -47,7 +47,7 @@ def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None
     asked = {a: getattr(prune, a) for a in ("hidden", "ffn", "heads", "kv_heads", "layers") if getattr(prune, a)}
     if kept is not None:
         asked["layers"] = len(kept)
-    for axis in asked:  # what is asked for is refused by its own name, before what would follow from it
+    for axis in asked:  # an axis in the recipe is refused by its own name, before axes that would follow from it
         _refuse(anatomy, axis, asked[axis])
     after = before.at(**_implied(anatomy, asked))
     require_sizes(anatomy, after, kept_layers=kept)
@@ -57,7 +57,7 @@ def target(anatomy: Anatomy, prune: Prune) -> tuple[Arch, tuple[int, ...] | None
 
 
 def require_sizes(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] | None = None) -> None:
-    """Refuse sizes that the model cannot be cut to; of layers that are not named yet the first stand for those kept."""
+    """Refuse sizes to which the model cannot be cut. If the kept layers are not known yet, the first are used."""
     before = anatomy.sizes
     for axis in CUT_AXES:
         _refuse(anatomy, axis, getattr(after, axis))
@@ -73,7 +73,7 @@ def require_sizes(anatomy: Anatomy, after: Arch, *, kept_layers: Sequence[int] |
 
 
 def is_legal(anatomy: Anatomy, after: Arch) -> bool:
-    """Whether `require_sizes` lets these sizes pass; the family's own validation is asked too."""
+    """Whether `require_sizes` accepts these sizes. It also runs the family's own validation."""
     try:
         require_sizes(anatomy, after)
     except PlanError:

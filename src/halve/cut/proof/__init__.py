@@ -1,1 +1,1 @@
-"""Can this family be cut along an axis? Random twins say."""
+"""Can this family be cut along an axis? Tested on random twins."""

@@ -1,4 +1,4 @@
-"""Whether a model predicts from what came before alone.
+"""Whether a model is causal, that is, predicts only from earlier tokens.
 
 On a random twin, a later token must not change the logits of earlier ones.
 """
@@ -16,13 +16,13 @@ from halve.errors import AnatomyError
 
 _SAME = 1e-4
 _QUICK = 2**25
-"""Parameters of a twin that is run before a recipe is; a larger one is left to the proof."""
+"""The largest twin that is run for this check. A larger one is left to the proof."""
 
 
 def check_causal(anatomy: Anatomy) -> None:
-    """Raise `AnatomyError` for a model that looks ahead, on a twin of its own, in a fraction of a second.
+    """Raise `AnatomyError` for a model that looks ahead. Tested on a small twin, in a fraction of a second.
 
-    A twin that does not run, or is large, is left to the proof.
+    A twin that does not run, or is too large, is left to the proof.
     """
     try:
         twin = anatomy.twin()
@@ -36,7 +36,7 @@ def check_causal(anatomy: Anatomy) -> None:
 
 
 def require_causal(model: PreTrainedModel, twin: Anatomy) -> None:
-    """Raise `AnatomyError` where this twin looks ahead."""
+    """Raise `AnatomyError` if this twin looks ahead."""
     _require(twin, looks_ahead(model, twin))
 
 

@@ -1,12 +1,16 @@
 """The proof of an anatomy, on tiny random twins, before any weight is touched.
 
-For every axis: permuting its entries everywhere leaves the logits alone, leaving out any one parameter does not;
-trimming gives the logits of the full twin with the same entries masked; dropping layers equals skipping them; one
-pass of importance can score it; the trimmed twin saves, reopens in plain transformers in a fresh process and has the
-planned number of parameters.
-No one twin runs in every family: some code works in float32 only, where hidden = heads x head_dim, or with heads of
-its own size. Twins are tried in turn; an axis is proved by one on which all of its checks pass, and refused, never
-cut, where it fails on each.
+The checks of every axis:
+
+- permuting its entries in all parameters does not change the logits, but leaving out any one parameter does;
+- trimming gives the logits of the full twin with the same entries masked;
+- dropping layers equals skipping them;
+- one pass of importance can score it;
+- the trimmed twin has the planned number of parameters and reopens in plain transformers, in a fresh process.
+
+No single twin runs in every family. Some code works only in float32, only with hidden = heads x head_dim, or only with
+heads of its own size. So twins are tried in turn. An axis is proved if all its checks pass on one twin. If it fails on
+every twin, it is refused and never cut.
 """
 
 from __future__ import annotations
@@ -64,13 +68,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the twins showed. Axes that the anatomy refuses by itself have no checks."""
+    """The results on the twins. Axes that the anatomy refuses by itself have no checks."""
 
     family: str
     checks: tuple[Check, ...]
-    """Of an axis that is proved all of one twin, of another the first that failed on each."""
+    """For a proved axis all checks of one twin. For another axis the first failed check of each twin."""
     refusals: Mapping[str, str]
-    """Every axis that must not be cut, with the reason: the anatomy's own and those that failed here."""
+    """Every axis that must not be cut, with the reason: refused by the anatomy, or failed here."""
 
     def refused(self, before: Arch, after: Arch) -> tuple[str, str] | None:
         """The first axis that a cut from `before` to `after` touches without proof, and the reason."""
@@ -97,11 +101,11 @@ _proofs: dict[tuple[type, str, int, bool], Proof] = {}
 
 
 def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
-    """Prove each axis on a random twin in a second; the fresh process that reopens takes seconds more.
+    """Prove each axis on a random twin, in about a second. The fresh process that reopens twins takes seconds more.
 
-    A process proves the same anatomy once: a run that cuts twice, and a study, ask again and again.
+    A process proves the same anatomy only once, because studies and runs with several cuts ask often.
 
-    Raises `AnatomyError` for a model that looks ahead: it can be cut, and predicts nothing.
+    Raises `AnatomyError` for a model that looks ahead: it could be cut, but it does not predict.
     """
     key = (type(anatomy.config), repr(anatomy), seed, reopen)
     if key not in _proofs:
@@ -112,7 +116,7 @@ def prove(anatomy: Anatomy, *, seed: int = 0, reopen: bool = True) -> Proof:
 
 def _on_one_thread(anatomy: Anatomy, *, seed: int, reopen: bool) -> Proof:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the twin is so small that threads only wait for each other
+    torch.set_num_threads(1)  # the twin is so small that several threads would only slow it down
     try:
         return _prove(anatomy, seed=seed, reopen=reopen)
     finally:
@@ -142,7 +146,7 @@ def _prove(anatomy: Anatomy, *, seed: int, reopen: bool) -> Proof:
 
 
 def _try(anatomy: Anatomy, kind: TwinKind, axes: list[str], *, seed: int, reopen: bool) -> dict[str, list[Check]]:
-    """The checks of these axes on one twin, by axis and each up to the first that fails; none for a twin of no use."""
+    """The checks of these axes on one twin, each up to the first failure. Empty for a twin that cannot be used."""
     if not kind.differs(anatomy):
         return {}
     try:
@@ -171,7 +175,7 @@ def _try(anatomy: Anatomy, kind: TwinKind, axes: list[str], *, seed: int, reopen
 
 
 def _reason(failed: list[Check]) -> str:
-    """What an axis failed by: its check on the twin that ran furthest, of those the first."""
+    """Why an axis failed: its failed check on the twin that came furthest."""
     order = ["the twin runs", "the twin can be cut"]
     furthest = max(failed, key=lambda check: order.index(check.name) if check.name in order else len(order))
     tried = f" (on every twin: {len(failed)} tried)" if len(failed) > 1 else ""
@@ -258,7 +262,7 @@ def _check_controls(
     permutations: Callable[[int | None], dict[str, tuple[int, ...]]],
     carriers: list[str],
 ) -> Check:
-    """Leaving out any single parameter must show, unless that parameter has no effect on the logits at all."""
+    """Leaving out any single parameter must change the logits, unless this parameter never affects them."""
     moved = _with(model, twin, permutations, carriers)
     parameters, original = dict(moved.named_parameters()), dict(model.named_parameters())
     smallest, silent = float("inf"), ""
@@ -268,7 +272,7 @@ def _check_controls(
             parameters[name].copy_(original[name])
             gap = _gap(logits(moved, twin), reference)
             if gap < DIFFERENT:
-                # softmax ignores a key bias, for one: then no value of it matters, permuted or not
+                # for example, softmax ignores a key bias, so no value of it matters, permuted or not
                 parameters[name].copy_(original[name] + torch.linspace(-1, 1, original[name].numel()).view_as(permuted))
                 gap = gap if _gap(logits(moved, twin), reference) > SAME else float("inf")
             parameters[name].copy_(permuted)
@@ -305,7 +309,7 @@ def _check_layers(model: PreTrainedModel, twin: Anatomy, seed: int) -> Check:
     return Check("layers", "dropping equals skipping", worst < SAME, worst, which if worst >= SAME else "")
 
 
-# ---- 4. there is something to choose by
+# ---- 4. importance can be scored
 
 
 def _check_scores(axis: str, model: PreTrainedModel, twin: Anatomy) -> Check:
@@ -374,7 +378,7 @@ for axis in axes:
 def fresh_logits(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Tensor | str]:
     """The logits of saved twins as plain transformers computes them in a process that never saw halve.
 
-    In their place what it raised on a twin that it does not open.
+    For a twin that it does not open, the error instead.
     """
     save_file({"ids": fixed_ids(twin)}, scratch / "ids.st")
     if why := fresh.python(_FRESH, str(scratch), *names):

@@ -1,4 +1,4 @@
-"""Tiny random twins, and the same twins with parts silenced: what the proof compares surgery with."""
+"""Tiny random twins, and the same twins with masked entries, with which the proof compares surgery."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TwinKind:
 
     dtype: torch.dtype
     square: bool
-    """hidden = heads x head_dim, though the family's code may not ask for it."""
+    """hidden = heads x head_dim, even if the family's code does not require it."""
     own_heads: bool
     """Heads as wide as the family's own, where rotary or latent parts have fixed sizes."""
 
@@ -35,7 +35,7 @@ class TwinKind:
         return anatomy.twin(square=self.square, own_heads=self.own_heads)
 
     def differs(self, anatomy: Anatomy) -> bool:
-        """Whether it is another twin than those before it: coupled code has no other than square ones."""
+        """Whether it differs from the kinds before it: coupled code allows only square twins."""
         if not has_heads(anatomy.config):
             return not self.own_heads and not self.square
         own = self.own_heads and anatomy.sizes.head_dim == TWIN_POINT["head_dim"]
@@ -54,14 +54,14 @@ KINDS = tuple(
     for own_heads in (False, True)
     for square in (False, True)
 )
-"""In the order in which they are tried; the first is right for most families."""
+"""In the order in which they are tried. The first works for most families."""
 
 
 def random_twin(twin: Anatomy, *, seed: int, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A model with every parameter and saved vector drawn at order one, so that no weight hides.
+    """A model with every parameter and saved vector drawn at order one, so that every weight has a visible effect.
 
-    Matrices have variance 1.5 / fan-in, norm weights lie in [0.5, 1.5], biases are normal: with usual starting values
-    (norms of one, biases of zero) a forgotten norm or bias would pass.
+    Matrices have variance 1.5 / fan-in, norm weights are in [0.5, 1.5], and biases are normal. With the usual initial
+    values (norms of one, biases of zero), a forgotten norm or bias would not be noticed.
     """
     model = build(twin.config, device="cpu", dtype=dtype, initialize=True)
     model.config._attn_implementation = "eager"
@@ -111,7 +111,7 @@ def fixed_ids(twin: Anatomy) -> Tensor:
 
 
 def twin_plan(axis: str, twin: Anatomy, seed: int) -> Plan:
-    """A plan that cuts one axis of the twin by random scores; coupled axes go together."""
+    """A plan that cuts one axis of the twin by random scores. Coupled axes are cut together."""
     sizes = twin.sizes
     smaller: dict[str, int] = {
         "hidden": {"hidden": sizes.hidden - sizes.heads * 2},
@@ -142,10 +142,10 @@ class RandomScores:
 
 
 def masked(model: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> PreTrainedModel:
-    """The full model in which what the plan removes is silent: the reference for `trim`, made without slicing weights.
+    """The full model with the removed entries masked: the reference for `trim`, made without slicing weights.
 
-    Entries that are removed are zeroed where they are written and where they are read. A norm over entries of
-    which some are gone computes its statistics over those that remain. Keeps all layers: for plans of full depth.
+    Removed entries are set to zero where they are written and where they are read. A norm over such entries computes
+    its statistics over the remaining ones. All layers are kept, so this is for plans of full depth.
     """
     result = copy.deepcopy(model)
     sizes = anatomy.sizes.sizes
@@ -160,7 +160,7 @@ def masked(model: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> PreTrainedMo
         if kept is not None:
             module.forward = _StatisticsOver(module, kept)
         elif "norm" in type(module).__name__.lower() and not [*module.parameters()]:
-            # it does not say how wide what it reads is, and only what is as wide as the stream loses entries
+            # it does not state its width, and only inputs as wide as the stream lose entries
             module.forward = _StatisticsOver(module, torch.tensor(plan.hidden), width=plan.before.hidden)
     return result
 
@@ -176,9 +176,9 @@ def _kept_of_norm(name: str, module: nn.Module, plan: Plan, anatomy: Anatomy) ->
 
 
 class _StatisticsOver:
-    """A norm's own code, run on the entries that remain; the others come out as zero.
+    """A norm's own code, run on the remaining entries. The others become zero.
 
-    With `width`, only inputs of so many channels are treated so.
+    With `width`, this applies only to inputs with this many channels.
     """
 
     def __init__(self, module: nn.Module, kept: Tensor, *, width: int | None = None) -> None:
@@ -201,7 +201,7 @@ class _StatisticsOver:
 
 @contextmanager
 def skipping(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Iterator[None]:
-    """Within, this layer passes its input on."""
+    """In this context, this layer returns its input unchanged."""
 
     def forward_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -1,9 +1,9 @@
-"""Gains that make up for the smaller statistics of a norm over fewer channels.
+"""Gains that compensate for the changed statistics of a norm over fewer channels.
 
 A norm over H' of H channels divides by another spread. If the removed channels were zero, the kept outputs shrink by
 sqrt(H'/H), and a gain of sqrt(H/H') is exact but for the norm's eps. If they carried energy, the best single factor of
-a norm is smaller; `fit_gains` finds it on calibration samples. Not in the papers; docs/decisions/0007-norm-gain.md has
-what it measured.
+a norm is smaller; `fit_gains` finds it on calibration samples. The papers do not have this. Its measurements are in
+docs/decisions/0007-norm-gain.md.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from halve.cut.plan.plan import Plan
 
 @dataclass(frozen=True)
 class NormKind:
-    """How a norm module uses its input and its weight; found by probing it."""
+    """How a norm module uses its input and its weight, found by probing it."""
 
     offset: float
     """1.0 where the module multiplies by 1 + weight (Gemma, Nemotron), else 0.0."""
     centered: bool
-    """Whether the mean is taken off first (LayerNorm)."""
+    """Whether the mean is subtracted first (LayerNorm)."""
 
 
 def norm_kind(module: nn.Module) -> NormKind:

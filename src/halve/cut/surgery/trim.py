@@ -1,4 +1,4 @@
-"""Taking a Plan's entries out of a model: a pure function that returns a new, ordinary model."""
+"""Build the model that a Plan describes: a pure function that returns a new, ordinary model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from halve.cut.surgery.gain import norm_kind
 def trim(
     model: PreTrainedModel, plan: Plan, anatomy: Anatomy, *, gains: Mapping[str, float] | None = None
 ) -> PreTrainedModel:
-    """A new model made of the entries that the plan keeps; the given model is not changed.
+    """A new model made of the entries that the plan keeps. The given model is not changed.
 
-    `gains` multiplies the output of norms over `hidden` by module name in the given model (see
-    `halve.cut.surgery.gain`). Where the family's code multiplies embeddings by sqrt(hidden), the table makes up for the
-    smaller factor and, if it is the head as well, the final norm for the larger table. Rebuilt from a rewritten config,
-    so that rotary tables, layer numbers and group counts are the family's own; tied weights stay tied.
+    `gains` has factors for the output of norms over `hidden`, by module name in the given model (see
+    `halve.cut.surgery.gain`). If the family's code multiplies embeddings by sqrt(hidden), the embedding table is scaled
+    to compensate for the smaller factor. If the table is also the head, the final norm compensates for its larger scale.
+    The model is built from a rewritten config, so the family's own code makes rotary tables, layer numbers and group
+    counts. Tied weights stay tied.
 
-    Raises `AnatomyError` where the family's code would make another kind of layer of one that is kept.
+    Raises `AnatomyError` if a kept layer would change its kind.
     """
     require_same(model.config, anatomy.layers_path, plan.layers)
     config = resized(model.config, config_sizes(anatomy, plan.after), kept_layers=plan.layers)
@@ -52,7 +53,7 @@ def trim(
 
 
 def take(value: Tensor, anatomy: Anatomy, name: str, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """The surviving part of one parameter (of any shape the anatomy gives it)."""
+    """The kept part of one parameter, of any shape that the anatomy knows."""
     sizes = anatomy.sizes.sizes
     for dim, expr in enumerate(anatomy.params[name]):
         cut = [axis for axis in expr.axes if axis in kept and len(kept[axis]) != sizes[axis]]
@@ -70,7 +71,7 @@ def _origin(name: str, plan: Plan, anatomy: Anatomy) -> tuple[str, dict[str, tup
 
 
 def _copy_buffers(model: PreTrainedModel, student: PreTrainedModel, plan: Plan, anatomy: Anatomy) -> None:
-    """Saved buffers are weights in all but name; in no proved family do their shapes depend on a cut axis."""
+    """Copy saved buffers, which act like weights. In no proved family do their shapes depend on a cut axis."""
     old = model.state_dict()
     parameters = {name for name, _ in student.named_parameters(remove_duplicate=False)}
     for name, value in student.state_dict().items():
@@ -104,7 +105,7 @@ def _scale_weight(module: nn.Module, factor: float) -> None:
 
 
 def _scale_output(module: nn.Module, factor: float) -> None:
-    """All that a norm gives out, its bias as well."""
+    """Scale the whole output of a norm, including its bias."""
     _scale_weight(module, factor)
     if isinstance(bias := getattr(module, "bias", None), Tensor):
         with torch.no_grad():
