@@ -1,1 +1,1 @@
-"""What can be made good in closed form after a cut, and before it?"""
+"""What can be repaired in closed form before and after a cut?"""

@@ -1,4 +1,4 @@
-"""Gram matrices, streamed: what a least-squares problem needs of any number of tokens, in width squared of memory.
+"""Streamed Gram matrices: the sums of a least-squares problem over any number of tokens, in memory of width squared.
 
 Legend: N tokens, X channels that explain, Y channels to be explained.
 """
@@ -15,7 +15,7 @@ from halve.errors import CheckpointError
 
 
 class SingularGramWarning(UserWarning):
-    """Fewer tokens than channels: only the ridge makes the solution unique."""
+    """There are fewer tokens than channels, so only the ridge makes the solution unique."""
 
 
 class Gram:
@@ -27,7 +27,7 @@ class Gram:
         self.tokens = 0
 
     def add(self, x: Float[Tensor, "*tokens x"], y: Float[Tensor, "*tokens y"] | None = None) -> None:
-        """Take tokens in; leading dimensions are flattened."""
+        """Add tokens. Leading dimensions are flattened."""
         x_NX = raised(x).reshape(-1, x.shape[-1])
         self.xx_XX += x_NX.T @ x_NX
         if y is not None:
@@ -35,7 +35,7 @@ class Gram:
         self.tokens += len(x_NX)
 
     def check(self, what: str) -> None:
-        """Raise `CheckpointError` where a sum is not finite; warn where there were fewer tokens than channels."""
+        """Raise `CheckpointError` if a sum is not finite. Warn if there were fewer tokens than channels."""
         if not bool(self.xx_XX.isfinite().all() and self.yx_YX.isfinite().all()):
             raise CheckpointError(
                 f"activations are not finite at {what}",
@@ -52,7 +52,7 @@ class Gram:
 
 
 def raised(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The same values in float32, or in float64 where they are."""
+    """The same values in float32, or in float64 if they already are."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -63,13 +63,13 @@ def ridge(
     *,
     strength: float,
 ) -> Float64[Tensor, "y x"]:
-    """The matrix that explains y by x best, held near a prior:
+    """The matrix that best predicts y from x, with a penalty for the distance from a prior:
 
         argmin_W  sum_n |y_n - W x_n|^2 + r |W - prior|^2,   r = strength * mean diagonal of xx
 
-    Ridge regression toward the weights that a cut leaves instead of toward zero: where data say nothing, nothing
-    changes, and where nothing was cut, the prior explains everything and comes back. Solved in float64 by Cholesky.
-    Channels that are zero on every token keep their prior.
+    This is ridge regression toward the weights that the cut left, instead of toward zero. Where the data give no
+    information, nothing changes. Where nothing was cut, the prior is already exact and is returned. Solved in float64
+    by Cholesky. Channels that are zero on every token keep their prior.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> round(ridge(4 * one, 8 * one, 0 * one, strength=1.0).item(), 9)  # sum of squares 4, ridge 4: half way to 8 / 4

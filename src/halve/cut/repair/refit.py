@@ -1,21 +1,22 @@
-"""Solving for the weights around a cut, so that on the calibration samples the student does what the teacher does.
+"""Solve for the weights around a cut, so that on the calibration samples the student acts like the teacher.
 
-Layer by layer, each problem on the inputs that the already cut and refit part of the student produces:
+It works layer by layer, on the inputs that the student computes with its already cut and refit layers:
 
-    readers   q, k, v, gate, up see normalized states in which channels are missing and others are off. A linear map A
-              guesses the teacher's normalized state from the student's; a reader becomes W A. One map for all matrices
-              that read one tensor: least squares does not depend on what reads its result.
-    writers   output and down projections see fewer heads or neurons, and slightly other ones. They are solved for
-              directly; their target is what the teacher adds to the kept channels, plus what the student's residual
-              stream lacks there by now. Where layers were dropped, the writer in front of the gap aims at the stream
-              behind it.
-    head      as the readers: A guesses what the teacher's head reads.
+    readers   q, k, v, gate and up read normalized states in which channels are missing and others differ. A linear map
+    A
+              predicts the teacher's normalized state from the student's, and a reader W becomes W A. All matrices that
+              read the same tensor share one map, because the least-squares solution does not depend on the reader.
+    writers   output and down projections read fewer heads or neurons, and slightly different ones. They are solved for
+              directly. The target is what the teacher adds to the kept channels, plus the error that the student's
+              residual stream has accumulated there. Where layers were dropped, the target of the writer before the gap
+              is the stream after it.
+    head      like the readers: A predicts what the teacher's head reads.
 
-The papers cut and retrain; closed-form repair is in OSSCAR and SliceGPT for single layers. The targets that chase the
-student's accumulated error, and readers by one map, are ours; docs/decisions/0009-refit.md has what each is worth.
+The papers cut and retrain. OSSCAR and SliceGPT have closed-form repair for single layers. Targets that include the
+accumulated error, and one map for the readers, are additions of halve; docs/decisions/0009-refit.md measures both.
 
-`outputs` solves for the writers alone, `all` for everything. Each is a ridge regression toward the weights that the
-cut left (`halve.cut.repair.gram.ridge`): with nothing cut, the weights come back.
+`outputs` solves only for the writers, `all` for everything. Each problem is a ridge regression toward the weights that
+the cut left (`halve.cut.repair.gram.ridge`). If nothing was cut, the weights are returned unchanged.
 
 Legend: B batch, S seq, D the teacher's hidden, K the student's hidden (kept channels), C channels that a writer reads.
 """
@@ -66,13 +67,13 @@ def refit(
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
-    """A new student, refit; `student` must be what `trim(teacher, plan, anatomy)` gave. Neither is changed.
+    """A new, refit student. `student` must be the result of `trim(teacher, plan, anatomy)`. Neither model is changed.
 
-    One pass of the teacher and about two and a half of the student over the samples, and one solve of each width
-    cubed a site. Residual streams and what the present layer of the teacher writes are kept for all samples, in
-    memory or in a file (`walk.States`); their size stands in the progress line.
+    It takes one pass of the teacher and about two and a half of the student over the samples, and for each site one
+    solve, cubic in the width. Residual streams, and what the current layer of the teacher writes, are kept for all
+    samples, in memory or in a file (`walk.States`). The progress line shows their size.
 
-    Raises `CheckpointError` where activations are not finite; warns with `SingularGramWarning` where there are fewer
+    Raises `CheckpointError` for activations that are not finite. Warns with `SingularGramWarning` if there are fewer
     tokens than channels.
     """
     return _Refit(student, teacher, plan, anatomy, samples_BS, strength, everything, micro_batch).run(progress)
@@ -97,7 +98,7 @@ class _Refit:
         self.kept_K = torch.tensor(plan.hidden, device=self.device)
         self.found = find_sites(teacher, anatomy)
         self.teacher_layers = layer_modules(teacher, anatomy)
-        self.student_anatomy = replace(anatomy, sizes=plan.after)  # as far as walking goes
+        self.student_anatomy = replace(anatomy, sizes=plan.after)  # for the progress bar
         self.student_layers = layer_modules(self.student, self.student_anatomy)
         samples, seq = samples_BS.shape
         sizes = anatomy.sizes
@@ -107,7 +108,7 @@ class _Refit:
 
     def run(self, progress: Progress) -> PreTrainedModel:
         samples, seq = self.samples_BS.shape
-        before = self.anatomy.sizes.hidden  # twice: in front of the present layer of the teacher and behind it
+        before = self.anatomy.sizes.hidden  # twice: before and after the current layer of the teacher
         widths = [before, before, self.plan.after.hidden, *self._widths(0)]
         size = states_bytes(samples, seq, widths, dtype=self.teacher.dtype)
         total = self.samples_BS.numel() * self.plan.after.layers
@@ -121,7 +122,7 @@ class _Refit:
         return self.student
 
     def _begin(self) -> None:
-        """Embed, and let the teacher go through what the plan drops before its first kept layer."""
+        """Embed, and run the teacher through the layers that the plan drops before the first kept one."""
         for rows in self._rows():
             ids_BS = self.samples_BS[rows]
             self._calls(len(ids_BS))
@@ -130,7 +131,7 @@ class _Refit:
         self._skip(range(self.plan.layers[0]))
 
     def _layer(self, layer: int) -> None:
-        """Refit one kept layer, and take both residual streams to the next."""
+        """Refit one kept layer, and compute both residual streams up to the next."""
         source = self.plan.layers[layer]
         sites = self.found.layers[source]
         before_D = self.x_D
@@ -147,7 +148,7 @@ class _Refit:
             self.z_K[rows] = run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
 
     def _teach(self, source: int, sites: tuple[Site, ...]) -> list[States]:
-        """Run a layer of the teacher; what its readers read and its writers write (kept channels) at every site."""
+        """Run a layer of the teacher. Returns the readers' inputs and the writers' outputs (kept channels) at every site."""
         samples, seq = self.samples_BS.shape
         given = [States(samples, seq, width, dtype=self.teacher.dtype) for width in self._widths(source)]
         after_D = States(samples, seq, self.anatomy.sizes.hidden, dtype=self.teacher.dtype)
@@ -214,7 +215,7 @@ class _Refit:
         _weight(module).copy_(_oriented(new, self.anatomy, source))
 
     def _head(self) -> None:
-        """The head reads what the final norm makes of the streams."""
+        """Refit the head, which reads the final norm of the streams."""
         taught, learned = _final(self.teacher, self.anatomy), _final(self.student, self.anatomy)
         gram = Gram(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
         for rows in self._rows():
@@ -231,7 +232,7 @@ class _Refit:
             yield slice(start, min(start + self.micro_batch, len(self.samples_BS)))
 
     def _calls(self, batch: int) -> tuple[list[Call], list[Call]]:
-        """How both models call their layers on so many samples."""
+        """How both models call their layers on this many samples."""
         if batch not in self.calls:
             ids_BS = self.samples_BS[:batch]
             self.calls[batch] = (
@@ -241,7 +242,7 @@ class _Refit:
         return self.calls[batch]
 
     def _run_to(self, layer: int, name: str, rows: slice, earlier: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Run a layer of the student up to a module: what that reads, and what `earlier` modules gave on the way."""
+        """Run a layer of the student up to a module. Returns its input, and the outputs of `earlier` modules."""
         seen: list[Tensor] = []
         written: list[Tensor] = []
         z_BSK = self.z_K[rows].to(self.device)
@@ -269,7 +270,7 @@ class _Refit:
         return raised(x_BSD.to(self.device).index_select(-1, self.kept_K))
 
     def _selection(self) -> Tensor:
-        """The map that a cut alone makes: every kept channel stands for itself."""
+        """The map of a cut without refit: every kept channel predicts itself."""
         eye_DD = torch.eye(self.anatomy.sizes.hidden, dtype=torch.float64, device=self.device)
         return eye_DD[:, self.kept_K]
 
@@ -282,7 +283,7 @@ def _final(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
 
 
 def _oriented(weight: Tensor, anatomy: Anatomy, name: str) -> Tensor:
-    """A stored weight as [out, in], or the other way round."""
+    """A stored weight as [out, in], or back to its stored form."""
     return weight if input_dim(anatomy, name) == 1 else weight.T
 
 

@@ -27,7 +27,7 @@ from halve.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class Choice:
-    """Structures of `size` channels each at the input of a matrix; `keep` of them stay in every cell."""
+    """Structures of `size` channels each at the input of a matrix. Every cell keeps `keep` of them."""
 
     size: int
     keep: int
@@ -35,7 +35,7 @@ class Choice:
 
 
 def choices(before: Arch, after: Arch, head_channels: int) -> dict[str, Choice]:
-    """What there is to choose, by the axis whose input matrix tells."""
+    """The structures to choose from, by axis."""
     per_group, kept = before.heads // before.kv_heads, after.heads // after.kv_heads
     found = {}
     if after.ffn < before.ffn:
@@ -59,10 +59,10 @@ def score_by_refit(
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> dict[str, Tensor]:
-    """Scores, by axis, of neurons and heads where some are cut: the later the refit can spare one, the higher.
+    """Scores of neurons and heads, by axis, if some are cut. The later the refit can spare an entry, the higher.
 
-    Heads with their own key and value are scored as `heads` and `kv_heads`. One forward pass, layer by layer, so that
-    only one layer's Gram matrices are held. Layers that are not listed score zero.
+    Heads with their own key and value are scored as `heads` and `kv_heads`. It takes one forward pass, layer by layer,
+    so that only one layer's Gram matrices are in memory. Layers that are not listed score zero.
     """
     before, points = anatomy.sizes, find_points(model, anatomy)
     asked = choices(before, after, width(anatomy, "heads") // before.heads)

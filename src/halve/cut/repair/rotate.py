@@ -1,14 +1,14 @@
-"""Another basis for `hidden`: the residual stream turned to its principal axes, so that what is cut carries little.
+"""Rotation: cut `hidden` in the basis of principal axes, where the removed channels carry the least variance.
 
-SliceGPT (arXiv 2401.15024) rotates between layers and pays with an extra matrix on every skip connection. Here one
-orthogonal matrix serves the whole network, so that the result is the family's own, ordinary config. RMS norms
-commute with a rotation once their weights are folded into the matrices that read them. Norms that take the mean
-off, norms on the sub-layers' outputs and norms of embeddings do not: their families are refused, by a proof on the
-random twin.
+SliceGPT (arXiv 2401.15024) uses a different rotation for every layer and needs an extra matrix on every skip
+connection. Here one orthogonal matrix serves the whole network, so the result has an ordinary config of the family. RMS
+norms commute with a rotation once their weights are folded into the matrices that read them. Norms that subtract the
+mean, norms on the outputs of sub-layers, and norms of embeddings do not. Families with these are refused, by a proof on
+the random twin.
 
-A head that is tied to the embeddings cannot take the final norm's weight and stay tied: rotation unties it. That
-costs vocab x hidden more parameters, none of them in the layers. `tie_head` takes them back from a cut student: one
-factor a channel, fitted on the teacher's logits, stands in the final norm for what the folded head knew.
+If the head is tied to the embeddings, it cannot absorb the weight of the final norm and stay tied. So rotation unties
+it, which costs vocab x hidden more parameters outside the layers. `tie_head` ties the head of a cut student again. One
+factor per channel in the final norm, fitted on the teacher's logits, then replaces the folded weight.
 
 Legend: N tokens, D hidden.
 """
@@ -42,14 +42,14 @@ _HIDDEN = Expr.parse("hidden")
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Orthonormal columns, the one that carries most first, and the share of the whole that each carries."""
+    """Orthonormal columns in descending order of variance, and the share of the variance that each carries."""
 
     columns_DD: Float64[Tensor, "hidden hidden"]
     energy_D: Float64[Tensor, " hidden"]
 
 
 def principal_basis(second_moment_DD: Float[Tensor, "hidden hidden"]) -> Basis:
-    """The eigenvectors of a second moment, largest eigenvalue first; signs make each one's largest entry positive.
+    """The eigenvectors of a second moment, largest eigenvalue first. The largest entry of each is positive.
 
     >>> principal_basis(torch.diag(torch.tensor([1.0, 3.0]))).energy_D.tolist()
     [0.75, 0.25]
@@ -68,11 +68,11 @@ def stream_moment(
     micro_batch: int,
     progress: Progress = SILENT,
 ) -> Float64[Tensor, "hidden hidden"]:
-    """The second moment of what the norms make of the residual stream: sum of `x x^T / |x|^2` over tokens and norms.
+    """The second moment of the normalized residual stream: sum of `x x^T / |x|^2` over tokens and norms.
 
-    One forward pass. SliceGPT takes the PCA of the states themselves; norms read directions, and a few tokens have
-    states many times larger than the rest, so that every token counts alike here (LOG.md: 0.46 against 0.66 nats
-    straight after the cut to 70 %). The final norm's input counts as one of the points.
+    It takes one forward pass. SliceGPT uses the PCA of the states themselves. But norms read only directions, and a few
+    tokens have states many times larger than the rest. So every token has the same weight here (LOG.md: 0.46 against
+    0.66 nats straight after the cut to 70 %). The input of the final norm is included.
     """
     gram = Gram(anatomy.sizes.hidden, device=model.device)
 
@@ -91,7 +91,7 @@ def stream_moment(
 
 
 def untied(anatomy: Anatomy) -> Anatomy:
-    """The anatomy of the same model with a head of its own; the same one where the head is not tied."""
+    """The anatomy of the same model with an untied head. Unchanged if the head is not tied."""
     if not anatomy.tied:
         return anatomy
     config = copy.deepcopy(anatomy.config)
@@ -100,10 +100,10 @@ def untied(anatomy: Anatomy) -> Anatomy:
 
 
 def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
-    """The anatomy that a student's sizes and counts are those of: one with a head of its own if rotation may untie.
+    """The anatomy for a student's sizes and counts: with an untied head if rotation may untie it.
 
-    Where the sizes are halve's to choose, it refuses what the proof refuses: a budget is spent on nothing else. Sizes
-    by hand are left to `Proof.demand`. Raises `AnatomyError` for a model that looks ahead.
+    If halve chooses the sizes, the anatomy also refuses what the proof refuses, so that a budget uses only proved axes.
+    Sizes by hand are checked by `Proof.demand`. Raises `AnatomyError` for a model that looks ahead.
     """
     own = untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
     if prune.params is None and prune.non_embedding_ratio is None:
@@ -113,9 +113,9 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
 
 
 def rotates(anatomy: Anatomy, prune: Prune) -> bool:
-    """Whether a cut of hidden is made in another basis.
+    """Whether a cut of hidden uses another basis.
 
-    Raises `AnatomyError` for `rotation: pca` in a family that does not allow it; `auto` then leaves the basis alone.
+    Raises `AnatomyError` for `rotation: pca` in a family that does not allow it. `auto` then keeps the basis.
     """
     if prune.rotation == "none" or (prune.rotation == "auto" and prune.steps > 1):
         return False
@@ -129,7 +129,7 @@ def rotates(anatomy: Anatomy, prune: Prune) -> bool:
 
 
 def prove_rotation(anatomy: Anatomy, *, seed: int = 0) -> float:
-    """Rotate the random twin by a random matrix; returns the largest difference of its logits.
+    """Rotate the random twin by a random matrix. Returns the largest difference of its logits.
 
     Raises `AnatomyError` for a family whose logits change: its norms do not commute with a rotation.
     """
@@ -148,13 +148,13 @@ def prove_rotation(anatomy: Anatomy, *, seed: int = 0) -> float:
 def rotate(
     model: PreTrainedModel, anatomy: Anatomy, columns_DD: Float[Tensor, "hidden hidden"]
 ) -> tuple[PreTrainedModel, Anatomy]:
-    """The same function with its residual stream in the basis of these orthonormal columns, and its anatomy.
+    """A new model with the residual stream in the basis of these orthonormal columns, and its anatomy.
 
-    A new model; logits agree up to rounding. Norm weights are folded into the matrices that read the norms (a bias of
-    a norm into the bias that the norm keeps), then every dimension made of `hidden` is turned. In float64, stored in
+    Its logits agree up to rounding. Norm weights are folded into the matrices that read the norms. (The norm keeps its
+    bias, divided by the weight.) Then every dimension made of `hidden` is rotated. Computed in float64 and stored in
     the model's own precision. A tied head is untied.
 
-    Raises `AnatomyError` where a norm over hidden is read by anything but matrices, or another weight over hidden has
+    Raises `AnatomyError` if a norm over hidden is read by anything but matrices, or if another weight over hidden has
     no rotated form.
     """
     readers = readers_of_norms(model, anatomy)
@@ -190,9 +190,9 @@ def tie_head(
     strength: float,
     micro_batch: int,
 ) -> PreTrainedModel:
-    """A new student whose head is its embedding table E again, the loss made up for in the final norm.
+    """A new student whose head is again its embedding table E. The final norm compensates for the difference.
 
-    The final norm is multiplied, channel by channel, by g that brings the logits closest to the teacher's:
+    Each channel of the final norm is multiplied by g, which brings the logits closest to the teacher's:
 
         argmin_g  sum_n |W t_n - E (g * s_n)|^2 + r |g - 1|^2
 
@@ -233,7 +233,7 @@ def tie_head(
 def _turn(
     name: str, value: Tensor, anatomy: Anatomy, columns_DD: Tensor, folded: Mapping[str, tuple[Tensor, tuple[str, ...]]]
 ) -> Tensor:
-    """Turn every dimension of a matrix, table or writer's bias that is made of hidden."""
+    """Rotate every dimension of a matrix, table or writer's bias that is made of hidden."""
     module = name.rpartition(".")[0]
     linear = module in anatomy.modules or name in anatomy.embeddings
     for dim, expr in enumerate(anatomy.params[name]):
@@ -258,7 +258,7 @@ def _input_dim(value: Tensor, anatomy: Anatomy, name: str) -> int:
 def _folded(
     model: PreTrainedModel, anatomy: Anatomy, readers: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """By norm: what its readers' matrices take over, and who they are."""
+    """For each norm: the weight that its readers absorb, and the readers."""
     result = {}
     for name in anatomy.norms:
         module = model.get_submodule(name)
@@ -275,7 +275,7 @@ def _folded(
 
 
 def _plain_norm(model: PreTrainedModel, norm: str, name: str, value: Tensor, columns_DD: Tensor) -> Tensor:
-    """A norm that multiplies by one, and adds what its bias is before the weight, turned."""
+    """Make a norm multiply by one, and rotate its bias, divided by the weight."""
     kind = norm_kind(model.get_submodule(norm))
     if name.endswith(".weight"):
         return torch.full_like(value, 1.0 - kind.offset)
@@ -284,7 +284,7 @@ def _plain_norm(model: PreTrainedModel, norm: str, name: str, value: Tensor, col
 
 
 def readers_of_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
-    """Watch two tokens go through: by norm, the matrices that read its output as it is."""
+    """For each norm, the matrices that read its unchanged output. Found by running two tokens."""
     made: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
     candidates = [name for name, expr in anatomy.modules.items() if expr == _HIDDEN]

@@ -1,14 +1,14 @@
-"""Choosing what to cut by what a refit could not make up for: the selection of OSSCAR.
+"""Choose what to cut by what a refit cannot compensate for: the selection of OSSCAR.
 
 The output of a matrix W that reads channels x is W x. If only the channels of a set S are kept and the matrix that
 reads them is solved for again, the output changes by
 
     Q(S) = min_V  sum_n |W x_n - V x_n[S]|^2
 
-which two channels that say the same leave alone, however active both are. OSSCAR (arXiv 2403.12983) minimizes Q
-over S by local search with low-rank updates of the inverse Gram matrix. Here: its removals, one structure at a time
-and each exact given those before; no swaps. What one removal costs is read off the inverse (Hassibi and Stork 1993,
-for structures of several channels): `tr(W_g (H^-1)_gg^-1 W_g^T)` for the present refit W.
+So removing one of two equal channels costs nothing, even if both are very active. OSSCAR (arXiv 2403.12983) minimizes Q
+over S by local search with low-rank updates of the inverse Gram matrix. Here only its removals are used, without swaps:
+one structure at a time, each exact given those before. The cost of a removal follows from the inverse (Hassibi and
+Stork 1993, for structures of several channels): `tr(W_g (H^-1)_gg^-1 W_g^T)` for the current refit W.
 
 Legend: X channels read, Y channels written, M structures of `size` channels each.
 """
@@ -31,7 +31,7 @@ def removal_order(
     cells: Sequence[int],
     strength: float,
 ) -> tuple[int, ...]:
-    """Structures in the order in which they are best removed, until `keep` are left in every cell.
+    """Structures in the best order of removal, until `keep` are left in every cell.
 
     A structure is `size` neighboring channels: 1 for neurons, head_dim for heads. `cells[m]` is the cell of
     structure m: heads of one key-value group share a cell. `strength` is the ridge of the Gram matrix relative to its

@@ -1,1 +1,1 @@
-"""How much does each layer, head, neuron and channel matter? Forward passes only, but for two baselines."""
+"""How important is each layer, head, neuron and channel? Forward passes are enough, except for two baselines."""

@@ -1,8 +1,8 @@
-"""The importances that Minitron is compared with: pure functions of one weight matrix and what goes into it.
+"""The scores with which Minitron is compared: pure functions of one weight matrix and its input.
 
-Each scores the rows of `[structures, weights]` (one row holds everything that one matrix has of a structure) or the
-input channels of `[outputs, channels]`. All are additive: a structure's score is the sum over the matrices that it
-takes along, which is LLM-Pruner's "sum" over a coupled group. `halve.cut.score.width` does that.
+Each scores the rows of `[structures, weights]`, where one row holds all weights of a structure in one matrix, or the
+input channels of `[outputs, channels]`. All are additive: a structure's score is the sum over all its matrices, which
+is LLM-Pruner's "sum" over a coupled group. `halve.cut.score.width` computes this sum.
 
     higher = keep                             reads                       passes
     random                                    nothing                     none
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 def random(*shape: int, generator: torch.Generator) -> Float32[Tensor, "*shape"]:
-    """Uniform numbers in [0, 1): the control that shows what a score is worth.
+    """Uniform random numbers in [0, 1): the control for every score.
 
     >>> random(2, 3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3])

@@ -13,11 +13,11 @@ MIN_SAMPLES: Final = 2
 
 
 def require_calibration(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:
-    """Refuse calibration samples that no score, gain or refit should be made from.
+    """Refuse calibration samples that are unsuitable for scores, gains and refits.
 
-    Raises `CorpusError` for fewer than two samples, for fewer than two that do more than repeat one token, for samples
-    that are all the same, and for token ids outside the vocabulary. Activations that are not finite are refused where
-    they are measured (`CheckpointError`).
+    Raises `CorpusError` for fewer than two samples, for fewer than two samples with more than one distinct token, for
+    samples that are all equal, and for token ids outside the vocabulary. Activations that are not finite are refused
+    when they are measured (`CheckpointError`).
     """
     if len(samples_BS) < MIN_SAMPLES:
         raise CorpusError(
@@ -32,7 +32,7 @@ def require_calibration(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> 
             why=f"the model's vocabulary has {vocab} entries, 0 to {vocab - 1}",
             fix="use the tokenizer that belongs to this model",
         )
-    # every sample may begin with one and the same token
+    # every sample may begin with the same token
     varied = int((samples_BS[:, 2:] != samples_BS[:, 1:2]).any(1).sum())
     if varied < MIN_SAMPLES:
         raise CorpusError(

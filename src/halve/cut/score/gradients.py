@@ -1,4 +1,4 @@
-"""The gradient of the calibration loss with respect to every weight: the only pass here that goes backward.
+"""The gradient of the calibration loss with respect to every weight: the only backward pass in scoring.
 
 Legend: B batch, S seq, D hidden, N predicted tokens.
 """
@@ -24,10 +24,10 @@ from halve.progress import SILENT, Progress
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """What one forward and backward pass over the samples leaves."""
+    """The results of one forward and backward pass over the samples."""
 
     by_name: dict[str, Tensor]
-    """By parameter, in float32 (float64 where the weights are): the gradient of `nll`; zero where none arrives."""
+    """The gradient of `nll` by parameter, in float32 (float64 for float64 weights). Zero if there is none."""
     block_sums: Float64[Tensor, " layers"]
     """`importance.block_importance` of every layer, summed over samples, from the same forward pass."""
     nll: float
@@ -44,12 +44,12 @@ def measure_gradients(
 ) -> Gradients:
     """Differentiate the mean next-token cross-entropy over all samples with respect to every parameter.
 
-    `micro_batch` samples go through at a time and their gradients are added up, so that the result does not depend on
-    how many, but for rounding. Logits are made a chunk of tokens at a time. Memory: beside the activations of one
-    micro-batch, a float32 copy of all weights for the sums and one in the weights' own type. Weights, their `grad` and
-    `requires_grad` are on return what they were.
+    Samples go through in micro-batches and their gradients are summed, so the result does not depend on `micro_batch`
+    except for rounding. Logits are computed one chunk of tokens at a time. Memory: the activations of one micro-batch,
+    a float32 copy of all weights for the sums, and one in the weights' own type. Weights, their `grad` and
+    `requires_grad` are unchanged on return.
 
-    Raises `CheckpointError` where a weight or a gradient is not finite.
+    Raises `CheckpointError` if a weight or a gradient is not finite.
     """
     assert not model.training, "differentiate a model in eval mode"
     assert samples_BS.shape[1] > 1, "a sample of one token predicts nothing"

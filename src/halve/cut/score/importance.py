@@ -1,4 +1,4 @@
-"""How much each channel, head and layer matters, from activations: pure numerics, tensors in and tensors out.
+"""The importance of channels, heads and layers, from activations: pure functions of tensors.
 
 Minitron, arXiv 2407.14679, Sec. 2.2. The score of a channel takes two reductions of its activations
 `a[b, s]`: first over the tokens of one sample (seq), then over the samples (batch). Each is one of
@@ -82,7 +82,7 @@ def _sample_statistics(act_SC: Tensor, ones_1S: Tensor, buffers: Tensor) -> Tens
 
 
 def fused_statistics(act_BSC: Float[Tensor, "batch seq channels"]) -> Float32[Tensor, "3 batch channels"]:
-    """`seq_statistics` as three reductions that read the activations in their own type and write no copy.
+    """`seq_statistics` as three reductions that read the activations in their own type and make no copy.
 
     `var = l2^2 / S - m^2`: the float32 sums carry a relative error of about 1e-7 (m / deviation)^2 into it.
     """
@@ -154,8 +154,8 @@ def aggregate(
 def head_importance(channels: Float[Tensor, "*layers channels"], *, head_dim: int) -> Float[Tensor, "*layers heads"]:
     """Score heads: the L2 norm over the scores of each head's channels in the output projection's input.
 
-    2407.14679 takes the norm over a head's channels token by token, before the reductions; like NVIDIA's code
-    we take it after, so that one set of sums serves every aggregator. Rank heads inside a key-value group.
+    2407.14679 takes the norm over a head's channels at each token, before the reductions. Here, as in NVIDIA's code, it
+    is taken after them, so that one set of sums serves every aggregator. Rank heads within a key-value group.
 
     >>> head_importance(torch.tensor([3.0, 4.0, 0.0, 1.0]), head_dim=2).tolist()
     [5.0, 1.0]
@@ -186,7 +186,7 @@ def token_cosine(
 def block_importance(
     input_BSD: Float[Tensor, "batch seq hidden"], output_BSD: Float[Tensor, "batch seq hidden"]
 ) -> Float[Tensor, " batch"]:
-    """Score a layer by how much it turns its input, sample by sample; the mean over samples is BI.
+    """Score a layer by how much it changes the direction of its input, per sample. The mean over samples is BI.
 
     ShortGPT's Block Influence as used in 2407.14679, Sec. 2.2: `BI = 1 - E[ cos(x_in, x_out) ]`, over tokens.
     In [0, 2]; 0 for a layer that only scales. Cosines are float32, their mean is float64.
@@ -199,7 +199,7 @@ def block_importance(
 
 
 def rank(scores: Float[Tensor, "*layers channels"]) -> Int[Tensor, "*layers channels"]:
-    """Indices from the most to the least important; of equals the lower index comes first.
+    """Indices from the most to the least important. For equal scores, the lower index comes first.
 
     >>> rank(torch.tensor([1.0, 5.0, 1.0])).tolist()
     [1, 0, 2]
@@ -208,7 +208,7 @@ def rank(scores: Float[Tensor, "*layers channels"]) -> Int[Tensor, "*layers chan
 
 
 def network(scores_LC: Float[Tensor, "layers channels"]) -> Float[Tensor, "layers channels"]:
-    """Scores that compare across layers: each layer's are shifted and scaled to mean 0 and variance 1.
+    """Scores that are comparable across layers: those of each layer are standardized to mean 0 and variance 1.
 
     FLAP, arXiv 2312.11983, Sec. 3: layers differ in scale, so that scores are standardized before one ranking spans
     the network. The variance is the unbiased one, as in its code. A layer whose scores are all equal gets zeros.

@@ -1,7 +1,7 @@
-"""Scores: how much every part of one model matters, saved so that another cut needs no second pass.
+"""Scores: the importance of every part of a model, saved so that another cut needs no second pass.
 
-`Statistics` are the sums that one pass leaves; `Scores` are what a plan ranks. A scores file holds both, with
-the fingerprints of the model and of the samples.
+`Statistics` are the sums of one pass. `Scores` are what a plan ranks. A scores file holds both, with the fingerprints
+of the model and of the samples.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ WIDTH_AXES: Final = ("hidden", "ffn", "heads")
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What one pass over the calibration samples leaves, for all nine aggregators. Sums are float64.
+    """The results of one pass over the calibration samples, for all nine aggregators. Sums are float64.
 
-    A point is one tensor that weights read, such as the input of a down projection. Axes that were not scored
-    are missing.
+    A point is one tensor that weights read, such as the input of a down projection. Axes that were not scored are
+    missing.
     """
 
     sums: Mapping[str, Float64[Tensor, "2 3 points channels"]]
@@ -88,10 +88,10 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The importance of every part of one model, higher = keep. An axis that was not scored is None.
+    """The importance of every part of a model; higher = keep. An axis that was not scored is None.
 
-    `hidden` has one ranking for the network. Of the others only `layers` compares across layers; `network` makes the
-    rest comparable.
+    `hidden` has one ranking for the whole network, and `layers` compares layers. The other axes can be compared only
+    within one layer. `network` makes them comparable.
     """
 
     hidden: Float32[Tensor, " hidden"] | None
@@ -99,20 +99,20 @@ class Scores:
     heads: Float32[Tensor, "layers heads"] | None
     kv_heads: Float32[Tensor, "layers kv_heads"] | None
     layers: Float32[Tensor, " layers"]
-    """BI, where activations were seen; ones where none were, random numbers for random scores."""
+    """BI, if the method ran a forward pass. Otherwise ones, and random numbers for random scores."""
     model: str
     """Fingerprint of the weights that were scored."""
     samples: str
-    """Fingerprint of the calibration samples, or how else the scores came about."""
+    """Fingerprint of the calibration samples, or a description of how the scores were made without samples."""
     batch_agg: Aggregator | None = None
     seq_agg: Aggregator | None = None
     statistics: Statistics | None = None
-    """What other aggregators can be derived from; None for scores by another method than activation."""
+    """The statistics for other aggregators; None for methods other than activation."""
     method: Method = "activation"
     hidden_layers: Float32[Tensor, "layers hidden"] | None = None
-    """What each layer adds to `hidden`; what stands outside the layers, such as embeddings, is in `hidden` alone."""
+    """The part of `hidden` from each layer. Parts from outside the layers, such as embeddings, are only in `hidden`."""
     layer_scores: Float32[Tensor, " layers"] | None = None
-    """By taylor: Shortened LLaMA's score of whole layers (arXiv 2402.02834); higher hurts more."""
+    """With taylor: Shortened LLaMA's score of whole layers (arXiv 2402.02834). Higher hurts more."""
 
     def by_axis(self) -> dict[str, Tensor]:
         """The axes that were scored."""
@@ -153,7 +153,7 @@ class Scores:
                 tensors[f"statistics.{axis}.layer"] = torch.tensor(statistics.point_layers[axis])
         plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         with atomic_file(path) as draft:
-            # one entry: safetensors writes several in an order that changes from process to process
+            # one entry, because safetensors writes several in an order that changes from process to process
             save_file(plain, draft, metadata={"about": json.dumps(about, sort_keys=True)})
 
     @classmethod
@@ -165,9 +165,9 @@ class Scores:
         seq_agg: Aggregator | None = None,
         model: str | None = None,
     ) -> Scores:
-        """Read what `save` wrote, under other aggregators if they are given.
+        """Read a file of `save`, with other aggregators if they are given.
 
-        Scores without statistics, by any method but activation, have no aggregators and are returned as they are. A
+        Scores by methods other than activation have no statistics and no aggregators, and are returned unchanged. A
         file that does not name its method is read as activation.
         Raises `RunError` for a file that is missing, damaged or no scores file, and where `model` is given,
         for scores of weights with another fingerprint.
@@ -191,7 +191,7 @@ class Scores:
 
 
 def random_scores(anatomy: Anatomy, seed: int) -> Scores:
-    """Uniform random numbers for every axis: the control that shows what importance is worth."""
+    """Uniform random numbers for every axis: the control for importance."""
     draw = partial(baselines.random, generator=torch.Generator().manual_seed(seed))
     sizes = anatomy.sizes
     return Scores(

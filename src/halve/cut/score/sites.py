@@ -1,8 +1,8 @@
-"""Where a layer reads the residual stream and where it writes to it, in the order in which its code does.
+"""Where a layer reads and writes the residual stream, in the order of its code.
 
-A site is one least-squares problem of the refit: the matrices that read one and the same tensor, or one matrix that
-writes. Found by watching two tokens go through, so that parallel blocks, fused projections and families that
-normalize elsewhere need no table.
+A site is one least-squares problem of the refit: the matrices that read the same tensor, or one matrix that writes.
+Sites are found by running two tokens. So parallel blocks, fused projections and families with norms in other places
+need no table.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """The sites of every layer in call order, and whether the layer adds what its writers give to its input."""
+    """The sites of every layer in call order, and whether the layer adds its writers' outputs to its input."""
 
     layers: tuple[tuple[Site, ...], ...]
     scales: tuple[float | None, ...]
-    """By layer: c where `output = input + c * sum of the writers' outputs`; None where that does not hold."""
+    """For each layer, c in `output = input + c * sum of the writers' outputs`; None if this does not hold."""
 
 
 def find_sites(model: PreTrainedModel, anatomy: Anatomy) -> Sites:
-    """Watch every layer once. Matrices that are called more or less than once are no sites: experts, for one."""
+    """Run every layer once. Matrices that are not called exactly once, such as experts, are not sites."""
     calls: list[tuple[str, Tensor, Tensor]] = []
     passages: dict[int, tuple[Tensor, Tensor]] = {}
     wanted = [name for name in anatomy.modules if anatomy.layer_of(name) is not None]

@@ -1,8 +1,8 @@
-"""Everything that goes with one entry of an axis: rows of weights, read off the anatomy's expressions.
+"""All weights of one entry of an axis, as rows, found from the anatomy's expressions.
 
-Removing a neuron takes a row of the gate, a row of up and a column of down along (a coupled structure, LLM-Pruner,
-arXiv 2305.11627, Sec. 3.1). Here a parameter is turned so that all it has of entry n stands in row n, whatever is
-fused, interleaved or transposed; whatever scores rows then scores structures.
+Removing a neuron removes a row of gate, a row of up and a column of down (a coupled structure, LLM-Pruner, arXiv
+2305.11627, Sec. 3.1). Here a parameter is rearranged so that row n holds all its weights of entry n, even if it is
+fused, interleaved or transposed. A function that scores rows then scores structures.
 
 Legend: L layers, N entries of an axis, X weights that one parameter has of an entry, P positions of a dimension.
 """
@@ -51,12 +51,12 @@ def axis_positions(expr: Expr, axis: str, sizes: Mapping[str, int]) -> Int64[Ten
 
 
 def rows(value: Tensor, dim: int, positions_NP: Int64[Tensor, "entries positions"]) -> Float[Tensor, "entries weights"]:
-    """What a parameter has of each entry along one of its dimensions."""
+    """The weights of a parameter for each entry along one of its dimensions."""
     return value.movedim(dim, 0)[positions_NP.to(value.device)].flatten(1)
 
 
 _CHUNK_NUMEL = 2**24
-"""Weights that are turned at a time: an embedding turned whole would take as much memory again."""
+"""How many weights are rearranged at a time: a whole embedding would need its memory twice."""
 
 
 def row_scores(
@@ -87,7 +87,7 @@ class AxisPlace:
 
 
 def places(anatomy: Anatomy, axis: str) -> Iterator[AxisPlace]:
-    """Every dimension of every parameter that carries an axis; a tied table stands once."""
+    """Every dimension of every parameter that carries an axis. A tied table is listed once."""
     sizes = anatomy.sizes.sizes
     for name, shape in anatomy.params.items():
         for dim, expr in enumerate(shape):
@@ -101,7 +101,7 @@ class Totals:
 
     layers: Float64[Tensor, "layers entries"]
     outside: Float64[Tensor, " entries"]
-    """What parameters outside the layers add: embeddings, the final norm."""
+    """The part from parameters outside the layers: embeddings and the final norm."""
 
 
 def totals(anatomy: Anatomy, axis: str, score: Callable[[AxisPlace], Float[Tensor, " entries"]]) -> Totals:

@@ -1,4 +1,4 @@
-"""Listening to a model: one forward pass over the calibration samples, and what it says of every axis.
+"""One forward pass over the calibration samples, with hooks that collect the scores of every axis.
 
 Where the scores are taken (a point is one tensor that weights read or make):
 
@@ -7,11 +7,12 @@ Where the scores are taken (a point is one tensor that weights read or make):
     heads    the input of the attention's output projection
     hidden   every tensor that attention and MLP read from the residual stream, each once: the outputs of the
              norms in front of them, or the stream itself in families that normalize after them
-    layers   each layer's input beside its output
+    layers   each layer's input and output
 
-2407.14679's formula for ffn reads the first matrix's output, before the activation; down_input is what the removed
-column multiplies. Of a gated MLP the first matrix is the gate, of a fused one its first block of ffn. The paper scores
-hidden at all LayerNorms; we leave out the final norm, as NVIDIA's code does, and norms on the sub-layers' outputs.
+The formula of 2407.14679 for ffn reads the output of the first matrix, before the activation. down_input is what the
+removed column multiplies. In a gated MLP the first matrix is the gate, and in a fused one the first block of ffn. The
+paper scores hidden at all LayerNorms. Here the final norm is left out, as in NVIDIA's code, and so are norms on the
+outputs of sub-layers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Hear = Callable[[Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """One point and how to open it: `open(module, call)` hands every tensor that passes there to `call`."""
+    """One point and how to read it: `open(module, call)` passes every tensor at this point to `call`."""
 
     layer: int
     module: str
@@ -52,10 +53,10 @@ class Tap:
 
 @dataclass(frozen=True, eq=False)
 class Heard:
-    """What one pass leaves, on the CPU."""
+    """The results of one pass, on the CPU."""
 
     sums: dict[str, Tensor]
-    """By axis: what the reduction gave, summed over samples, `[..., points, channels]`."""
+    """By axis: the results of the reduction, summed over samples, `[..., points, channels]`."""
     block_sums: Float64[Tensor, " layers"]
     """`importance.block_importance` of every layer, summed over samples."""
 
@@ -71,12 +72,12 @@ def measure_activations(
 ) -> Statistics:
     """Run the samples through the model's body once and collect every score's statistics.
 
-    The logits are never made. `micro_batch` samples go through at a time and are moved to the model's device
-    then; the result does not depend on how many, but for rounding in the model's own products. No activation
-    is kept beyond the module that reads it.
+    Logits are not computed. `micro_batch` samples at a time are moved to the model's device and run. The result does
+    not depend on their number, except for rounding in the model's own products. No activation is kept longer than the
+    module that reads it.
 
-    Raises `AnatomyError` where the anatomy names a module that the model does not call as expected, and
-    `CheckpointError` where activations are not finite.
+    Raises `AnatomyError` if the model does not call a module as the anatomy expects, and `CheckpointError` for
+    activations that are not finite.
     """
     taps = input_taps(model, anatomy)
     if "ffn" in taps:
@@ -94,7 +95,7 @@ def measure_activations(
 
 
 def statistics(act_BSC: Tensor) -> Tensor:
-    """What every aggregator needs of one micro-batch: [2, 3, channels]."""
+    """The sums of one micro-batch for every aggregator: [2, 3, channels]."""
     return sums_over_batch(seq_statistics(act_BSC))
 
 
@@ -110,14 +111,14 @@ def listen(
 ) -> Heard:
     """Run the samples through the model's body and add up `reduce` of every tap's [batch, seq, channels], and BI.
 
-    `reduce` gives [..., channels] in float64 whose sums over micro-batches are those of the whole. Raises
-    `CheckpointError` where a sum is not finite.
+    `reduce` returns [..., channels] in float64. Its sums over micro-batches must equal that of all samples. Raises
+    `CheckpointError` if a sum is not finite.
     """
     assert not model.training, "score a model in eval mode"
     assert len(samples_BS) > 0, "no samples"
     device = model.device
     sums: dict[str, dict[int, Tensor]] = {axis: {} for axis in taps}
-    batch = 0  # samples in the present forward pass; the hooks read it, since some modules see tokens flattened
+    batch = 0  # samples in the current forward pass; hooks need it, because some modules get flattened tokens
 
     def hear(axis: str, index: int) -> Hear:
         def add(act: Tensor) -> None:
@@ -137,7 +138,7 @@ def listen(
             model.base_model(input_ids=part_BS.to(device), use_cache=False)
             task.advance(part_BS.numel())
 
-    # outside of inference mode, so that what comes back are ordinary tensors
+    # outside of inference mode, so that the results are ordinary tensors
     stacked = {axis: torch.stack([parts[i] for i in range(len(parts))], dim=-2) for axis, parts in sums.items()}
     heard = Heard({axis: tensor.cpu() for axis, tensor in stacked.items()}, block_sums.clone().cpu())
     _check_finite(heard, taps)
@@ -146,7 +147,7 @@ def listen(
 
 @contextmanager
 def on_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Float64[Tensor, " layers"]]:
-    """While open, add up each layer's `block_importance` over all samples that go through, into what this gives."""
+    """In this context, add up each layer's `block_importance` over all samples, in the tensor that is yielded."""
     block_sums = torch.zeros(anatomy.sizes.layers, dtype=torch.float64, device=model.device)
 
     def turn(layer: int, before_BSD: Tensor, after_BSD: Tensor) -> None:
@@ -160,13 +161,13 @@ def on_layers(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Float64[Tens
 
 
 def width(anatomy: Anatomy, axis: str) -> int:
-    """Channels at this axis' points; heads are scored channel by channel first, each having as many as values have."""
+    """The number of channels at the points of this axis. For heads: the channels of all heads."""
     exprs = {anatomy.modules[name] for names in anatomy.readers(axis) for name in names}
     return max((expr.size(anatomy.sizes.sizes) for expr in exprs), default=0)
 
 
 def _readers(anatomy: Anatomy, axis: str) -> list[tuple[str, ...]]:
-    """By layer, every module that reads an axis; routers and experts read `hidden` as the matrices beside them do."""
+    """By layer, every module that reads an axis. Routers and experts read `hidden` like the matrices."""
     found = [*anatomy.readers(axis)]
     for name in anatomy.mixers if axis == "hidden" else ():
         layer = anatomy.layer_of(name)
@@ -176,7 +177,7 @@ def _readers(anatomy: Anatomy, axis: str) -> list[tuple[str, ...]]:
 
 
 def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Point, ...]]:
-    """Find the points of each axis: of modules that read one and the same tensor, the first.
+    """Find the points of each axis. Of several modules that read the same tensor, the first is taken.
 
     Raises what `find_readers` raises.
     """
@@ -187,14 +188,14 @@ def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Poi
 def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
     """Every tensor that modules inside the layers read of each axis: its layer, and all modules that read it.
 
-    Watches the model read two tokens. Layers that have no such axis have no points, and an axis that the anatomy
-    refuses is left out where it has none. Raises `AnatomyError` where a point of another axis is missing.
+    Found by running two tokens. Layers without an axis have no points for it. An axis without points is left out if the
+    anatomy refuses it. Otherwise a missing point raises `AnatomyError`.
     """
     read: dict[str, list[Tensor]] = {}
     names = {name for axis in WIDTH_AXES for layer in _readers(anatomy, axis) for name in layer}
     with ExitStack() as hooks, torch.inference_mode():
         for name in names:
-            # What was read is kept alive here, so that one address means one tensor.
+            # The tensors are kept alive here, so that an address identifies a tensor.
             hooks.enter_context(on_input(model.get_submodule(name), read.setdefault(name, []).append))
         _two_tokens(model)
     found = {}
@@ -220,8 +221,8 @@ def _as_read(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap]) -> t
 def first_outputs(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap] = ()) -> tuple[Tap, ...]:
     """A tap in every layer at the first matrix whose output is made of ffn, at its first block of ffn.
 
-    Of several the first that the model calls: in a gated MLP the gate, whose output the activation function reads.
-    Watches the model read two tokens. Raises `AnatomyError` for a layer that has none.
+    Of several matrices it is the first that the model calls: in a gated MLP the gate, whose output goes to the
+    activation function. Found by running two tokens. Raises `AnatomyError` for a layer without such a matrix.
     """
     called: dict[int, str] = {}
 
@@ -279,7 +280,7 @@ def _problem(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> str 
 
 
 def _layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
-    """The layers that have weights made of an axis: hybrids have layers without heads, mixtures some without ffn."""
+    """The layers with weights made of an axis. Hybrids have layers without heads, mixtures have some without ffn."""
     owners = (anatomy.layer_of(name) for name, shape in anatomy.params.items() if any(axis in e.axes for e in shape))
     return frozenset(layer for layer in owners if layer is not None)
 
@@ -295,7 +296,7 @@ def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Ite
 
 @contextmanager
 def on_input(module: nn.Module, call: Callable[[Tensor], None]) -> Iterator[None]:
-    """While open, hand the first input of a module to `call`, before the module sees it."""
+    """In this context, pass the first input of a module to `call`, before the module runs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call(_first(args, kwargs))
@@ -309,7 +310,7 @@ def on_input(module: nn.Module, call: Callable[[Tensor], None]) -> Iterator[None
 
 @contextmanager
 def on_output(module: nn.Module, call: Hear) -> Iterator[None]:
-    """While open, hand the output of a module to `call`."""
+    """In this context, pass the output of a module to `call`."""
     handle = module.register_forward_hook(lambda _module, _args, output: call(output))
     try:
         yield
@@ -324,7 +325,7 @@ def _on_entries(module: nn.Module, call: Hear, *, entries: Tensor) -> AbstractCo
 
 @contextmanager
 def on_passage(module: nn.Module, call: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, hand the first input and the first output of a module to `call`."""
+    """In this context, pass the first input and the first output of a module to `call`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call(_first(args, kwargs), output if isinstance(output, Tensor) else output[0])

@@ -1,8 +1,8 @@
-"""Walking through a model layer by layer: the states between layers, and what each layer was called with.
+"""Run a model layer by layer: the states between layers, and the arguments of each layer's call.
 
-A layer's call has more arguments than its input: masks, rotary tables, whatever the family passes. They depend on
-the shape of the batch alone (samples are packed, nothing is padded), so they are recorded in one pass and handed to
-the layer again with any other input of that shape.
+A layer gets more arguments than its input, such as masks and rotary tables. They depend only on the shape of the batch,
+because samples are packed and never padded. So they are recorded in one pass, and the layer is called with them again
+for any other input of that shape.
 
 Legend: B batch, S seq, D hidden, C channels of any tensor.
 """
@@ -24,19 +24,19 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy
 
 IN_MEMORY_BYTES = 2**32
-"""States beyond this are kept in a file."""
+"""States that are larger than this are kept in a file."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a model called one of its layers, but for the input."""
+    """The arguments with which a model called one of its layers, without the input."""
 
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
 class Reached(Exception):
-    """Raised inside a layer to leave it once what is wanted was seen."""
+    """Raised inside a layer to leave it when the required tensors have been seen."""
 
 
 def layer_modules(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
@@ -45,7 +45,7 @@ def layer_modules(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a module was called on."""
+    """The first input tensor of a module's call."""
     first = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(first, Tensor), f"the first input is a {type(first).__name__}"
     return first
@@ -57,8 +57,8 @@ def record_calls(
 ) -> tuple[list[Call], Float[Tensor, "batch seq hidden"]]:
     """How every layer is called on samples of this shape, and the first layer's input.
 
-    Of each class of layers the first is run, which shows in what form it gives its output; the others hand their input
-    on in that form, since no call depends on it.
+    The first layer of each class is run to see the form of its output. The others return their input in that form,
+    because the arguments of later calls do not depend on it.
     """
     calls: list[Call] = []
     inputs: list[Tensor] = []
@@ -85,7 +85,7 @@ def record_calls(
 
 
 def _restore(module: nn.Module, own: Any) -> None:
-    """Give a module the forward back that it had of its own, or its class's."""
+    """Restore a module's own forward, or that of its class."""
     if own is None:
         del module.forward
     else:
@@ -117,7 +117,7 @@ def first_states(
 def run_layer(
     layer: nn.Module, call: Call, states_BSD: Float[Tensor, "batch seq hidden"]
 ) -> Float[Tensor, "batch seq hidden"]:
-    """A layer's output on another input of the shape that the call was recorded with."""
+    """A layer's output for another input of the recorded shape."""
     output = layer(states_BSD, *call.positional, **call.keywords)
     result: Tensor = output if isinstance(output, Tensor) else output[0]
     return result
@@ -125,9 +125,9 @@ def run_layer(
 
 @contextmanager
 def watching(module: nn.Module, see: Callable[[Tensor, Tensor | None], None], *, leave: bool) -> Iterator[None]:
-    """While open, hand a module's first input and its output to `see`; with `leave`, its input alone, and go out there.
+    """In this context, pass a module's first input and its output to `see`. With `leave`, only the input.
 
-    `leave` raises `Reached` before the module is run: for what depends on its input alone.
+    `leave` raises `Reached` before the module runs, for callers that need only its input.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def watching(module: nn.Module, see: Callable[[Tensor, Tensor | None], None], *,
 
 
 class States:
-    """One tensor of [samples, seq, channels], in memory or, beyond `IN_MEMORY_BYTES`, in a file that goes with it."""
+    """One tensor of [samples, seq, channels], in memory or, above `IN_MEMORY_BYTES`, in a temporary file."""
 
     def __init__(self, samples: int, seq: int, channels: int, *, dtype: torch.dtype) -> None:
         size = samples * seq * channels
@@ -164,7 +164,7 @@ class States:
         return self.values[rows]
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
-        target = self.values[rows]  # mixtures hand tokens on without their samples
+        target = self.values[rows]  # mixtures pass tokens on without the dimension of samples
         target.copy_(value.detach().reshape(target.shape))
 
 

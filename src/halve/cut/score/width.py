@@ -1,20 +1,20 @@
-"""One interface to every importance of width: `score` by a method's name.
+"""One interface to all importance scores of width: `score`, with the name of a method.
 
-    activation    Minitron: what drives each part (`halve.cut.score.taps`), any of nine aggregators
+    activation    Minitron: the activations of each part (`halve.cut.score.taps`), any of nine aggregators
     random        uniform numbers
     magnitude     squared weights                        every parameter that carries the axis
     taylor        |weight x gradient|                    every parameter that carries the axis
     wanda         |weight| x norm of its input           matrices that read the axis
     fluctuation   variance of input x squared weight     matrices that read the axis
 
-The four baselines add up a function of `halve.cut.score.baselines` over all that goes with a structure. Those of
-weights alone see rows and columns, norms, biases and embeddings; those that read inputs see the columns that a
-structure's output meets: down projections for ffn, output projections for heads, and for hidden all matrices inside the
-layers that read the residual stream. A head's score is the sum over its channels; a key-value group's that of its query
-heads and, where weights are counted, of its own keys and values.
+The last four methods add up a function of `halve.cut.score.baselines` over all weights of a structure. Methods that use
+only weights include rows and columns, norms, biases and embeddings. Methods that use inputs include the columns that
+read a structure's output: down projections for ffn, output projections for heads, and for hidden all matrices inside
+the layers that read the residual stream. A head's score is the sum over its channels. The score of a key-value group is
+the sum over its query heads and, for methods of weights, over its own keys and values.
 
-Taylor is LLM-Pruner's element-wise first-order form, which its released code uses: `taylor_vector` lets the weights of
-a structure cancel, and at a minimum of the loss its sum over any scale that the model ignores is zero.
+Taylor is LLM-Pruner's element-wise first-order form, as in its released code. In `taylor_vector` the weights of a
+structure can cancel: at a minimum of the loss, its sum over any scale that the model ignores is zero.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from halve.recipe.schema import Aggregator, FfnPoint, Method
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What `score` was given."""
+    """The arguments of `score`."""
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -71,13 +71,13 @@ def score(
     samples_fingerprint: str,
     progress: Progress = SILENT,
 ) -> Scores:
-    """Score every axis that can be cut; the model is as before on return.
+    """Score every axis that can be cut. The model is unchanged on return.
 
-    `ffn_point` and the aggregators are read by activation alone, `seed` by random. `layers` is BI where the method
-    makes a forward pass, else ones (random: random numbers); taylor gives `layer_scores` as well. Axes that the anatomy
-    refuses are None, but for kv_heads of families whose query heads have keys and values of their own.
+    Only activation uses `ffn_point` and the aggregators, and only random uses `seed`. `layers` is BI if the method
+    makes a forward pass, otherwise ones (random: random numbers). taylor also gives `layer_scores`. Axes that the
+    anatomy refuses are None, except for kv_heads in families where every query head has its own key and value.
 
-    Raises `AnatomyError` where the model does not call its modules as the anatomy says, and `CheckpointError` where
+    Raises `AnatomyError` if the model does not call its modules as the anatomy says, and `CheckpointError` if
     activations, loss or gradients are not finite.
     """
     job = _Job(
@@ -211,7 +211,7 @@ def _by_inputs(
     finish: Callable[[Tensor], Tensor],
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> Scores:
-    """Listen to what matrices read, and sum a score of their input channels over those that read an axis."""
+    """Collect the inputs of matrices, and sum a score of input channels over the matrices that read an axis."""
     model, anatomy = job.model, job.anatomy
     if "hidden" not in anatomy.refusals and anatomy.mixers:
         raise AnatomyError(

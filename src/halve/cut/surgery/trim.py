@@ -24,7 +24,7 @@ def trim(
 
     `gains` has factors for the output of norms over `hidden`, by module name in the given model (see
     `halve.cut.surgery.gain`). If the family's code multiplies embeddings by sqrt(hidden), the embedding table is scaled
-    to compensate for the smaller factor. If the table is also the head, the final norm compensates for its larger scale.
+    to compensate for the smaller factor. If the table is also the head, the final norm compensates for its scale.
     The model is built from a rewritten config, so the family's own code makes rotary tables, layer numbers and group
     counts. Tied weights stay tied.
 
