@@ -1,4 +1,4 @@
-"""An ordinary model folder of what a run has trained so far: of its last student, or of any checkpoint."""
+"""Write the last student of a run, or any of its checkpoints, as an ordinary model folder."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _TRIES = 5
 def export(source: str | Path, out: str | Path) -> Path:
     """Write the model of a run folder or of a checkpoint to the folder `out`, as safetensors, and return it.
 
-    Of a run: its last distilled student, where that is being trained (anew) its newest checkpoint. A checkpoint
-    lies in the stage at work, such as `run/.distill.work/.checkpoints/step-00000200`, and holds float32 masters; what
-    is written has the precision of the model that the training began with. The run may be going on meanwhile.
+    For a run this is its last distilled student, or the newest checkpoint if that student is being trained. A
+    checkpoint is in the folder of an unfinished stage, such as `run/.distill.work/.checkpoints/step-00000200`. It holds
+    float32 masters; the exported model has the precision of the model from which the training started. The run may
+    continue meanwhile.
 
-    Raises `RunError` where there is nothing to export or `out` is in the way, `DiskError` where the disk is full; then
-    nothing is left.
+    Raises `RunError` if there is nothing to export or `out` is not empty, and `DiskError` if the disk is full. Then
+    nothing is left behind.
     """
     source, out = Path(source).absolute(), Path(out)
     place = out.resolve()
@@ -55,7 +56,7 @@ def export(source: str | Path, out: str | Path) -> Path:
             except (OSError, CheckpointException):
                 if kept[-1].exists():
                     raise
-                # the run has written the next one meanwhile, and removed this
+                # in the meantime the run has written the next checkpoint and removed this one
         if (source / stage.name / "model").is_dir():
             with RunDir.follow(source) as run:
                 run.verify(stage.name)

@@ -1,4 +1,4 @@
-"""What identifies a stage's result: the fields of the recipe that it reads, and the content of what it takes."""
+"""The key of a stage's result: a hash of the recipe fields that it reads and of the content of its inputs."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Keyed:
-    """What of a stage its key is made of."""
+    """The parts of a stage from which its key is computed."""
 
     name: str
     section: str
-    """The command that runs this stage alone; but for cache, the recipe's section."""
+    """The command that runs only this stage. Except for cache, it is also the recipe's section."""
     recipe: Recipe
-    """The run's recipe; from the second round on that round's."""
+    """The recipe of the run, or of the round from the second round on."""
     reads: tuple[str, ...]
-    """That recipe's fields that its result depends on; `-section.field` leaves a field out again."""
+    """The fields of this recipe on which its result depends. `-section.field` excludes a field."""
     after: tuple[str, ...]
-    """The stages whose artifacts it takes."""
+    """The stages whose artifacts it reads."""
     outside: tuple[str, ...]
-    """What else it takes: teacher, train, valid, choices, depth_task."""
+    """Its other inputs: teacher, train, valid, choices, depth_task."""
     number: int
-    """The round it belongs to; what looks at the whole run belongs to the first."""
+    """Its round. Stages that read the whole run belong to the first."""
 
 
 def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, memo: Path) -> dict[str, str]:
-    """The keys of stages, each after those it needs, by their names; `memo` remembers hashes of what is outside."""
+    """The keys of stages by name; each stage comes after those it needs. `memo` stores hashes of outside files."""
     taken = dict.fromkeys(name for stage in stages for name in stage.outside)
     outside = {name: content(recipe, name, memo, teacher=teacher) for name in taken}
     removed = _removed(recipe, teacher)
@@ -57,7 +57,7 @@ def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, mem
 
 
 def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
-    """By round, what its scores depend on of the number of layers that go; empty where they depend on nothing."""
+    """For each round, how its scores depend on the number of dropped layers. Empty if they do not."""
     from halve.cut.layers.chosen import compares, read_of
     from halve.preflight.sizes import planned_rounds
 
@@ -91,7 +91,7 @@ def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
 
 
 def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
-    """What identifies an input by its content, wherever it lies."""
+    """The hash of an input's content, which does not depend on its place."""
     if name == "teacher":
         used = {CONFIG, *TOKENIZER_FILES, *(path.name for path in teacher.weights)}
         files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]
@@ -114,5 +114,5 @@ def _texts(listed: Sequence[str], memo: Path) -> list[Any]:
 
 
 def _hashed(files: Sequence[Path], memo: Path) -> list[Any]:
-    """A file's suffixes say how it is read; its name says nothing."""
+    """Hash the content and the suffixes of a file, which determine how it is read, but not its name."""
     return [[path.suffixes, sha256] for path, sha256 in zip(files, content_hashes(files, memo=memo), strict=True)]

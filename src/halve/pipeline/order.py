@@ -2,10 +2,10 @@
 
     teacher + corpus -> correct -> score -> prune -> cache -> distill (and its baselines) -> evaluate -> report
 
-Where a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow on the last student, and so on.
+If a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow for the last student, and so on.
 
-`stages` lists them for a recipe. Every stage is a function from artifacts to one artifact; only this file knows the
-order. `halve.pipeline.run` carries them out and passes over those that are done.
+`stages` lists the stages of a recipe. Every stage is a function from artifacts to one artifact. Only this file knows
+the order. `halve.pipeline.run` runs the stages and skips those that are done.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
 TOGETHER = ("correct", "distill")
-"""Sections whose stages several ranks carry out together; the others' are carried out by one while the rest wait."""
+"""Sections whose stages run on several ranks together. Other stages run on one rank while the others wait."""
 _INPUTS = ("teacher", "train", "valid")
 
 
 @dataclass(frozen=True)
 class Stage(Keyed):
-    """One step of a run: a folder of its own, what it depends on, and the function that does it."""
+    """One step of a run: its folder, its inputs, and its function."""
 
     act: _Act
 
@@ -43,7 +43,7 @@ _Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may reach for."""
+    """What a stage may use."""
 
     folder: RunDir
     cache: Path
@@ -51,13 +51,13 @@ class StageContext:
     teacher: Checkpoint
     """The model that the recipe names."""
     students: dict[str, Checkpoint] = field(default_factory=dict)
-    """Models that stages made, as far as they were opened."""
+    """Models of earlier stages that have been opened."""
 
     def scores(self, stage: str) -> Path:
         return self.folder.stage(stage) / "scores.safetensors"
 
     def model(self, stage: str | None) -> Checkpoint:
-        """The model that a stage made; None is the one that the recipe names."""
+        """The model that a stage made. None means the model that the recipe names."""
         from halve.model.checkpoint import Checkpoint
 
         if stage is None:
@@ -71,7 +71,7 @@ _Act = Callable[[StageContext, Recipe, Path], Mapping[str, Any]]
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages that a recipe asks for, each after those it needs."""
+    """The stages of a recipe. Each comes after those it needs."""
     listed: list[Stage] = []
     models: dict[str, str] = {}
     original = None  # the stage that makes the teacher, if it is corrected
@@ -101,9 +101,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None) -> tuple[list[Stage], dict[str, str]]:
-    """The stages of one round, and the models they make by the names that evaluation gives them.
+    """The stages of one round, and their models by the names of the evaluation.
 
-    `cut` and `teacher` are the stages whose models are cut and learned from; None is the recipe's model.
+    `cut` and `teacher` are the stages of the model to cut and of the teacher. None means the recipe's model.
     """
     listed: list[Stage] = []
     score, prune, at_random = named("score", number), named("prune", number), named("prune", number, "random")
@@ -114,7 +114,7 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         after = tuple(dict.fromkeys(after))
         listed.append(Stage(name, section, recipe, (*_EVERYWHERE, *reads), after, outside, number, act))
 
-    # the aggregators are chosen when scores are used: their file holds the raw statistics of all
+    # aggregators are applied when scores are used: the file holds raw statistics for all of them
     reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task")
     add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
     reads = ("prune", "score", "-score.depth_task")
@@ -131,9 +131,9 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
     for variant in ("student", *recipe.distill.baselines):
         own: _Names = ("data.documents", "distill", "-distill.baselines", *_but_how("distill"))
         start = prune
-        if variant == "ce":  # it has an objective of its own
+        if variant == "ce":  # it has its own objective
             own = (*own, "-distill.objective", "-distill.temperature")
-        elif recipe.corrects_beside:  # the teacher moves as well
+        elif recipe.corrects_beside:  # the teacher is trained as well
             own = (*own, "correct", *_but_how("correct"))
         if variant == "random_prune":
             start = at_random
@@ -164,7 +164,7 @@ def _score(cut: str | None) -> _Act:
 
 
 def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act:
-    """Cut by the scores of a stage; None cuts at random, to the sizes of the cut `like`."""
+    """Cut by the scores of a stage. None means a random cut, to the sizes of the cut `like`."""
 
     def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import prune
@@ -183,7 +183,7 @@ def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act
 
 
 def _cached_by(training: Distill) -> _Names:
-    """What a cache depends on: which samples are drawn, and what is kept of them; nothing of the student."""
+    """The fields on which a cache depends: the drawn samples and what is stored for them. Nothing of the student."""
     keys = ["tokens", "batch", "phases", "eval_samples", "precision", "cache"]
     if training.cache == "logits":
         keys += ["cache_samples", "temperature"]
@@ -218,7 +218,7 @@ def _distill(variant: str, start: str, teacher: str | None, answers: str | None)
 
 
 def _evaluate(models: Mapping[str, str], beside: Mapping[str, str], *, subject: str | None) -> _Act:
-    """Of the stages that made them: models, and teachers that were corrected beside, by their names."""
+    """Evaluate models, and teachers that were corrected beside, given by name and stage."""
 
     def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.model.checkpoint import Checkpoint

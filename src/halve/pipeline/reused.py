@@ -1,4 +1,4 @@
-"""What a run would take from the finished stages of its folder, looked at before anything is done."""
+"""Check what a run would reuse from the finished stages of its folder, before it does anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def require_unchanged(recipe: Recipe, teacher: Checkpoint, out: Path, stages: Sequence[Keyed], *, cache: Path) -> None:
-    """Raise `RunError` if a run in `out` would take what has changed since; writes nothing."""
+    """Raise `RunError` if a run in `out` would reuse files that were changed. Writes nothing."""
     if not (out / MARKER).exists():
         return
     with RunDir.follow(out) as folder, tempfile.TemporaryDirectory(prefix="halve-check-") as scratch:
@@ -29,9 +29,9 @@ def require_unchanged(recipe: Recipe, teacher: Checkpoint, out: Path, stages: Se
 
 
 def require_sound(folder: RunDir, wanted: Sequence[Keyed], done: Collection[str]) -> None:
-    """Raise `RunError` unless finished stages are as they were, as far as others are made from them or they are shown.
+    """Raise `RunError` if a finished stage was changed and other stages or the report still read it.
 
-    Those that are finished themselves need no more of what they were made from.
+    A finished stage no longer needs its inputs.
     """
     for stage in wanted:
         before = [name for name in stage.after if name in done]

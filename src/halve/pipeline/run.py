@@ -1,7 +1,7 @@
-"""Carry out a recipe in a run folder: every stage once, in order, resumable.
+"""Run a recipe in a run folder: every stage once, in order, resumable.
 
 A stage's key is a hash of its name, the recipe fields it reads, the keys of the stages before it and the content of
-what it takes from outside. A stage that has finished under the same key is not run again.
+its outside inputs. A stage that has finished with the same key is not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["SECTIONS", "Stage", "check", "run", "stages"]
 def check(
     recipe: Recipe, out: Path | None = None, *, teacher: Checkpoint | None = None, ranks: int | None = None
 ) -> tuple[HalveError, ...]:
-    """What `preflight.check` finds; if nothing, what has changed of the stages that a run in `out` would take."""
+    """The errors of `preflight.check`. If there are none, changed files that a run in `out` would reuse."""
     from halve.model.checkpoint import Checkpoint
 
     found = preflight.check(recipe, out, teacher=teacher, ranks=ranks)
@@ -58,17 +58,17 @@ def run(
     cache: Path | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Carry out a recipe in the folder `out`, whatever is done of it already, and return the folder.
+    """Run a recipe in the folder `out`, or resume it, and return the folder.
 
-    Processes that torchrun or the like has started carry it out together, in one folder that all see (see
+    Processes that were started by torchrun run it together, in one folder that all of them can read (see
     `train.ranks.group`).
 
-    `only` names one of `SECTIONS` and carries out its stages alone, those of later rounds as far as their inputs are
-    there. `cache` holds token files and hashes of inputs, by default `out/data`; runs may share one. Without a
-    `console` nothing is said. A killed run goes on where it was; a finished run changes nothing.
+    `only` names one of `SECTIONS` and runs only its stages; in later rounds, only those whose inputs exist. `cache`
+    holds token files and hashes of inputs, by default in `out/data`. Several runs may share it. Without a `console`
+    there are no messages. A killed run resumes where it stopped. A finished run changes nothing.
 
-    Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are not
-    there, and every error of `check` before the first stage.
+    Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are missing, and every
+    error of `check` before the first stage.
     """
     fresh.require_guard()
     out = Path(out)
@@ -99,9 +99,11 @@ def run(
             listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
         coming = [stage for stage in listed if stage.name in {*wanted} - {*done}]
         read = partial(require_embedded, recipe, teacher, cache=cache, progress=this.progress)
-        if any("valid" in stage.outside for stage in coming):  # its faults are told before any work
+        if any("valid" in stage.outside for stage in coming):  # its errors are reported before any work
             here.lead(partial(read, "valid"))
-        if any(stage.section in TOGETHER for stage in coming):  # else every rank would tokenize it, or ask the hub
+        if any(
+            stage.section in TOGETHER for stage in coming
+        ):  # otherwise every rank would tokenize it, or query the hub
             here.lead(partial(read, "train"))
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
@@ -134,7 +136,7 @@ def _what_to_do(
     *,
     ranks: int,
 ) -> tuple[list[str], list[str], dict[str, str]]:
-    """The names of the stages that are asked for, of those of them that are done, and the keys of all."""
+    """The names of the requested stages, of those that are done, and the keys of all stages."""
     keys = keys_of(recipe, teacher, listed, memo=cache / HASHES)
     wanted = [stage for stage in listed if only in (None, stage.section)]
     if only is not None:
@@ -148,9 +150,9 @@ def _what_to_do(
 
 
 def _carry_out(stage: Stage, run: StageContext, keys: Mapping[str, str], here: Ranks) -> None:
-    """One stage: where ranks train together all of them act, elsewhere the first alone; it begins and commits."""
+    """Run one stage: on all ranks if it trains, otherwise on the first, which also opens and commits it."""
     folder, key = run.folder, keys[stage.name]
-    if stage.section != "report":  # which reads little, and looks at that itself
+    if stage.section != "report":  # the report reads few files and checks them itself
         here.lead(lambda: folder.verify(*stage.after))
     work = Path(here.lead(lambda: str(folder.work(stage.name, key))))
     if stage.section in TOGETHER:
@@ -162,7 +164,7 @@ def _carry_out(stage: Stage, run: StageContext, keys: Mapping[str, str], here: R
 
 
 def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> list[Stage]:
-    """The stages whose inputs are there or are made on the way; those of later rounds wait for them."""
+    """The stages whose inputs exist or will be made. Stages of later rounds without inputs are left out."""
     possible: list[Stage] = []
     for stage in wanted:
         own = {one.name for one in possible}

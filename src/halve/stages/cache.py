@@ -1,6 +1,6 @@
-"""The cache stage: the teacher answers once for every sample that the distillation will draw.
+"""The cache stage: the teacher runs once on every sample that the distillation will draw, and its answers are stored.
 
-Students that train on these samples, whatever they were cut to, read the answers instead of running the teacher.
+Students of any size that train on these samples read the answers instead of running the teacher.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ def run(
     progress: Progress = SILENT,
     shard_bytes: int = caches.SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write the cache of `distill.cache` to `out` (see `train.teachers.cache`); shards that a killed run left are kept.
+    """Write the cache of `distill.cache` to `out` (see `train.teachers.cache`). Shards of a killed run are kept.
 
-    Each sample that the course draws is answered once, however often it comes. Before the first, the teacher is shown
-    to be one that can teach. `cache` is the run's folder of token files. Raises `TrainError`, `CorpusError` and
-    `DiskError`.
+    Each sample of the course is answered once, even if several epochs draw it. The teacher is checked first. `cache` is
+    the run's folder of token files. Raises `TrainError`, `CorpusError` and `DiskError`.
     """
     assert recipe.distill is not None
     training = recipe.distill

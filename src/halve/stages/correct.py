@@ -1,7 +1,7 @@
 """The correct stage: fine-tune the teacher on the corpus before it teaches (2408.11796, Sec. 2.1).
 
-All of it, its norms alone, or adapters that are merged when it is written (`train.loop.adapters`). A correction beside
-the distillation is the distill stage's.
+It trains the whole teacher, only its norms, or adapters that are merged when the model is written
+(`train.loop.adapters`). The distill stage does the correction beside the distillation.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from halve.train.ranks.group import here
 
 
 def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
-    """Write the corrected teacher to `out/model` and the course of its training to `out/metrics.jsonl`.
+    """Write the corrected teacher to `out/model` and its training log to `out/metrics.jsonl`.
 
-    The model keeps the precision that its weights had. `cache` is the run's folder of token files; what a
-    killed run left in `out` is gone on with. Raises `TrainError` when a loss is not finite, `CorpusError`, and
-    `RecipeError` where the method finds nothing to train or lacks its package.
+    The model keeps the precision of its weights. `cache` is the run's folder of token files. A killed run resumes from
+    what it left in `out`. Raises `TrainError` if a loss is not finite, `CorpusError`, and `RecipeError` if the method
+    finds nothing to train or its package is missing.
     """
     assert recipe.correct is not None
     training = recipe.correct

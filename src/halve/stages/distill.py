@@ -1,13 +1,13 @@
-"""The distill stage: the student recovers what the cut cost it by following the teacher.
+"""The distill stage: the student is trained on the teacher's distribution to recover from the cut.
 
-The variants share the tokens, their order and the loop, and differ in one thing each:
+The variants have the same tokens, the same order and the same loop. Each differs from the student in one thing:
 
     student        the pruned model, trained with the recipe's objective
     ce             the pruned model, trained with cross-entropy alone
-    random_init    the pruned model's sizes, weights drawn at random
-    random_prune   a model whose kept parts were drawn at random (made by the prune stage)
+    random_init    the pruned model's sizes with random weights
+    random_prune   a model whose kept parts were chosen at random (made by the prune stage)
 
-With `correct.when: beside` the teacher learns too, by cross-entropy on the same samples; `ce` has no use for one.
+With `correct.when: beside` the teacher is trained too, by cross-entropy on the same samples. `ce` needs no teacher.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ VARIANTS = ("student", "ce", "random_init", "random_prune")
 
 @dataclass(frozen=True)
 class _Taught:
-    """Who answers: a model that is there, or a cache of what it said. Its head is there in any case."""
+    """The source of the teacher's answers: a loaded model or a cache. In both cases its head is loaded."""
 
     by: Live | Store | Correction
     head: Head
     heldout: Teacher[Hidden]
     model: PreTrainedModel | None = None
     dtype: torch.dtype | None = None
-    """Of a teacher that learns: the precision that its weights had."""
+    """If the teacher is corrected: the original precision of its weights."""
 
 
 def run(
@@ -67,14 +67,14 @@ def run(
     answers_in: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Write the recovered student to `out/model` and the course of its training to `out/metrics.jsonl`.
+    """Write the trained student to `out/model` and its training log to `out/metrics.jsonl`.
 
-    Before the first step: the teacher's cross-entropy is sane, its divergence from itself is zero, the vocabularies
-    align, the student's figures are finite. The teacher only ever runs forward, unless it is corrected beside: then
-    `out/teacher` is what it has become. Models keep the precision of their checkpoints. `cache` is the run's folder of
-    token files; what a killed run left in `out` is gone on with. Where the recipe wants a cache, `answers_in` is what
-    the cache stage has written, and the teacher is not loaded. Raises `TrainError` where one of these fails, and
-    `CorpusError`.
+    Checks before the first step: the teacher's cross-entropy is plausible, its divergence from itself is zero, the
+    vocabularies are aligned, and the student's loss is finite. The teacher only runs forward, unless it is corrected
+    beside; `out/teacher` then is the corrected teacher. Models keep the precision of their checkpoints. `cache` is the
+    run's folder of token files. A killed run resumes from what it left in `out`. If the recipe uses a cache,
+    `answers_in` is the result of the cache stage, and the teacher is not loaded. Raises `TrainError` if a check fails,
+    and `CorpusError`.
     """
     assert recipe.distill is not None
     assert variant in VARIANTS
@@ -130,12 +130,12 @@ def run(
 
 
 def _vocab(recipe: Recipe, taught: _Taught, student: PreTrainedModel, text: Text) -> int:
-    """The vocabulary that both share; documents that are to stay apart do so in both."""
+    """The size of the shared vocabulary. Also checks that both models keep documents apart, if required."""
     if recipe.data.documents == "apart":
         for one in (taught.model, student):
             if one is not None:
                 require_apart(one)
-    # a token that was added to the tokenizer alone is no text's
+    # tokens that were added only to the tokenizer do not occur in the text
     num_tokens = min(1 + max(text.tokenizer.get_vocab().values()), taught.head.weight.shape[0])
     vocab = objectives.shared_vocab(split(student)[1], taught.head, num_tokens=num_tokens)
     if isinstance(taught.by, Store):
@@ -144,7 +144,7 @@ def _vocab(recipe: Recipe, taught: _Taught, student: PreTrainedModel, text: Text
 
 
 def _examined(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int, device: str) -> float:
-    """The cross-entropy of a teacher that can teach."""
+    """Check that the teacher can teach, and return its cross-entropy."""
     by = taught.by
     if isinstance(by, Store):
         return by.facts.ce
@@ -158,7 +158,7 @@ def _examined(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int,
 
 
 def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) -> objectives.Heldout:
-    """What is measured on the way."""
+    """The held-out measurements during training."""
     micro_batch = training.micro_batch or training.batch
     figures = objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch)
     if isinstance(taught.by, Correction):
@@ -182,7 +182,7 @@ def _by_model(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device:
 
 
 def _by_learner(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:
-    """The teacher as it is before it learns."""
+    """The teacher before its correction."""
     model = teacher.load(dtype=recipe.dtype, device=here().home(device))
     own_dtype = model.dtype
     if not loop.is_half(training, device):
@@ -192,7 +192,7 @@ def _by_learner(recipe: Recipe, training: Distill, teacher: Checkpoint, *, devic
 
 
 def _corrected(recipe: Recipe, training: Distill, taught: _Taught, course: Course, *, device: str) -> _Taught:
-    """The same, but that it learns what the section `correct` lets it."""
+    """The same, with a correction by the section `correct`."""
     assert recipe.correct is not None
     assert taught.model is not None
     adapters.choose_trained(taught.model, recipe.correct, seed=recipe.seed)
@@ -221,7 +221,7 @@ def _by_cache(
 ) -> _Taught:
     """Open a cache that belongs to this teacher and this text, and has all of the course's samples."""
     store = Store.open(folder)
-    vocab = store.bound.vocab  # of the teacher's head, which its fingerprint stands for
+    vocab = store.bound.vocab  # of the teacher's head, which the fingerprint of the teacher covers
     store.require(
         answers.bound_to(
             recipe,
@@ -242,7 +242,7 @@ def _by_cache(
 def _objective(
     training: Distill, taught: _Taught, student: PreTrainedModel, *, variant: str, vocab: int, seed: int
 ) -> tuple[objectives.Objective, nn.Module | None]:
-    """What this variant minimizes, and what it learns beside the student's weights."""
+    """The objective of this variant, and its own trained parameters."""
     terms, ce = objectives.teacher_terms(training), training.terms.get("ce", 0.0)
     if variant == "ce" or not terms:
         return objectives.cross_entropy(), None
@@ -262,11 +262,13 @@ def _objective(
 
 
 def _start(student: Checkpoint, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:
-    """Load the student; for a random start, draw weights of its shapes in its precision."""
+    """Load the student. For a random start, draw weights with its shapes and precision."""
     model = student.load(dtype=dtype, device=here().home(device))
     if variant != "random_init":
         return model
-    with torch.random.fork_rng(devices=[]):  # the draw is the seed's alone, and leaves no trace
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the draw depends only on the seed and does not affect other random numbers
         torch.manual_seed(seed)
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
     return fresh.to(device=model.device, dtype=model.dtype)

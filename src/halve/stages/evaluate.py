@@ -1,8 +1,8 @@
-"""The evaluate stage: every model of a run on the same held-out samples, and one table of what came out.
+"""The evaluate stage: measure every model of a run on the same held-out samples.
 
-`results.json`, where an estimate is {"value", "stderr"} and what was not measured is null or left out:
+Format of `results.json`. An estimate is {"value", "stderr"}. What was not measured is null or left out:
 
-    reference     name of the model that KL and agreement are measured to
+    reference     name of the model against which KL and agreement are measured
     samples       count, context, tokens, bytes, fingerprint of the held-out token file
     machine       device, threads
     speed_test    prompt_tokens, new_tokens, repeats, batch
@@ -40,20 +40,20 @@ from halve.text.batch import Batch
 from halve.text.opened import require_embedded
 from halve.text.questions import encoded_choices, encoded_prompts
 
-FORWARD_TOKENS = 4096  # in one forward pass of the samples; no figure depends on it
+FORWARD_TOKENS = 4096  # in one forward pass of the samples; results do not depend on it
 NEW_TOKENS, REPEATS = 32, 5
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one model was measured to be; per-sample figures stay for the paired differences."""
+    """The measurements of one model. Values per sample are kept for the paired differences."""
 
     facts: dict[str, Any]
     per_sample: dict[str, Tensor]
     choices: dict[str, Answers]
     completions: tuple[str, ...]
     shapes: tuple[object, ...]
-    """The kind of model and its parameters' shapes: models that share them run at the same speed."""
+    """The class of the model and its parameters' shapes. Models that share both run at the same speed."""
 
 
 def run(
@@ -66,14 +66,13 @@ def run(
     out: Path,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Measure every model and write `out/results.json`; gives the main figures of each model.
+    """Measure every model and write `out/results.json`. Returns the main metrics of each model.
 
-    `models` maps names to checkpoints in the order of the report; `reference` is the one among them that KL and
-    agreement are measured to, `subject` the one whose differences from all others are given (None: no differences).
-    `cache` is the run's folder of token files. The tokenizer is the first model's.
+    `models` maps names to checkpoints, in the order of the report. KL and agreement are measured against `reference`.
+    Differences are those of `subject` from all other models (None: no differences). `cache` is the run's folder of
+    token files. The tokenizer is that of the first model.
 
-    Raises `CorpusError` for held-out text, multiple-choice items or prompts that cannot be used, before any
-    weight is loaded.
+    Raises `CorpusError` for unusable held-out text, multiple-choice items or prompts, before any weight is loaded.
     """
     tokenizer = next(iter(models.values())).tokenizer
     limits = [context_length(model.config) for model in models.values()]
@@ -121,7 +120,7 @@ def run(
 def _circumstances(
     heldout: Batch, num_bytes: Int[Tensor, " samples"], fingerprint: str, device: str
 ) -> dict[str, dict[str, Any]]:
-    """On what, where and how the models are measured."""
+    """The samples, the machine and the settings of the measurements."""
     return {
         "samples": {
             "count": len(heldout.ids),
@@ -173,7 +172,7 @@ def _measure(
 
 
 def _accuracies(answers: Answers) -> dict[str, Any]:
-    """Ours, and those of lm-evaluation-harness beside it."""
+    """Accuracies by halve's rule and by those of lm-evaluation-harness."""
     theirs = {"acc": answers.acc, "acc_norm": answers.acc_norm}
     return {
         **measure.proportion(answers.right).as_dict(),
@@ -183,7 +182,7 @@ def _accuracies(answers: Answers) -> dict[str, Any]:
 
 
 def _non_embedding(model: PreTrainedModel) -> int:
-    """Parameters less the input, position and output embeddings, tied ones counted once."""
+    """Parameters without the input, position and output embeddings. Tied ones count once."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     if head is not None:
@@ -193,16 +192,16 @@ def _non_embedding(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int) -> str:
-    """What the model writes after the prompt, greedily."""
+    """The model's greedy continuation of the prompt."""
     end = end_tokens(model, tokenizer)
     ids_1S = torch.tensor([ids], device=model.device)
     written = measure.generate_greedily(model, ids_1S, num_new_tokens=num_new_tokens, end=end)[0].tolist()
-    # decoded as a whole: a tokenizer may drop the space before the first token of what it decodes
+    # decoded as a whole, because a tokenizer may drop the space before the first decoded token
     return _decode(tokenizer, written)[len(_decode(tokenizer, ids)) :]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The tokens that end a text: those of generation_config.json that are tokens, or else the tokenizer's."""
+    """The tokens that end a text: those of generation_config.json if they are valid, otherwise the tokenizer's."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     for given in (named, tokenizer.eos_token_id):
         ids = [one for one in (given if isinstance(given, list) else [given]) if type(one) is int]
@@ -218,7 +217,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 def _speeds(
     measured: Mapping[str, _Measured], load: Callable[[str], PreTrainedModel], samples_BS: Tensor
 ) -> dict[str, dict[str, float]]:
-    """Speed by name; of models with the same shapes one is timed."""
+    """Speed by name. Of models with the same shapes only one is timed."""
     same: dict[tuple[object, ...], list[str]] = {}
     for name, one in measured.items():
         same.setdefault(one.shapes, []).append(name)
@@ -228,7 +227,7 @@ def _speeds(
 
 
 def _speed_prompt(samples_BS: Tensor) -> Tensor:
-    """One sample, cut so that the new tokens still fit the context that it fills."""
+    """One sample, shortened so that the new tokens still fit into the context."""
     return samples_BS[:1, : max(1, samples_BS.shape[1] - NEW_TOKENS)]
 
 
@@ -241,7 +240,7 @@ def _speed_facts(speed: Speed) -> dict[str, float]:
 
 
 def _differences(measured: Mapping[str, _Measured], subject: str) -> dict[str, Any]:
-    """The subject minus each other model, in pairs of samples and of items."""
+    """The subject minus each other model, paired by samples and items."""
     ours = measured[subject]
     against = {}
     for name, theirs in measured.items():

@@ -1,4 +1,4 @@
-"""The prune stage: prove the anatomy, make the plan, cut, and check what came out."""
+"""The prune stage: prove the anatomy, make the plan, cut, and check the result."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def run(
     like: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Cut the teacher to the recipe's sizes; writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
+    """Cut the teacher to the recipe's sizes. Writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
 
-    Gives sizes, perplexities and what was checked. `scores` is the score stage's file, read under the recipe's
-    aggregators; beside it lies `depth.json` where layers were compared as sets. None ranks by random numbers, seeded
-    by the recipe, and leaves out everything that needs to look at the teacher: the control, which gets the sizes of
-    the plan `like` where that is given.
+    Returns sizes, perplexities and the results of the checks. `scores` is the score stage's file, read with the
+    recipe's aggregators. If sets of layers were compared, `depth.json` is next to it. Without `scores`, the cut is the
+    random control: it ranks by random numbers from the recipe's seed and uses nothing of the teacher's activations. It
+    gets the sizes of the plan `like`, if that is given.
 
-    Raises `PlanError` for sizes that are not legal, `AnatomyError` for an axis whose proof fails, both before weights
-    are read, `CorpusError` for samples that cannot calibrate, and `CheckpointError` if the result is not what the plan
-    says.
+    Raises `PlanError` for invalid sizes and `AnatomyError` for an axis whose proof fails, both before weights are read.
+    Raises `CorpusError` for unsuitable calibration samples, and `CheckpointError` if the result does not match the
+    plan.
     """
     asked = recipe.prune if scores is not None else _blind(recipe.prune)
     anatomy = teacher.anatomy
@@ -169,9 +169,9 @@ def run(
 
 
 def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof, ranking: Scores) -> list[list[Arch]]:
-    """What a budget could be spent on, of what is proved; nothing to choose where sizes are given.
+    """The shapes of a budget over proved axes. Empty if sizes are given.
 
-    Layers go only where scores tell one from another: magnitudes do not.
+    Layers are dropped only if scores distinguish them, which magnitudes do not.
     """
     refused = dict(proof.refusals)
     if bool((ranking.layers == ranking.layers[0]).all()):
@@ -180,7 +180,7 @@ def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof, ranking: Scores) -> li
 
 
 def _blind(asked: Prune) -> Prune:
-    """The same sizes without anything that looks at the teacher's activations, but for the norms' gains."""
+    """The same sizes, without everything that uses the teacher's activations except for the norms' gains."""
     off = {
         "selection": "rank",
         "rotation": "none",
@@ -205,7 +205,7 @@ def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Checkpoint, scores: Path
 
 
 def _compared(path: Path, remove: int) -> DepthChoice | None:
-    """What the score stage found, if it compared layers."""
+    """The score stage's comparison of layers, if there is one."""
     return DepthChoice.from_json(read_json(path)).of(remove) if path.exists() else None
 
 
@@ -232,7 +232,7 @@ def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
 
 
 def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll: Tensor) -> None:
-    """Everything that must hold of a cut model; what fails is a defect of halve or of the family's code."""
+    """The checks of every cut model. A failure is a defect of halve or of the family's code."""
     counted = sum(parameter.numel() for parameter in student.parameters())
     if counted != params:
         raise PlanError(
@@ -251,7 +251,7 @@ def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll
 
 
 def _check_cache(student: PreTrainedModel, ids: Tensor) -> None:
-    """Greedy tokens made with the key-value cache are greedy without it, up to ties within rounding."""
+    """Check that greedy generation is the same with and without the key-value cache, up to ties within rounding."""
     ids = ids.to(student.device)
     with torch.inference_mode():
         made = measure.generate_greedily(student, ids, num_new_tokens=16)
@@ -280,7 +280,7 @@ save_file({"logits": logits}, sys.argv[3])
 
 
 def _check_reopens(student: PreTrainedModel, folder: Path, ids: Tensor) -> None:
-    """Plain transformers opens the folder in a process without halve and computes the same logits."""
+    """Check that plain transformers opens the folder in a process without halve and computes the same logits."""
     given, made = folder.with_name("ids.safetensors"), folder.with_name("logits.safetensors")
     save_file({"ids": ids.cpu().contiguous()}, given)
     try:

@@ -1,4 +1,4 @@
-"""The score stage: what calibration samples say of every axis of the teacher, and which layers should go."""
+"""The score stage: score every axis of the teacher on calibration samples, and compare layers for removal."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ SCORES = "scores.safetensors"
 def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
     """Score every axis of the teacher and write `out/scores.safetensors` (see `halve.cut.score.scores`).
 
-    Where the recipe removes layers without naming them, by more than their block importance, also `out/depth.json`:
-    every set that was compared (`halve.cut.layers.depth.DepthChoice`), measured on the first `score.depth_samples`
-    places of the same spread. Single layers that were compared tell any number of them: another size needs no new
-    scores. Where a trial will say how many go, the prune stage compares them.
+    If the recipe drops layers by a criterion other than single block importance, `out/depth.json` has every set that
+    was compared (`halve.cut.layers.depth.DepthChoice`), measured on `score.depth_samples` samples. A comparison of
+    single layers is valid for any number of layers, so another size needs no new scores. If a trial decides how many
+    layers are dropped, the prune stage makes the comparison.
 
-    The samples are spread evenly over the training text at places that the seed moves, a mixture's parts in their
-    shares, packed to `data.context` tokens, documents joined. A corpus that has fewer than `score.samples` gives all it
-    has: `samples` beside `samples_asked` in the returned figures. `cache` is the run's folder of token files.
+    The samples are spread evenly over the training text, at places that depend on the seed. They contain a mixture's
+    parts in their shares, have `data.context` tokens, and documents are joined. A corpus with fewer than
+    `score.samples` gives all it has; compare `samples` with `samples_asked` in the returned metrics. `cache` is the
+    run's folder of token files.
 
-    Raises `CorpusError` for samples that say nothing and `PlanError` for sizes that are not legal, before weights are
-    read, and `CheckpointError` where activations are not finite. Warns of a teacher that does not know what stands
-    between documents (`BoundaryWarning`).
+    Raises `CorpusError` for unsuitable samples and `PlanError` for invalid sizes, before weights are read. Raises
+    `CheckpointError` if activations are not finite. Warns of a teacher that has not learned the tokens between
+    documents (`BoundaryWarning`).
     """
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     anatomy = teacher.anatomy
