@@ -1,8 +1,9 @@
-"""Continuous teacher correction: the teacher learns the corpus while the student learns from it.
+"""Continuous teacher correction: the teacher is corrected while the student learns from it.
 
-2408.11796 (Sec. 4.2 and its figure on this) prunes the teacher as it was, distils from a teacher that is corrected in
-the same run, and finds no loss against a teacher that was corrected first. Every step the teacher answers, then the
-student moves, then the teacher: on the same samples, by cross-entropy, with an optimizer of its own.
+2408.11796 (Sec. 4.2 and its figure) prunes the original teacher, distills from a teacher that is corrected in the same
+run, and finds the student as good as with a teacher that was corrected first. In every step the teacher computes its
+answers, then the student is updated, and then the teacher. The teacher trains on the same samples by cross-entropy,
+with its own optimizer.
 
 Shapes: N tokens, D hidden.
 """
@@ -38,20 +39,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """A teacher that answers and learns: a `Teacher` for the objective and a `Beside` for the loop."""
+    """A teacher that answers and is trained: a `Teacher` for the objective and a `Beside` for the loop."""
 
     trained: Trained
     learner: shards.Learner
     section: Correct
     steps: int
-    """It learns in the first so many steps and stays what it is after them."""
+    """How many steps it is trained for, from the first step on. After them it stays unchanged."""
     precision: Callable[[], torch.autocast]
     device: str
     flops: watch.FlopsPerToken
 
     def answer(self, batch: Batch) -> Hidden:
-        """Run the body as it is by now."""
-        # not inference mode: what sharding keeps of this pass is used again in one that has a way back
+        """Run the body with its current weights."""
+        # not inference mode: sharding keeps tensors of this pass and uses them in a pass with gradients
         with torch.no_grad():
             states_ND, head = predictions(self.learner.body, batch), self.learner.head()
         self.learner.rest()
@@ -60,7 +61,7 @@ class Correction:
     def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
         """Correct the teacher by the micro-batches of step `step`: `teacher_loss`, `teacher_grad_norm`.
 
-        Nothing after the last of its steps. Raises `TrainError` where its loss is not finite.
+        Does nothing after the last of its steps. Raises `TrainError` if its loss is not finite.
         """
         if step > self.steps:
             return {}
@@ -82,16 +83,16 @@ class Correction:
         return {"teacher_loss": found.loss, "teacher_grad_norm": found.norm}
 
     def work(self, context: int, *, step: int) -> float:
-        """FLOPs a token of learning: nothing after the last of its steps."""
+        """FLOPs per token of its training. Zero after the last of its steps."""
         return self.flops(context) if step <= self.steps else 0.0
 
     def rate(self, step: int) -> float:
-        """The teacher's learning rate at a step, by its section and over its own steps."""
+        """The teacher's learning rate at a step, by the section `correct` and over its own steps."""
         own = self.section
         return schedule.rate(step, steps=self.steps, peak=own.lr, end=own.min_lr, warmup_steps=own.warmup_steps)
 
     def measuring(self, student: objectives.Heldout, own: objectives.Heldout) -> objectives.Heldout:
-        """Return what measures the student and, as `teacher_ce`, by `own`, the teacher of that moment."""
+        """Return a measurement of the student that also measures the current teacher with `own`, as `teacher_ce`."""
 
         def measure(body: Body, head: Head) -> Mapping[str, float]:
             figures = {**student(body, head), "teacher_ce": own(self.learner.body, self.learner.head())["ce"]}
@@ -104,10 +105,10 @@ class Correction:
 def correction(
     model: PreTrainedModel, section: Correct, distill: Distill, course: Course, *, device: str
 ) -> Correction:
-    """Make a teacher ready to be corrected while it teaches, in place, as float32 masters; see `adapters.choose` first.
+    """Prepare a teacher, in place, to be corrected while it teaches, as float32 masters. Call `adapters.choose` first.
 
-    What both models share is the distillation's: samples, micro-batches, precision, ranks. The section says how the
-    teacher moves, and for how many tokens (rounded up to whole steps, at most those of the distillation).
+    Samples, micro-batches, precision and ranks are those of the distillation. The section says how the teacher is
+    trained, and for how many tokens (rounded up to whole steps, at most those of the distillation).
     """
     shared = section.model_copy(update={"precision": distill.precision, "replicas": distill.replicas})
     learner = shards.learner(model, shared, device=device, half=loop.is_half(shared, device))

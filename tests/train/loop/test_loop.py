@@ -449,7 +449,7 @@ def test_a_teacher_that_teaches_nothing_is_refused(zero: bool) -> None:
             parameter.zero_()
     with pytest.raises(TrainError, match="the teacher teaches nothing") as caught:
         _check(*_parts(teacher), Fake().batch(0, 4))
-    assert f"guessing evenly gives {math.log(VOCAB):.3f}" in caught.value.why
+    assert f"uniform guessing gives {math.log(VOCAB):.3f}" in caught.value.why
 
 
 def test_a_teacher_that_teaches_is_taken(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class _Refit:
             self.z_K[rows] = run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
 
     def _teach(self, source: int, sites: tuple[Site, ...]) -> list[States]:
-        """Run a layer of the teacher. Returns inputs of readers and outputs of writers (kept channels) at every site."""
+        """Run a layer of the teacher. Returns readers' inputs and writers' outputs (kept channels) at every site."""
         samples, seq = self.samples_BS.shape
         given = [States(samples, seq, width, dtype=self.teacher.dtype) for width in self._widths(source)]
         after_D = States(samples, seq, self.anatomy.sizes.hidden, dtype=self.teacher.dtype)

@@ -1,1 +1,1 @@
-"""One step after the other, resumable to the bit."""
+"""In which steps does a model train? Resumes bit-identically."""

@@ -1,7 +1,8 @@
-"""What of a model a correction trains: everything, its norms alone, or adapters of low rank that are merged afterwards.
+"""Which parameters a correction trains: all, only the norms, or low-rank adapters that are merged afterwards.
 
-2408.11796 corrects the whole teacher and names the other two as lighter ways (Sec. 3.2). Each function here decides in
-place which parameters take a gradient; an optimizer made afterwards has state for these alone, and so has a checkpoint.
+2408.11796 corrects the whole teacher and names the other two as cheaper ways (Sec. 3.2). Each function here sets in
+place which parameters need gradients. An optimizer that is made afterwards, and a checkpoint, hold state only for
+these.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from halve.recipe.schema import Correct
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ADAPTER = "default"  # peft's name for the only one
+_ADAPTER = "default"  # peft's name for the only adapter
 
 
 def choose_trained(model: PreTrainedModel, section: Correct, *, seed: int) -> None:
-    """Let `model` train what the recipe's section says; `merge` undoes what this adds to it.
+    """Let `model` train what the recipe's section says. `merge` removes what this adds to it.
 
     Raises what `require_trainable` raises.
     """
@@ -39,7 +40,7 @@ def choose_trained(model: PreTrainedModel, section: Correct, *, seed: int) -> No
 
 
 def require_trainable(anatomy: Anatomy, section: Correct) -> None:
-    """Raise `RecipeError` where the section's method finds nothing to train in such a model, or lacks its package."""
+    """Raise `RecipeError` if the method finds nothing to train in this model, or its package is missing."""
     if section.method == "norms" and not _has_norms(anatomy):
         raise RecipeError(
             f"correct.method: norms finds nothing to train in a {anatomy.family}",
@@ -61,14 +62,14 @@ def require_trainable(anatomy: Anatomy, section: Correct) -> None:
 
 
 def norms_alone(model: PreTrainedModel) -> None:
-    """Let the parameters of all norms train, those of queries and keys too, and nothing else."""
+    """Train only the parameters of norms, including those of queries and keys."""
     model.requires_grad_(False)
     for name in norms(model):
         model.get_submodule(name).requires_grad_(True)
 
 
 def norms(model: PreTrainedModel) -> list[str]:
-    """The modules that normalize and have parameters: those over `hidden` by the anatomy, others by their class."""
+    """Norms with parameters: those over `hidden` by the anatomy, and others by their class."""
     known = discover(model.config).norms
     return [
         name
@@ -80,16 +81,16 @@ def norms(model: PreTrainedModel) -> list[str]:
 
 
 def linears(model: PreTrainedModel) -> list[str]:
-    """The matrix products of the body, by the anatomy; the head, which losses take without running it, is none."""
+    """The matrix products of the body, by the anatomy. Not the head, which losses use without running it."""
     anatomy = discover(model.config)
     return [name for name in anatomy.modules if f"{name}.weight" not in anatomy.embeddings]
 
 
 def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> None:
-    """Put an adapter beside every matrix of the body and let the adapters alone train.
+    """Add an adapter to every matrix of the body, and train only the adapters.
 
     A matrix's product with x becomes `W x + alpha / rank * B A x`, where A [rank, inputs] is drawn from the seed and
-    B [outputs, rank] is zero (LoRA, 2106.09685, Sec. 4.1): at first the model computes what it did before.
+    B [outputs, rank] is zero (LoRA, 2106.09685, Sec. 4.1). So at first the outputs of the model do not change.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -105,9 +106,9 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> N
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
-    """Add every adapter to the matrix that it lies beside and take it out; a model without adapters stays as it is.
+    """Merge every adapter into its matrix and remove it. A model without adapters is not changed.
 
-    Works on shards too: every rank has to call it.
+    Also works on shards, if every rank calls it.
     """
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name, module in adapted.items():

@@ -1,10 +1,10 @@
-"""What the training loop leaves behind so that a killed run resumes bit-identically.
+"""Checkpoints of the training loop, from which a killed run resumes bit-identically.
 
-A checkpoint is a folder `step-00000200` of safetensors, one file a rank with what that rank holds of parameters and
-of the optimizers' state, and `state.json` (the step, and whose state it is). PyTorch's distributed checkpoint writes
-and reads it, with its safetensors storage: nothing is pickled, and another number of ranks can take it up. It is copied
-first and then written beside the training, put on the disk, and renamed: a name without a dot is complete. Older ones
-are removed only after that.
+A checkpoint is a folder such as `step-00000200`. It holds one safetensors file per rank, with that rank's part of the
+parameters and of the optimizers' state, and `state.json` (the step, and which run it belongs to). PyTorch's distributed
+checkpoint writes and reads it with its safetensors storage. So nothing is pickled, and another number of ranks can load
+it. The state is copied first, then written while the training continues, flushed to disk, and renamed. A name without a
+dot is complete. Older checkpoints are removed only after that.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ FACTS = "state.json"
 
 @dataclass(frozen=True)
 class Restored:
-    """The step that a run goes on from, and the notes that were saved with it."""
+    """The step from which a run resumes, and the notes that were saved with it."""
 
     step: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Keeper:
-    """The checkpoints of one run of the loop in the folder `work`; use it in a `with` block, which ends all writing.
+    """The checkpoints of one run of the loop, in the folder `work`. Use it in a `with` block, which completes all
+    writing.
 
-    `groups` are what several optimizers move, `identity` says whose state it is, the newest `keep` stay.
+    `groups` are the modules of the optimizers. `identity` says which run the state belongs to. The newest `keep` are
+    kept.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Keeper:
         self.work, self.groups, self.keep, self.ranks = work, groups, keep, ranks
         self.identity = json.loads(json.dumps(identity))
         self.last: Path | None = None
-        """The newest complete one of this run."""
+        """The newest complete checkpoint of this run."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
@@ -84,30 +86,30 @@ class Keeper:
             self._writer.shutdown(wait=kind is None or self.ranks.alone)
 
     def save(self, step: int, *, notes: Mapping[str, Any] | None = None) -> None:
-        """Copy the state after `step` steps and begin to write it; the one before is completed first.
+        """Copy the state after `step` steps and begin to write it. The checkpoint before it is completed first.
 
-        `notes`, plain data, come back from `restore`. Raises `DiskError` where that one found no room.
+        `restore` returns `notes`, which are plain data. Raises `DiskError` if the checkpoint before it found no room.
         """
         self.wait()
         stager = DefaultStager(StagingOptions(False, False, False, False))
         copied = stager.stage(_tensors(self.groups))
         stager.close()
-        assert isinstance(copied, dict)  # not a future: it was not asked for one
+        assert isinstance(copied, dict)  # not a future, because none was requested
         facts = {"step": step, "identity": self.identity, "notes": dict(notes or {})}
         self._writing = self._writer.submit(_save, self.work, copied, facts, self.keep, self.ranks)
 
     def wait(self) -> Path | None:
-        """Wait until nothing is being written, and give the newest complete checkpoint. `DiskError` when full."""
+        """Wait until nothing is being written. Returns the newest complete checkpoint. Raises `DiskError` when full."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self.last = writing.result()
         return self.last
 
     def restore(self) -> Restored:
-        """Load this run's newest state into modules and optimizers; its step is 0 where there is none.
+        """Load this run's newest state into modules and optimizers. The step is 0 if there is none.
 
-        One that cannot be read is warned about, and the one before it is taken. Raises `RunError` where none of those
-        that there are can be read.
+        A checkpoint that cannot be read causes a warning, and the one before it is loaded. Raises `RunError` if there
+        are checkpoints and none can be read.
         """
         self.wait()
         damaged: list[str] = []
@@ -127,7 +129,7 @@ class Keeper:
         return Restored()
 
     def _load(self, found: Mapping[str, Any]) -> str | None:
-        """Load a checkpoint; what keeps it from being read. What it has loaded by then the next one replaces."""
+        """Load a checkpoint. Returns why it cannot be read, if so. The next one replaces what was loaded."""
         try:
             with _quiet():
                 reader = HuggingFaceStorageReader(str(self.work / found["folder"]))
@@ -139,7 +141,7 @@ class Keeper:
         return None
 
     def _known(self) -> list[dict[str, Any]]:
-        """This run's checkpoints, the newest first, and those of which it cannot be told."""
+        """This run's checkpoints, the newest first, and those whose run cannot be determined."""
         known: list[dict[str, Any]] = []
         for kept in reversed(complete(self.work)):
             try:
@@ -153,7 +155,7 @@ class Keeper:
 
 
 def folder(work: Path, step: int) -> Path:
-    """Give the place of the state after `step` steps."""
+    """The folder of the state after `step` steps."""
     return work / f"step-{step:08d}"
 
 
@@ -163,7 +165,7 @@ def complete(work: Path) -> list[Path]:
 
 
 def parameters(folder: Path, module: str) -> dict[str, Tensor]:
-    """The parameters of one of the modules in a checkpoint, whole and on the CPU, by their names in it."""
+    """The complete parameters of one module in a checkpoint, on the CPU, by name."""
     prefix = f"param.{module}."
     with _quiet():
         reader = HuggingFaceStorageReader(str(folder))
@@ -178,7 +180,7 @@ def parameters(folder: Path, module: str) -> dict[str, Tensor]:
 
 
 def write(tensors: dict[str, Any], draft: Path, ranks: Ranks) -> None:
-    """Write this rank's part of a state into a folder; when it returns, that of every rank is written."""
+    """Write this rank's part of a state into a folder. On return, the parts of all ranks are written."""
     writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
     with _quiet():
         save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
@@ -191,16 +193,16 @@ def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: i
         if ranks.leads:
             work.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(exist_ok=True)  # another rank may have been quicker
+            draft.mkdir(exist_ok=True)  # another rank may have done this already
         try:
             try:
                 write(tensors, draft, ranks)
-            except CheckpointException as error:  # what really happened, on the first rank that it happened to
+            except CheckpointException as error:  # the original error, from the first rank with one
                 raise next(iter(error.failures.values()))[0] from None
             if ranks.leads:
                 (draft / FACTS).write_text(json.dumps(sealed(plain(facts))))
                 sync_tree(draft)
-                shutil.rmtree(final, ignore_errors=True)  # a state that was not this run's
+                shutil.rmtree(final, ignore_errors=True)  # the state of another run
                 os.replace(draft, final)
                 sync(work)
         except Exception:
@@ -212,7 +214,7 @@ def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: i
 
 
 def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
-    """What trains; the rest of a model is as it was loaded."""
+    """The trained parameters. The rest of a model is unchanged since it was loaded."""
     for prefix, module in trained.modules.items():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -220,7 +222,7 @@ def _named_parameters(trained: Trained) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _tensors(groups: Sequence[Trained]) -> dict[str, Any]:
-    """Everything that a step depends on, by name; the tensors themselves, not copies."""
+    """All tensors that a step depends on, by name. They are not copied."""
     tensors: dict[str, Any] = {}
     for trained in groups:
         state = trained.optimizer.state
@@ -233,7 +235,7 @@ def _tensors(groups: Sequence[Trained]) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> dict[str, Tensor]:
-    """A tensor by its name; a library's own kind of tensor as those that it is made of."""
+    """A tensor by its name. A library's tensor subclass is given as its inner tensors."""
     if not isinstance(value, Tensor):
         return {}
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
@@ -243,7 +245,7 @@ def _plain(name: str, value: Any) -> dict[str, Tensor]:
 
 
 def _make_state(groups: Sequence[Trained], *, known: set[str]) -> None:
-    """Let optimizers make the state that a checkpoint fills: by a step of no length along no gradient."""
+    """Let optimizers create their state, which a checkpoint then fills, by a step with zero rate and zero gradient."""
     for trained in groups:
         optimizer, rates = trained.optimizer, [group["lr"] for group in trained.optimizer.param_groups]
         for group in optimizer.param_groups:
@@ -257,7 +259,7 @@ def _make_state(groups: Sequence[Trained], *, known: set[str]) -> None:
         for name, parameter in _named_parameters(trained):
             kept = [key for key in optimizer.state.get(parameter, {}) if _is_known(f"{key}.{name}", known)]
             if not kept:
-                optimizer.state.pop(parameter, None)  # it had no gradient yet
+                optimizer.state.pop(parameter, None)  # it had no gradient before
 
 
 def _is_known(name: str, known: set[str]) -> bool:
@@ -266,7 +268,7 @@ def _is_known(name: str, known: set[str]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that there is no process group, where none is needed."""
+    """Suppress the warning about a missing process group where none is needed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

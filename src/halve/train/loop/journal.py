@@ -1,4 +1,4 @@
-"""The course of a training run: one JSON line a step on disk, nothing twice after a kill, and loggers beside it."""
+"""The journal of a training: one JSON line per step on disk, none of them twice after a kill, and loggers."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from halve.disk.files import atomic_file, disk_guard
 from halve.errors import TrainError
 
 Log = Callable[[int, Mapping[str, float]], None]
-"""Takes a step and its figures."""
+"""Receives a step and its metrics."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """An open file of JSON lines, each with its `step`, and the loggers that get their numbers."""
+    """An open file of JSON lines, each with its `step`, and loggers that receive the same numbers."""
 
     file: IO[str]
     loggers: tuple[Log, ...] = ()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line; it is in the file when this returns, on the disk after `sync`."""
+        """Add a line. It is in the file on return, and on disk after `sync`."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for log in self.loggers:
             log(line["step"], flat(line))
 
     def sync(self) -> None:
-        """Put what was written on the disk."""
+        """Flush the file to disk."""
         os.fsync(self.file.fileno())
 
 
@@ -50,10 +50,10 @@ class Mute:
 
 @contextmanager
 def open_journal(path: Path, *, step: int, loggers: Sequence[str] = (), name: str = "train") -> Iterator[Journal]:
-    """Open the journal of a run that goes on from `step`: what a killed run wrote after it is left out.
+    """Open the journal of a run that resumes from `step`. Lines that a killed run wrote after it are removed.
 
-    `loggers` are names of `LOGGERS`; they show the run as `name` and write beside `path`. Raises `DiskError` when a
-    line finds no room, and as `require_loggers`.
+    `loggers` are names in `LOGGERS`. They show the run as `name` and write next to `path`. Raises `DiskError` if a line
+    finds no room, and the errors of `require_loggers`.
     """
     require_loggers(loggers)
     _truncate(path, step)
@@ -63,7 +63,7 @@ def open_journal(path: Path, *, step: int, loggers: Sequence[str] = (), name: st
 
 
 def flat(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line, those within another by `outer/inner`; `step` is where they stand, not one of them."""
+    """The numbers of a line without `step`. Nested numbers are named `outer/inner`."""
     found: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
@@ -74,7 +74,7 @@ def flat(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def require_loggers(loggers: Sequence[str]) -> None:
-    """Raise `TrainError` where a logger's package, an extra of its own name, is not installed or wants a login."""
+    """Raise `TrainError` if a logger's package, an extra with the same name, is not installed or needs a login."""
     for name in loggers:
         if importlib.util.find_spec(name) is None:
             raise TrainError(
@@ -91,7 +91,7 @@ def require_loggers(loggers: Sequence[str]) -> None:
 
 
 def _logged_in() -> bool:
-    """Whether wandb has a key or needs none; a version that cannot tell without asking for one is taken at its word."""
+    """Whether wandb has an API key or needs none. A version that would prompt for a key counts as logged in."""
     import wandb
 
     if os.environ.get("WANDB_MODE", "online") != "online" or wandb.setup().settings.mode != "online":
@@ -104,11 +104,11 @@ def _logged_in() -> bool:
 
 @contextmanager
 def _opened(logger: str, folder: Path, name: str) -> Iterator[Log]:
-    """A logger; what keeps it from starting, such as a login that is missing, is a mistake that can be mended."""
+    """Open a logger. If it cannot start, for example without a login, this is an error that the user can fix."""
     with ExitStack() as stack:
         try:
             log = stack.enter_context(LOGGERS[logger](folder, name))
-        except Exception as error:  # whatever a service's own package raises
+        except Exception as error:  # any error of a service's own package
             raise TrainError(
                 f"the logger {logger} does not start",
                 why=str(error) or type(error).__name__,
@@ -164,5 +164,5 @@ def _truncate(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the kill cut it short
+    except (ValueError, KeyError):  # truncated by a kill
         return math.inf

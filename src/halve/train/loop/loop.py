@@ -1,8 +1,7 @@
-"""The one training loop: correction, distillation and its baselines differ in their objective alone.
+"""The one training loop. Correction, distillation and baselines differ only in their objective.
 
-A step is a pure function of the weights, the optimizer's moments and the step's number: samples are
-drawn by number, dropout is off, nothing else is random. So a checkpoint is all a killed run needs to
-end with the same bits.
+A step is a pure function of the weights, the optimizer's moments and the step number: samples are drawn by number,
+dropout is off, and nothing else is random. So from a checkpoint, a killed run ends with a bit-identical result.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_SHOWN = 64  # samples that an error names
+_SHOWN = 64  # the most samples that an error lists
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run of the loop came to."""
+    """The result of a run of the loop."""
 
     steps: int
     tokens: int
@@ -51,7 +50,7 @@ class TrainResult:
     heldout: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what describes the trained model, not how often the run was interrupted."""
+        """Return what describes the trained model, without how often the run was interrupted."""
         return {"steps": self.steps, "tokens": self.tokens, "loss": self.loss, "heldout": dict(self.heldout)}
 
 
@@ -71,25 +70,25 @@ def train(
     flops: watch.FlopsPerToken | None = None,
     name: str = "train",
 ) -> TrainResult:
-    """Train `student` in place, as float32 masters on `device`; the caller exports it.
+    """Train `student` in place, as float32 masters on `device`. The caller exports it.
 
-    The loss of a step is the sum over all its tokens divided by their number, however many micro-batches
-    it is made in. `extra` holds parameters of the objective that are trained beside the student's and are no part
-    of it. `beside` learns from the same samples, after the student's step. `work` keeps the last `keep_checkpoints`
-    complete checkpoints; a second call with the same arguments resumes from the newest. `metrics` gets one JSON
-    line a step (`step tokens loss grad_norm lr tokens_per_second data_wait peak_memory_bytes`, `mfu` where `flops` says
-    what a token takes, and `heldout` with its figures at step 0, every `eval_every` steps and at the end). `name` says
-    what the progress bar shows and, with `seed` and the course's `training`, whose checkpoints these are.
+    The loss of a step is the sum over all its tokens divided by their number, for any number of micro-batches. `extra`
+    holds parameters of the objective that are trained with the student and are not part of it. `beside` trains on the
+    same samples, after the student's step. `work` keeps the last `keep_checkpoints` complete checkpoints; a second call
+    with the same arguments resumes from the newest. `metrics` gets one JSON line per step (`step tokens loss grad_norm
+    lr tokens_per_second data_wait peak_memory_bytes`, `mfu` if `flops` gives the FLOPs of a token, and `heldout` with
+    its metrics at step 0, every `eval_every` steps and at the end). `name` is shown in the progress bar. Together with
+    `seed` and the course's `training`, it identifies the checkpoints.
 
-    Where several ranks train (see `ranks`), each takes its share of a step's samples, the model ends in shards
+    If several ranks train (see `ranks`), each gets its share of a step's samples. The model is then in shards
     (`shards.save` writes it), and rank 0 writes `metrics`.
 
-    A spike or a loss that is not finite (`watch.Running`) is what `on_spike` says: `stop` raises; `skip` leaves the
-    step's update out; `rewind` takes up the last checkpoint, leaves out the steps since then and goes on after
-    them. A line with `spike`, `why` and `samples` tells of it, on all ranks alike.
+    `on_spike` says what happens after a spike or a loss that is not finite (`watch.Running`). `stop` raises. `skip`
+    skips the step's update. `rewind` loads the last checkpoint, skips the steps since then and continues after them. A
+    line with `spike`, `why` and `samples` reports it, on all ranks alike.
 
-    Raises `TrainError` when a loss is not finite or spikes, too often where spikes are left out, or another rank is
-    gone, `DiskError` when a checkpoint finds no room, and, after a SIGTERM, `Stopped` with a checkpoint of the last
+    Raises `TrainError` if a loss is not finite or spikes, if spikes are skipped too often, or if another rank is gone.
+    Raises `DiskError` if a checkpoint finds no room. After a SIGTERM, raises `Stopped` with a checkpoint of the last
     step.
     """
     training, ranks = course.training, here()
@@ -121,7 +120,7 @@ def train(
             if start == 0 and (first := under_way.measure(0)):
                 journal.write({"step": 0, "tokens": 0, **first})
             if start == 0 and training.on_spike == "rewind":
-                keeper.save(0)  # there has to be something to go back to
+                keeper.save(0)  # rewind needs a checkpoint to return to
             with progress.task(name, course.tokens(course.steps), done=course.tokens(start)) as task:
                 for step in range(start + 1, course.steps + 1):
                     line, last = under_way.step(step), step == course.steps
@@ -136,14 +135,14 @@ def train(
                         keeper.save(step, notes=under_way.running.notes() | {"loss": under_way.loss})
                     if stopping:
                         raise _stopped(step, keeper.wait())
-            if start == course.steps:  # stopped after its last step, with nothing left but to be exported
+            if start == course.steps:  # stopped after its last step; only the export is missing
                 under_way.measure(start)
     return TrainResult(course.steps, course.tokens(course.steps), start, under_way.loss, under_way.figures)
 
 
 @dataclass
 class _UnderWay:
-    """What trains and how it has gone so far."""
+    """The trained modules and the state of the training."""
 
     trained: Trained
     learner: shards.Learner
@@ -159,7 +158,7 @@ class _UnderWay:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def step(self, step: int) -> dict[str, Any]:
-        """Take one step, or leave it out where it spikes; give its line of the journal."""
+        """Take one step, or skip it if it spikes. Returns its line of the journal."""
         began, training, ranks = time.perf_counter(), self.course.training, here()
         batch = self.course.batch(step)
         waited = time.perf_counter() - began
@@ -178,11 +177,11 @@ class _UnderWay:
             line |= self.beside.step(parts, step=step)
         tokens = self.course.tokens(step) - self.course.tokens(step - 1)
         per_token = _work(self.flops, self.beside, batch.ids.shape[1], step)
-        seconds = time.perf_counter() - began  # the last thing: what a step costs is on its clock
+        seconds = time.perf_counter() - began  # last, so that the whole step is timed
         return line | _speed(per_token, tokens, seconds, waited, self.device, training, ranks)
 
     def measure(self, step: int) -> dict[str, Any]:
-        """Give the figures on held-out samples, if any are asked for, as part of a line."""
+        """The metrics on held-out samples, if there are any, as part of a line."""
         if self.heldout is None:
             return {}
         training = self.course.training
@@ -202,7 +201,7 @@ class _UnderWay:
         return gradients(self.trained, summed, parts, settle=lambda: self.learner.settle(head))
 
     def _leave_out(self, step: int, why: str, batch: Batch) -> dict[str, Any]:
-        """Do what the recipe wants of a step that spikes."""
+        """Handle a spike as the recipe says."""
         training = self.course.training
         spikes = self.running.leave_out(step)
         if training.on_spike == "stop" or spikes.exhausted:
@@ -217,12 +216,12 @@ class _UnderWay:
 
 
 def autocast(training: Training, device: str) -> torch.autocast:
-    """Give the context of a forward pass: bfloat16 where the recipe says so or, by default, where it is faster."""
+    """The context of a forward pass: bfloat16 if the recipe says so or, by default, if it is faster."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_half(training, device))
 
 
 def is_half(training: Training, device: str) -> bool:
-    """Whether matrix products are taken in bfloat16 on this device."""
+    """Whether matrix products are computed in bfloat16 on this device."""
     if training.precision != "auto":
         return training.precision == "bfloat16"
     return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -237,7 +236,7 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
 
 
 def _work(flops: watch.FlopsPerToken | None, beside: Beside | None, context: int, step: int) -> float | None:
-    """FLOPs a token of all that learns in a step."""
+    """FLOPs per token of all training in a step."""
     if flops is None:
         return None
     return flops(context) + (0.0 if beside is None else beside.work(context, step=step))
@@ -252,7 +251,7 @@ def _speed(
     training: Training,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """How fast a step was, and what held it up."""
+    """The speed of a step, and how long it waited for data."""
     line = {
         "tokens_per_second": round(tokens / seconds, 1),
         "data_wait": round(waited / seconds, 4),

@@ -1,7 +1,7 @@
-"""The optimizers of a training run, by the recipe.
+"""The optimizers of a training, by the recipe.
 
-Whatever the kind, `state` holds tensors by parameter and `param_groups` the rates, so that a checkpoint keeps all of
-them in one way.
+For every kind, `state` holds tensors by parameter and `param_groups` holds the learning rates, so that checkpoints
+treat all of them alike.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from halve.recipe.schema import Training
 def make_optimizer(
     parameters: Iterable[nn.Parameter], training: Training, *, between: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Make what moves `parameters`; decay is on matrices alone: norms and biases have no scale to shrink.
+    """Make the optimizer of `parameters`. Weight decay is only on matrices, not on norms and biases.
 
-    `between` are the parameters between hidden states, whose matrices `muon` moves. Raises `TrainError` as `require`,
-    and for moments in 8 bits or in main memory where parameters are in shards.
+    `between` are the parameters between hidden states, whose matrices `muon` updates. Raises `TrainError` like
+    `require`, and for moments in 8 bits or in main memory if parameters are in shards.
     """
     require(training)
     moved = [parameter for parameter in parameters if parameter.requires_grad]
@@ -39,7 +39,7 @@ def make_optimizer(
 
 
 def require(training: Training) -> None:
-    """Raise `TrainError` where the recipe's optimizer needs a package that is not installed."""
+    """Raise `TrainError` if the recipe's optimizer needs a package that is not installed."""
     if training.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
         raise TrainError(
             "optimizer: adamw8bit needs the package torchao",
@@ -49,7 +49,7 @@ def require(training: Training) -> None:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers as one: their groups one after another, their states in one mapping."""
+    """Several optimizers as one: their groups in one list, their states in one mapping."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -58,18 +58,18 @@ class Together(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Let each move its own."""
+        """Step every optimizer."""
         assert closure is None
         for part in self.parts:
             part.step()
 
 
 class Offloaded(torch.optim.AdamW):
-    """AdamW whose moments stay in main memory: one parameter at a time, gradients come to them, moved masters go."""
+    """AdamW with moments in main memory. One parameter at a time, gradients are copied there and masters back."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move each parameter by PyTorch's own fused AdamW on the CPU."""
+        """Update each parameter by PyTorch's own fused AdamW on the CPU."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -82,7 +82,7 @@ class Offloaded(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, device="cpu")
-        master = parameter.detach().cpu()  # itself where it is on the CPU already
+        master = parameter.detach().cpu()  # the same tensor if it is already on the CPU
         adamw(
             [master],
             [parameter.grad.cpu()],  # type: ignore[union-attr]
@@ -104,7 +104,7 @@ class Offloaded(torch.optim.AdamW):
 
 
 def _groups(moved: Sequence[nn.Parameter], training: Training) -> list[dict[str, Any]]:
-    """Groups of one decay each; a fused step takes shards or whole tensors, not both."""
+    """Groups with the same decay. A fused step takes either shards or whole tensors."""
     groups = [
         {
             "params": [p for p in moved if isinstance(p, DTensor) == shards and (p.ndim >= 2) == decays],
@@ -121,7 +121,7 @@ def _adamw(moved: Sequence[nn.Parameter], training: Training) -> torch.optim.Opt
 
 
 def _muon(moved: Sequence[nn.Parameter], training: Training, between: set[int]) -> torch.optim.Optimizer:
-    """Muon for matrices between hidden states, in steps as long as AdamW's, so that one learning rate serves both."""
+    """Muon for matrices between hidden states, scaled to AdamW's step length, so that both use one learning rate."""
     matrices = [p for p in moved if id(p) in between and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in moved if id(p) not in chosen]
@@ -144,7 +144,7 @@ def _eight_bit(moved: Sequence[nn.Parameter], training: Training) -> torch.optim
 
 
 def _rates_as_tensors(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """The library compiles its step and wants rates as tensors, lest each rate be compiled anew."""
+    """Make learning rates tensors: the library compiles its step, and would compile again for each number."""
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], Tensor):
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
@@ -156,7 +156,7 @@ def _offloaded(moved: Sequence[nn.Parameter], training: Training) -> torch.optim
 
 
 def _require_one_device(moved: Sequence[nn.Parameter], what: str, fix: str) -> None:
-    """Both save memory of one device; torchao's compiled step fails where shards are uneven (0.18 on torch 2.13)."""
+    """Refuse several ranks. torchao's compiled step fails if shards are uneven (0.18 on torch 2.13)."""
     if any(isinstance(parameter, DTensor) for parameter in moved):
         raise TrainError(
             f"{what} does not go with several ranks",

@@ -1,4 +1,4 @@
-"""One optimizer step, however many micro-batches and ranks it is made in: gradients first, then, if taken, the move."""
+"""One optimizer step over any number of micro-batches and ranks: first the gradients, then the update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from halve.train.ranks.group import here
 
 @dataclass(frozen=True)
 class Trained:
-    """Modules that one optimizer moves, by the names that a checkpoint gives them."""
+    """Modules of one optimizer, by their names in a checkpoint."""
 
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
@@ -27,28 +27,28 @@ class Trained:
         return [parameter for module in self.modules.values() for parameter in module.parameters()]
 
     def gradients(self) -> list[Tensor]:
-        """What this rank holds of the gradients that are there."""
+        """This rank's part of the existing gradients."""
         return [_local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
 
 
 @runtime_checkable
 class Beside(Protocol):
-    """Something that learns in the same loop from the same samples with an optimizer of its own."""
+    """Another model that is trained in the same loop, on the same samples, with its own optimizer."""
 
     @property
     def trained(self) -> Trained:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint stores of it."""
 
     def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
-        """Learn from the micro-batches of a step, counted from 1; give figures for the journal."""
+        """Train on the micro-batches of a step, counted from 1. Returns metrics for the journal."""
 
     def work(self, context: int, *, step: int) -> float:
-        """FLOPs a token of learning in a step, in samples of so many tokens."""
+        """FLOPs per token of its training in a step, with samples of this many tokens."""
 
 
 @dataclass(frozen=True)
 class StepGradients:
-    """What `gradients` found: the mean loss of `count` tokens, and the norm of its gradient."""
+    """The result of `gradients`: the mean loss of `count` tokens, and the norm of its gradient."""
 
     loss: float
     norm: float
@@ -62,9 +62,9 @@ def gradients(
     *,
     settle: Callable[[], None] | None = None,
 ) -> StepGradients:
-    """Leave the gradient of the losses' sum over all tokens of all ranks in the parameters; give mean loss and norm.
+    """Compute the gradient of the summed loss of all ranks into the parameters. Returns mean loss and norm.
 
-    `parts` are this rank's. `settle` is called after the last of them (see `shards.Learner.settle`).
+    `parts` are this rank's micro-batches. `settle` is called after the last (see `shards.Learner.settle`).
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
@@ -81,8 +81,8 @@ def gradients(
 
 
 def apply(trained: Trained, found: StepGradients, *, lr: float, clip: float) -> None:
-    """Take one optimizer step along the gradients that were found, and drop them."""
-    # they are those of the sum: one pass both takes the mean and clips it
+    """Take one optimizer step with these gradients, and drop them."""
+    # gradients are of the sum: one pass both divides by the count and clips
     torch._foreach_mul_(trained.gradients(), min(clip / (found.norm + 1e-6), 1.0) / found.count)
     for group in trained.optimizer.param_groups:
         group["lr"] = lr
@@ -91,12 +91,12 @@ def apply(trained: Trained, found: StepGradients, *, lr: float, clip: float) -> 
 
 
 def drop(trained: Trained) -> None:
-    """Leave the gradients unused."""
+    """Drop the gradients without an update."""
     trained.optimizer.zero_grad(set_to_none=True)
 
 
 def _norm(trained: Trained) -> Tensor:
-    """The norm of all gradients; those of parameters that every rank holds whole are summed over ranks first."""
+    """The norm of all gradients. For unsharded parameters they are summed over ranks first."""
     grads = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     shards = [grad for grad in grads if isinstance(grad, DTensor)]
     whole = [grad for grad in grads if not isinstance(grad, DTensor)]

@@ -1,4 +1,4 @@
-"""What a training run is watched by: loss spikes, and how well the device is used."""
+"""Monitoring of a training: loss spikes, and the utilization of the device."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from halve.anatomy import Anatomy
 from halve.recipe.schema import Correct, Distill
 
 HORIZON = 64
-"""Steps over which the running mean forgets."""
+"""The horizon of the running mean, in steps."""
 FLOOR = 0.05
-"""Nats that a spike has at least: a loss near zero trembles by more than its own size."""
+"""The smallest spike, in nats, because a loss near zero fluctuates by more than its own size."""
 SCATTER = 6.0
-"""Standard deviations that a spike has at least: a loss estimated from a few draws scatters, also below zero."""
+"""The smallest spike, in standard deviations, because a loss that is estimated from draws fluctuates around zero."""
 KNOWN = 8
-"""Losses that tell how much they scatter. Fewer understate it: they count as `1 + KNOWN / count` times as much, and
-before there are three a spike has `KNOWN` times `FLOOR`."""
+"""How many losses are needed to estimate the standard deviation. With fewer, it is multiplied by `1 + KNOWN / count`.
+With less than three losses, a spike must exceed `KNOWN` times `FLOOR`."""
 MOST, WITHIN = 4, 100
-"""So many steps may be left out within so many; beyond that the cause is not a few samples."""
+"""At most this many steps may be skipped within this many steps. More spikes are not caused by a few samples."""
 
 GPU_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bf16 rates by data sheet, by a part of the device's name; the first that fits counts."""
+"""Dense bf16 FLOP/s by data sheet, by a part of the device's name. The first match counts."""
 _PROBE, _PROBE_S = 768, 0.25
 
 
 @dataclass(frozen=True)
 class Running:
-    """What past steps say of the next loss: mean and variance of accepted ones, and which steps were left out."""
+    """Statistics of past steps: mean and variance of accepted losses, and the skipped steps."""
 
     mean: float = 0.0
     count: int = 0
@@ -43,26 +43,26 @@ class Running:
     variance: float = 0.0
 
     def accept(self, loss: float) -> Running:
-        """With one loss more: the plain mean of the first `HORIZON`, then one that forgets at that pace."""
+        """Add a loss: a plain mean over the first `HORIZON` losses, then an exponential one with this horizon."""
         count, off = self.count + 1, loss - self.mean
         mean = self.mean + off / min(count, HORIZON)
         variance = self.variance + (off * (loss - mean) - self.variance) / min(count, HORIZON)
         return Running(mean, count, self.spikes, variance)
 
     def leave_out(self, step: int) -> Running:
-        """With one spike more."""
+        """Add a skipped step."""
         return replace(self, spikes=(*(one for one in self.spikes if one > step - WITHIN), step))
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many spikes were left out lately that going on is no use."""
+        """Whether too many spikes were skipped recently to continue."""
         return len(self.spikes) > MOST
 
     def objection(self, loss: float, norm: float, *, factor: float) -> str | None:
-        """Why a step's loss is a spike; None if it is none.
+        """Why a step's loss is a spike; None if it is not.
 
-        It is one where loss or gradient norm is not finite, or where the loss exceeds the running mean by more than
-        `factor` times the mean's size, `SCATTER` standard deviations, and `FLOOR`.
+        It is a spike if the loss or the gradient norm is not finite, or if the loss exceeds the running mean by more
+        than all of these: `factor` times the size of the mean, `SCATTER` standard deviations, and `FLOOR`.
         """
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not math.isfinite(value):
@@ -80,25 +80,25 @@ class Running:
 
     @classmethod
     def of(cls, notes: Mapping[str, Any]) -> Running:
-        """From `notes`; from nothing, the start."""
+        """Read from `notes`. Without notes, the initial state."""
         if not notes:
             return cls()
         return cls(notes["mean"], notes["count"], tuple(notes["spikes"]), notes.get("variance", 0.0))
 
 
 FlopsPerToken = Callable[[int], float]
-"""FLOPs of a token of training by the context's length."""
+"""FLOPs per token of training, by the length of the context."""
 
 
 def training_work(student: Anatomy) -> FlopsPerToken:
-    """FLOPs a token of a model in training: three times its forward pass, `3 (2N + a) + 6 V H`."""
+    """FLOPs per token of training a model: three times its forward pass, `3 (2N + a) + 6 V H`."""
     return lambda context: 3.0 * _forward(student, context)
 
 
 def correction_work(teacher: Anatomy, section: Correct) -> FlopsPerToken:
-    """FLOPs a token of a correction: three times the forward pass.
+    """FLOPs per token of a correction: three times the forward pass.
 
-    Where matrices stay frozen they have no gradient of their own, and count twice; attention has no weights.
+    Frozen matrices have no weight gradient and count twice. Attention has no weights.
     """
     if section.method == "full":
         return training_work(teacher)
@@ -106,9 +106,9 @@ def correction_work(teacher: Anatomy, section: Correct) -> FlopsPerToken:
 
 
 def distilling(student: Anatomy, teacher: Anatomy, training: Distill) -> FlopsPerToken:
-    """FLOPs a token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
+    """FLOPs per token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
 
-    Of a teacher whose hidden states are cached the head alone counts, of one whose logits are, nothing.
+    With cached hidden states, only the head of the teacher counts. With cached logits, nothing of the teacher counts.
     """
     own = training_work(student)
 
@@ -123,14 +123,14 @@ def distilling(student: Anatomy, teacher: Anatomy, training: Distill) -> FlopsPe
 
 
 def mfu(flops: float, seconds: float, *, device: str, half: bool, ranks: int) -> float | None:
-    """Model FLOPs utilization: `flops` of all ranks over what their devices do; None for a device of unknown rate."""
+    """Model FLOPs utilization: `flops` of all ranks over their devices' peak. None for a device of unknown speed."""
     rate = matrix_rate(device, half)
     return None if rate is None else flops / seconds / (rate * ranks)
 
 
 @cache
 def matrix_rate(device: str, half: bool) -> float | None:
-    """FLOPs a second of matrix products: a GPU's bf16 data sheet, a CPU's by a short measurement in its precision."""
+    """FLOP/s of matrix products: a GPU's bf16 data sheet, or a short measurement on a CPU in the given precision."""
     where = torch.device(device)
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
@@ -139,7 +139,7 @@ def matrix_rate(device: str, half: bool) -> float | None:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory so far: in the allocator's tensors on CUDA, in the process on a CPU."""
+    """The peak memory so far: of the allocator on CUDA, of the process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -152,7 +152,7 @@ def _forward(anatomy: Anatomy, context: int) -> float:
 
 @torch.no_grad()
 def _measured(dtype: torch.dtype) -> float:
-    """The best of a quarter of a second of square products, five at least: a busy machine only ever slows them."""
+    """The fastest square product within a quarter of a second, of at least five. Other work only slows them down."""
     left, right = torch.ones(2, _PROBE, _PROBE, dtype=dtype).unbind()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < _PROBE_S:

@@ -1,1 +1,1 @@
-"""How far is a student from its teacher? Pure functions of logits and states."""
+"""How much does a student differ from its teacher? Pure functions of logits and states."""

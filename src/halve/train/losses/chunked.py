@@ -1,15 +1,14 @@
 """Losses over the whole vocabulary that never hold the logits of more than one chunk of tokens.
 
-The gradient of these losses by the logits is known in closed form (for the forward KL it is
-`softmax_student - softmax_teacher`), so the forward pass makes it chunk by chunk and multiplies it
-back at once: into the hidden states' gradient and into the head's. Nothing is kept but these two,
-nothing is computed twice. The logits are float32 (float64 where the hidden states are) and are
-never rounded; nor are softmax, sums and the gradient of the head.
+The gradient of these losses with respect to the logits has a closed form (for forward KL it is
+`softmax_student - softmax_teacher`). So the forward pass computes it chunk by chunk and immediately multiplies it back,
+into the gradients of the hidden states and of the head. Only these two are kept, and nothing is computed twice. Logits,
+softmax, sums and the gradient of the head are float32 (float64 for float64 hidden states) and never rounded.
 
     target = follow(teacher_hidden, teacher_head, divergences.kl_rows, vocab=v)
     loss = chunked(hidden, head, target, vocab=v, chunk=c)
 
-All losses are sums over tokens. Who calls them divides by the number of tokens of the whole step.
+All losses are sums over tokens. The caller divides by the number of tokens of the whole step.
 
 Shapes: N tokens, C tokens of a chunk, R tokens of a block, D hidden, V vocab.
 """
@@ -34,12 +33,16 @@ RowLoss = Rows[slice]
 Target = Callable[[slice], RowLoss]
 """What the student is compared with: the chunk's place in the batch -> the loss of its rows."""
 
-_BLOCKS = 16  # elementwise work goes through a chunk in so many blocks or more: its scratch is small and fits a cache
-_ENTRIES = 2**19  # of a block on a CPU: larger arrays are fresh memory each time, dearer than the work itself
+_BLOCKS = (
+    16  # elementwise work splits a chunk into at least this many blocks, so that its scratch memory fits into a cache
+)
+_ENTRIES = (
+    2**19
+)  # of a block on a CPU: larger arrays are allocated again each time, which costs more than the work itself
 
 
 def chunk_tokens(vocab: int, *, cuda: bool) -> int:
-    """Return how many tokens make a chunk: enough to keep the matrix units busy, little enough to fit."""
+    """Return the tokens of a chunk: enough to keep the matrix units busy, and few enough to fit into memory."""
     rows = (2**25 if cuda else 2**21) // vocab
     return min(max(rows, 192), 8192)
 
@@ -55,12 +58,12 @@ def chunked(
 ) -> Float[Tensor, ""]:
     """Return the loss summed over tokens, differentiable by `hidden`, `head.weight` and `head.bias`.
 
-    `vocab` is the number of columns that take part: rows of the head beyond it are padding, get no gradient
-    and no probability. `operand` is the precision of the factors of the matrix products (default: as they
-    come). On CUDA a half precision is that of all products, with float32 results. A CPU has no such product: there
-    it is that of the gradient by `hidden` alone, which is rounded as autocast rounds those of other layers. Working
-    memory is two chunks of logits (student and teacher), half a one and a few sixteenths of one, beside the
-    gradient of the head itself, which a head that `accumulates` adds to the sum there is.
+    `vocab` is the number of columns in use. Rows of the head beyond it are padding and get no gradient and no
+    probability. `operand` is the precision of the factors in matrix products (default: unchanged). On CUDA, a half
+    precision applies to all products, with float32 results. A CPU has no such product. There it applies only to the
+    gradient of `hidden`, which is rounded as under autocast. Working memory is two chunks of logits (student and
+    teacher), half a chunk and a few sixteenths of a chunk, and the gradient of the head. A head that `accumulates` adds
+    this gradient to its existing sum.
     """
     assert 0 < vocab <= head.weight.shape[0]
     assert chunk > 0
@@ -78,10 +81,10 @@ def follow(
     vocab: int,
     operand: torch.dtype | None = None,
 ) -> Target:
-    """Compare, by a divergence of rows, with the teacher that has these hidden states and this head.
+    """The target of a divergence from the teacher with these hidden states and this head.
 
-    No gradient reaches either. Several divergences of one teacher are one `weighted` sum of them: its logits are
-    then made once.
+    They get no gradient. Combine several divergences from one teacher with `weighted`, so that its logits are computed
+    only once.
     """
     factors = _Factors.of(hidden, head, vocab, operand)
     room_CV: Tensor | None = None
@@ -96,7 +99,7 @@ def follow(
 
 
 def follow_draws(draws: Sampled, *, temperature: float = 1.0) -> Target:
-    """Compare with what was drawn of a teacher's distribution at this temperature."""
+    """The target of draws from a teacher's distribution at this temperature."""
     return lambda chunk: (
         lambda z_RV, block: sampled_kl_rows(
             z_RV, Sampled(*(part[chunk][block] for part in draws)), temperature=temperature
@@ -105,17 +108,17 @@ def follow_draws(draws: Sampled, *, temperature: float = 1.0) -> Target:
 
 
 def cross_entropy_target(labels: Int[Tensor, " tokens"]) -> Target:
-    """Compare with the tokens that came next."""
+    """The target of the next tokens."""
     return lambda chunk: lambda z_RV, block: ce_rows(z_RV, labels[chunk][block])
 
 
 def sum_of(terms: Sequence[tuple[float, Target]]) -> Target:
-    """Return the sum of comparisons of the same logits, each times its weight."""
+    """Return the weighted sum of several targets for the same logits."""
     return lambda chunk: weighted([(weight, target(chunk)) for weight, target in terms])
 
 
 class DivergenceSums(NamedTuple):
-    """Sums over tokens: KL(teacher || student), its cross-entropy, how often the best token is the same."""
+    """Sums over tokens: KL(teacher || student), the student's cross-entropy, and agreement on the best token."""
 
     kl: Tensor
     ce: Tensor
@@ -171,7 +174,7 @@ def token_losses(
 
 
 class _Factors(NamedTuple):
-    """What logits are made of, and the precision that other products may use."""
+    """The inputs of the logits, and the precision of other products."""
 
     hidden_ND: Tensor
     weight_DV: Tensor
@@ -190,13 +193,13 @@ class _Factors(NamedTuple):
         return cls(hidden_ND.detach().to(dtype), weight_VD.to(dtype).t(), bias_V, head.scale, operand)
 
     def room(self, chunk: slice) -> Tensor:
-        """Memory for the logits of all chunks in turn: fresh pages cost a CPU a sixth of the product."""
+        """Memory that is reused for the logits of all chunks: new pages would cost a CPU a sixth of the product."""
         dtype = torch.promote_types(self.hidden_ND.dtype, torch.float32)
         return self.hidden_ND.new_empty(chunk.stop - chunk.start, self.weight_DV.shape[1], dtype=dtype)
 
 
 class _Chunked(torch.autograd.Function):
-    """The one autograd node: the gradients are made on the way forward and scaled on the way back."""
+    """The one autograd node. The forward pass computes the gradients, and the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -242,7 +245,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, ()
         assert gradients, "the gradients of this loss were already handed out"
-        # The buffers are this node's own and scaled in place: a copy of the head's would be large.
+        # The buffers belong to this node and are scaled in place, because a copy for the head would be large.
         scaled = [
             None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -251,7 +254,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _sum_of_gradients(weight_VD: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
-    """Zeros, or the weight's own `grad`."""
+    """Zeros, or the existing `grad` of the weight."""
     if not in_place:
         return torch.zeros_like(weight_VD, dtype=dtype)
     if weight_VD.grad is None:

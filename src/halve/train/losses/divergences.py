@@ -1,8 +1,8 @@
-"""How far the student's distribution over the next token is from the teacher's, with the gradient in closed form.
+"""Divergences between the student's and the teacher's distributions of the next token, with closed-form gradients.
 
-Pure functions of rows of logits: each returns the loss of every token and its gradient by the student's
-logits. None changes its arguments. They hold a few arrays of the rows' size, so who calls them gives few
-rows at a time (see `chunked`).
+Pure functions of rows of logits. Each returns the loss of every token and its gradient with respect to the student's
+logits. They do not change their arguments. They need several arrays of the rows' size, so callers pass few rows at a
+time (see `chunked`).
 
 Divergences of distributions are sums over events; those of logits are made comparable in size: `mse_rows` is a mean
 over the vocabulary, `cosine_rows` lies between 0 and 2. Where a temperature tau is given, the distributions are
@@ -35,12 +35,12 @@ TeacherRows = Rows[Tensor]
 Logits = Float[Tensor, "tokens vocab"]
 LossAndGradient = tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens vocab"]]
 
-_EXP_LIMIT = 80.0  # exp of it is still finite in float32
-_LOG2_E = math.log2(math.e)  # exp2 of x * log2(e): on a CPU torch takes exp in a library that needs three times as long
+_EXP_LIMIT = 80.0  # exp of this is still finite in float32
+_LOG2_E = math.log2(math.e)  # exp2 of x * log2(e): on a CPU, torch's exp takes three times as long
 
 
 def weighted(terms: Sequence[tuple[float, Rows[Other]]]) -> Rows[Other]:
-    """Return the sum of losses of the same rows, each times its weight."""
+    """Return the weighted sum of losses of the same rows."""
     assert terms
 
     def rows(student: Tensor, other: Other) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def jsd_rows(student: Logits, teacher: Logits, *, beta: float, temperature: floa
     of_student_RV = q_RV * r_RV
     mean_R1 = of_student_RV.sum(-1, keepdim=True)
     of_teacher_RV = p_RV.mul_(_log_mixed(ratio_RV.neg_(), 1 - beta))
-    # no event's share is below 0 but by rounding
+    # no event's share is below 0, except by rounding
     loss_R = of_teacher_RV.mul_(-beta).sub_(of_student_RV, alpha=1 - beta).clamp_(min=0).sum(-1)
     return _at(temperature, loss_R, r_RV.neg_().add_(mean_R1).mul_(q_RV).mul_(1 - beta))
 
@@ -108,8 +108,8 @@ def jsd_rows(student: Logits, teacher: Logits, *, beta: float, temperature: floa
 def top_k_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: float = 1.0) -> LossAndGradient:
     """Return forward KL to the teacher's `k` likeliest tokens alone, renormalized (2407.14679, Appendix A.3).
 
-    The student's distribution stays whole: what it gives to other tokens counts against it, however much the
-    teacher gave them. So its optimum is the truncated teacher, not the teacher. The gradient is `q - p`.
+    The student's distribution is not truncated: probability on other tokens increases the loss, even if the teacher
+    has probability there. So the optimum is the truncated teacher and not the teacher. The gradient is `q - p`.
     """
     if k >= teacher.shape[-1]:
         return kl_rows(student, teacher, temperature=temperature)
@@ -125,15 +125,15 @@ def top_k_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: floa
 def top_k_tail_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature: float = 1.0) -> LossAndGradient:
     """Return forward KL over `k + 1` events: the teacher's `k` likeliest tokens, and any other token.
 
-    Zero where the student has the same top and the same mass beside it: unlike `top_k_kl_rows` it never pulls from
-    the teacher. The gradient is `q - p` on the top; beside it `q (1 - p_rest / q_rest)`.
+    It is zero if the student has the same top tokens and the same remaining mass. Unlike `top_k_kl_rows`, it never
+    pulls away from the teacher. The gradient is `q - p` on the top tokens, and `q (1 - p_rest / q_rest)` on the others.
     """
     if k >= teacher.shape[-1]:
         return kl_rows(student, teacher, temperature=temperature)
     log_q_RV, log_p_RV = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     log_p_RK, ids_RK = log_p_RV.topk(k, dim=-1)
     log_q_RK = log_q_RV.gather(-1, ids_RK)
-    # summed over the rest itself: 1 - the sum of the top would be rounding where the top is nearly all
+    # summed over the rest itself, because 1 - (sum of the top) would be mostly rounding if the top is nearly 1
     rest_p_R, rest_q_R = (log_RV.scatter(-1, ids_RK, -math.inf).logsumexp(-1) for log_RV in (log_p_RV, log_q_RV))
     del log_p_RV
     log_p_RJ = torch.cat([log_p_RK, rest_p_R[:, None]], -1)
@@ -146,10 +146,11 @@ def top_k_tail_kl_rows(student: Logits, teacher: Logits, *, k: int, temperature:
 
 
 def mse_rows(student: Logits, teacher: Logits) -> LossAndGradient:
-    """Return the squared difference of the logits, meant over the vocabulary: `1/V sum_v (z - t)^2`.
+    """Return the squared difference of the logits, averaged over the vocabulary: `1/V sum_v (z - t)^2`.
 
-    Of logits as they are, where 2407.14679 (Sec. 3) writes its losses of probabilities: most of these are nearly 0,
-    and so would be their squared difference. A constant added to all logits of a token counts.
+    2407.14679 (Sec. 3) writes its losses with probabilities. But most of these are nearly 0, and so would be their
+    squared differences. So logits are compared here. A constant that is added to all logits of a token changes the
+    loss.
     """
     grad_RV = student - teacher
     loss_R = grad_RV.square().mean(-1)
@@ -159,8 +160,8 @@ def mse_rows(student: Logits, teacher: Logits) -> LossAndGradient:
 def cosine_rows(student: Logits, teacher: Logits) -> LossAndGradient:
     """Return `1 - cos(z, t)` of the logits, taken as `1/2 |z/|z| - t/|t||^2`, which does not cancel.
 
-    With `d` that difference the gradient is `(d - z/|z| * loss) / |z|`. It lies between 0 and 2, however many the
-    tokens; the length of the logits does not count. A row of zeros has no direction and gets no gradient.
+    With `d` for that difference, the gradient is `(d - z/|z| * loss) / |z|`. The loss is between 0 and 2 for any
+    vocabulary and does not depend on the length of the logits. A row of zeros has no direction and gets no gradient.
     """
     tiny = torch.finfo(student.dtype).tiny
     length_R1 = student.norm(dim=-1, keepdim=True)
@@ -180,9 +181,9 @@ def ce_rows(student: Logits, labels: Int[Tensor, " tokens"]) -> LossAndGradient:
 
 
 class Sampled(NamedTuple):
-    """What was drawn of the teacher's distribution: tokens, their shares of the draws, its entropy in nats.
+    """Draws from the teacher's distribution: tokens, their shares of the draws, and its entropy in nats.
 
-    A share of 0 fills a row whose draws fell on fewer tokens.
+    Rows with fewer distinct tokens are padded with a share of 0.
     """
 
     ids: Int[Tensor, "tokens draws"]
@@ -210,11 +211,11 @@ def _log_softmax(z_RV: Tensor, temperature: float) -> Tensor:
 
 
 def _log_mixed(ratio_RV: Tensor, share: float) -> Tensor:
-    """Return log(1 + share (exp(ratio) - 1)): exactly 0 at 0, and right where exp would overflow."""
+    """Return log(1 + share (exp(ratio) - 1)): exactly 0 at 0, and correct even if exp would overflow."""
     mixed_RV = ratio_RV.clamp(max=_EXP_LIMIT).expm1_().mul_(share).log1p_()
     return mixed_RV.add_((ratio_RV - _EXP_LIMIT).relu_())
 
 
 def _at(temperature: float, loss_R: Tensor, grad_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the factor tau^2 to a loss and its gradient by logits that were divided by tau."""
+    """Multiply a loss by tau^2, and its gradient accordingly, for logits that were divided by tau."""
     return (loss_R, grad_RV) if temperature == 1.0 else (loss_R * temperature**2, grad_RV.mul_(temperature))

@@ -1,7 +1,7 @@
-"""How the vectors of an attention's heads relate to one another across positions, in teacher and student.
+"""Compare how attention vectors relate to each other across positions, in teacher and student.
 
-Made like the losses of logits (see `chunked`): the gradient is known in closed form and made on the way forward, a
-sample's relation head at a time. So one array [seq, seq] for each of few steps is all that it ever holds.
+As for losses of logits (see `chunked`), the gradient has a closed form and is computed in the forward pass, one
+relation head of one sample at a time. So only a few arrays [seq, seq] are in memory.
 
 Shapes: B batch, S seq, H heads, E head_dim, A relation heads, C channels of a relation head.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halve.train.losses.divergences import kl_rows
 
-_NEVER = -1e30  # so little that it takes no probability; minus infinity on both sides would make a NaN of 0
+_NEVER = -1e30  # so low that it gets no probability; minus infinity on both sides would give a NaN
 
 
 def relation_divergence(
@@ -34,8 +34,8 @@ def relation_divergence(
 
         R = softmax(x x^T / sqrt(channels)),  mean over relation heads of sum_keys R_t (log R_t - log R_s)
 
-    Unlike there, a position relates only to those that it may attend to: itself and earlier ones with the same number
-    in `documents`. In float32 (float64 where a vector is). Differentiable by `student`.
+    Unlike in the paper, a position relates only to those that it may attend to: itself and earlier ones with the same
+    number in `documents`. In float32 (float64 where a vector is). Differentiable by `student`.
     """
     num = math.gcd(student.shape[2], teacher.shape[2])
     loss: Tensor = _Relations.apply(  # type: ignore[no-untyped-call]

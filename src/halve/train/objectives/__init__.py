@@ -1,1 +1,1 @@
-"""What does a training make small?"""
+"""What does a training minimize?"""

@@ -1,18 +1,18 @@
-"""Losses on what teacher and student hold between embedding and logits (2407.14679, Sec. 3).
+"""Losses on intermediate states of teacher and student (2407.14679, Sec. 3).
 
     L = L_logits + alpha L_is
 
-States are taken after the norms: a state of the residual stream is what the next layer reads of it, that is the input
-of whatever module of that layer is called first with it. In families that normalize a sub-layer's output instead of
-its input that is the stream itself. So there is one way for all families whose anatomy is known:
+States are taken after the norms. A state of the residual stream is what the next layer reads, that is, the input of the
+first module in that layer that reads it. In families that normalize the output of a sub-layer instead of its input,
+this is the stream itself. So one definition covers all families with a known anatomy:
 
     embedding   what layer 0 reads
     input       what the layer reads
     output      what the layer after it reads; of the last layer, what the head reads
     attention   the layer's queries, keys and values as its projections make them, by their relations
 
-The first three are compared by their mean squared difference, the student's first brought to the teacher's width by
-one linear map that all of them share and that is learned beside the student; it is no part of the student.
+The first three are compared by their mean squared difference. One linear map, shared by all of them, first brings the
+student's states to the teacher's width. It is trained with the student and is not part of it.
 
 Shapes: B batch, S seq, N tokens, D hidden, C channels of a projection.
 """
@@ -45,7 +45,7 @@ _HEADS = {"heads", "kv_heads"}
 
 @dataclass(frozen=True, eq=False)
 class Ear:
-    """Where a state is heard: at the input of the first of these modules that is called, or at the output of one."""
+    """Where a state is recorded: at the input of the first of these modules that is called, or at an output."""
 
     modules: tuple[nn.Module, ...]
     at_output: bool = False
@@ -53,7 +53,7 @@ class Ear:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One state of both models, and how (the student's, the teacher's) differ, summed over a batch's tokens."""
+    """A pair of states, and the function of their difference (student, teacher), summed over a batch's tokens."""
 
     student: Ear
     teacher: Ear
@@ -62,7 +62,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """The states that a student shall match, and the map that it learns for it (None where no state needs one)."""
+    """The states that a student must match, and the trained map (None if no state needs one)."""
 
     pairs: tuple[Pair, ...]
     map: nn.Linear | None
@@ -71,7 +71,7 @@ class Matching:
         """Return L_is, summed over pairs and over the tokens that count."""
         total = torch.zeros((), device=batch.ids.device)
         for pair, student, teacher in zip(self.pairs, learned, taught, strict=True):
-            # a copy: what inference mode made may not enter a graph
+            # a copy, because tensors from inference mode may not enter a graph
             known = teacher.detach().to(student.device, copy=True)
             total = total + pair.loss(student, known, batch)
         return total
@@ -80,8 +80,8 @@ class Matching:
 def layer_pairs(layers: Mapping[int, int] | None, *, teacher: int, student: int) -> tuple[tuple[int, int], ...]:
     """Return (teacher's layer, student's layer) of models with so many layers, counted from the beginning.
 
-    `layers` may count from the end; None is the last but one of both. Raises `RecipeError` for a layer that is not
-    there.
+    `layers` may count from the end. None means the second to last layer of both. Raises `RecipeError` for a layer that
+    does not exist.
 
     >>> layer_pairs({-2: -2, 3: 1}, teacher=12, student=6)
     ((10, 4), (3, 1))
@@ -109,9 +109,9 @@ def match(
 ) -> Matching:
     """Prepare the comparison of these states.
 
-    The map starts as an isometry drawn from the seed, between equal widths as the identity. Raises
-    `AnatomyError` for a family that is not known, `RecipeError` for a layer that is not there, `TrainError` where the
-    two attend differently.
+    The map starts as an isometry drawn from the seed, or as the identity between equal widths. Raises `AnatomyError`
+    for an unknown family, `RecipeError` for a layer that does not exist, and `TrainError` if the attention of the two
+    models cannot be compared.
     """
     mine, its = discover(student.config), discover(teacher.config)
     chosen = layer_pairs(layers, teacher=its.sizes.layers, student=mine.sizes.layers)
@@ -135,9 +135,9 @@ def match(
 def with_states(objective: Objective, matching: Matching, *, alpha: float | None) -> Objective:
     """Return `L + alpha L_is`, where L is an objective whose teacher answers live.
 
-    `alpha` None is the paper's dynamic weight, `L / L_is` of the moment without gradient: both then weigh the same, and
-    the value of the whole is twice L. The moment is a rank's micro-batch: that of a step would be known only after its
-    passes, and take them twice. So with it, unlike with a fixed `alpha`, a step's gradient depends a little on
+    `alpha` None is the paper's dynamic weight: the current `L / L_is` without gradient. Both losses then weigh the
+    same, and the total is twice L. The ratio is that of one micro-batch on one rank, because the ratio of a whole step
+    would need its passes twice. So, unlike with a fixed `alpha`, the gradient of a step depends slightly on
     `micro_batch` and the number of ranks.
     """
 
@@ -154,9 +154,9 @@ def with_states(objective: Objective, matching: Matching, *, alpha: float | None
 
 @contextmanager
 def recorded(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
-    """While open, listen to one forward pass; the list that this gives then holds every ear's state.
+    """In this context, record the states of one forward pass in the list that is yielded.
 
-    What the pass computes again on its way back, under activation checkpointing, is not heard.
+    Recomputation under activation checkpointing is not recorded.
     """
     states: dict[int, Tensor] = {}
     result: list[Tensor] = []
@@ -197,7 +197,7 @@ def state_difference(
 
 
 def _reading(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Ear:
-    """Where a layer's reading of the residual stream is heard; the layer after the last one is the head."""
+    """Where a layer's input from the residual stream is recorded. The layer after the last one is the head."""
     if layer == anatomy.sizes.layers:
         return Ear((model.base_model,), at_output=True)
     return Ear(tuple(model.get_submodule(name) for name in anatomy.readers("hidden")[layer]))
@@ -206,7 +206,7 @@ def _reading(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Ear:
 def _attention(
     student: PreTrainedModel, mine: Anatomy, my_layer: int, teacher: PreTrainedModel, its: Anatomy, its_layer: int
 ) -> Iterator[Pair]:
-    """A pair for every projection into heads, with the relations of all that it makes."""
+    """A pair for every projection into heads, compared by the relations of its queries, keys or values."""
     made, taught = _projections(mine, my_layer), _projections(its, its_layer)
     if not made or [_kinds(expr) for expr in made.values()] != [_kinds(expr) for expr in taught.values()]:
         raise TrainError(
@@ -241,7 +241,7 @@ def _related(
 
 
 def _projections(anatomy: Anatomy, layer: int) -> dict[str, Expr]:
-    """The modules of a layer that read hidden and make heads, and what they make."""
+    """The modules of a layer that project hidden into heads, and which of queries, keys and values they compute."""
     return {
         name: expr
         for name in anatomy.readers("hidden")[layer]
@@ -251,12 +251,12 @@ def _projections(anatomy: Anatomy, layer: int) -> dict[str, Expr]:
 
 
 def _kinds(expr: Expr) -> int:
-    """How many of queries, keys and values a projection makes."""
+    """The heads of queries, keys and values that a projection computes."""
     return sum(prod(factor for factor in term if isinstance(factor, int)) for term in expr.terms)
 
 
 def _vectors(made_BSC: Tensor, expr: Expr, sizes: Mapping[str, int]) -> list[Tensor]:
-    """Take a projection's output apart into [batch, seq, heads, head_dim] of each kind, however it lays them out."""
+    """Split a projection's output, in any layout, into [batch, seq, heads, head_dim] of each kind."""
     found: list[Tensor] = []
     lengths = [[factor if isinstance(factor, int) else sizes[factor] for factor in term] for term in expr.terms]
     blocks = torch.split(made_BSC, [prod(dims) for dims in lengths], dim=-1)

@@ -1,7 +1,7 @@
-"""What a student can be trained for, and the checks that a teacher must pass before it teaches.
+"""The objectives of a student, and the checks that a teacher must pass before it teaches.
 
-An objective takes the student in two parts and a batch, and gives a loss summed over tokens and
-their number. Every position but a sample's last counts: there the next token is known.
+An objective takes the student's body and head and a batch. It returns a loss that is summed over tokens, and their
+number. Every position counts except the last of a sample, for which the next token is not known.
 
 Shapes: B batch, S seq, N tokens, D hidden.
 """
@@ -24,17 +24,17 @@ from halve.train.losses.chunked import Target
 from halve.train.losses.divergences import Sampled, TeacherRows
 from halve.train.teachers.live import Hidden, Teacher
 
-_SANE = 0.9  # a teacher's cross-entropy must be below this share of that of guessing evenly
+_SANE = 0.9  # a teacher's cross-entropy must be below this share of that of uniform guessing
 
 
 Objective = Callable[[Body, Head, Batch], tuple[Tensor, int]]
-"""(body, head, batch) -> (the losses of all counted tokens summed, how many these are)."""
+"""(body, head, batch) -> (sum of the losses of all counted tokens, number of these tokens)."""
 
 KL: tuple[tuple[float, TeacherRows], ...] = ((1.0, divergences.kl_rows),)
 """The default: forward KL at temperature 1 over the whole vocabulary (2407.14679, Table 15)."""
 
 Heldout = Callable[[Body, Head], Mapping[str, float]]
-"""A measurement of the student on text it does not train on: figures by name."""
+"""A measurement of the student on held-out text: metrics by name."""
 
 
 def cross_entropy() -> Objective:
@@ -51,7 +51,7 @@ def cross_entropy() -> Objective:
 def distillation(
     teacher: Teacher[Hidden], *, vocab: int, terms: Sequence[tuple[float, TeacherRows]] = KL, ce: float = 0.0
 ) -> Objective:
-    """Follow the teacher: a weighted sum of divergences from it, and `ce` times the cross-entropy."""
+    """Distillation: a weighted sum of divergences from the teacher, plus `ce` times the cross-entropy."""
     rows = divergences.weighted(terms)
 
     def follow(batch: Batch) -> Target:
@@ -64,7 +64,7 @@ def distillation(
 def distillation_from_draws(
     teacher: Teacher[Sampled], *, vocab: int, kl: float = 1.0, temperature: float = 1.0, ce: float = 0.0
 ) -> Objective:
-    """Follow a teacher of whom only draws are known: `kl` times the KL that they estimate, `ce` times the CE.
+    """Distillation from draws of the teacher: `kl` times the KL that they estimate, plus `ce` times the CE.
 
     The draws are those at this temperature.
     """
@@ -76,7 +76,7 @@ def distillation_from_draws(
 
 
 def teacher_terms(training: Distill) -> list[tuple[float, TeacherRows]]:
-    """Read from the recipe's section which divergences from the teacher are summed; none for cross-entropy alone."""
+    """The divergences from the teacher that the recipe's section sums. Empty for cross-entropy alone."""
     tau, k = training.temperature, training.top_k
     kl = partial(divergences.kl_rows, temperature=tau)
     if k is not None:
@@ -142,9 +142,9 @@ def heldout_divergence(teacher: Teacher[Hidden], samples: Batch, *, vocab: int, 
 
 
 def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
-    """Return how many rows both heads share: either may be padded beyond the tokenizer's `num_tokens`.
+    """Return how many rows both heads share. Either may be padded beyond the tokenizer's `num_tokens`.
 
-    Raises `TrainError` where a head is smaller than the tokenizer: then their tokens are not the same.
+    Raises `TrainError` if a head is smaller than the tokenizer, because then their tokens differ.
     """
     shared = min(student.weight.shape[0], teacher.weight.shape[0])
     if shared < num_tokens:
@@ -159,18 +159,18 @@ def shared_vocab(student: Head, teacher: Head, *, num_tokens: int) -> int:
 def check_teacher(
     teacher: Teacher[Hidden], body: Body, head: Head, samples: Batch, *, vocab: int, micro_batch: int
 ) -> float:
-    """Return the cross-entropy on held-out text of a teacher with this body and head, if it is one that can teach.
+    """Check that a teacher with this body and head can teach, and return its cross-entropy on held-out text.
 
-    It must be clearly below ln(vocab), that of guessing evenly, and the divergence of the teacher from
-    itself must be zero. Raises `TrainError`.
+    It must be clearly below ln(vocab), which is that of uniform guessing, and the divergence of the teacher from itself
+    must be zero. Raises `TrainError`.
     """
     found = heldout_divergence(teacher, samples, vocab=vocab, micro_batch=micro_batch)(body, head)
     even = math.log(vocab)
     if not found["ce"] < _SANE * even:
         raise TrainError(
             "the teacher teaches nothing",
-            why=f"its cross-entropy on the held-out text is {found['ce']:.3f} nats a token,"
-            f" guessing evenly gives {even:.3f}",
+            why=f"its cross-entropy on the held-out text is {found['ce']:.3f} nats per token,"
+            f" uniform guessing gives {even:.3f}",
             fix="check that model: has trained weights, and that the tokenizer and data.valid suit it",
         )
     if not abs(found["kl"]) < 1e-4:
@@ -196,7 +196,7 @@ def _summed(hidden_ND: Tensor, head: Head, target: Target, *, vocab: int) -> Ten
 
 
 def _operand(hidden_ND: Tensor) -> torch.dtype | None:
-    """Products of the head use the precision that the loop chose for the body's."""
+    """The precision of the head's products, which is that of the body's."""
     kind = hidden_ND.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

@@ -1,7 +1,7 @@
-"""A model's layers made ready for training: what is computed again on the way back, compiled, sharded.
+"""Prepare a model's layers for training: activation checkpointing, compilation, sharding.
 
-The order is that of PyTorch's own engine: activation checkpointing within compilation within shards, layer by layer,
-then the rest of the body, then the head. Parameter names stay as they are.
+They are nested as in PyTorch's own trainer: activation checkpointing inside compilation inside shards. This is done for
+each layer, then for the rest of the body, and then for the head. Parameter names do not change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PRODUCTS = {
     )
     for overload in (getattr(packet, name) for name in packet.overloads())  # type: ignore[no-untyped-call]
 }
-"""Operations whose results are kept by `selective`: matrix products and attention, where the time is."""
+"""Operations whose results `selective` keeps: matrix products and attention, which take most of the time."""
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -47,9 +47,9 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def recompute(model: PreTrainedModel, kind: str) -> None:
-    """Let every layer keep less for the way back: `full` keeps its input alone, `selective` its products too.
+    """Let layers store less for the backward pass: `full` stores only the input, `selective` also products.
 
-    Nothing in a layer is random in evaluation mode, so what is computed again is the same.
+    Nothing in a layer is random in evaluation mode, so recomputed results are the same.
     """
     if kind == "none":
         return
@@ -60,16 +60,16 @@ def recompute(model: PreTrainedModel, kind: str) -> None:
 
 
 def compiled(model: PreTrainedModel) -> None:
-    """Compile each layer's forward; layers of one kind share the code."""
+    """Compile each layer's forward. Layers of the same kind share the code."""
     for layer in layers(model):
         _set_forward(layer, torch.compile(layer.forward))
 
 
 def shard(model: PreTrainedModel, body: nn.Module, mesh: DeviceMesh, *, half: bool, trains: bool) -> None:
-    """Split the parameters of each layer, of the rest of the body and, where the model trains, of the head.
+    """Shard the parameters of each layer, of the rest of the body and, if the model trains, of the head.
 
-    Gradients are summed over ranks, in float32. With `half`, layers are gathered in bfloat16, which is what autocast
-    would make of their matrices anyway; the residual stream keeps its precision.
+    Gradients are reduced over ranks in float32. With `half`, layers are gathered in bfloat16, to which autocast would
+    cast their matrices anyway. The residual stream keeps its precision.
     """
     tied = _shared_with(model, body)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -91,7 +91,7 @@ def shard(model: PreTrainedModel, body: nn.Module, mesh: DeviceMesh, *, half: bo
 
 
 def _shared_with(model: nn.Module, body: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """Parameters of modules outside the body that are the body's own: module, its name for them, the body's name."""
+    """Parameters outside the body that are shared with it: module, name in the module, name in the body."""
     own = {id(parameter): name for name, parameter in body.named_parameters()}
     inside = set(body.modules())
     return [
@@ -104,7 +104,7 @@ def _shared_with(model: nn.Module, body: nn.Module) -> list[tuple[nn.Module, str
 
 
 def _set_forward(layer: nn.Module, forward: Callable[..., Any]) -> None:
-    layer.forward = forward  # on the object, not its class: hooks and names stay
+    layer.forward = forward  # on the object, not its class, so that hooks and names stay
 
 
 def _keeping_products() -> Any:

@@ -1,8 +1,8 @@
-"""The processes of a run: one alone, or several that torchrun (or Slurm) started with the same command.
+"""The processes of a run: a single one, or several that torchrun (or Slurm) started with the same command.
 
-All of them walk through the pipeline. What is written once, rank 0 writes while the others wait (`lead`); what
-trains, they train together. `joined` makes the group from the environment, `here` gives it to whoever needs it, and
-one process is the same code without a group.
+All of them go through the pipeline. Rank 0 writes what is written once, while the others wait (`lead`). They train
+together. `joined` makes the group from the environment, and `here` returns it. A single process runs the same code
+without a group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _GONE = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken p
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among `size` of them; `group` is that of the work beside training (checkpoints)."""
+    """The rank of this process among `size` processes. `group` is for work during training (checkpoints)."""
 
     rank: int = 0
     size: int = 1
@@ -51,12 +51,12 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether it is this process that writes."""
+        """Whether this process writes."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """Whether there is only this process."""
         return self.size == 1
 
     def mesh(self, replicas: int) -> DeviceMesh:
@@ -69,21 +69,21 @@ class Ranks:
         return self._meshes[replicas]
 
     def home(self, device: str) -> str:
-        """Where a model is loaded that trains on `device`.
+        """The device to which a model is loaded before it trains on `device`.
 
-        One that several ranks will share out waits in main memory, from which sharding takes it layer by layer: no
-        device ever holds it whole.
+        A model that will be sharded over several ranks is loaded to main memory. From there it is sharded layer by
+        layer, so that no device ever holds the whole model.
         """
         return device if self.alone else "cpu"
 
     def share(self, batch: Batch) -> Batch:
-        """This rank's samples of a step: the ranks' shares one after another are the step's samples in order."""
+        """This rank's samples of a step. The shares of all ranks, in order, are the samples of the step."""
         each = len(batch) // self.size
         assert each * self.size == len(batch)
         return batch[self.rank * each : (self.rank + 1) * each]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each."""
+        """The sum over all ranks, bit-identical on each."""
         if self.alone:
             return values
         values = values.clone()
@@ -91,13 +91,13 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on some rank."""
+        """Whether the flag is set on any rank."""
         return flag if self.alone else bool(self.sum(torch.tensor(float(flag), device=self.kind)) > 0)
 
     def lead(self, act: Callable[[], _T]) -> _T:
-        """Let rank 0 do something, however long it takes, and give its result, plain data, on every rank.
+        """Run a function on rank 0, however long it takes, and return its result (plain data) on every rank.
 
-        An error of rank 0 is an error of all.
+        An error on rank 0 is raised on all ranks.
         """
         if self.alone:
             return act()
@@ -126,7 +126,7 @@ class Ranks:
 
 
 class Elsewhere(HalveError):
-    """An error that rank 0 tells of itself."""
+    """An error that rank 0 reports itself."""
 
     told = True
 
@@ -136,16 +136,16 @@ _here = [ALONE]
 
 
 def here() -> Ranks:
-    """The ranks that this process is one of."""
+    """The group of ranks of this process."""
     return _here[-1]
 
 
 @contextmanager
 def joined(kind: str) -> Iterator[Ranks]:
-    """Join the processes that were started together; alone where there is but one.
+    """Join the processes that were started together. A single process stays alone.
 
-    `kind` is `cpu` or `cuda`, by which they talk with gloo or with NCCL. Within the block `here` gives the ranks.
-    Raises `RunError` where a process does not find the others.
+    `kind` is `cpu` (gloo) or `cuda` (NCCL). In this context, `here` returns the group. Raises `RunError` if a process
+    does not find the others.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not here().alone:
         yield here()
@@ -159,7 +159,7 @@ def joined(kind: str) -> Iterator[Ranks]:
             backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=_PATIENCE
         )
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    except (ValueError, RuntimeError) as error:  # torch's errors of networks are among them
+    except (ValueError, RuntimeError) as error:  # torch's network errors are among them
         raise RunError(
             "this process does not find the others of its run",
             why=str(error).splitlines()[0],
@@ -168,15 +168,15 @@ def joined(kind: str) -> Iterator[Ranks]:
     _here.append(Ranks(rank, size, kind, PrefixStore("halve", store), group))
     try:
         yield here()
-        dist.barrier(group)  # the store is one of theirs: none may leave before the last has read it
-        dist.destroy_process_group()  # not after an error: a rank that is gone would be waited for
+        dist.barrier(group)  # rank 0 holds the store: no rank may leave before the last has read it
+        dist.destroy_process_group()  # not after an error, because it would wait for a rank that is gone
     finally:
         _here.pop()
 
 
 @contextmanager
 def gone_guard() -> Iterator[None]:
-    """Turn what torch says when another rank is gone into a `TrainError`."""
+    """Turn torch's error about a lost rank into a `TrainError`."""
     try:
         yield
     except HalveError:
@@ -193,7 +193,7 @@ def gone_guard() -> Iterator[None]:
 
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Note a SIGTERM instead of dying of it; what is given tells whether one has come."""
+    """In this context, record a SIGTERM instead of ending. The yielded function tells whether one was received."""
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
         yield came.is_set
@@ -206,7 +206,7 @@ def sigterm() -> Iterator[Callable[[], bool]]:
 
 
 def require_shares(training: Training, size: int) -> None:
-    """Raise `TrainError` unless a step's samples fall into equal shares, and these into equal parts."""
+    """Raise `TrainError` unless samples split equally over the ranks, and each share into equal micro-batches."""
     if size % training.replicas:
         raise TrainError(
             f"{size} rank{'s do' if size > 1 else ' does'} not make {training.replicas} replicas",

@@ -1,8 +1,8 @@
-"""Models over several ranks: trained in shards, frozen in shards, and made whole again to be saved.
+"""Models that are sharded over several ranks: trained, frozen, and gathered again to be saved.
 
-The head never runs as a module: losses take its matrix a chunk at a time. So a sharded head is gathered once a step,
-its gradient gathers over the micro-batches, and is then summed over ranks into the shards, once. On one rank nothing
-is gathered and nothing is summed.
+The head never runs as a module, because losses use its matrix one chunk at a time. So a sharded head is gathered once
+per step. Its gradient accumulates over the micro-batches and is then reduced into the shards once. On one rank nothing
+is gathered or reduced.
 
 Shapes: D hidden, V vocab.
 """
@@ -34,23 +34,23 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Learner:
-    """A model that trains: its body, and its head, whose parameters are shards where there are several ranks."""
+    """A model in training: its body and its head, whose parameters are shards if there are several ranks."""
 
     body: Body
     own: Head
 
     def head(self) -> Head:
-        """The whole head, for `step.gradients`. Where it is gathered, gradients stay in it until `settle`."""
+        """The whole head, for `step.gradients`. If it is gathered, gradients stay in it until `settle`."""
         weight, bias = _gathered(self.own.weight), _gathered(self.own.bias)
         return replace(self.own, weight=weight, bias=bias, accumulates=True)
 
     def rest(self) -> None:
-        """Drop what a forward pass without a way back has left gathered: parameters are shards again."""
+        """Free parameters that a forward pass without gradients has gathered. They are shards again."""
         if isinstance(self.body.module, FSDPModule):
             self.body.module.reshard()
 
     def settle(self, head: Head) -> None:
-        """Sum the gradients of a gathered head over ranks, into the shards'."""
+        """Reduce the gradients of a gathered head over the ranks, into those of the shards."""
         for own, whole in ((self.own.weight, head.weight), (self.own.bias, head.bias)):
             if isinstance(own, DTensor) and whole is not None and whole.grad is not None:
                 summed = DTensor.from_local(whole.grad, own.device_mesh, [Partial()] * own.device_mesh.ndim)
@@ -60,14 +60,13 @@ class Learner:
 
 
 def learner(model: PreTrainedModel, training: Training, *, device: str, half: bool) -> Learner:
-    """Make a model ready to be trained by these ranks, in place, as float32 masters on `device`.
+    """Prepare a model, in place, to be trained by these ranks, as float32 masters on `device`.
 
-    Of several ranks each takes its shards from a model that had better be in main memory (`Ranks.home`). `half` says
-    whether its products are taken in bfloat16. Whoever makes an optimizer makes it of the parameters that the model has
-    afterwards.
+    With several ranks, each takes its shards from a model that should be in main memory (`Ranks.home`). `half` says
+    whether products are computed in bfloat16. Make optimizers from the parameters that the model has afterwards.
     """
     ranks = here()
-    model.eval()  # not train(): dropout would make a step depend on more than its number
+    model.eval()  # not train(), because with dropout a step would depend on more than its number
     if ranks.alone:
         model.to(device)
         if model.dtype in _HALF:
@@ -80,16 +79,16 @@ def learner(model: PreTrainedModel, training: Training, *, device: str, half: bo
         blocks.shard(model, body.module, ranks.mesh(training.replicas), half=half, trains=True)
         output = model.get_output_embeddings()
         head = replace(head, weight=output.weight, bias=getattr(output, "bias", None))
-        model.to(device)  # what is in no shard
-    if model.dtype in _HALF:  # only now: a rank holds float32 masters of its shards alone
+        model.to(device)  # parameters that are not sharded
+    if model.dtype in _HALF:  # only now, so that a rank holds float32 masters only of its shards
         model.float()
     return Learner(body, head)
 
 
 def frozen(model: PreTrainedModel, body: Body, training: Distill, *, half: bool) -> None:
-    """Make a model that only runs forward ready: compiled and in shards where the recipe says so.
+    """Prepare a model that only runs forward: compiled and sharded if the recipe says so.
 
-    Its head, taken apart before, stays whole on every rank.
+    Its head was split off before and stays whole on every rank.
     """
     ranks = here()
     if training.compile:
@@ -106,7 +105,7 @@ def save(
     extra_from: Path | None,
     record: Mapping[str, Any] | None,
 ) -> None:
-    """`saving.save_model` of a model that these ranks have trained; rank 0 writes, the others wait."""
+    """`saving.save_model` of a model that these ranks have trained. Rank 0 writes while the others wait."""
     ranks = here()
     plain = model.to(dtype) if ranks.alone else _whole(model, dtype, ranks)
 
@@ -129,7 +128,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _whole(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> PreTrainedModel | None:
-    """The model in one piece on the CPU of rank 0; every rank has to ask for it."""
+    """The whole model on the CPU of rank 0. Every rank has to call this."""
     state: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

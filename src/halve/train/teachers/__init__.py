@@ -1,1 +1,1 @@
-"""What does the teacher say of a batch: now, from a cache, or in part?"""
+"""What are the teacher's answers for a batch: live, cached, or sampled?"""

@@ -1,4 +1,4 @@
-"""Which answers a training needs of its teacher, and making them, sample by sample, for a cache.
+"""The answers that a training needs from its teacher, and computing them for a cache, sample by sample.
 
 Shapes: B batch, S seq, N tokens (those that a batch predicts), D hidden, C tokens of a chunk, V vocab.
 """
@@ -25,19 +25,19 @@ from halve.train.teachers.cache import Bound
 from halve.train.teachers.draws import Packed
 from halve.train.teachers.live import Hidden, Teacher
 
-_ROWS = 256  # tokens whose logits are made at once where they are drawn from
+_ROWS = 256  # tokens whose logits are computed at once for drawing
 
 
 @dataclass(frozen=True)
 class Needed:
-    """The samples that a course draws, each once, in the order of their first draws: number -> that step."""
+    """The samples that a course draws, each once, in the order of first draws: number -> step of the first draw."""
 
     steps: Mapping[int, int]
     tokens: int
 
     @classmethod
     def by(cls, course: Course) -> Needed:
-        """Walk through a course; no token is read."""
+        """Collect them from a course. No token is read."""
         steps: dict[int, int] = {}
         tokens = 0
         for step in range(1, course.steps + 1):
@@ -48,7 +48,7 @@ class Needed:
         return cls(steps, tokens)
 
     def batches(self, course: Course, numbers: Sequence[int], *, micro_batch: int) -> Iterator[Batch]:
-        """Samples by their numbers, in batches of at most `micro_batch`; those of one batch are of one step."""
+        """Samples by their numbers, in batches of at most `micro_batch`. Each batch is from one step."""
         for step, some in itertools.groupby(numbers, key=self.steps.__getitem__):
             batch = course.batch(step)
             rows = [batch.numbers.index(number) for number in some]
@@ -56,7 +56,7 @@ class Needed:
 
 
 def drawn(recipe: Recipe, training: Distill) -> str:
-    """A SHA-256 that two trainings share only if they draw the same samples of the same text."""
+    """A SHA-256 that is equal for two trainings only if they draw the same samples of the same text."""
     train = recipe.data.train
     weights = {name: part.weight for name, part in train.items()} if isinstance(train, dict) else None
     schedule = training.model_dump(mode="json", include={"tokens", "batch", "phases"})
@@ -74,7 +74,7 @@ def bound_to(
     heldout: Batch,
     vocab: int,
 ) -> Bound:
-    """What the answers to a training belong to; `teacher` is its fingerprint, `vocab` the tokens that count."""
+    """Everything that the answers depend on. `teacher` is a fingerprint, `vocab` the number of tokens that count."""
     draws_logits = training.cache == "logits"
     return Bound(
         teacher=teacher,
@@ -92,7 +92,7 @@ def bound_to(
 
 @torch.no_grad()
 def hidden_states(teacher: Teacher[Hidden], batch: Batch, *, half: bool) -> Iterator[Mapping[str, Tensor]]:
-    """The hidden states of each sample; in bfloat16 where the teacher's products are, else as they come."""
+    """The hidden states of each sample, in bfloat16 if the teacher's products are, otherwise unchanged."""
     for states_ND in _by_sample(teacher.answer(batch).states, batch):
         yield {"hidden": states_ND.to(torch.bfloat16 if half else states_ND.dtype, copy=True)}
 
@@ -106,7 +106,7 @@ def drawn_logits(teacher: Teacher[Hidden], batch: Batch, *, bound: Bound, seed: 
 
 
 def answer_bytes(kind: Cache, *, hidden: int, vocab: int, samples: int, half: bool) -> int:
-    """Return the most bytes that a cache takes for a token that is trained on; draws that fall together take less."""
+    """Return the most bytes of a training token in a cache. Repeated draws take less."""
     if kind == "none":
         return 0
     if kind == "hidden":

@@ -2,13 +2,13 @@
 
     cache/
       index.json                  what the answers belong to (see `Bound`), and facts of the teacher's head
-      samples.safetensors         the samples' numbers: those trained on in the order of first draws, those held out
-      head.safetensors            the teacher's output matrix, in the precision that it computed in
-      train-000000.safetensors    shards of so many samples; a sample's tensors are called by its number
-      heldout-000000.safetensors  hidden states always: held-out figures need the whole distribution
+      samples.safetensors         the samples' numbers: training samples in the order of first draws, held-out samples
+      head.safetensors            the teacher's output matrix, in the precision of its computation
+      train-000000.safetensors    shards of several samples; a sample's tensors are named by its number
+      heldout-000000.safetensors  always hidden states: held-out metrics need the whole distribution
 
-A shard is written whole or not at all and says what it belongs to, so a killed writer goes on with the next one; the
-index comes last. Nothing here depends on a student.
+A shard is written completely or not at all, and says what it belongs to. So a killed writer resumes with the next
+shard. The index is written last. Nothing here depends on a student.
 
 Shapes: N tokens (those that a sample predicts), D hidden, V vocab, K draws.
 """
@@ -41,19 +41,19 @@ from halve.train.teachers.live import Hidden
 CACHE_FORMAT = 1
 INDEX, SAMPLES, HEAD = "index.json", "samples.safetensors", "head.safetensors"
 TRAIN, HELDOUT = "train", "heldout"
-SHARD_BYTES = 2**28  # a kill loses at most one
+SHARD_BYTES = 2**28  # a kill loses at most one shard
 _OPEN_SHARDS = 64
 
 Answer = Mapping[str, Tensor]
-"""What is kept of one sample: `hidden` [N, D], or the parts of `draws.Packed`."""
+"""The stored tensors of one sample: `hidden` [N, D], or the parts of `draws.Packed`."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What answers belong to: they are no other teacher's, and of no other text.
+    """What the answers belong to: the teacher, the text and the kind of answers.
 
-    `teacher`, `tokenizer`, `corpus` and `heldout` are SHA-256 of contents; `corpus` stands for what the samples'
-    numbers mean (see `course.Course`). `vocab` is how many tokens the teacher's distribution is over, `draws` and
+    `teacher`, `tokenizer`, `corpus` and `heldout` are SHA-256 of contents. `corpus` identifies the text behind the
+    sample numbers (see `course.Course`). `vocab` is the number of tokens in the teacher's distribution. `draws` and
     `temperature` are those of drawn logits.
     """
 
@@ -71,7 +71,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What else is known: the teacher's cross-entropy on the held-out text, its head, and whose draws were answered."""
+    """Other facts: the teacher's held-out cross-entropy, its head, and the training whose samples were answered."""
 
     ce: float
     scale: float
@@ -91,9 +91,10 @@ def write_shards(
     bound: Bound,
     each: int,
 ) -> None:
-    """Write the answers for samples in shards of `each`; those that an earlier call has written stay.
+    """Write the answers for samples in shards of `each` samples. Shards of an earlier call are kept.
 
-    `make` gives each sample's tensors, in order. Raises `DiskError` when the device is full; shards before stay good.
+    `make` returns each sample's tensors, in order. Raises `DiskError` when the device is full; finished shards stay
+    valid.
     """
     for place, first in enumerate(range(0, len(numbers), each)):
         some = numbers[first : first + each]
@@ -107,7 +108,7 @@ def write_shards(
 def write_index(
     folder: Path, bound: Bound, head: Head, *, ce: float, drawn: str, each: int, numbers: Mapping[str, Sequence[int]]
 ) -> None:
-    """Write everything but shards; with this the cache is complete. `drawn` names what the samples are the draws of."""
+    """Write everything except the shards, which completes the cache. `drawn` identifies the training of the samples."""
     weights = {"weight": head.weight.detach()} | ({} if head.bias is None else {"bias": head.bias.detach()})
     _save({name: value.cpu().contiguous() for name, value in weights.items()}, folder / HEAD)
     _save({name: torch.tensor(listed, dtype=torch.int64) for name, listed in numbers.items()}, folder / SAMPLES)
@@ -116,7 +117,7 @@ def write_index(
 
 
 def cache_bytes(folder: Path) -> int:
-    """The bytes of a cache's answers to what is trained on."""
+    """The bytes of a cache's answers for training samples."""
     return sum(path.stat().st_size for path in folder.glob(f"{TRAIN}-*.safetensors"))
 
 
@@ -134,7 +135,7 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Open a cache that was written to its end. Raises `TrainError`."""
+        """Open a complete cache. Raises `TrainError`."""
         if not (folder / INDEX).is_file():
             raise TrainError(f"there is no cache in {folder}", why=f"it has no {INDEX}", fix=_AGAIN)
         index = read_sealed(folder / INDEX)
@@ -144,7 +145,7 @@ class Store:
         return cls(folder, Bound(**index["bound"]), CacheFacts(**index["facts"]), index["each"])
 
     def require(self, bound: Bound) -> None:
-        """Raise `TrainError` naming the first thing in which these answers belong to something else."""
+        """Raise `TrainError` naming the first difference between what these answers belong to and what is needed."""
         for key, wanted in asdict(bound).items():
             found = asdict(self.bound)[key]
             if found != wanted:
@@ -155,7 +156,7 @@ class Store:
                 )
 
     def require_vocab(self, vocab: int) -> None:
-        """Raise `TrainError` where draws are over other tokens than the `vocab` that the student shares."""
+        """Raise `TrainError` if draws are over another vocabulary than the `vocab` tokens shared with the student."""
         if self.bound.kind == "logits" and vocab != self.bound.vocab:
             raise TrainError(
                 f"the cache in {self.folder} is over another vocabulary",
@@ -212,7 +213,7 @@ class Store:
 
 @dataclass(frozen=True)
 class CachedHidden:
-    """A teacher whose hidden states are read; its head is there, so everything is known of its distribution."""
+    """A teacher whose hidden states are read. With its head, the whole distribution is known."""
 
     store: Store
     own_head: Head
@@ -227,7 +228,7 @@ class CachedHidden:
 
 @dataclass(frozen=True)
 class CachedDraws:
-    """A teacher of whom draws are read."""
+    """A teacher whose draws are read."""
 
     store: Store
 
@@ -253,7 +254,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class _Reading:
-    """Turn what is wrong with a file of the cache into a `TrainError`."""
+    """Turn an error in a file of the cache into a `TrainError`."""
 
     folder: Path
 
@@ -285,7 +286,7 @@ def _is_written(path: Path, stamp: str) -> bool:
     try:
         with safe_open(path, "pt") as file:
             return bool((file.metadata() or {}).get("of") == stamp)
-    except SafetensorError:  # cut off by something other than a kill of ours
+    except SafetensorError:  # truncated by something other than a kill of this process
         return False
 
 
@@ -294,7 +295,7 @@ def _save(tensors: dict[str, Tensor], path: Path, *, stamp: str = "") -> None:
         draft.touch()
         mode = draft.stat().st_mode
         save_file(tensors, draft, metadata={"of": stamp})
-        draft.chmod(mode)  # safetensors writes files that others cannot read
+        draft.chmod(mode)  # safetensors writes files that other users cannot read
 
 
 def _short(value: Any) -> str:

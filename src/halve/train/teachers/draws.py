@@ -1,8 +1,8 @@
-"""Tokens drawn from a teacher's distribution, and how few bytes say them.
+"""Tokens drawn from a teacher's distribution, and their compact encoding.
 
-Who knows K draws of p with their shares s has an unbiased estimate of it: E[s] = p for every token, so the gradient
-`q - s` is right in expectation. The teacher's K likeliest tokens are not: what they leave out is never learned
-(Sparse Logit Sampling, 2503.16870, Sec. 3).
+The shares s of tokens among K draws from p are an unbiased estimate of p: E[s] = p for every token. So the gradient
+`q - s` is right in expectation. The K most likely tokens are not an unbiased estimate: the rest of the distribution is
+never learned (Sparse Logit Sampling, 2503.16870, Sec. 3).
 
 Shapes: N tokens, K draws, U different tokens drawn at N tokens together, V vocab, W bytes of an entry.
 """
@@ -20,7 +20,7 @@ from halve.train.losses.divergences import Sampled
 
 
 class Packed(NamedTuple):
-    """The draws at N tokens: each different token with its count in W bytes, how many these are, the entropy."""
+    """The draws at N tokens: each distinct token with its count in W bytes, their number, and the entropy."""
 
     entries: UInt8[Tensor, "different width"]
     different: Int[Tensor, " tokens"]
@@ -28,9 +28,9 @@ class Packed(NamedTuple):
 
 
 def uniforms(num_tokens: int, draws: int, *, seed: int, sample: int) -> Float[Tensor, "tokens draws"]:
-    """Return the random numbers in [0, 1) that draws at a sample's tokens are made of: float64, on the CPU.
+    """Return the random numbers in [0, 1) for the draws at a sample's tokens: float64, on the CPU.
 
-    A function of the seed and the sample's number alone, so that a sample is drawn alike on every device and in any
+    They depend only on the seed and the sample's number, so a sample has the same draws on every device and in any
     order.
     """
     digest = hashlib.sha256(f"draws {seed} {sample}".encode()).digest()
@@ -41,7 +41,7 @@ def uniforms(num_tokens: int, draws: int, *, seed: int, sample: int) -> Float[Te
 def draw(
     logits: Float[Tensor, "tokens vocab"], uniform: Float[Tensor, "tokens draws"], *, temperature: float
 ) -> Int[Tensor, "tokens draws"]:
-    """Draw tokens from `softmax(logits / temperature)`, with replacement: where its running sum passes `uniform`.
+    """Draw tokens from `softmax(logits / temperature)` with replacement, by inverting its cumulative sum at `uniform`.
 
     The sum is float64: in float32 the steps of 6e-8 near its end would leave out the least likely tokens. Memory is one
     float64 array of the logits' size.
@@ -52,23 +52,23 @@ def draw(
 
 
 def entropy(logits: Float[Tensor, "tokens vocab"], *, temperature: float) -> Float[Tensor, " tokens"]:
-    """Return the entropy of `softmax(logits / temperature)` in nats: what a cross-entropy is above KL by."""
+    """Return the entropy of `softmax(logits / temperature)` in nats: cross-entropy minus KL."""
     log_p_NV = torch.log_softmax(logits / temperature, -1)
     return -(log_p_NV.exp() * log_p_NV).sum(-1)
 
 
 def entry_bytes(vocab: int, draws: int) -> int:
-    """Return how many bytes say a token and how often it was drawn: 3 for 16 draws of up to a million tokens."""
+    """Return the bytes of a token and its count: 3 for 16 draws from a vocabulary of up to a million."""
     return -(-(vocab * draws - 1).bit_length() // 8) or 1
 
 
 def draw_bytes(vocab: int, draws: int) -> int:
-    """Return the most bytes that draws at a token take: where all fall on different tokens."""
+    """Return the most bytes of the draws at a token, which is when all are distinct."""
     return draws * entry_bytes(vocab, draws) + _counter(draws).itemsize + torch.float32.itemsize
 
 
 def pack(ids: Int[Tensor, "tokens draws"], entropy: Float[Tensor, " tokens"], *, vocab: int) -> Packed:
-    """Say draws in few bytes: an entry is `id * draws + count - 1`, its least byte first."""
+    """Encode draws: an entry is `id * draws + count - 1`, least significant byte first."""
     draws = ids.shape[1]
     ids_NK, _ = ids.sort(dim=-1)
     first_NK = torch.ones_like(ids_NK, dtype=torch.bool)
@@ -82,7 +82,7 @@ def pack(ids: Int[Tensor, "tokens draws"], entropy: Float[Tensor, " tokens"], *,
 
 
 def unpack(packed: Packed, *, draws: int) -> Sampled:
-    """Return what was packed, the shares of each token filled up with zeros to the longest."""
+    """Decode draws. The shares of each token are padded with zeros to the longest."""
     entries_UW, different_N, entropy_N = packed
     shifts_W = 8 * torch.arange(entries_UW.shape[1], device=entries_UW.device)
     codes_U = (entries_UW.long() << shifts_W).sum(-1)

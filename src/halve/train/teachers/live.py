@@ -1,7 +1,7 @@
-"""Who answers for the teacher: what is known of its distribution over the next token, batch by batch.
+"""The teacher's distribution over the next token, batch by batch.
 
-A live teacher runs forward for every batch: on the student's device, on another one, or with its layers waiting in
-main memory. One that has answered before is read from a cache (see `cache`).
+A live teacher runs forward for every batch: on the student's device, on another one, or with its layers offloaded to
+main memory. Stored answers are read from a cache (see `cache`).
 
 Shapes: N tokens (those that a batch predicts), D hidden.
 """
@@ -34,14 +34,14 @@ STUDENTS_DEVICE = "same"
 
 @runtime_checkable
 class Teacher(Protocol[Answer]):
-    """Tells of every position that a batch predicts: `Hidden`, or `divergences.Sampled` where only draws are known."""
+    """Answers for every predicted position of a batch: `Hidden`, or `divergences.Sampled` if only draws are known."""
 
     def answer(self, batch: Batch) -> Answer:
-        """Return what is known, on the batch's device; no gradient leads through it."""
+        """Return the answer on the batch's device, without gradients."""
 
 
 class Hidden(NamedTuple):
-    """All of it: the hidden states, and the head that makes logits of them."""
+    """The whole distribution: hidden states, and the head that computes logits from them."""
 
     states: Float[Tensor, "tokens hidden"]
     head: Head
@@ -63,12 +63,12 @@ class Live:
 def load_teacher(
     source: Checkpoint, training: Distill, *, dtype: Dtype, device: str, half: bool, in_shards: bool = False
 ) -> tuple[PreTrainedModel, Live]:
-    """Load a teacher and put it where the recipe's section wants it; it answers on the student's `device`.
+    """Load a teacher to the place that the recipe's section sets. It answers on the student's `device`.
 
-    One that will be `in_shards` waits in main memory, but for a head on the device, and answers when it is. `half` says
-    whether products are taken in bfloat16; where they are not its weights become float32, because products of
-    half-precision weights would not be exact, and on a CPU not fast. Raises what loading and splitting raise, and
-    `RecipeError` for a device that is not there.
+    A teacher that will be `in_shards` is loaded to main memory, with a head on the device. It can answer once it is
+    sharded. `half` says whether products are computed in bfloat16. If not, its weights become float32, because products
+    of half-precision weights would not be exact, and on a CPU not fast. Raises what loading and splitting raise, and
+    `RecipeError` for a device that does not exist.
     """
     waits = training.offload_teacher
     place = "cpu" if waits or in_shards else _place(training, device)
@@ -86,28 +86,28 @@ def load_teacher(
 
 
 def stays(training: Distill) -> bool:
-    """Whether the teacher is on the student's device for good: only then can it be shared out among ranks."""
+    """Whether the teacher stays on the student's device. Only then can it be sharded over ranks."""
     return training.teacher_device == STUDENTS_DEVICE and not training.offload_teacher
 
 
 def require_place(training: Distill) -> None:
-    """Raise `RecipeError` for a `teacher_device` that torch does not know or that is not there."""
+    """Raise `RecipeError` for a `teacher_device` that torch does not know or that does not exist."""
     _place(training, "cpu")
 
 
 def away(body: Body, *, place: str, half: bool) -> Body:
-    """Run a body on another device than the one that asks: tokens go there, hidden states come back.
+    """Run a body on another device than the caller's: tokens are sent there, and hidden states come back.
 
-    Autocast is set for one kind of device, so `half` says again whether products there are taken in bfloat16.
+    Autocast is set for one kind of device, so `half` says again whether products there are computed in bfloat16.
     """
     return Body(_Away(body.module, place, half))
 
 
 def visiting(model: PreTrainedModel, device: str, *, fetch: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Let the layers of a frozen model wait where they are and visit `device` one at a time; the rest moves there.
+    """Offload the layers of a frozen model: each is copied to `device` only while it runs. The rest moves there.
 
-    `fetch` makes what a layer computes with of what waits (default: a copy on the device). Results are those of the
-    model on that device; its memory is that of embeddings, head and one layer. Changes the model in place.
+    `fetch` makes the tensors of a running layer from the offloaded ones (default: a copy on the device). Results are
+    those of the model on that device. The device holds embeddings, head and one layer. Changes the model in place.
     """
     take = fetch or (lambda waiting: waiting.to(device, non_blocking=True))
     layers = blocks.layers(model)
@@ -133,7 +133,7 @@ class _Away(nn.Module):
 
 
 class _Visitor:
-    """A layer's weights: at home, pinned where they will go to a GPU, but for the time that it runs."""
+    """A layer's offloaded weights, pinned if they go to a GPU. They are on the device only while the layer runs."""
 
     def __init__(self, layer: nn.Module, fetch: Callable[[Tensor], Tensor], *, pinned: bool) -> None:
         self.fetch = fetch
@@ -143,7 +143,7 @@ class _Visitor:
         layer.register_forward_pre_hook(self.come)
         layer.register_forward_hook(self.leave, always_call=True)
 
-    @torch.inference_mode(False)  # a parameter cannot take the data of a tensor made in that mode
+    @torch.inference_mode(False)  # a parameter cannot take the data of a tensor that was made in inference mode
     def come(self, *_: Any) -> None:
         for tensor, waiting in self.home:
             tensor.data = self.fetch(waiting)
