@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --durations=20
 
 # Some four minutes on two cores: what `make test` looks at, and the tests that finish in a second each. tests/slow.txt
-# names the others; `pytest --note-slow` writes it anew.
+# names the others; `pytest --note-slow` writes this file.
 quick: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,11 +1,11 @@
 """Walk every decoder-only family of the installed transformers and write what the proof of each axis found.
 
-    python scripts/families.py              go on where the last walk stopped, then write docs/reference/families.md
+    python scripts/families.py              resume the last walk, then write docs/reference/families.md
     python scripts/families.py NAME ...     these families again, then the page
 
-A family is proved in a process of its own, with at most 120 seconds and 2 GB of memory; what it needs beyond that
-is its finding. Results stand in docs/reference/families.json, each with the fingerprint of the code that found it:
-a walk passes over what this code found before.
+Each family is proved in its own process, with at most 120 seconds and 2 GB of memory. If it needs more, this is its
+result. Results are in docs/reference/families.json, each with the fingerprint of the code that found it. A walk skips
+families that have a result of the current code.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
                                [--llama-cpp PYTHON --llama-cpp-source FOLDER]
 
 Run by hand: each runtime lives in an environment of its own, whose interpreter is given here (CONTRIBUTING.md says
-how they are made). WORK keeps the twins, so that an interrupted run goes on; `make docs` prints the table.
+how they are made). WORK keeps the twins, so an interrupted run resumes. `make docs` prints the table.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def measure_baselines(tokens: dict[str, Tokens], train: bytes, valid: bytes) -> 
 
 
 def train_teacher(prepared: Path, out: Path, *, training: Training, device: str) -> None:
-    """Train from scratch and write `out`, a Hugging Face folder in bfloat16; a killed run goes on."""
+    """Train from scratch and write `out`, a Hugging Face folder in bfloat16. A killed run resumes."""
     tokenizer = Checkpoint.open(prepared / "tokenizer").tokenizer
     train, valid = open_tokens(prepared / "train"), open_tokens(prepared / "valid")
     config = transformers.LlamaConfig(
