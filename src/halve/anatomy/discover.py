@@ -388,7 +388,7 @@ def _refusals(anatomy: Anatomy) -> dict[str, str]:
     if not anatomy.grouped:
         refusals["kv_heads"] = "every query head has its own key and value head: cut heads"
     if anatomy.sizes.kv_heads == 1 and anatomy.sizes.heads > 1:
-        refusals["kv_heads"] = "all query heads share one key and value head: there is none to take away"
+        refusals["kv_heads"] = "all query heads share one key and value head, so none can be removed"
     if not configs.has_heads(anatomy.config):
         refusals |= dict.fromkeys(("heads", "kv_heads"), "the config counts no heads of attention")
     if anatomy.unknown:

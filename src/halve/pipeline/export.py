@@ -62,7 +62,7 @@ def export(source: str | Path, out: str | Path) -> Path:
                 run.verify(stage.name)
             return _copied(source / stage.name / "model", out)
     raise RunError(
-        f"{source} has no student that has learned anything",
+        f"{source} has no trained student",
         why="no distillation of it has finished or left a checkpoint",
         fix="let halve run continue until the first checkpoint (distill.checkpoint_every)",
     )
@@ -99,7 +99,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
     if masters.keys() != own.keys():
         raise RunError(
             f"{folder} does not hold a whole model",
-            why="such a training keeps only what it trains, such as adapters",
+            why="this training stores only what it trains, such as adapters",
             fix="let the stage finish: its model folder has them merged",
         )
     if any(masters[key].shape != parameter.shape for key, parameter in own.items()):

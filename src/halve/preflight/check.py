@@ -122,8 +122,8 @@ def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
             raise RecipeError(
-                f"round {number} learns from the last student, which has learned nothing",
-                why=f"round {number - 1} has no section distill, so its student is not trained",
+                f"round {number} learns from the last student, which is not trained",
+                why=f"round {number - 1} has no section distill, so its student stays as it was cut",
                 fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
             )
 

@@ -228,7 +228,7 @@ def _known(criterion: DepthCriterion, pattern: DepthPattern, scores: Scores | No
     if layer_scores is None:
         raise RecipeError(
             "depth: taylor needs scores from gradients",
-            why="layers are worth the sum of weight times gradient, and the scores given were made without a gradient",
+            why="a layer's value is the sum of weight times gradient, and these scores were made without gradients",
             fix="set score.method: taylor, or another score.depth",
         )
     return depth_values.additive(layer_scores)
@@ -244,7 +244,7 @@ def _task(
     if not items:
         raise RecipeError(
             "depth: task needs multiple-choice items",
-            why="layers are judged by the answers that the model gives without them, and no file was given",
+            why="layers are compared by the model's answers without them, and no file was given",
             fix="set score.depth_task to a multiple-choice file (JSON lines), or another score.depth",
         )
     assert tokenizer is not None, "items are tokenized"
@@ -255,7 +255,7 @@ def _check_count(remove: int, total: int) -> None:
     if not 0 < remove < total:
         raise PlanError(
             f"cannot remove {remove} of {total} layers",
-            why="at least one layer has to go and one to stay",
+            why="at least one layer must be removed and one kept",
             fix=f"keep between 1 and {total - 1} layers (--layers)",
         )
 
@@ -263,7 +263,7 @@ def _check_count(remove: int, total: int) -> None:
 def _check_samples(samples_BS: Tensor) -> None:
     if len(samples_BS) == 0:
         raise CorpusError(
-            "no samples to judge layers by",
-            why="the calibration text has not one whole sample",
+            "no samples to compare layers with",
+            why="the calibration text is shorter than one sample",
             fix="give more text in data.train, a smaller data.context, or score.depth_samples above 0",
         )

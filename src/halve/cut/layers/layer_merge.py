@@ -186,13 +186,13 @@ def laco_search(
     if not 0 < layers < total:
         raise PlanError(
             f"cannot collapse {total} layers to {layers}",
-            why="at least one layer has to go and one to stay",
+            why="at least one layer must be removed and one kept",
             fix=f"keep between 1 and {total - 1} layers (--layers)",
         )
     if len(samples_BS) == 0:
         raise CorpusError(
-            "no samples to judge merged layers by",
-            why="the calibration text has not one whole sample",
+            "no samples to compare merged layers with",
+            why="the calibration text is shorter than one sample",
             fix="give more text in data.train, or a smaller data.context",
         )
     found, batches = removal.layers_of(model, anatomy), torch.split(samples_BS, micro_batch)

@@ -94,7 +94,7 @@ def _refuse(anatomy: Anatomy, axis: str, new: int) -> None:
     if not 0 < new <= old:
         raise PlanError(
             f"cannot keep {new} of {old} {axis}",
-            why="pruning only takes away, and something must remain",
+            why="pruning can only remove, and at least one must remain",
             fix=f"--{axis.replace('_', '-')} between 1 and {old}" if old > 1 else f"leave {axis} at 1",
         )
 

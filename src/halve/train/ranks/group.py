@@ -215,7 +215,7 @@ def require_shares(training: Training, size: int) -> None:
         )
     if training.batch % size:
         raise TrainError(
-            f"a batch of {training.batch} samples does not fall into {size} equal shares",
+            f"a batch of {training.batch} samples cannot be split into {size} equal shares",
             why="every rank takes the same number of a step's samples",
             fix=f"set batch to a multiple of {size}, or start another number of ranks",
         )
