@@ -262,7 +262,7 @@ def quality(results: Facts | None) -> PageSection | None:
     note = (
         f"All models are measured on the same held-out text: {samples['count']} samples of {samples['context']} tokens."
         f" KL is the divergence from the {_lower(label(reference))}, in nats per token. Agreement is the share of"
-        " tokens at which both rank the same token first. ± is one standard error."
+        " tokens at which model and teacher rank the same token first. ± is one standard error."
     ) + controls(models)
     note += " acc and acc_norm follow the rules of lm-evaluation-harness." * (len(columns) > len(tasks))
     found = [
