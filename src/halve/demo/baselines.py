@@ -65,8 +65,8 @@ class NGram:
 def fit(ids: Sequence[int] | NDArray[Any], *, vocab: int, order: int = 5) -> NGram:
     """Fit interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999, Sec. 2.7) to a stream of ids.
 
-    The highest order counts occurrences; each lower order counts the distinct ids that precede an n-gram. One
-    discount an order, D = n1 / (n1 + 2 n2), from the numbers of n-grams counted once and twice; 1/2 where n1
+    The highest order counts occurrences. Each lower order counts the distinct ids that precede an n-gram. Each order
+    has one discount, D = n1 / (n1 + 2 n2), from the numbers of n-grams that are counted once and twice. It is 1/2 if n1
     = 0.
     """
     assert vocab**order < 2**64, "n-grams are numbered in 64 bits"
@@ -92,7 +92,7 @@ def fit(ids: Sequence[int] | NDArray[Any], *, vocab: int, order: int = 5) -> NGr
 
 
 def xz_bits(text: bytes, *, after: bytes = b"") -> int:
-    """Bits that `xz -9e` adds for `text` to what it needs for `after`, whose matches it may use."""
+    """Bits that `xz -9e` needs for `text` after `after`, whose matches it may use."""
     alone = 8 * len(_xz(after)) if after else 0
     return 8 * len(_xz(after + text)) - alone
 
@@ -102,7 +102,7 @@ def _xz(data: bytes) -> bytes:
 
 
 def _keys(stream: Ids, n: int, vocab: int) -> Keys:
-    """Every run of n ids as one number, the oldest id in front."""
+    """Every sequence of n ids as one number, with the oldest id first."""
     num = len(stream) - n + 1
     keys = np.zeros(num, dtype=np.uint64)
     for place in range(n):

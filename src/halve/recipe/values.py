@@ -1,4 +1,4 @@
-"""Kinds of values that a recipe's keys take, each with the bounds beyond which no run can mean anything."""
+"""The types of values in a recipe, with bounds outside of which a run makes no sense."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST = 10**15
-"""Of anything that is counted: a hundred times the tokens of the largest corpora."""
+"""The upper bound of every count: a hundred times the tokens of the largest corpora."""
 
 
 class Section(BaseModel):
@@ -20,14 +20,14 @@ class Section(BaseModel):
 
 
 def _number(given: Any) -> Any:
-    """Numbers alone: pydantic would also read true as 1 and '7' as 7."""
+    """Accept only numbers: pydantic would also read true as 1 and '7' as 7."""
     if isinstance(given, bool | str):
         raise ValueError("Input should be a number")
     return given
 
 
 def _written(given: Any) -> Any:
-    """What is text to halve and may look like a number: params: 350000000, drop_layers: 3."""
+    """Turn numbers into text for keys that hold text: params: 350000000, drop_layers: 3."""
     return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
 
 
@@ -55,9 +55,9 @@ Switch = Annotated[bool, Field(strict=True)]
 Count = Annotated[Whole, Field(gt=0), AfterValidator(_countable)]
 CountFromZero = Annotated[Whole, Field(ge=0), AfterValidator(_countable)]
 Context = Annotated[Whole, Field(ge=2), AfterValidator(_countable)]
-"""Tokens of a sample: one alone predicts nothing."""
+"""Tokens in a sample: at least two, because a single token predicts nothing."""
 Scale = Annotated[Real, Field(gt=0), AfterValidator(_moderate)]
-"""A weight or a scale, far from where single precision ends."""
+"""A weight or a scale, far from the limits of single precision."""
 Seed = Annotated[Whole, Field(ge=0), AfterValidator(_seed)]
 Rate = Annotated[Real, Field(gt=0, le=10)]
 """A learning rate."""
@@ -65,7 +65,7 @@ Written = Annotated[str, BeforeValidator(_written), Field(min_length=1, max_leng
 
 
 def path_or_name(text: str) -> str:
-    """The text, if it is a path or a name of the hub that could be there. Raises `ValueError`."""
+    """Return the text if it is a possible path or hub name. Raises `ValueError`."""
     if not text.strip():
         raise ValueError("a path or name must not be blank")
     if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", text):

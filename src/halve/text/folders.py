@@ -32,7 +32,7 @@ from halve.errors import CorpusError
 
 FileKind = Literal["text", "JSON lines", "CSV", "parquet"]
 
-MOST_LEFT_OUT = 20_000  # of the files of a folder, beyond as many as are read: a disk, not a corpus
+MOST_LEFT_OUT = 20_000  # this many more skipped files than read ones mean a disk and not a corpus
 HEAD_BYTES = 1 << 16
 
 _BY_ENDING: dict[str, FileKind] = {
@@ -54,7 +54,7 @@ _OBJECT = re.compile(rb"\s*\{\s*\"")
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source: those that are read, in order of their paths, and those that are left out."""
+    """The files of a source: those that are read, in the order of their paths, and those that are left out."""
 
     read: tuple[Path, ...]
     left_out: tuple[Path, ...]
@@ -116,8 +116,8 @@ def file_kind(path: Path, *, text_field: str) -> FileKind:
 
 @lru_cache(maxsize=1 << 16)
 def _by_content(path: Path, size: int, changed: int) -> FileKind | None:
-    """What a file's beginning says it is; None for text and for all else. `size` and `changed` say which content."""
-    if size == 0:  # as the files of /proc are, some of which never end
+    """The format that a file's beginning shows; None for text and others. `size` and `changed` identify the content."""
+    if size == 0:  # like files of /proc, some of which never end
         return None
     with open_packed(path) as file:
         head = file.read(HEAD_BYTES)
@@ -127,14 +127,14 @@ def _by_content(path: Path, size: int, changed: int) -> FileKind | None:
 
 
 def _table(path: Path, text_field: str) -> FileKind:
-    """CSV, if the first line names `text_field` among other columns; else text."""
+    """CSV if the first line has a column `text_field` and others, otherwise text."""
     with open_packed(path) as file:
         line = file.readline(HEAD_BYTES).decode("utf-8-sig", "replace").strip()
     return "CSV" if delimiter(line, text_field) else "text"
 
 
 def delimiter(header: str, text_field: str) -> str | None:
-    """What stands between the columns of a table whose header has the column `text_field` and others.
+    """The delimiter of a table whose header has the column `text_field` and others.
 
     >>> delimiter("id;text", "text")
     ';'
@@ -147,12 +147,12 @@ def delimiter(header: str, text_field: str) -> str | None:
 
 
 def _holds_rows(head: bytes) -> bool:
-    """Whether more than half of the lines of a file's beginning are JSON objects, or it is an array of them."""
+    """Whether more than half of the lines in a file's beginning are JSON objects, or it is an array of objects."""
     *lines, last = head.split(b"\n")
     if len(head) < HEAD_BYTES:
         lines.append(last)
     lines = [line for line in lines if line.strip()]
-    if not lines:  # not even one line ends in there
+    if not lines:  # no line ends within the beginning
         return bool(_OBJECT.match(head))
     return bool(_ARRAY.match(head)) or 2 * sum(map(_is_object, lines)) > len(lines)
 
@@ -192,9 +192,9 @@ def _in_folder(folder: Path) -> SourceFiles:
 
 
 def _walk(folder: Path, leave_out: Callable[[Path], None]) -> Iterator[Path]:
-    """The files of a folder, of those in it, and then of those that links lead to; each real folder once."""
+    """The files of a folder and its subfolders, and then of linked folders. Each real folder is visited once."""
     root = folder.resolve()
-    holding = {_identity(path) for path in root.parents}  # a link to one of them leads out into the disk
+    holding = {_identity(path) for path in root.parents}  # a link to one of these would lead out of the source
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
@@ -215,7 +215,7 @@ def _walk_one(
     *,
     source: Path,
 ) -> Iterator[Path]:
-    """The files of a folder and of those in it that are not `seen` yet; links to folders are given away."""
+    """The files of a folder and its subfolders that are not yet `seen`. Links to folders go to `follow_later`."""
 
     def failed(error: OSError) -> None:
         raise CorpusError(
@@ -241,18 +241,18 @@ def _walk_one(
         for name in sorted({*names}.difference(hidden)):
             if os.path.isfile(inside / name):
                 yield inside / name
-            else:  # a pipe, or a link to what is gone
+            else:  # a pipe or a broken link
                 leave_out(inside / name)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """By which a folder is known however it was come to."""
+    """The identity of a folder, which does not depend on the path to it."""
     found = folder.stat()
     return found.st_dev, found.st_ino
 
 
 def _kind_in_folder(path: Path) -> FileKind | None:
-    """How a file is read in a folder; None where it is left out."""
+    """The format in which a file of a folder is read; None if it is left out."""
     suffix = ending(path)
     if suffix in _BY_ENDING and suffix != ".json":
         return _BY_ENDING[suffix]
@@ -260,17 +260,17 @@ def _kind_in_folder(path: Path) -> FileKind | None:
         now = status(path)
         found = _by_content(path, now.st_size, now.st_mtime_ns)
     except (*DAMAGED, CorpusError):
-        found = _BY_ENDING.get(suffix)  # reading it tells what is wrong
+        found = _BY_ENDING.get(suffix)  # reading it reports the error
     return found or ("text" if suffix in _PROSE else None)
 
 
 def _is_note(path: Path) -> bool:
-    """A license, or a note of the `datasets` library."""
+    """Whether a file is a license, or metadata of the `datasets` library."""
     return path.name in _NOTES or bool(_LICENSES.fullmatch(path.name))
 
 
 def _about(kinds: dict[Path, FileKind], *, alone: bool) -> set[Path]:
-    """The files that tell about the text beside them; `alone`: there is nothing else in the folder."""
+    """The files that describe the text next to them. `alone`: there is nothing else in the folder."""
     text = {path for path, found in kinds.items() if found == "text"}
     readme = {path for path in text if path.name.lower().startswith("readme")}
     if len(text) < len(kinds):

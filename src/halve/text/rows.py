@@ -1,4 +1,4 @@
-"""Rows of a file, one document each: JSON lines, CSV and parquet; and documents in pieces of bounded length."""
+"""Read rows of JSON lines, CSV and parquet, one document each, and split documents into pieces of bounded length."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plain_text(path: Path, file: io.BufferedIOBase) -> Iterator[Piece]:
 
 
 def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
-    """The documents of JSON lines, one in each line that is not empty."""
+    """The documents of JSON lines, one for each line that is not empty."""
     for number, line in _lines(path, file):
         place = f"{path}, line {number}"
         try:
@@ -55,7 +55,7 @@ def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Itera
 
 
 def csv_documents(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
-    """The documents of a CSV file, one a row; its first row names the columns."""
+    """The documents of a CSV file, one for each row. The first row names the columns."""
     lines = (line for _, line in _lines(path, file))
     header = next(lines, "")
     between = delimiter(header.strip(), text_field) or ("\t" if ".tsv" in path.suffixes else ",")
@@ -78,7 +78,7 @@ def csv_documents(path: Path, file: io.BufferedIOBase, *, text_field: str) -> It
 
 
 def parquet_rows(path: Path, *, text_field: str) -> Iterator[Piece]:
-    """The documents of a parquet file, one a row."""
+    """The documents of a parquet file, one for each row."""
     parquet = extra("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
@@ -90,7 +90,7 @@ def parquet_rows(path: Path, *, text_field: str) -> Iterator[Piece]:
             for value in batch.column(0).to_pylist():
                 number += 1
                 yield from pieces({text_field: value}, place=f"{path}, row {number}", text_field=text_field)
-    except ValueError as error:  # pyarrow.ArrowInvalid among them
+    except ValueError as error:  # includes pyarrow.ArrowInvalid
         raise CorpusError(f"cannot read {path}", why=str(error), fix="check that it is a whole parquet file") from error
 
 
@@ -172,7 +172,7 @@ def _lines(path: Path, file: io.BufferedIOBase) -> Iterator[tuple[int, str]]:
 
 
 def _decode(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
-    """UTF-8 text chunk by chunk; keeps count, so that an error can say where it is."""
+    """UTF-8 text, chunk by chunk. It counts lines and bytes, so that an error can name the place."""
     held, offset, line = b"", 0, 1
     while True:
         raw = file.read(PIECE_CHARS)
@@ -190,7 +190,7 @@ def _decode(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
 
 
 def _cut(text: str) -> int:
-    """Where to end the first piece of a longer text: after a line, else a word, else where it is full."""
+    """Where to end the first piece of a longer text: after a line, otherwise a word, otherwise at the limit."""
     for end in ("\n", " "):
         cut = text.rfind(end, 0, PIECE_CHARS) + 1
         if cut > PIECE_CHARS // 2:
