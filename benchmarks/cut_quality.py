@@ -10,7 +10,7 @@ Learning rates are swept on the first seed at 50 %; the other sizes take the bes
 seeds are run for the best four at 50 %, our own, plain Minitron and both random cuts. Means are ± one standard error;
 which of two is lower is said by Student's t over seeds. A seed draws the calibration samples and the order of training.
 
-Results are appended to FOLDER/results.jsonl as they come, and a second call goes on from there; FOLDER/report.md is
+Results are appended to FOLDER/results.jsonl as they come, and a second call resumes there; FOLDER/report.md is
 written at the end.
 
 Without --model: halve's demo teacher and the prose of the standard library's docstrings.

@@ -74,7 +74,7 @@ def exactness(make: Callable[[Pair], Loss], made_of: Callable[[Pair], Pair] | No
     """How far a loss is from float64's of the same hidden states, those of `made_of` the models.
 
     In bfloat16 the factors may be rounded: the reference is the nearer of those from whole and rounded factors.
-    Precisions are watched on the models as they are, since compiled code shows no operations.
+    Precisions are recorded on the uncompiled models, because compiled code shows no operations.
     """
     teacher, student = _near(_VOCAB)
     ids_BS = torch.randint(_VOCAB, (1, 256), generator=torch.Generator().manual_seed(2))

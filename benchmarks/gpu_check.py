@@ -132,11 +132,11 @@ def plain_gradients(hidden: Tensor, weight: Tensor, taught: Tensor, master: Tens
 
 
 class Killed(BaseException):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def resume_is_exact() -> list[Check]:
-    """A run of 6 steps, and one that is killed in the fifth and goes on: the same bits."""
+    """A run of 6 steps, and one that is killed in the fifth and resumes: bit-identical."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for kill in (None, 4):
