@@ -23,8 +23,8 @@ FLOOR = 0.05
 SCATTER = 6.0
 """The smallest spike, in standard deviations, because a loss that is estimated from draws fluctuates around zero."""
 KNOWN = 8
-"""How many losses are needed to estimate the standard deviation. With fewer, it is multiplied by `1 + KNOWN / count`.
-With less than three losses, a spike must exceed `KNOWN` times `FLOOR`."""
+"""Few losses underestimate the standard deviation, so it is multiplied by `1 + KNOWN / count`. With fewer than three
+losses, a spike must exceed `KNOWN` times `FLOOR`."""
 MOST, WITHIN = 4, 100
 """At most this many steps may be skipped within this many steps. More spikes are not caused by a few samples."""
 
