@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,46 +61,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             draft.unlink()
         raise
-
-
-@contextmanager
-def atomic_folder(path: Path, *, last: str) -> Iterator[Path]:
-    """Yield a new folder to write to. When the block ends, `path` has exactly its content.
-
-    If the folder `path` exists, it is kept and its content is replaced: it may be a process's working folder, or
-    nothing may be created next to it. The file `last` is removed first and written last, so that half a folder never
-    counts as complete. A block that fails leaves `path` unchanged. Raises `DiskError` when the device is full.
-    """
-    folder = Path(path).resolve()
-    there = folder.is_dir()
-    draft = folder / ".draft.tmp" if there else folder.with_name(f".{folder.name}.tmp")
-    try:
-        with disk_guard(path):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            yield draft
-            sync_tree(draft)
-            if there:
-                _refill(folder, draft, last=last)
-            else:
-                os.replace(draft, folder)
-            sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-def _refill(folder: Path, draft: Path, *, last: str) -> None:
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name != last):
-        if entry.is_dir() and not entry.is_symlink():
-            if entry != draft:
-                shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    for entry in sorted(draft.iterdir(), key=lambda entry: entry.name == last):
-        os.replace(entry, folder / entry.name)
-    draft.rmdir()
-    sync(folder)
 
 
 def sync(path: Path) -> None:

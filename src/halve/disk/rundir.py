@@ -9,7 +9,8 @@
         .checkpoints/     names with a dot are scratch and are dropped when the stage is committed
 
 A stage is finished by one rename. Before that, its manifest is written into the work folder. From then on the stage
-counts as finished, and the next process that opens the run completes a rename that a kill has interrupted.
+counts as finished, and the next process that opens the run completes a rename that a kill has interrupted
+(`disk.folders`).
 
 A manifest holds the SHA-256 of every file, and a digest of itself. Code that reads a file of a finished stage gets it
 from `sound` or has called `RunDir.verify`. So a file that was changed by something else is an error, not an input.
@@ -28,7 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from halve.disk.files import disk_guard, file_sha256, read_object, read_sealed, sealed, sync, sync_tree, write_json
+from halve.disk.files import disk_guard, file_sha256, read_object, read_sealed, sealed, sync_tree, write_json
+from halve.disk.folders import finish_folder, replace_folder
 from halve.errors import RunError
 from halve.process.waits import wait
 from halve.recipe.schema import Recipe
@@ -71,6 +73,8 @@ class RunDir:
                 write_json(folder / MARKER, {"format": MARKER_FORMAT, **_identity(recipe)})
             write_json(folder / RECIPE, recipe.model_dump(mode="json"))
             run = cls(folder, lock)
+            for stage in folder.iterdir():
+                finish_folder(stage, last=MANIFEST)
             for work in sorted(folder.glob(".*.work")):
                 if (work / MANIFEST).exists():
                     run._finish(work.name[1 : -len(".work")])
@@ -177,9 +181,9 @@ class RunDir:
         work, stage = self._work(name), self.stage(name)
         for scratch in work.glob(".*"):
             _remove(scratch)
-        _remove(stage, first=MANIFEST)
-        os.replace(work, stage)
-        sync(self.path)
+        if not stage.is_dir() or stage.is_symlink():
+            stage.unlink(missing_ok=True)
+        replace_folder(work, stage, last=MANIFEST)
 
 
 def read_manifest(stage: Path) -> dict[str, Any]:

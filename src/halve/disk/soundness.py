@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from halve.disk import plain_json
 from halve.disk.files import file_sha256
+from halve.disk.folders import is_interrupted
 from halve.errors import CheckpointError
 from halve.process.fresh import distrust
 
@@ -144,6 +145,12 @@ def read_config(folder: Path, *, hub: str | None = None) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         refuse_incomplete(hub, CONFIG)
+        if is_interrupted(folder):
+            raise CheckpointError(
+                f"the model in {folder} is not complete",
+                why="halve was killed while it replaced the model in that folder",
+                fix="run the command that writes it again",
+            )
         raise CheckpointError(
             f"{hub or folder} has no {CONFIG}",
             why="its repository has none, and a model needs one" if hub else "a model folder needs one",

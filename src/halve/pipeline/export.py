@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from halve.disk.files import CHANGED, atomic_folder, read_object, read_sealed
+from halve.disk.files import CHANGED, read_object, read_sealed
+from halve.disk.folders import atomic_folder, finish_folder
 from halve.disk.rundir import MARKER, RECIPE, RunDir
 from halve.disk.soundness import CONFIG
 from halve.errors import RunError
@@ -37,6 +38,7 @@ def export(source: str | Path, out: str | Path) -> Path:
     """
     source, out = Path(source).absolute(), Path(out)
     place = out.resolve()
+    finish_folder(place, last=CONFIG)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
     if (source / checkpoints.FACTS).is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -256,7 +257,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: Any, 
             raise Killed
         original(*args, **kwargs)
 
-    holder = checkpoints.os if where == "os.replace" else checkpoints
+    holder = os if where == "os.replace" else checkpoints
     original = getattr(holder, where.removeprefix("os."))
     with monkeypatch.context() as patch:
         patch.setattr(holder, where.removeprefix("os."), killed)

@@ -10,7 +10,6 @@ dot is complete. Older checkpoints are removed only after that.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from halve.disk.files import disk_guard, plain, read_sealed, sealed, sync, sync_tree
+from halve.disk.files import disk_guard, plain, read_sealed, sealed, sync_tree
+from halve.disk.folders import finish_folder, replace_folder
 from halve.errors import RunError
 from halve.train.loop.step import Trained
 from halve.train.ranks.group import ALONE, Ranks
@@ -144,6 +144,7 @@ class Keeper:
         """This run's checkpoints, the newest first, and those whose run cannot be determined."""
         known: list[dict[str, Any]] = []
         for kept in reversed(complete(self.work)):
+            finish_folder(kept, last=FACTS)
             try:
                 facts: dict[str, Any] = read_sealed(kept / FACTS)
             except RunError as error:
@@ -202,9 +203,7 @@ def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: i
             if ranks.leads:
                 (draft / FACTS).write_text(json.dumps(sealed(plain(facts))))
                 sync_tree(draft)
-                shutil.rmtree(final, ignore_errors=True)  # the state of another run
-                os.replace(draft, final)
-                sync(work)
+                replace_folder(draft, final, last=FACTS)  # there may be the state of another run
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise
