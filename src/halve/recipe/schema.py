@@ -5,9 +5,9 @@ A recipe is one YAML file. Its sections have the names of the stages. `read` tur
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from halve.recipe.trainings import (
     HOW,
@@ -298,13 +298,19 @@ class Recipe(Section):
         """Whether every distillation corrects the teacher that it learns from."""
         return self.correct is not None and self.correct.when == "beside"
 
-    @model_validator(mode="after")
-    def _basis(self) -> Recipe:
-        """Leave the basis alone where another method ranks the channels: principal axes bring their own ranking."""
-        if self.score.method != "activation":
-            then = tuple(step.model_copy(update={"prune": _unturned(step.prune)}) for step in self.then)
-            self.__dict__.update(prune=_unturned(self.prune), then=then)
-        return self
+    @field_validator("prune", "then")
+    @classmethod
+    def _basis(cls, cuts: Prune | tuple[Step, ...], given: Any) -> Prune | tuple[Step, ...]:
+        """Leave the basis alone where another method ranks the channels: principal axes bring their own ranking.
+
+        `given` is pydantic's `ValidationInfo`. Its `data` holds the valid fields above this one.
+        """
+        score = given.data.get("score")
+        if score is None or score.method == "activation":
+            return cuts
+        if isinstance(cuts, Prune):
+            return _unturned(cuts)
+        return tuple(step.model_copy(update={"prune": _unturned(step.prune)}) for step in cuts)
 
     @model_validator(mode="after")
     def _searched(self) -> Recipe:
