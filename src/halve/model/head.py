@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from halve.errors import AnatomyError, CheckpointError
+from halve.errors import AnatomyError
+from halve.model.finite import came_out, not_finite
 from halve.model.products import product
 
 if TYPE_CHECKING:
@@ -81,11 +82,7 @@ def split(model: PreTrainedModel) -> tuple[Body, Head]:
     body, head = parts(model)
     error = _difference(model, body, head)
     if math.isnan(error):
-        raise CheckpointError(
-            f"the logits of this {type(model).__name__} are not finite",
-            why="NaN or infinity comes out of it for a few random tokens",
-            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-        )
+        raise not_finite(f"the logits of this {type(model).__name__}", why=came_out(on="a few random tokens"))
     if not error < (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):
         raise AnatomyError(
             f"cannot split {type(model).__name__} into body and head",

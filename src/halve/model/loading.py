@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from halve.anatomy.configs import build, quiet
 from halve.disk.soundness import ADAPTER, GENERATION, INDEX, WEIGHTS, TensorHeader
 from halve.errors import CheckpointError
+from halve.model.finite import require_finite
 
 # Buffers that older versions of transformers saved with the weights; the code computes them itself.
 _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -237,12 +238,14 @@ def _refuse_dead_weights(folder: Path, model: PreTrainedModel) -> None:
     living = False
     for name, weight in model.named_parameters():
         low, high = torch.aminmax(weight.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise CheckpointError(
-                f"{name} of {folder} is not finite",
-                why="it holds NaN or infinity",
-                fix="take a checkpoint from before the training run diverged",
-            )
+        require_finite(
+            f"{name} of {folder}",
+            low,
+            high,
+            verb="is",
+            why="it holds NaN or infinity",
+            fix="take a checkpoint from before the training run diverged",
+        )
         zero = bool(low == 0) and bool(high == 0)
         living |= weight.ndim > 1 and not zero
         if zero and weight is embedding:

@@ -30,6 +30,7 @@ from halve.errors import CheckpointError, PlanError
 from halve.model import measure, saving
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.finite import require_finite
 from halve.process import fresh
 from halve.process.waits import wait
 from halve.progress import SILENT, Progress
@@ -240,12 +241,13 @@ def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll
             why="surgery and counting disagree",
             fix="report this with the model's config.json",
         )
-    if not bool(torch.isfinite(nll).all()):
-        raise CheckpointError(
-            "the student's perplexity is not finite",
-            why="its activations overflow after the cut",
-            fix="use dtype: float32, a smaller cut, or gain: none",
-        )
+    require_finite(
+        "the student's perplexity",
+        nll,
+        verb="is",
+        why="its activations overflow after the cut",
+        fix="use dtype: float32, a smaller cut, or gain: none",
+    )
     _check_cache(student, ids)
     _check_reopens(student, folder, ids)
 

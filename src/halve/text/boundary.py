@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.disk.files import read_sealed, sealed, write_json
-from halve.errors import CheckpointError, HalveError
+from halve.errors import HalveError
 from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.finite import came_out, require_finite
 from halve.model.head import split
 from halve.progress import Progress
 from halve.recipe.schema import Boundary, Recipe
@@ -61,12 +62,7 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     if not note.exists():
         model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
         nats, even = end_nats(model, teacher.tokenizer, marks), math.log(split(model)[1].weight.shape[0])
-        if not math.isfinite(nats):
-            raise CheckpointError(
-                f"the logits of {recipe.model} are not finite",
-                why="NaN or infinity came out of the model on plain text",
-                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-            )
+        require_finite(f"the logits of {recipe.model}", nats, why=came_out(on="plain text"))
         write_json(note, sealed({"nats": nats, "even": even}))
         if nats > ABSURD * even:
             token = teacher.tokenizer.convert_ids_to_tokens(marks.eos)

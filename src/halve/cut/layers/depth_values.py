@@ -31,9 +31,9 @@ from halve.anatomy import Anatomy
 from halve.anatomy.configs import context_length
 from halve.cut.layers import removal
 from halve.cut.layers.removal import Trace
-from halve.errors import CheckpointError
 from halve.model import choices
 from halve.model.choices import Item
+from halve.model.finite import require_finite
 from halve.model.head import Head, split
 from halve.model.measure import require_context, row_chunks, sample_nll
 from halve.progress import SILENT, Progress
@@ -278,11 +278,6 @@ def finite_values(values: Tensor, sets: Sequence[LayerSet]) -> tuple[float, ...]
     """The values as numbers. Raises `CheckpointError` naming the first set whose value is not finite."""
     found = values.tolist()
     for value, chosen in zip(found, sets, strict=True):
-        if value - value != 0:
-            names = ", ".join(str(layer) for layer in chosen)
-            raise CheckpointError(
-                f"without layers {names} the logits are not finite" if chosen else "the model's logits are not finite",
-                why="NaN or infinity came out of the model on the calibration samples",
-                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-            )
+        names = ", ".join(str(layer) for layer in chosen)
+        require_finite(f"without layers {names} the logits" if chosen else "the model's logits", value)
     return tuple(found)

@@ -20,7 +20,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 
 import torch
 from jaxtyping import Float, Int64
@@ -31,7 +31,8 @@ from halve.anatomy import Anatomy
 from halve.cut.layers import removal
 from halve.cut.layers.removal import Trace
 from halve.cut.score.importance import token_cosine
-from halve.errors import AnatomyError, CheckpointError, CorpusError, PlanError
+from halve.errors import AnatomyError, CorpusError, PlanError
+from halve.model.finite import came_out, float32_or, require_finite
 from halve.progress import SILENT, Progress
 
 THRESHOLD_STEP = 0.05
@@ -280,10 +281,11 @@ def kept_after(merges: Sequence[Merge], total: int) -> tuple[int, ...]:
 
 
 def _finite(value: float, merge: Merge) -> float:
-    if not isfinite(value):
-        raise CheckpointError(
-            f"hidden states are not finite with layers {', '.join(map(str, merge.layers))} merged into {merge.into}",
-            why="NaN or infinity came out of the merged model on the calibration samples",
-            fix="try dtype: float32; if that does not help, set layer_merge: none",
-        )
+    require_finite(
+        "hidden states",
+        value,
+        where=f" with layers {', '.join(map(str, merge.layers))} merged into {merge.into}",
+        why=came_out(of="the merged model"),
+        fix=float32_or("set layer_merge: none"),
+    )
     return value

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
-from halve.errors import AnatomyError, CheckpointError
+from halve.errors import AnatomyError
+from halve.model.finite import came_out, require_finite
 from halve.progress import SILENT, Progress
 
 Forward = Callable[..., Any]
@@ -74,12 +75,7 @@ def layers_of(model: PreTrainedModel, anatomy: Anatomy) -> Layers:
     layers = Layers(model.base_model, modules, arity, model.device)
     whole = trace(layers, ids_BS)
     again_BSD = resume(layers, ids_BS, whole, start=len(modules) // 2)
-    if not bool(whole.hidden.isfinite().all()):
-        raise CheckpointError(
-            "the model's hidden states are not finite",
-            why="NaN or infinity came out of it on four plain tokens",
-            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-        )
+    require_finite("the model's hidden states", whole.hidden, why=came_out(on="four plain tokens"))
     if not torch.allclose(again_BSD, whole.hidden, rtol=0, atol=1e-2 * float(whole.hidden.abs().max())):
         raise _unknown(f"run from a kept state, {anatomy.family} comes to another result")
     return layers

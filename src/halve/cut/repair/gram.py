@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from halve.errors import CheckpointError
+from halve.model.finite import require_finite
 
 
 class SingularGramWarning(UserWarning):
@@ -36,12 +36,7 @@ class Gram:
 
     def check(self, what: str) -> None:
         """Raise `CheckpointError` if a sum is not finite. Warn if there were fewer tokens than channels."""
-        if not bool(self.xx_XX.isfinite().all() and self.yx_YX.isfinite().all()):
-            raise CheckpointError(
-                f"activations are not finite at {what}",
-                why="NaN or infinity came out of the model on the calibration samples",
-                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-            )
+        require_finite("activations", self.xx_XX, self.yx_YX, where=f" at {what}")
         if self.tokens < len(self.xx_XX):
             warnings.warn(
                 f"{self.tokens} calibration tokens for {len(self.xx_XX)} channels at {what}:"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.score.taps import on_layers
-from halve.errors import CheckpointError
+from halve.model.finite import require_finite
 from halve.model.head import Head, split
 from halve.model.measure import row_chunks, token_log_probs
 from halve.progress import SILENT, Progress
@@ -124,10 +124,6 @@ def _head_gradients(
 
 
 def _check_finite(what: str, values: Mapping[str, Tensor]) -> None:
-    bad = next((name for name, value in values.items() if not bool(value.isfinite().all())), None)
-    if bad is not None:
-        raise CheckpointError(
-            f"{what} are not finite, first of {bad}",
-            why="NaN or infinity is in the model, or came out of it on the calibration samples",
-            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-        )
+    why = "NaN or infinity is in the model, or came out of it on the calibration samples"
+    for name, value in values.items():
+        require_finite(what, value, where=f", first of {name}", why=why)

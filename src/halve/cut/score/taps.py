@@ -33,7 +33,8 @@ from halve.cut.score.importance import block_importance, seq_statistics, sums_ov
 from halve.cut.score.scores import WIDTH_AXES, Statistics
 from halve.cut.score.sites import output_expr
 from halve.cut.score.structures import axis_positions
-from halve.errors import AnatomyError, CheckpointError
+from halve.errors import AnatomyError
+from halve.model.finite import not_finite
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import FfnPoint
 
@@ -352,8 +353,4 @@ def _check_finite(heard: Heard, taps: Mapping[str, Sequence[Tap]]) -> None:
     turns = heard.block_sums.isfinite().tolist()
     bad += [(layer, f"layer {layer}") for layer, finite in enumerate(turns) if not finite]
     if bad:
-        raise CheckpointError(
-            f"activations are not finite, first at {min(bad)[1]}",
-            why="NaN or infinity came out of the model on the calibration samples",
-            fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-        )
+        raise not_finite("activations", where=f", first at {min(bad)[1]}")
