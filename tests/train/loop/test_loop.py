@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from halve.disk import folders
 from halve.errors import DiskError, RunError, Stopped, TrainError
 from halve.model.head import Body, Head, split
 from halve.recipe.schema import Training
@@ -257,7 +258,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: Any, 
             raise Killed
         original(*args, **kwargs)
 
-    holder = os if where == "os.replace" else checkpoints
+    holder = {"os.replace": os, "sync": folders}.get(where, checkpoints)
     original = getattr(holder, where.removeprefix("os."))
     with monkeypatch.context() as patch:
         patch.setattr(holder, where.removeprefix("os."), killed)
