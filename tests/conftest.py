@@ -6,8 +6,9 @@ Everything is drawn from fixed seeds and is read-only: a test that changes a fol
 from __future__ import annotations
 
 import random
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halve.process import waits
+from halve.process import fresh, waits
 from halve.recipe import read as reading
 from halve.recipe.schema import Recipe
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 waits.AFTER_S = 600.0  # a busy machine says no more than an idle one
 
@@ -55,6 +58,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         seconds[report.nodeid] += report.duration
     slow = sorted({case.partition("[")[0] for case, took in seconds.items() if took > 1})
     SLOW.write_text("".join(f"{name}\n" for name in slow), encoding="utf-8")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept() -> Iterator[None]:
+    """What reopens students loads transformers once for all of a worker's tests."""
+    with fresh.kept():
+        yield
 
 
 END = "<|endoftext|>"

@@ -39,6 +39,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, corpus: Pa
 
 def _import_all() -> None:
     """What a run imports, once, before the forks."""
+    import torch._dynamo  # noqa: F401  by the first optimizer of a process
+
     from halve.stages import cache, correct, distill, evaluate, prune, score  # noqa: F401
 
 

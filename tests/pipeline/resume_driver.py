@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # by the first optimizer of a process: seconds for each run
 import transformers.modeling_utils
 
 import halve.report.page

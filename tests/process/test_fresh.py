@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import halve
@@ -32,6 +34,12 @@ def lay(folder: Path, *names: str) -> Path:
 
 def ran(notes: Path) -> str:
     return notes.read_text() if notes.exists() else ""
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of the suite's is forked here, but for those of `kept`."""
+    monkeypatch.setattr(fresh, "_source", None)
 
 
 @pytest.fixture
@@ -79,6 +87,59 @@ def test_a_fresh_process_finds_what_the_user_has_installed(tmp_path: Path, monke
     (tmp_path / "installed" / "one_of_mine.py").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
     assert fresh.python("import one_of_mine") == ""
+
+
+TOLD = "import os, sys; open(sys.argv[1], 'a').write(f'{os.getpid()} {os.getppid()} {sys.argv[1:]}')"
+LOADED = "assert {'torch', 'transformers'} <= {*__import__('sys').modules}"
+
+
+def test_kept_processes_are_forks_of_one_that_loads_once_and_ends_with_the_block(tmp_path: Path) -> None:
+    notes = [tmp_path / name for name in ("one", "two", "three")]
+    with fresh.kept(), fresh.kept():
+        assert [fresh.python(TOLD, str(path), "more") for path in notes[:2]] == ["", ""]
+        assert fresh.python(LOADED) == ""
+    assert fresh.python(TOLD, str(notes[2]), "more") == ""
+    said = [path.read_text().split(" ", 2) for path in notes]
+    assert len({own for own, _, _ in said}) == 3
+    assert said[0][1] == said[1][1]
+    assert said[2][1] == str(os.getpid())
+    assert not psutil.pid_exists(int(said[0][1]))
+    assert [words for _, _, words in said] == [str([str(path), "more"]) for path in notes]
+
+
+def test_kept_processes_know_nothing_of_this_one_or_of_each_other(work: Path) -> None:
+    notes = lay(work, *LIBRARIES, *OWN, *SITE)
+    with fresh.kept():
+        assert fresh.python(f"{IMPORTS}, builtins; builtins.mine = 1") == ""
+        assert "not defined" in fresh.python("mine")
+        assert fresh.python("import sys; assert not any(name.startswith('halve') for name in sys.modules)") == ""
+        assert ran(notes) == ""
+
+
+def test_what_a_kept_process_says_is_what_one_by_itself_says() -> None:
+    codes = ("import nowhere", "raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", "print('words')")
+    alone = [fresh.python(code) for code in codes]
+    with fresh.kept():
+        assert [fresh.python(code) for code in codes] == alone
+    assert [bool(said) for said in alone] == [True, True, True, False]
+
+
+def test_a_kept_process_that_searches_elsewhere_or_is_gone_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one_of_mine.py").touch()
+    told = [tmp_path / name for name in ("before", "after")]
+    with fresh.kept():
+        assert "No module" in fresh.python("import one_of_mine")
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(sys, "path", [str(tmp_path), *sys.path])
+            assert fresh.python("import one_of_mine") == ""
+        assert fresh.python(TOLD, str(told[0])) == ""
+        source = int(told[0].read_text().split()[1])
+        assert source != os.getpid()
+        os.kill(source, signal.SIGKILL)
+        assert fresh.python(TOLD, str(told[1])) == ""
+    assert told[1].read_text().split()[1] == str(os.getpid())
 
 
 def test_workers_run_nothing_of_the_working_folder(work: Path) -> None:

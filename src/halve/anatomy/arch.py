@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from math import prod
 
 from halve.anatomy.axes import Expr
@@ -102,6 +103,12 @@ class Ledger:
     routed_share: float = 1.0
     """The share of the experts' weights that a token goes through."""
 
+    @cached_property
+    def _kinds(self) -> tuple[int, ...]:
+        """For every layer the first that counts alike: to compare layers takes longer than to count them."""
+        firsts: dict[Layer, int] = {}
+        return tuple(firsts.setdefault(layer, number) for number, layer in enumerate(self.layers))
+
     def count(
         self,
         arch: Arch,
@@ -119,17 +126,17 @@ class Ledger:
         6738415616
         """
         sizes = arch.sizes
-        layers = self.layers[: arch.layers] if kept_layers is None else [self.layers[i] for i in kept_layers]
-        kinds = Counter(layers)
-        in_layers = sum(times * _total(layer.shapes, sizes) for layer, times in kinds.items())
-        matrices = sum(times * _total(layer.matrices, sizes) for layer, times in kinds.items())
+        numbers = self._kinds[: arch.layers] if kept_layers is None else [self._kinds[i] for i in kept_layers]
+        kinds = [(self.layers[number], times) for number, times in Counter(numbers).items()]
+        in_layers = sum(times * _total(layer.shapes, sizes) for layer, times in kinds)
+        matrices = sum(times * _total(layer.matrices, sizes) for layer, times in kinds)
         outside = sum(_size(shape, sizes) for shape in self.outside)
         embedding = sum(_size(shape, sizes) for shape in self.embeddings)
-        caches = [(layer.cache.size(sizes) if layer.cache else None, times) for layer, times in kinds.items()]
+        caches = [(layer.cache.size(sizes) if layer.cache else None, times) for layer, times in kinds]
         attending = sum(times for entries, times in caches if entries != 0)
         attention = 2 * attending * context * arch.heads * arch.head_dim
         params = in_layers + outside + embedding
-        expert = sum(times * _total(layer.experts, sizes) for layer, times in kinds.items())
+        expert = sum(times * _total(layer.experts, sizes) for layer, times in kinds)
         idle = round((1 - self.routed_share) * expert)
         return Counts(
             params=params,

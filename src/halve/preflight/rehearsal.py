@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -132,11 +132,29 @@ def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tens
 
 
 def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> Rehearsal:
-    """Run two micro-batches of this many samples.
+    """Run two micro-batches of this many samples. A process runs equal ones once.
 
     For a deep student, two shallow ones are run instead, because the memory grows by the same amount with every layer.
     Raises what `intermediate.match` raises.
     """
+    models = [None if one is None else (type(one), repr(one.to_dict())) for one in (cast.student, cast.teacher)]
+    held = (cast.half, cast.teacher_dtype, cast.cuda, cast.in_shards)
+    asked = (type(training), training.model_dump_json(exclude=_ELSEWHERE))
+    key = (*models, *held, *asked, samples, context)
+    if key not in _rehearsed:
+        _rehearsed[key] = _rehearse(cast, training, samples=samples, context=context)
+    return _rehearsed[key]
+
+
+_rehearsed: dict[tuple[Hashable, ...], Rehearsal] = {}
+_ELSEWHERE = {
+    *("tokens", "batch", "micro_batch", "lr", "min_lr", "optimizer", "offload_optimizer"),
+    *("cache", "teacher_device", "offload_teacher", "shard_teacher"),
+}
+"""Keys that a pass does not depend on: a plan compares settings that differ in these."""
+
+
+def _rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> Rehearsal:
     problem = ""
     try:
         with _quietly(), wait("running a step on tensors without contents, for the memory plan"):

@@ -8,13 +8,15 @@ use, because they are the user's choice.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import current_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -40,6 +42,9 @@ def search_path(*, keep: frozenset[str] = frozenset()) -> list[str]:
 
 def python(code: str, *words: str) -> str:
     """Run code in a separate process. Returns the last line of its error, or "" if there was none."""
+    environment = _environment(search_path())
+    if _source is not None and (said := _source.python(code, words, environment)) is not None:
+        return said
     command = [sys.executable, "-P", "-c", code, *words]
     done = subprocess.run(
         command,
@@ -48,11 +53,104 @@ def python(code: str, *words: str) -> str:
         errors="replace",
         check=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **_environment(search_path())},
+        env={**os.environ, **environment},
     )
-    if not done.returncode:
+    return _complaint(done.returncode, done.stderr)
+
+
+def _complaint(status: int, said: str) -> str:
+    if not status:
         return ""
-    return (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode} and no message"])[-1]
+    return (said.strip().splitlines() or [f"the process ended with {status} and no message"])[-1]
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Within, processes of `python` are forks of one that has loaded plain transformers and knows nothing else.
+
+    Loading takes seconds, and is done once. A fork begins where the loading ended, so that none knows of another.
+    """
+    global _source
+    if _source is not None or sys.platform != "linux":  # an outer block has one; elsewhere libraries do not bear forks
+        yield
+        return
+    _source = source = _Source()
+    try:
+        yield
+    finally:
+        _source = None
+        source.close()
+
+
+_FORKS = """
+import json, os, sys, torch
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+for line in sys.stdin:
+    code, words, complaint = json.loads(line)
+    if not os.fork():
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+for number, path in enumerate((os.devnull, os.devnull, complaint)):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+sys.argv = ["-c", *words]
+exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+"""
+
+
+class _Source:
+    """The process that is forked; it starts when it is first asked."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._process: subprocess.Popen[str] | None = None
+        self._environment: dict[str, str] = {}
+
+    def python(self, code: str, words: Sequence[str], environment: dict[str, str]) -> str | None:
+        """What `fresh.python` gives; None where it cannot serve: it has ended, or was started to search elsewhere."""
+        if self._owner != os.getpid():
+            return None
+        if self._process is None:
+            self._process, self._environment = self._started(environment), environment
+        if self._environment != environment:
+            return None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            complaint = Path(scratch) / "complaint"
+            try:
+                print(json.dumps([code, words, str(complaint)]), file=self._process.stdin, flush=True)
+                status = self._process.stdout.readline()
+            except BrokenPipeError:
+                return None
+            except BaseException:  # its answer would be taken for the next one's
+                self.close()
+                raise
+            return _complaint(int(status), complaint.read_text(errors="replace")) if status else None
+
+    def close(self) -> None:
+        """End the process and what it has started."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    def _started(self, environment: dict[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", _FORKS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **environment},
+            cwd=os.sep,
+            start_new_session=True,
+        )
+
+
+_source: _Source | None = None
 
 
 def require_guard() -> None:

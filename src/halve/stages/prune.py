@@ -42,6 +42,7 @@ CHECK_SAMPLES = 8
 MICRO_BATCH = 4
 
 
+@fresh.kept()
 def run(
     recipe: Recipe,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import lcm
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +160,12 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
     depth cut follows if it is within reach. Where hidden and heads are coupled, heads follow hidden.
     """
 
+    return list(_candidates(anatomy, budget, total=total, context=context))
+
+
+def _candidates(anatomy: Anatomy, budget: int, *, total: bool, context: int = 4096) -> Iterator[Candidate]:
+    """The same one by one: whether sizes are legal is asked of the family's config, and takes longer than counting."""
+
     def size(counts: Counts) -> int:
         return counts.params if total else counts.non_embedding
 
@@ -171,10 +178,11 @@ def candidates(anatomy: Anatomy, budget: int, *, total: bool = True, context: in
             away.append(abs(size(counts) / budget - 1))
     kept = [[getattr(c.arch, axis) / getattr(before, axis) for c in found] for axis in ("hidden", "ffn")]
     found = [found[i] for i in np.argsort(rank_candidates(np.array(away), np.array(kept)), kind="stable")]
+    yield from _legal(anatomy, found)
     depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in _depths(anatomy)]
     near = [c for c in depth if abs(size(c.counts) / budget - 1) <= BUDGET_TOLERANCE]
     near.sort(key=lambda c: abs(size(c.counts) - budget))
-    return [*_legal(anatomy, found), *islice(_legal(anatomy, near), 1)]
+    yield from islice(_legal(anatomy, near), 1)
 
 
 def _legal(anatomy: Anatomy, found: Iterable[Candidate]) -> Iterator[Candidate]:
@@ -259,10 +267,20 @@ def step_of(size: int) -> int:
     return step
 
 
+_best: dict[tuple[type, str, int, bool], Candidate] = {}
+
+
 def _nearest(anatomy: Anatomy, budget: int, *, total: bool) -> Candidate:
-    found = candidates(anatomy, budget, total=total)
-    if found:
-        return found[0]
+    """The first of the candidates. A process looks for it once: a check and each stage ask again."""
+    key = (type(anatomy.config), repr(anatomy), budget, total)
+    if key not in _best:
+        first = next(_candidates(anatomy, budget, total=total), None)
+        _best[key] = _none_near(anatomy, budget, total=total) if first is None else first
+    return _best[key]
+
+
+def _none_near(anatomy: Anatomy, budget: int, *, total: bool) -> NoReturn:
+    """Raise the `PlanError` that names the nearest sizes."""
     archs = [*_areas(anatomy), *_depths(anatomy)]
     counts = [anatomy.ledger.count(arch) for arch in archs]
     sizes = [c.params if total else c.non_embedding for c in counts]
