@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?=
 BIN := $(VENV)/bin
+# A file's tests share what they set up; the files that take longest come first (tests/conftest.py).
+WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick long fuzz docs families gpu-check
 
@@ -18,7 +20,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) --durations=20
 
 # Some four minutes on two cores: what `make test` looks at, and the tests that finish in a second each. tests/slow.txt
 # names the others; `pytest --note-slow` writes this file.
@@ -27,7 +29,7 @@ quick: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest --quick -n logical --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quick $(WORKERS)
 
 # Longer proofs, by hand before something is called resolved: bad inputs at size, and every family's proof.
 long: fuzz families

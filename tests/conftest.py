@@ -40,24 +40,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `--quick` the tests stay that finish in a second each."""
-    if not config.getoption("--quick"):
-        return
-    slow = set(SLOW.read_text(encoding="utf-8").split())
-    left_out = [item for item in items if item.nodeid.partition("[")[0] in slow]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item.nodeid.partition("[")[0] not in slow]
+    """Under `--quick` the tests stay that finish in a second each; workers begin with the files that take longest."""
+    slow = _slow()
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.nodeid.partition("[")[0] in slow]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid.partition("[")[0] not in slow]
+    if hasattr(config, "workerinput"):
+        seconds: Counter[str] = Counter()
+        for name, took in slow.items():
+            seconds[_file(name)] += took
+        items.sort(key=lambda item: -seconds[_file(item.nodeid)])
+
+
+def _slow() -> dict[str, int]:
+    """The tests with a case of over a second, and the seconds of all their cases."""
+    lines = [line.split() for line in SLOW.read_text(encoding="utf-8").splitlines()]
+    return {name: int(seconds) for seconds, name in lines}
+
+
+def _file(name: str) -> str:
+    return name.partition("::")[0]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Under `--note-slow` note who took over a second with its set-up."""
+    """Under `--note-slow` note who took over a second with its set-up, and what all its cases took."""
     if not config.getoption("--note-slow"):
         return
     seconds: Counter[str] = Counter()
     for report in (one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "duration")):
         seconds[report.nodeid] += report.duration
+    whole: Counter[str] = Counter()
+    for case, took in seconds.items():
+        whole[case.partition("[")[0]] += took
     slow = sorted({case.partition("[")[0] for case, took in seconds.items() if took > 1})
-    SLOW.write_text("".join(f"{name}\n" for name in slow), encoding="utf-8")
+    SLOW.write_text("".join(f"{whole[name]:4.0f} {name}\n" for name in slow), encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

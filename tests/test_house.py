@@ -167,7 +167,7 @@ def test_every_file_is_in_a_room() -> None:
 
 
 def test_what_is_called_slow_is_there() -> None:
-    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split():
+    for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split()[1::2]:
         path, *_, function = line.split("::")
         assert (ROOT / path).exists(), line
         source = (ROOT / path).read_text(encoding="utf-8")

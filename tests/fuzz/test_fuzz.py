@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 from random import Random
 
+import forked
 import pytest
-from fuzz import forked, verdicts, world
-from fuzz.forked import Outcome
+from forked import Outcome
+from fuzz import verdicts, world
 
 from halve.errors import HalveError
 from halve.recipe import read as reading

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz.forked import Outcome
+from forked import Outcome
 
 ERROR = re.compile(r"error: [^\n]+\n  why: [^\n]+\n  fix: [^\n]+\n")
 LONGEST = 3200

@@ -1,4 +1,8 @@
-"""The commands of docs/guides/cluster.md: torchrun through the whole pipeline, and models out of its checkpoints."""
+"""The commands of docs/guides/cluster.md: torchrun through the whole pipeline, and models out of its checkpoints.
+
+torchrun starts a whole run and one that it passes SIGTERM to. Where it has nothing to do with what is looked at, ranks
+are forks of this process, told the same by their environment: they need not import anything.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -30,6 +35,7 @@ from halve.recipe.schema import Recipe
 from halve.train.loop import checkpoints
 from halve.train.ranks.group import ALONE
 
+LIMIT_S = 300.0
 TRAINING = {"tokens": 1280, "batch": 4, "warmup_steps": 2, "eval_every": 3, "eval_samples": 4, "checkpoint_every": 4}
 
 
@@ -92,10 +98,8 @@ def test_two_ranks_correct_a_teacher_beside(make_recipe: Callable[..., Recipe], 
         pipeline.run(recipe, runs[0], only=stage)
     shutil.copytree(*runs)
     pipeline.run(recipe, runs[0], only="distill")
-    command = torchrun(path, runs[1])
-    command[command.index("run", command.index("halve"))] = "distill"
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
+    answers = forked.in_ranks(["distill", str(path), "--out", str(runs[1])], 2, folder=tmp_path, limit=LIMIT_S)
+    assert [answer.code for answer in answers] == [0, 0], answers
     for mine, its in zip(*(course(run / "distill") for run in runs), strict=True):
         assert mine == pytest.approx(its, rel=1e-5)
     checks = [read_json(run / "distill" / "manifest.json")["metrics"]["teacher_ce"] for run in runs]
@@ -115,9 +119,10 @@ def test_an_error_of_the_first_rank_is_said_once(recipe: Recipe, tmp_path: Path)
     path = tmp_path / "recipe.yaml"
     uneven = recipe.model_copy(update={"distill": recipe.distill and recipe.distill.model_copy(update={"batch": 3})})
     path.write_text(yaml.safe_dump(uneven.model_dump(mode="json", exclude_none=True)))
-    answer = subprocess.run(torchrun(path, tmp_path / "run"), capture_output=True, text=True, check=False)
-    assert answer.returncode == 1
-    assert answer.stderr.count("error: a batch of 3 samples does not fall into 2 equal shares") == 1
+    answers = forked.in_ranks(["run", str(path), "--out", str(tmp_path / "run")], 2, folder=tmp_path, limit=LIMIT_S)
+    assert [answer.code for answer in answers] == [2, 2], answers
+    said = [answer.err.count("error: a batch of 3 samples does not fall into 2 equal shares") for answer in answers]
+    assert said == [1, 0]
 
 
 def test_a_run_that_gets_sigterm_goes_on(done: tuple[Path, str], recipe_file: Path, tmp_path: Path) -> None:
@@ -154,8 +159,8 @@ def test_a_run_that_gets_sigterm_goes_on(done: tuple[Path, str], recipe_file: Pa
     assert read_json(export(run, tmp_path / "newest") / "halve.json")["step"] == int(kept.name.removeprefix("step-"))
     shutil.rmtree(run / "distill")
 
-    again = subprocess.run(torchrun(recipe_file, run), capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    again = forked.in_ranks(["run", str(recipe_file), "--out", str(run)], 2, folder=tmp_path, limit=LIMIT_S)
+    assert [answer.code for answer in again] == [0, 0], again
     assert course(run / "distill") == course(done[0] / "distill")
     weights = "distill/model/model.safetensors"
     assert file_sha256(run / weights) == file_sha256(done[0] / weights)

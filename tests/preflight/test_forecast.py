@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from halve.anatomy.configs import resized
 from halve.cli.app import main
 from halve.model.head import split
+from halve.preflight import rehearsal
 from halve.preflight.device import card
 from halve.preflight.forecast import Forecast, forecast
 from halve.recipe.read import parse
@@ -192,6 +193,7 @@ def test_a_plan_that_cannot_be_made_stops_nothing(
 
     ran: list[Path] = []
     monkeypatch.setattr(failing, broken)
+    monkeypatch.setattr(rehearsal, "_rehearsed", {})
     monkeypatch.setattr("halve.pipeline.run.run", lambda *_, **__: [ran.append(mixture), mixture.parent][1])
     monkeypatch.setattr("halve.cli.app._show_results", lambda *_, **__: None)
     assert main(["run", str(mixture)]) == 0

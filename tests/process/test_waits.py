@@ -14,6 +14,8 @@ from halve.disk import files
 from halve.disk.files import file_sha256
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
+from halve.preflight import rehearsal
+from halve.preflight.forecast import forecast
 from halve.process import waits
 from halve.process.waits import heard, wait
 from halve.progress import Task
@@ -123,9 +125,10 @@ def test_reading_a_file_for_its_hash_is_a_wait(tmp_path: Path, at_once: None) ->
     assert said == ["hashing weights.bin (2.1 MB)"], "each file is read once"
 
 
-def test_a_dry_run_tells_of_its_rehearsal(make_recipe: MakeRecipe, at_once: None) -> None:
-    from halve.preflight.forecast import forecast
-
+def test_a_dry_run_tells_of_its_rehearsal(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, at_once: None
+) -> None:
+    monkeypatch.setattr(rehearsal, "_rehearsed", {})
     recipe = make_recipe(distill={"tokens": 4096, "batch": 4})
     said: list[str] = []
     with heard(said.append):

@@ -42,7 +42,7 @@ CHANGES: dict[str, Any] = {
     "correct": DISTILL,
     "score": {"samples": 8, "micro_batch": 4},
     "distill": DISTILL,
-    "evaluate": {"samples": 4},
+    "evaluate": {"samples": 4, "speed": False},
 }
 COMMAND = "halve study tiny --seeds 2"
 

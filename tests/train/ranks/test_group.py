@@ -69,8 +69,17 @@ class Answer:
 class Driver:
     """A running ranks_driver; `run` gives its answer."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.process = process
+        self.folder = folder
+        self._whole: dict[str, Answer] = {}
+
+    def whole(self, size: int, **job: Any) -> Answer:
+        """A training that nothing befalls; several tests look at the same one."""
+        asked = json.dumps([size, job], sort_keys=True)
+        if asked not in self._whole:
+            self._whole[asked] = self.run(self.folder / str(len(self._whole)), size, **job)
+        return self._whole[asked]
 
     def run(self, folder: Path, size: int, **job: Any) -> Answer:
         assert self.process.stdin is not None
@@ -80,10 +89,10 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     command = [sys.executable, str(Path(__file__).parents[1] / "loop" / "ranks_driver.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Driver(process)
+        yield Driver(process, tmp_path_factory.mktemp("whole"))
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait() == 0
@@ -111,12 +120,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_compute_what_one_rank_computes(driver: Driver, tmp_path: Path, case: str) -> None:
+def test_ranks_compute_what_one_rank_computes(driver: Driver, case: str) -> None:
     job = CASES[case]
-    one = driver.run(tmp_path / "1", 1, **job)
+    one = driver.whole(1, **job)
     assert one.facts["held"] > 0
     for size in (2, 4):
-        several = driver.run(tmp_path / str(size), size, **job)
+        several = driver.whole(size, **job)
         assert several.facts["tied"] == one.facts["tied"]
         assert not several.facts["teacher"]
         # uneven rows are rounded up
@@ -140,16 +149,16 @@ def test_a_teacher_that_is_corrected_beside_is_corrected_alike(driver: Driver, t
 @pytest.mark.parametrize("case", ["tied", "untied"])
 def test_replicas_of_shards_compute_what_one_rank_computes(driver: Driver, tmp_path: Path, case: str) -> None:
     job = CASES[case]
-    one = driver.run(tmp_path / "1", 1, **job)
+    one = driver.whole(1, **job)
     four = driver.run(tmp_path / "4", 4, **job, shard_teacher=True, training={"replicas": 2})
     assert_same_course(four, one)
     assert one.facts["held"] / 2 <= four.facts["held"] < 1.1 * one.facts["held"] / 2
 
 
-def test_muon_on_shards_stays_near_one_rank(driver: Driver, tmp_path: Path) -> None:
+def test_muon_on_shards_stays_near_one_rank(driver: Driver) -> None:
     """Its iteration is made in bfloat16, so that the last digits of a gradient grow to its third."""
     job = {"training": {"optimizer": "muon"}}
-    one, two, four = (driver.run(tmp_path / str(size), size, **job) for size in (1, 2, 4))
+    one, two, four = (driver.whole(size, **job) for size in (1, 2, 4))
     assert_same_course(two, one, rel=1e-3)
     assert_same_course(four, one, rel=1e-3)
 
@@ -189,7 +198,7 @@ def test_half_precision_stays_near_one_rank(driver: Driver, tmp_path: Path) -> N
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(driver: Driver, tmp_path: Path) -> None:
-    whole = driver.run(tmp_path / "whole", 2)
+    whole = driver.whole(2)
     died = driver.run(tmp_path / "died", 2, die=[1, 6])
     assert died.statuses == [2, KILLED]
     assert died.seconds < 30
@@ -227,7 +236,7 @@ def test_a_teacher_that_is_corrected_beside_goes_on_with_the_same_bits(driver: D
 
 
 def test_replicas_leave_a_checkpoint_that_one_rank_goes_on_from(driver: Driver, tmp_path: Path) -> None:
-    whole = driver.run(tmp_path / "whole", 1)
+    whole = driver.whole(1)
     stopped = driver.run(tmp_path / "stopped", 4, training={"replicas": 2}, term=[2, 3])
     assert stopped.checkpoints == ["step-00000003"]
     again = driver.run(stopped.folder, 1)
@@ -236,7 +245,7 @@ def test_replicas_leave_a_checkpoint_that_one_rank_goes_on_from(driver: Driver, 
 
 
 def test_sigterm_to_one_rank_saves_and_stops_all(driver: Driver, tmp_path: Path) -> None:
-    whole = driver.run(tmp_path / "whole", 2)
+    whole = driver.whole(2)
     stopped = driver.run(tmp_path / "stopped", 2, term=[1, 3])
     assert stopped.statuses == [2, 2]
     assert all(said.startswith("Stopped: stopped by SIGTERM after step 3") for said in stopped.said)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -11,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +38,58 @@ def halve(words: list[str], *, folder: Path, limit: float) -> Outcome:
     return in_fork(lambda: cli.main(words), folder=folder, limit=limit)
 
 
+def in_ranks(words: list[str], size: int, *, folder: Path, limit: float) -> list[Outcome]:
+    """Run the command in `size` processes that find each other as those of torchrun do; their outcomes by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def rank(number: int) -> int:
+        here = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in here.items()}, MASTER_ADDR="127.0.0.1")
+        return cli.main(words)
+
+    forks = [Fork(partial(rank, number), folder=folder) for number in range(size)]
+    return [fork.wait(limit) for fork in forks]
+
+
 def in_fork(work: Callable[[], int], *, folder: Path, limit: float) -> Outcome:
     """What a piece of work says and ends with, done by a fork that nothing outlives."""
-    began = time.monotonic()
-    paths = [folder / ".said.out", folder / ".said.err"]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _in_the_child(work, folder, paths)
-    code: int | None = None
-    while time.monotonic() - began < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.005)
-    else:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
-    for path in paths:
-        path.unlink()
-    return Outcome(code, out, err, time.monotonic() - began)
+    return Fork(work, folder=folder).wait(limit)
+
+
+class Fork:
+    """A fork at work in a folder."""
+
+    def __init__(self, work: Callable[[], int], *, folder: Path) -> None:
+        self.began = time.monotonic()
+        name = f".said-{os.getpid()}-{next(_numbers)}"
+        self.paths = [folder / f"{name}.{end}" for end in ("out", "err")]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.child = os.fork()
+        if self.child == 0:
+            _in_the_child(work, folder, self.paths)
+
+    def wait(self, limit: float) -> Outcome:
+        """How it ends; after `limit` seconds it is ended."""
+        code: int | None = None
+        while time.monotonic() - self.began < limit:
+            done, status = os.waitpid(self.child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                break
+            time.sleep(0.005)
+        else:
+            os.killpg(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self.paths)
+        for path in self.paths:
+            path.unlink()
+        return Outcome(code, out, err, time.monotonic() - self.began)
+
+
+_numbers = itertools.count()
 
 
 def _in_the_child(work: Callable[[], int], folder: Path, paths: list[Path]) -> None:
