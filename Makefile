@@ -9,26 +9,28 @@ BIN := $(VENV)/bin
 # A file's tests share what they set up; the files that take longest come first (tests/conftest.py).
 WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick long fuzz docs families gpu-check
+.PHONY: demo test lint quick quick-tests long fuzz docs families gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/halve demo $(DEMO)
 
-test: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+test: lint
 	$(BIN)/python scripts/make_docs.py --check
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) --durations=20
 
-# Some four minutes on two cores: what `make test` looks at, and the tests that finish in a second each. tests/slow.txt
-# names the others; `pytest --note-slow` writes this file.
-quick: $(VENV)/.installed-dev
+# Style, types and layers.
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Style, types and layers beside the tests that finish in a second each. tests/slow.txt names the others with their
+# seconds; `pytest --note-slow` writes it anew.
+quick: $(VENV)/.installed-dev
+	$(MAKE) -j 2 lint quick-tests
+
+quick-tests: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quick $(WORKERS)
 
 # Longer proofs, by hand before something is called resolved: bad inputs at size, and every family's proof.

@@ -43,7 +43,18 @@ def list_shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[li
     Each list has at most one shape for each number of layers: the valid one that shrinks its axes most evenly. A pure
     depth cut is the last entry of the last list. So that no shape wins by its size, none exceeds the budget by more
     than twice the distance of the nearest shape, or one percent. None is below the budget by more than twice that.
+    A process lists them once, because a check, a plan and a cut ask for the same shapes.
     """
+    key = (type(anatomy.config), repr(anatomy), budget, total)
+    if key not in _listed:
+        _listed[key] = _list_shapes(anatomy, budget, total=total)
+    return [list(family) for family in _listed[key]]
+
+
+_listed: dict[tuple[type, str, int, bool], list[list[Arch]]] = {}
+
+
+def _list_shapes(anatomy: Anatomy, budget: int, *, total: bool) -> list[list[Arch]]:
     depths = range(anatomy.sizes.layers, 0, -1) if can(anatomy, "layers") else [anatomy.sizes.layers]
     listed = []
     for axes, cut in _families(anatomy).items():
