@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import product
 from math import prod
 
 from halve.anatomy.axes import Expr
@@ -70,6 +71,9 @@ class Counts:
 
 Shape = tuple[Expr, ...]
 
+Polynomial = tuple[tuple[int, tuple[str, ...]], ...]
+"""A sum of products of axes, each with how often it occurs."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -109,6 +113,18 @@ class Ledger:
         firsts: dict[Layer, int] = {}
         return tuple(firsts.setdefault(layer, number) for number, layer in enumerate(self.layers))
 
+    @cached_property
+    def _layers(self) -> dict[int, tuple[Polynomial, Polynomial, Polynomial]]:
+        """Of each kind of layer all weights, matrices and routed experts."""
+        kinds = {number: self.layers[number] for number in self._kinds}
+        return {n: (_expanded(k.shapes), _expanded(k.matrices), _expanded(k.experts)) for n, k in kinds.items()}
+
+    @cached_property
+    def _others(self) -> tuple[Polynomial, Polynomial, Polynomial]:
+        """What is outside of layers: norms and the like, embeddings, the head."""
+        outside, embeddings = (_expanded([(shape, 1) for shape in part]) for part in (self.outside, self.embeddings))
+        return outside, embeddings, _expanded([(self.head, 1)])
+
     def count(
         self,
         arch: Arch,
@@ -127,35 +143,48 @@ class Ledger:
         """
         sizes = arch.sizes
         numbers = self._kinds[: arch.layers] if kept_layers is None else [self._kinds[i] for i in kept_layers]
-        kinds = [(self.layers[number], times) for number, times in Counter(numbers).items()]
-        in_layers = sum(times * _total(layer.shapes, sizes) for layer, times in kinds)
-        matrices = sum(times * _total(layer.matrices, sizes) for layer, times in kinds)
-        outside = sum(_size(shape, sizes) for shape in self.outside)
-        embedding = sum(_size(shape, sizes) for shape in self.embeddings)
-        caches = [(layer.cache.size(sizes) if layer.cache else None, times) for layer, times in kinds]
+        kinds = list(Counter(numbers).items())
+        expanded = [(self._layers[number], times) for number, times in kinds]
+        in_layers, matrices, expert = (
+            sum(times * _value(of_layer[part], sizes) for of_layer, times in expanded) for part in range(3)
+        )
+        outside, embedding, head = (_value(part, sizes) for part in self._others)
+        caches = [
+            (cache.size(sizes) if (cache := self.layers[number].cache) else None, times) for number, times in kinds
+        ]
         attending = sum(times for entries, times in caches if entries != 0)
         attention = 2 * attending * context * arch.heads * arch.head_dim
         params = in_layers + outside + embedding
-        expert = sum(times * _total(layer.experts, sizes) for layer, times in kinds)
         idle = round((1 - self.routed_share) * expert)
         return Counts(
             params=params,
             non_embedding=in_layers + outside,
             active_params=params - idle,
-            flops_per_token=2 * (matrices + expert - idle + _size(self.head, sizes)) + attention,
+            flops_per_token=2 * (matrices + expert - idle + head) + attention,
             kv_cache_bytes_per_token=_cache_bytes(caches),
             weight_bytes=params * weight_bits // 8,
         )
 
 
-def _size(shape: Shape, sizes: Mapping[str, int]) -> int:
-    return prod(expr.size(sizes) for expr in shape)
+def _expanded(shapes: Sequence[tuple[Shape, int]]) -> Polynomial:
+    """The entries of all these weights together; a search works them out at thousands of sizes.
+
+    >>> _expanded([((Expr.parse("heads head_dim + 2"), Expr.parse("hidden")), 3)])
+    ((3, ('head_dim', 'heads', 'hidden')), (6, ('hidden',)))
+    """
+    found: Counter[tuple[str, ...]] = Counter()
+    for shape, times in shapes:
+        for terms in product(*(expr.terms for expr in shape)):
+            factors = [factor for term in terms for factor in term]
+            axes = tuple(sorted(factor for factor in factors if isinstance(factor, str)))
+            found[axes] += times * prod(factor for factor in factors if isinstance(factor, int))
+    return tuple((count, axes) for axes, count in found.items())
+
+
+def _value(polynomial: Polynomial, sizes: Mapping[str, int]) -> int:
+    return sum(count * prod(sizes[axis] for axis in axes) for count, axes in polynomial)
 
 
 def _cache_bytes(caches: Sequence[tuple[int | None, int]]) -> int | None:
     known = [entries * times for entries, times in caches if entries is not None]
     return 2 * sum(known) if len(known) == len(caches) else None
-
-
-def _total(shapes: tuple[tuple[Shape, int], ...], sizes: Mapping[str, int]) -> int:
-    return sum(times * _size(shape, sizes) for shape, times in shapes)

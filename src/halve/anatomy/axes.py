@@ -56,7 +56,7 @@ class Expr:
 
     def size(self, sizes: Mapping[str, int]) -> int:
         """The length of the dimension at the given sizes."""
-        return sum(prod(_length(factor, sizes) for factor in term) for term in self.terms)
+        return sum(prod(f if isinstance(f, int) else sizes[f] for f in term) for term in self.terms)
 
     def indices(self, sizes: Mapping[str, int], kept: Mapping[str, Sequence[int] | Tensor]) -> Tensor:
         """The entries of this dimension that survive when only `kept` entries of some axes do.
