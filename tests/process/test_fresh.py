@@ -37,9 +37,11 @@ def ran(notes: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process of the suite's is forked here, but for those of `kept`."""
+def shared(monkeypatch: pytest.MonkeyPatch) -> object:
+    """What the suite forks, put aside: processes are started here one by one."""
+    before = fresh._source
     monkeypatch.setattr(fresh, "_source", None)
+    return before
 
 
 @pytest.fixture
@@ -90,14 +92,26 @@ def test_a_fresh_process_finds_what_the_user_has_installed(tmp_path: Path, monke
 
 
 TOLD = "import os, sys; open(sys.argv[1], 'a').write(f'{os.getpid()} {os.getppid()} {sys.argv[1:]}')"
-LOADED = "assert {'torch', 'transformers'} <= {*__import__('sys').modules}"
 
 
-def test_kept_processes_are_forks_of_one_that_loads_once_and_ends_with_the_block(tmp_path: Path) -> None:
+def test_what_reopens_students_has_loaded_transformers_and_nothing_of_halve(
+    kept: None, shared: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh, "_source", shared)
+    assert fresh.python("import sys; assert {'torch', 'transformers'} <= {*sys.modules}") == ""
+    assert fresh.python("import sys; assert not any(name.startswith('halve') for name in sys.modules)") == ""
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is forked has loaded nothing."""
+    monkeypatch.setattr(fresh, "_LOADED", "")
+
+
+def test_kept_processes_are_forks_of_one_that_ends_with_the_block(light: None, tmp_path: Path) -> None:
     notes = [tmp_path / name for name in ("one", "two", "three")]
     with fresh.kept(), fresh.kept():
         assert [fresh.python(TOLD, str(path), "more") for path in notes[:2]] == ["", ""]
-        assert fresh.python(LOADED) == ""
     assert fresh.python(TOLD, str(notes[2]), "more") == ""
     said = [path.read_text().split(" ", 2) for path in notes]
     assert len({own for own, _, _ in said}) == 3
@@ -107,16 +121,15 @@ def test_kept_processes_are_forks_of_one_that_loads_once_and_ends_with_the_block
     assert [words for _, _, words in said] == [str([str(path), "more"]) for path in notes]
 
 
-def test_kept_processes_know_nothing_of_this_one_or_of_each_other(work: Path) -> None:
+def test_kept_processes_know_nothing_of_the_working_folder_or_of_each_other(light: None, work: Path) -> None:
     notes = lay(work, *LIBRARIES, *OWN, *SITE)
     with fresh.kept():
         assert fresh.python(f"{IMPORTS}, builtins; builtins.mine = 1") == ""
         assert "not defined" in fresh.python("mine")
-        assert fresh.python("import sys; assert not any(name.startswith('halve') for name in sys.modules)") == ""
         assert ran(notes) == ""
 
 
-def test_what_a_kept_process_says_is_what_one_by_itself_says() -> None:
+def test_what_a_kept_process_says_is_what_one_by_itself_says(light: None) -> None:
     codes = ("import nowhere", "raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", "print('words')")
     alone = [fresh.python(code) for code in codes]
     with fresh.kept():
@@ -125,7 +138,7 @@ def test_what_a_kept_process_says_is_what_one_by_itself_says() -> None:
 
 
 def test_a_kept_process_that_searches_elsewhere_or_is_gone_is_not_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "one_of_mine.py").touch()
     told = [tmp_path / name for name in ("before", "after")]

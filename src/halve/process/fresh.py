@@ -82,9 +82,9 @@ def kept() -> Iterator[None]:
         source.close()
 
 
+_LOADED = "import torch; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel"
 _FORKS = """
-import json, os, sys, torch
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+import json, os, sys
 for line in sys.stdin:
     code, words, complaint = json.loads(line)
     if not os.fork():
@@ -139,7 +139,7 @@ class _Source:
 
     def _started(self, environment: dict[str, str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", _FORKS],
+            [sys.executable, "-P", "-c", _LOADED + _FORKS],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
