@@ -200,7 +200,7 @@ def build(
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             model.tie_weights()
             return model.eval()
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise AnatomyError(
             f"transformers cannot build {config.model_type} as a causal language model",
             why=str(error) or type(error).__name__,

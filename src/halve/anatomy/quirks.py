@@ -145,6 +145,19 @@ PERIODS: Mapping[str, str | None] = {
 # The last layer of each period is a mixture, but for those that a list of layer numbers excepts.
 SPARSE_STEP = ("decoder_sparse_step", "mlp_only_layers")
 
+# GGUF files: llama.cpp's name of an architecture, and transformers' name of its settings. Of these it was measured that
+# the model that is read is the one that llama.cpp's converter was given (docs/decisions/0021).
+GGUF_ARCHITECTURES: Mapping[str, str] = {
+    **{name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2")},
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
+# The kind of vocabulary whose text is split by a rule that the file names: the rules that are GPT-2's, and those that
+# are GPT-2's with every digit a word of its own. transformers knows the others, or they are refused.
+GGUF_BYTE_LEVEL = "gpt2"
+GGUF_PLAIN_SPLITS = ("exaone4", "gpt-2", "mpt", "olmo", "phi-2", "trillion")
+GGUF_DIGITS_APART = ("codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm", "starcoder")
+
 
 def quirk(family: str) -> Quirk:
     """The family's entry; an empty one where nothing is special."""

@@ -36,7 +36,10 @@ def finite(given: float | None) -> float | None:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model folder (config.json is enough) or a hub name.", callback=place)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A model folder (config.json is enough), a hub name or a GGUF file.", callback=place
+    ),
 ]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", callback=place)]
 Out = Annotated[

@@ -156,6 +156,8 @@ def read_config(folder: Path, *, hub: str | None = None) -> dict[str, Any]:
             why="its repository has none, and a model needs one" if hub else "a model folder needs one",
             fix="give the model's repository in the format of transformers"
             if hub
+            else f"give the GGUF file in it: {gguf[0]}"
+            if (gguf := sorted(folder.glob("*.gguf")))
             else "give a Hugging Face model folder",
         )
     raw = _read_object(path)

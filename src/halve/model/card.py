@@ -9,16 +9,20 @@ from typing import Any
 
 import yaml
 
+from halve.disk.gguf_header import is_gguf
 from halve.recipe import strict_yaml
 
 CARD = "README.md"
 _LICENSE = ("license", "license_name", "license_link")
 _FRONT_CHARS = 1 << 16
 _DONE = {
+    "dequantize": "read from a GGUF file and dequantized to bfloat16",
     "correct": "adapted to a corpus by fine-tuning with cross-entropy",
     "prune": "pruned, and not yet distilled: expect it to be much worse than its base model",
     "distill": "pruned and distilled from its base model",
 }
+
+DEQUANTIZED = "The base model {} is a GGUF file. It was dequantized to bfloat16 first, so it has that file's rounding."
 
 
 def name_of(source: str | Path) -> str:
@@ -62,8 +66,12 @@ def model_card(record: Mapping[str, Any], *, license: Mapping[str, str] | None =
         "tags": ["halve", str(record.get("stage"))],
         **(license or {}),
     }
-    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {base}, made smaller", ""]
+    itself = record.get("stage") == "dequantize"
+    title = f"{base}, {'dequantized' if itself else 'made smaller'}"
+    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {title}", ""]
     lines.append(f"A model {_DONE.get(str(record.get('stage')), 'written')} by halve. `halve.json` says how.")
+    if is_gguf(base) and not itself:
+        lines += ["", DEQUANTIZED.format(base)]
     if plan := record.get("plan"):
         lines += ["", "| axis | before | after |", "|---|---|---|"]
         lines += [f"| {axis} | {plan['before'][axis]} | {plan['after'][axis]} |" for axis in plan["before"]]

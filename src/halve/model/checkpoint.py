@@ -1,8 +1,8 @@
 """A user's model, opened once. Stages pass it on as a `Checkpoint`.
 
-The source is a Hugging Face folder or a hub name. Only safetensors are read, and no code from a checkpoint ever runs.
-Every tensor must be there, finite and of the shape that the config implies. All checks of models are here and in
-`disk.soundness`.
+The source is a Hugging Face folder, a hub name, or a GGUF file, of which such a folder is made when weights are needed.
+Only safetensors are read, and no code from a checkpoint ever runs. Every tensor must be there, finite and of the shape
+that the config implies. All checks of models are here, in `disk.soundness` and, for GGUF files, in `model.gguf`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from halve.anatomy import Anatomy, discover, plausible
 from halve.anatomy.configs import build, quiet, require_text
 from halve.disk import plain_json, soundness
+from halve.disk.gguf_header import is_gguf
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
 from halve.model import loading
+from halve.model.gguf.file import GgufFile
 from halve.process.waits import bytes_in_words, wait
 from halve.recipe.schema import Device, Dtype
 
@@ -37,7 +39,7 @@ _PROBE = "The quick brown fox, 0123!\n\tna\u00efve \u6f22\u5b57 \U0001f600 \x01"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model folder. Its parts are read when they are first used, and then kept.
+    """A model. Its parts are read when they are first used, and then kept.
 
     >>> Checkpoint.open("no/such/folder/here")
     Traceback (most recent call last):
@@ -47,13 +49,22 @@ class Checkpoint:
     """
 
     source: str
-    """What the user called it: a folder or a hub name."""
+    """What the user called it: a folder, a hub name or a GGUF file."""
     folder: Path
-    """The folder of its config.json. Weights and tokenizer of a hub name may not be there yet (see `files`)."""
+    """The folder of its config.json, or the GGUF file. Weights of a hub name may not be there yet (see `files`)."""
+    gguf: GgufFile | None = None
+    """The GGUF file, if the source is one."""
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
-        """Find a model folder (a config alone will do for its anatomy) or hub name. Raises `CheckpointError`."""
+    def open(cls, source: str | Path, *, home: Path | None = None) -> Checkpoint:
+        """Find a model folder (a config alone will do for its anatomy), hub name or GGUF file.
+
+        `home` is where the folder is kept that is made of a GGUF file; without it that is a temporary one. Raises
+        `CheckpointError`.
+        """
+        if is_gguf(source):
+            gguf = GgufFile.open(source, home=home)
+            return cls(str(source), gguf.path, gguf)
         return cls(str(source), soundness.locate(source, config_only=True))
 
     @property
@@ -63,8 +74,11 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> Path:
-        """The folder with weights and tokenizer; a hub name is downloaded. Raises `CheckpointError`."""
-        return soundness.locate(self.source)
+        """The folder with weights and tokenizer; a hub name is downloaded, a GGUF file dequantized.
+
+        Raises `CheckpointError`.
+        """
+        return soundness.locate(self.source) if self.gguf is None else self.gguf.folder
 
     @cached_property
     def config(self) -> transformers.PretrainedConfig:
@@ -74,6 +88,8 @@ class Checkpoint:
         not know, and for one that has no causal language model. Raises `AnatomyError` for one that wraps a language
         model in other parts.
         """
+        if self.gguf is not None:
+            return _require_causal(self.gguf.config, self.source, self.folder)
         return _read_config(self.folder, self.source, self.hub)
 
     @cached_property
@@ -94,7 +110,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """The tokenizer. Raises `TokenizerError`."""
-        return _load_tokenizer(self.files, self.source, self.hub)
+        return _load_tokenizer(self.files if self.gguf is None else self.gguf.shell, self.source, self.hub)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,7 +132,8 @@ class Checkpoint:
                 why=f"its largest id is {largest}, the model's vocabulary has {vocab} entries",
                 fix="use the tokenizer that the model was trained with",
             )
-        _require_ids(self.files / TOKENIZER_FILES[0], self.tokenizer, vocab)
+        if self.gguf is None:
+            _require_ids(self.files / TOKENIZER_FILES[0], self.tokenizer, vocab)
         try:
             self.tokenizer(_PROBE)
         except Exception as error:  # the library's own type of error is Exception itself
@@ -150,6 +167,9 @@ class Checkpoint:
 
     def require_weights(self) -> None:
         """Raise `CheckpointError` unless, by their headers, the files hold exactly the tensors of the model."""
+        if self.gguf is not None:
+            self.gguf.require_weights()
+            return
         loading.require_tensors(self.files, self.config, self.headers)
 
     @cached_property
@@ -197,14 +217,18 @@ def _read_config(folder: Path, source: str, hub: str | None) -> transformers.Pre
             why=str(error),
             fix="take the config.json that belongs to the model",
         ) from error
+    return _require_causal(config, source, folder / CONFIG)
+
+
+def _require_causal(config: transformers.PretrainedConfig, source: str, path: Path) -> transformers.PretrainedConfig:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         require_text(config)
         raise CheckpointError(
             f"{source} is not a causal language model",
-            why=f"transformers has no causal language model of type {kind}",
+            why=f"transformers has no causal language model of type {config.model_type}",
             fix="give a decoder-only language model",
         )
-    plausible.require_plausible(config, folder / CONFIG)
+    plausible.require_plausible(config, path)
     return config
 
 

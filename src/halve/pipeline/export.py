@@ -94,7 +94,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
         )
     recipe = stage.recipe
     cut = [name for name in stage.after if name.partition("-")[0] == "prune"]
-    begun = Checkpoint.open(run / cut[-1] / "model" if cut else recipe.model)
+    begun = Checkpoint.open(run / cut[-1] / "model" if cut else recipe.model, home=run / "data")
     model = begun.load(dtype=recipe.dtype)
     masters = checkpoints.parameters(folder, "student")
     own = dict(model.named_parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.disk.files import content_hashes
+from halve.disk.gguf_header import SUFFIX
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES
 from halve.recipe.schema import Recipe
 from halve.text import sources
@@ -92,6 +93,8 @@ def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
 
 def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
     """The hash of an input's content, which does not depend on its place."""
+    if name == "teacher" and teacher.gguf is not None:
+        return [[[SUFFIX], teacher.gguf.sha256]]
     if name == "teacher":
         used = {CONFIG, *TOKENIZER_FILES, *(path.name for path in teacher.weights)}
         files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]

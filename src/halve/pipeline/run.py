@@ -89,7 +89,7 @@ def run(
         opened: list[RunDir] = []
         here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
         folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
-        teacher = Checkpoint.open(recipe.model)
+        teacher = Checkpoint.open(recipe.model, home=cache)
         ask = partial(_what_to_do, recipe, teacher, folder, listed, only, cache, ranks=here.size)
         wanted, done, keys = here.lead(ask)
         this = StageContext(folder, cache, progress, teacher)
@@ -98,6 +98,8 @@ def run(
             recipe = bounded(recipe, boundary)
             listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
         coming = [stage for stage in listed if stage.name in {*wanted} - {*done}]
+        if any("teacher" in stage.outside for stage in coming):  # made of a GGUF file before it is looked for
+            here.lead(lambda: str(teacher.files))
         read = partial(require_embedded, recipe, teacher, cache=cache, progress=this.progress)
         if any("valid" in stage.outside for stage in coming):  # its errors are reported before any work
             here.lead(partial(read, "valid"))

@@ -1,6 +1,6 @@
 """The disk plan: the largest size of a run folder, stage by stage, before anything is written.
 
-    models       one for each stage, in the precision of the checkpoint; they are kept
+    models       one for each stage, in the precision of the checkpoint; and what is made of a GGUF file
     states       masters and moments of the current training: `keep_checkpoints`, and one that is being written
     caches       upper bound for the teachers' answers
     text         tokens, about as many bytes as the text has; for a hub data set, the tokens that are trained on
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from halve.disk.gguf_header import DEQUANTIZED_BYTES, is_gguf
 from halve.errors import HalveError
 from halve.preflight.memory import dtype_of, moments
 from halve.preflight.rehearsal import Learned, learned
@@ -68,6 +69,8 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
     teacher = found[0].before
     itemsize, params = dtype_of(recipe, teacher.config).itemsize, teacher.ledger.count(teacher.sizes).params
     line, context, whole = _Timeline(), recipe.data.context, params * itemsize
+    if is_gguf(recipe.model):
+        line.make(params * DEQUANTIZED_BYTES)
     if recipe.correct is not None and recipe.corrects_before:
         changed = learned(teacher.config, recipe.correct)
         state = _state(recipe.correct, changed, changed.trained)

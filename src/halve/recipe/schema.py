@@ -276,7 +276,7 @@ class Recipe(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="label of the run and name of its folder"
     )
-    model: PathOrName = Field(description="the teacher: a folder or a hub name")
+    model: PathOrName = Field(description="the teacher: a folder, a hub name or a GGUF file")
     seed: Seed = Field(0, description="seed of all random numbers: order of samples, random weights, draws")
     device: Device = Field("auto", description="where models run; auto: CUDA if there is a GPU")
     dtype: Dtype = Field("auto", description="precision of the weights; auto: that of the checkpoint")

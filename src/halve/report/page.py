@@ -16,8 +16,9 @@ from safetensors import safe_open
 
 from halve.disk import plain_json
 from halve.disk.files import atomic_file, read_json, read_object
+from halve.disk.gguf_header import is_gguf
 from halve.disk.rundir import MANIFEST, RECIPE, read_manifest, sound
-from halve.model.card import CARD, license_of
+from halve.model.card import CARD, DEQUANTIZED, license_of
 from halve.recipe import strict_yaml
 from halve.recipe.rounds import named, parsed
 from halve.report import charts, sections
@@ -161,6 +162,7 @@ def _view(run: Run) -> dict[str, Any]:
         "version": versions.get("halve", ""),
         "teacher": _short(model),
         "base_model": model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else "",
+        "dequantized": DEQUANTIZED.format(_short(model)) if is_gguf(model) else "",
         "license": strict_yaml.dump(dict(run.license)).rstrip() if run.license else "",
         "tables": [_markdown(section) for section in found[:3] if section is not None and section.table],
     }

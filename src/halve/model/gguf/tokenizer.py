@@ -1,0 +1,77 @@
+"""The tokenizer in the header of a GGUF file, as transformers builds it, and only where it splits text as it should.
+
+The header names the rule by which a byte-level vocabulary splits text before anything is merged. transformers has a
+part of these rules and takes GPT-2's for all others, which would make other tokens of the same text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    GGUF_PRE_TOKENIZER_SPLITS,
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+)
+
+from halve.anatomy.configs import quiet
+from halve.anatomy.quirks import GGUF_BYTE_LEVEL, GGUF_DIGITS_APART, GGUF_PLAIN_SPLITS
+from halve.disk.gguf_header import TOKENS, GgufHeader
+from halve.errors import TokenizerError
+from halve.model.gguf.config import OWN_FOLDER
+
+_KIND, _SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+
+
+def save_tokenizer(header: GgufHeader, folder: Path) -> None:
+    """Write the tokenizer's files, its chat template among them. Raises `TokenizerError`."""
+    if TOKENS not in header.values:
+        raise TokenizerError(
+            f"{header.path} has no tokenizer",
+            why=f"its header holds no {TOKENS}",
+            fix=f"give a GGUF file with its vocabulary, or {OWN_FOLDER.removeprefix('give ')}",
+        )
+    _require_known_split(header)
+    try:
+        with quiet():
+            architecture, parts, settings = get_gguf_tokenizer(str(header.path))
+            backend, _ = convert_gguf_tokenizer(architecture, parts)
+            if header.values.get(_SPLIT) in GGUF_DIGITS_APART:
+                _keep_digits_apart(backend)
+            _whole(header, backend, settings).save_pretrained(folder)
+    except Exception as error:  # transformers raises many types here, and tokenizers Exception itself
+        raise TokenizerError(
+            f"cannot load the tokenizer of {header.path}", why=str(error) or repr(error), fix=OWN_FOLDER
+        ) from error
+
+
+def _whole(header: GgufHeader, backend: Tokenizer, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+    length = header.setting("context_length")
+    longest = {} if length is None else {"model_max_length": int(length)}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **longest)
+
+
+def _require_known_split(header: GgufHeader) -> None:
+    split = header.values.get(_SPLIT)
+    known = {*GGUF_PRE_TOKENIZER_SPLITS, *GGUF_PLAIN_SPLITS, *GGUF_DIGITS_APART}
+    if header.values.get(_KIND) == GGUF_BYTE_LEVEL and split not in known:
+        raise TokenizerError(
+            f"the tokenizer of {header.path} splits text in an unknown way",
+            why=f"{_SPLIT} is {split}, which transformers {transformers.__version__} does not know"
+            if split is not None
+            else f"its header holds no {_SPLIT}, as files of before May 2024",
+            fix="give a file that a newer llama.cpp converted, or " + OWN_FOLDER.removeprefix("give "),
+        )
+
+
+def _keep_digits_apart(backend: Tokenizer) -> None:
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
