@@ -121,7 +121,7 @@ def test_an_error_of_the_first_rank_is_said_once(recipe: Recipe, tmp_path: Path)
     path.write_text(yaml.safe_dump(uneven.model_dump(mode="json", exclude_none=True)))
     answers = forked.in_ranks(["run", str(path), "--out", str(tmp_path / "run")], 2, folder=tmp_path, limit=LIMIT_S)
     assert [answer.code for answer in answers] == [2, 2], answers
-    said = [answer.err.count("error: a batch of 3 samples does not fall into 2 equal shares") for answer in answers]
+    said = [answer.err.count("error: a batch of 3 samples cannot be split into 2 equal shares") for answer in answers]
     assert said == [1, 0]
 
 

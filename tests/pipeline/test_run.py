@@ -425,7 +425,7 @@ def test_check_looks_at_every_round(rounds: Callable[..., Recipe], make_recipe: 
     (error,) = pipeline.check(rounds(then=[{"prune": {"ffn": 41}}]))
     assert str(error).startswith("cannot keep 41 of 40 ffn")
     (error,) = pipeline.check(make_recipe(then=[{**THEN[1], "prune": {"ffn": 32}}]))
-    assert "round 2 learns from the last student, which has learned nothing" in str(error)
+    assert "round 2 learns from the last student, which is not trained" in str(error)
 
 
 def test_inputs_count_by_their_content(

@@ -253,7 +253,7 @@ def test_ranks_mfu_and_card_are_asked_for(tmp_path: Path) -> None:
     plain = json.loads(json.dumps(one.to_json(), default=str))
     assert plain["memory"]["distill"]["total_bytes"] == one.memory["distill"].total_bytes
     assert len(plain["settings"]) == 18
-    with pytest.raises(TrainError, match="does not fall into 3 equal shares"):
+    with pytest.raises(TrainError, match="cannot be split into 3 equal shares"):
         forecast(recipe, ranks=3, device=card())
     on_cpu: Forecast = forecast(parse({**raw, "device": "cpu"}, folder=tmp_path, source="test"))
     assert not on_cpu.place.cuda
