@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from halve.anatomy import Anatomy, discover
 from halve.cut.score.importance import block_importance, channel_importance, seq_statistics, sums_over_batch
 from halve.cut.score.scores import Scores, Statistics
-from halve.cut.score.taps import find_points, measure_activations, on_input, on_output, on_passage
+from halve.cut.score.taps import find_points, measure_activations
 from halve.errors import AnatomyError, CheckpointError
+from halve.model.hooks import on_input, on_output, on_passage
 
 
 def tiny(model_type: str, **changes: Any) -> PretrainedConfig:

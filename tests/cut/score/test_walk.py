@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten
 
 from halve.anatomy import discover
 from halve.cut.proof.twins import random_twin
-from halve.cut.score.walk import Call, first_input, layer_modules, record_calls, run_layer
+from halve.cut.score.walk import Call, layer_modules, record_calls, run_layer
+from halve.model.hooks import first_input
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "cohere2", "smollm3", "gpt2", "gpt_neox", "stablelm", "glm4", "phi"]
 

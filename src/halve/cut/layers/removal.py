@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy
 from halve.errors import AnatomyError
 from halve.model.finite import came_out, require_finite
+from halve.model.hooks import first_input, hooked, on_input, on_output
 from halve.progress import SILENT, Progress
 
 Forward = Callable[..., Any]
@@ -65,12 +66,8 @@ def layers_of(model: PreTrainedModel, anatomy: Anatomy) -> Layers:
     modules = tuple(model.get_submodule(f"{anatomy.layers_path}.{i}") for i in range(anatomy.sizes.layers))
     ids_BS = torch.arange(4, device=model.device)[None] % anatomy.sizes.vocab
     returned: list[Any] = []
-    handle = modules[0].register_forward_hook(lambda _module, _args, output: returned.append(output))
-    try:
-        with torch.inference_mode():
-            model.base_model(input_ids=ids_BS, use_cache=False)
-    finally:
-        handle.remove()
+    with hooked(modules[:1], after=lambda *call: returned.append(call[-1])), torch.inference_mode():
+        model.base_model(input_ids=ids_BS, use_cache=False)
     arity = len(returned[0]) if returned and isinstance(returned[0], tuple) else 0
     layers = Layers(model.base_model, modules, arity, model.device)
     whole = trace(layers, ids_BS)
@@ -88,11 +85,9 @@ def trace(layers: Layers, ids_BS: Int64[Tensor, "batch seq"], *, removed: Collec
     with ExitStack() as hooks:
         hooks.enter_context(_replaced(layers, {layer: _pass_on(layers.arity) for layer in removed}))
         for module in layers.modules:
-            handle = module.register_forward_pre_hook(_keep_input(states), with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.enter_context(on_input(module, states.append))
         last: list[Tensor] = []
-        handle = layers.modules[-1].register_forward_hook(_keep_output(last))
-        hooks.callback(handle.remove)
+        hooks.enter_context(on_output(layers.modules[-1], last.append))
         hidden_BSD = layers.body(input_ids=ids_BS.to(layers.device), use_cache=False)[0]
     if len(states) != len(layers.modules):
         raise _unknown(f"{len(layers.modules)} layers were called {len(states)} times in a pass")
@@ -171,7 +166,7 @@ def _replaced(layers: Layers, forwards: Mapping[int, Forward]) -> Iterator[None]
 
 def _pass_on(arity: int) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _returned(_first(args, kwargs), arity)
+        return _returned(first_input(args, kwargs), arity)
 
     return forward
 
@@ -185,26 +180,6 @@ def _hand_out(state_BSD: Tensor, arity: int) -> Forward:
 
 def _returned(state_BSD: Tensor, arity: int) -> Any:
     return (state_BSD, *[None] * (arity - 1)) if arity else state_BSD
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    first = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(first, Tensor), f"the first input is a {type(first).__name__}"
-    return first
-
-
-def _keep_input(states: list[Tensor]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(_first(args, kwargs))
-
-    return hook
-
-
-def _keep_output(last: list[Tensor]) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        last.append(output if isinstance(output, Tensor) else output[0])
-
-    return hook
 
 
 def _unknown(why: str) -> AnatomyError:

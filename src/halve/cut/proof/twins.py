@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from halve.anatomy.configs import build, has_heads, quiet
 from halve.anatomy.solve import TWIN_POINT
 from halve.cut.plan.plan import Plan, select
 from halve.cut.plan.sizes import require_sizes
+from halve.model.hooks import first_input, hooked
 
 
 @dataclass(frozen=True)
@@ -199,17 +199,11 @@ class _StatisticsOver:
         return full
 
 
-@contextmanager
-def skipping(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> Iterator[None]:
+def skipping(model: PreTrainedModel, anatomy: Anatomy, layer: int) -> AbstractContextManager[None]:
     """In this context, this layer returns its input unchanged."""
 
     def forward_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = first_input(args, kwargs)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
-    handle = module.register_forward_hook(forward_input, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked([model.get_submodule(f"{anatomy.layers_path}.{layer}")], after=forward_input)

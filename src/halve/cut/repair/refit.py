@@ -24,9 +24,10 @@ Legend: B batch, S seq, D the teacher's hidden, K the student's hidden (kept cha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Int64
@@ -37,21 +38,10 @@ from halve.anatomy import Anatomy
 from halve.cut.plan.plan import Plan
 from halve.cut.repair.gram import Gram, raised, ridge
 from halve.cut.score.sites import Site, find_sites, input_dim
-from halve.cut.score.walk import (
-    Call,
-    Reached,
-    States,
-    first_states,
-    layer_modules,
-    record_calls,
-    run_layer,
-    states_bytes,
-    watching,
-)
+from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
 from halve.cut.surgery.trim import take
+from halve.model.hooks import Reached, on_input, on_output
 from halve.progress import SILENT, Progress
-
-See = Callable[[Tensor, Tensor | None], None]
 
 
 @torch.no_grad()
@@ -156,8 +146,10 @@ class _Refit:
             with ExitStack() as hooks:
                 for site, states in zip(sites, given, strict=True):
                     module = self.teacher.get_submodule(site.modules[0])
-                    see = self._keep_output(states, rows) if site.kind == "write" else _keep_input(states, rows)
-                    hooks.enter_context(watching(module, see, leave=False))
+                    if site.kind == "write":
+                        hooks.enter_context(on_output(module, partial(self._keep_channels, states, rows)))
+                    else:
+                        hooks.enter_context(on_input(module, partial(states.__setitem__, rows)))
                 x_BSD = self.x_D[rows].to(self.device)
                 after_D[rows] = run_layer(self.teacher_layers[source], self._calls(len(x_BSD))[0][source], x_BSD)
         self.x_D = after_D
@@ -245,12 +237,16 @@ class _Refit:
         """Run a layer of the student up to a module. Returns its input, and the outputs of `earlier` modules."""
         seen: list[Tensor] = []
         written: list[Tensor] = []
+
+        def leave(x: Tensor) -> None:
+            seen.append(x)
+            raise Reached
+
         z_BSK = self.z_K[rows].to(self.device)
         with ExitStack() as hooks:
             for other in earlier:
-                module = self.student.get_submodule(other)
-                hooks.enter_context(watching(module, _append_output(written), leave=False))
-            hooks.enter_context(watching(self.student.get_submodule(name), _append_input(seen), leave=True))
+                hooks.enter_context(on_output(self.student.get_submodule(other), written.append))
+            hooks.enter_context(on_input(self.student.get_submodule(name), leave))
             with suppress(Reached):
                 run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
         return seen[0].reshape(*z_BSK.shape[:2], -1), written
@@ -259,12 +255,8 @@ class _Refit:
         hidden, kept = self.anatomy.sizes.hidden, self.plan.after.hidden
         return [kept if site.kind == "write" else hidden for site in self.found.layers[source]]
 
-    def _keep_output(self, states: States, rows: slice) -> See:
-        def see(_: Tensor, y: Tensor | None) -> None:
-            assert y is not None
-            states[rows] = y.index_select(-1, self.kept_K)
-
-        return see
+    def _keep_channels(self, states: States, rows: slice, y: Tensor) -> None:
+        states[rows] = y.index_select(-1, self.kept_K)
 
     def _kept(self, x_BSD: Tensor) -> Tensor:
         return raised(x_BSD.to(self.device).index_select(-1, self.kept_K))
@@ -294,25 +286,3 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return sum((raised(tensor) for tensor in tensors), start=torch.zeros(()))
-
-
-def _keep_input(states: States, rows: slice) -> See:
-    def see(x: Tensor, _: Tensor | None) -> None:
-        states[rows] = x
-
-    return see
-
-
-def _append_input(found: list[Tensor]) -> See:
-    def see(x: Tensor, _: Tensor | None) -> None:
-        found.append(x)
-
-    return see
-
-
-def _append_output(found: list[Tensor]) -> See:
-    def see(_: Tensor, y: Tensor | None) -> None:
-        assert y is not None
-        found.append(y)
-
-    return see

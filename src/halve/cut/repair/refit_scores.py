@@ -20,8 +20,9 @@ from halve.anatomy import Anatomy, Arch
 from halve.cut.repair.gram import Gram
 from halve.cut.repair.selection import removal_order
 from halve.cut.score.sites import input_dim
-from halve.cut.score.taps import find_points, on_input, width
+from halve.cut.score.taps import find_points, width
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
+from halve.model.hooks import on_input
 from halve.progress import SILENT, Progress
 
 

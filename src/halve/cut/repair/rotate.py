@@ -16,9 +16,10 @@ Legend: N tokens, D hidden.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -31,9 +32,10 @@ from halve.anatomy.configs import build
 from halve.cut.proof.prove import SAME, prove
 from halve.cut.proof.twins import logits, random_twin
 from halve.cut.repair.gram import Gram
-from halve.cut.score.walk import watching
+from halve.cut.score.sites import input_dim
 from halve.cut.surgery.gain import norm_kind
 from halve.errors import AnatomyError
+from halve.model.hooks import on_input, on_output
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune
 
@@ -76,12 +78,12 @@ def stream_moment(
     """
     gram = Gram(anatomy.sizes.hidden, device=model.device)
 
-    def see(x: Tensor, _: Tensor | None) -> None:
+    def see(x: Tensor) -> None:
         gram.add(torch.nn.functional.normalize(x.float(), dim=-1))
 
     with ExitStack() as hooks, torch.no_grad():
         for name in anatomy.norms:
-            hooks.enter_context(watching(model.get_submodule(name), see, leave=False))
+            hooks.enter_context(on_input(model.get_submodule(name), see))
         task = hooks.enter_context(progress.task("principal basis", samples_BS.numel()))
         for part_BS in torch.split(samples_BS, micro_batch):
             model.base_model(input_ids=part_BS.to(model.device), use_cache=False)
@@ -243,16 +245,10 @@ def _turn(
             raise _refused(anatomy, f"{name}, made of {expr}, has no rotated form")
         if name.endswith(".weight") and anatomy.modules.get(module) == _HIDDEN:
             for gain_D, readers in folded.values():
-                if module in readers and _input_dim(value, anatomy, name) == dim:
+                if module in readers and input_dim(anatomy, module) == dim:
                     value = value * gain_D.view([-1 if d == dim else 1 for d in range(value.ndim)])
         value = torch.tensordot(value, columns_DD, dims=([dim], [0])).movedim(-1, dim)
     return value
-
-
-def _input_dim(value: Tensor, anatomy: Anatomy, name: str) -> int:
-    """The dimension of a matrix that its input multiplies: `Linear` stores it last, `Conv1D` first."""
-    shape = anatomy.params[name]
-    return 1 if shape[1] == anatomy.modules[name.rpartition(".")[0]] else 0
 
 
 def _folded(
@@ -291,22 +287,15 @@ def readers_of_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tupl
     head = anatomy.head.rpartition(".")[0] if not anatomy.tied else _head_module(model)
     with ExitStack() as hooks, torch.no_grad():
         for name in anatomy.norms:
-            hooks.enter_context(watching(model.get_submodule(name), _keeper(made, name, output=True), leave=False))
+            hooks.enter_context(on_output(model.get_submodule(name), partial(made.__setitem__, name)))
         for name in dict.fromkeys([*candidates, head]):
-            hooks.enter_context(watching(model.get_submodule(name), _keeper(read, name, output=False), leave=False))
+            hooks.enter_context(on_input(model.get_submodule(name), partial(read.__setitem__, name)))
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
     # The head reads a slice of the final norm's output: the address is the same for a slice of everything.
     return {
         norm: tuple(name for name, tensor in read.items() if tensor.data_ptr() == output.data_ptr())
         for norm, output in made.items()
     }
-
-
-def _keeper(found: dict[str, Tensor], name: str, *, output: bool) -> Callable[[Tensor, Tensor | None], None]:
-    def see(x: Tensor, y: Tensor | None) -> None:
-        found[name] = y if output and y is not None else x
-
-    return see
 
 
 def _head_module(model: PreTrainedModel) -> str:

@@ -7,9 +7,9 @@ need no table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.anatomy.axes import Expr
-from halve.cut.score.walk import watching
+from halve.model.hooks import on_passage
 
 _HIDDEN = Expr.parse("hidden")
 
@@ -46,26 +46,18 @@ def find_sites(model: PreTrainedModel, anatomy: Anatomy) -> Sites:
     passages: dict[int, tuple[Tensor, Tensor]] = {}
     wanted = [name for name in anatomy.modules if anatomy.layer_of(name) is not None]
 
-    def note(name: str) -> Callable[[Tensor, Tensor | None], None]:
-        def see(x: Tensor, y: Tensor | None) -> None:
-            assert y is not None
-            calls.append((name, x, y))
+    def note(name: str, x: Tensor, y: Tensor) -> None:
+        calls.append((name, x, y))
 
-        return see
-
-    def pass_by(layer: int) -> Callable[[Tensor, Tensor | None], None]:
-        def see(x: Tensor, y: Tensor | tuple[Tensor, ...] | None) -> None:
-            assert y is not None
-            passages[layer] = (x, y if isinstance(y, Tensor) else y[0])
-
-        return see
+    def pass_by(layer: int, x: Tensor, y: Tensor) -> None:
+        passages[layer] = (x, y)
 
     with ExitStack() as hooks, torch.no_grad():
         for name in wanted:
-            hooks.enter_context(watching(model.get_submodule(name), note(name), leave=False))
+            hooks.enter_context(on_passage(model.get_submodule(name), partial(note, name)))
         for layer in range(anatomy.sizes.layers):
             module = model.get_submodule(f"{anatomy.layers_path}.{layer}")
-            hooks.enter_context(watching(module, pass_by(layer), leave=False))
+            hooks.enter_context(on_passage(module, partial(pass_by, layer)))
         ids = torch.arange(8, device=model.device).remainder(anatomy.sizes.vocab)[None]
         model.base_model(input_ids=ids, use_cache=False)
     times = [name for name, _, _ in calls]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float64, Int64
@@ -35,12 +35,12 @@ from halve.cut.score.sites import output_expr
 from halve.cut.score.structures import axis_positions
 from halve.errors import AnatomyError
 from halve.model.finite import not_finite
+from halve.model.hooks import Hear, on_input, on_output, on_passage
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import FfnPoint
 
 Point = tuple[int, str]
 """The layer and the module whose input is scored."""
-Hear = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,53 +295,9 @@ def _distinct(anatomy: Anatomy, axis: str, read: dict[str, list[Tensor]]) -> Ite
             yield layer, tuple(names)
 
 
-@contextmanager
-def on_input(module: nn.Module, call: Callable[[Tensor], None]) -> Iterator[None]:
-    """In this context, pass the first input of a module to `call`, before the module runs."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call(_first(args, kwargs))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def on_output(module: nn.Module, call: Hear) -> Iterator[None]:
-    """In this context, pass the output of a module to `call`."""
-    handle = module.register_forward_hook(lambda _module, _args, output: call(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _on_entries(module: nn.Module, call: Hear, *, entries: Tensor) -> AbstractContextManager[None]:
     """`on_output` for some entries of the last dimension."""
     return on_output(module, lambda output: call(output[..., entries]))
-
-
-@contextmanager
-def on_passage(module: nn.Module, call: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """In this context, pass the first input and the first output of a module to `call`."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call(_first(args, kwargs), output if isinstance(output, Tensor) else output[0])
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    first = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(first, Tensor), f"the first input is a {type(first).__name__}"
-    return first
 
 
 def _check_finite(heard: Heard, taps: Mapping[str, Sequence[Tap]]) -> None:

@@ -10,8 +10,8 @@ Legend: B batch, S seq, D hidden, C channels of any tensor.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
+from halve.model.hooks import Reached, first_input, first_output, on_input
 
 IN_MEMORY_BYTES = 2**32
 """States that are larger than this are kept in a file."""
@@ -35,20 +36,9 @@ class Call:
     keywords: dict[str, Any]
 
 
-class Reached(Exception):
-    """Raised inside a layer to leave it when the required tensors have been seen."""
-
-
 def layer_modules(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
     """The layers in their order."""
     return [model.get_submodule(f"{anatomy.layers_path}.{layer}") for layer in range(anatomy.sizes.layers)]
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first input tensor of a module's call."""
-    first = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(first, Tensor), f"the first input is a {type(first).__name__}"
-    return first
 
 
 @torch.no_grad()
@@ -99,17 +89,12 @@ def first_states(
     """The first layer's input; no layer is run."""
     seen: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(first_input(args, kwargs))
+    def leave(x_BSD: Tensor) -> None:
+        seen.append(x_BSD)
         raise Reached
 
-    handle = layer_modules(model, anatomy)[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with on_input(layer_modules(model, anatomy)[0], leave), suppress(Reached):
         model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
     return seen[0]
 
 
@@ -118,33 +103,7 @@ def run_layer(
     layer: nn.Module, call: Call, states_BSD: Float[Tensor, "batch seq hidden"]
 ) -> Float[Tensor, "batch seq hidden"]:
     """A layer's output for another input of the recorded shape."""
-    output = layer(states_BSD, *call.positional, **call.keywords)
-    result: Tensor = output if isinstance(output, Tensor) else output[0]
-    return result
-
-
-@contextmanager
-def watching(module: nn.Module, see: Callable[[Tensor, Tensor | None], None], *, leave: bool) -> Iterator[None]:
-    """In this context, pass a module's first input and its output to `see`. With `leave`, only the input.
-
-    `leave` raises `Reached` before the module runs, for callers that need only its input.
-    """
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(first_input(args, kwargs), None)
-        raise Reached
-
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        see(first_input(args, kwargs), output)
-
-    if leave:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return first_output(layer(states_BSD, *call.positional, **call.keywords))
 
 
 class States:

@@ -35,6 +35,7 @@ from halve.cut.score.scores import WIDTH_AXES, Scores, random_scores
 from halve.cut.score.sites import input_dim
 from halve.cut.score.structures import AxisPlace, row_scores, totals
 from halve.errors import AnatomyError
+from halve.model.hooks import on_input
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Aggregator, FfnPoint, Method
 
@@ -220,9 +221,7 @@ def _by_inputs(
             fix="score.method: activation, magnitude or taylor",
         )
     readers = taps.find_readers(model, anatomy)
-    points = {
-        axis: [taps.Tap(layer, names[0], taps.on_input) for layer, names in found] for axis, found in readers.items()
-    }
+    points = {axis: [taps.Tap(layer, names[0], on_input) for layer, names in found] for axis, found in readers.items()}
     heard = taps.listen(
         model, anatomy, job.samples_BS, points, reduce, micro_batch=job.micro_batch, progress=job.progress
     )

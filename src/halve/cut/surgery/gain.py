@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.plan.plan import Plan
+from halve.model.hooks import on_input
 
 
 @dataclass(frozen=True)
@@ -67,25 +69,20 @@ def fit_gains(model: PreTrainedModel, anatomy: Anatomy, plan: Plan, batches: Ite
     kept = torch.tensor(plan.hidden, device=model.device)
     sums = dict.fromkeys(anatomy.norms, torch.zeros((), dtype=torch.float64, device=model.device))
     counts = dict.fromkeys(anatomy.norms, 0)
-    handles = []
-    for name in anatomy.norms:
-        module = model.get_submodule(name)
-        centered = norm_kind(module).centered
 
-        def add(_: nn.Module, args: tuple[Any, ...], name: str = name, centered: bool = centered) -> None:
-            ratio = spread(args[0][..., kept], centered=centered) / spread(args[0], centered=centered)
-            ratio = ratio[torch.isfinite(ratio)]
-            sums[name] = sums[name] + ratio.double().sum()
-            counts[name] += ratio.numel()
+    def add(name: str, centered: bool, x: Tensor) -> None:
+        ratio = spread(x[..., kept], centered=centered) / spread(x, centered=centered)
+        ratio = ratio[torch.isfinite(ratio)]
+        sums[name] = sums[name] + ratio.double().sum()
+        counts[name] += ratio.numel()
 
-        handles.append(module.register_forward_pre_hook(add))
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name in anatomy.norms:
+            module = model.get_submodule(name)
+            hooks.enter_context(on_input(module, partial(add, name, norm_kind(module).centered)))
+        hooks.enter_context(torch.inference_mode())
+        for batch in batches:
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
     return {name: float(sums[name]) / counts[name] for name in anatomy.norms if counts[name]}
 
 

@@ -20,11 +20,10 @@ Shapes: B batch, S seq, N tokens, D hidden, C channels of a projection.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,6 +33,7 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy, Expr, discover
 from halve.errors import RecipeError, TrainError
 from halve.model.head import Body, Head
+from halve.model.hooks import Hear, on_input, on_output
 from halve.recipe.schema import State
 from halve.text.batch import Batch, at_predictions
 from halve.train.losses.relations import relation_divergence
@@ -161,27 +161,20 @@ def recorded(ears: Sequence[Ear]) -> Iterator[list[Tensor]]:
     states: dict[int, Tensor] = {}
     result: list[Tensor] = []
 
-    def listen(index: int, module: nn.Module, at_output: bool) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states.setdefault(index, args[0] if args else next(iter(kwargs.values())))
+    def hear(index: int) -> Hear:
+        def keep_first(state: Tensor) -> None:
+            states.setdefault(index, state)
 
-        def after(_: nn.Module, _args: Any, output: Any) -> None:
-            states.setdefault(index, output if isinstance(output, Tensor) else output[0])
+        return keep_first
 
-        return (
-            module.register_forward_hook(after)
-            if at_output
-            else module.register_forward_pre_hook(before, with_kwargs=True)
-        )
-
-    hooks = [listen(index, module, ear.at_output) for index, ear in enumerate(ears) for module in ear.modules]
-    try:
+    with ExitStack() as hooks:
+        for index, ear in enumerate(ears):
+            listen = on_output if ear.at_output else on_input
+            for module in ear.modules:
+                hooks.enter_context(listen(module, hear(index)))
         yield result
         assert len(states) == len(ears), "a state was not heard: its teacher does not run here"
         result += [states[index] for index in range(len(ears))]
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def state_difference(
