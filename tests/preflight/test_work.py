@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from halve.anatomy.work import Costed
 from halve.cut import apply, trial
-from halve.cut.cost import Costed, trying
+from halve.cut.cost import trying
 from halve.cut.layers import chosen as removal
 from halve.cut.proof.prove import prove
 from halve.cut.repair import rotate

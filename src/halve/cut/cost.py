@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from halve.anatomy import Anatomy, Arch
 from halve.anatomy.axes import Expr
+from halve.anatomy.work import Costed
 from halve.cut.apply import FEW_SAMPLES, selects_by_refit
 from halve.cut.iterative import sizes_on_the_way
 from halve.cut.repair.refit_scores import choices
@@ -36,45 +37,6 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.flops + other.flops)
-
-
-@dataclass(frozen=True)
-class Costed:
-    """A model with these sizes that reads samples of `context` tokens. The methods give FLOPs per token."""
-
-    anatomy: Anatomy
-    arch: Arch
-    context: int
-    kept_layers: tuple[int, ...] | None = None
-    """Which layers it has, if that is known."""
-
-    @property
-    def whole(self) -> float:
-        """A forward pass with logits."""
-        return self._forward(self.context)
-
-    @property
-    def head(self) -> float:
-        """The logits."""
-        return 2.0 * self.arch.vocab * self.arch.hidden
-
-    @property
-    def body(self) -> float:
-        """A forward pass without logits."""
-        return self.whole - self.head
-
-    @property
-    def attention(self) -> float:
-        """The products of attention in all layers."""
-        return self.whole - self._forward(0)
-
-    def at(self, arch: Arch) -> Costed:
-        """The same in other sizes."""
-        return replace(self, arch=arch)
-
-    def _forward(self, context: int) -> float:
-        ledger = self.anatomy.ledger
-        return float(ledger.count(self.arch, kept_layers=self.kept_layers, context=context).flops_per_token)
 
 
 # ---- scoring

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from halve.anatomy import Arch
+from halve.anatomy.work import Costed, by_context, correcting, distilling, learning
 from halve.cut import cost
-from halve.cut.cost import Costed, Work
+from halve.cut.cost import Work
 from halve.cut.layers.chosen import compares
 from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, named, rounds
-from halve.recipe.schema import Recipe, Training
+from halve.recipe.schema import Distill, Recipe, Training
 from halve.stages.prune import CHECK_SAMPLES
 from halve.text import boundary
 from halve.text.schedule import spans
-from halve.train.loop import watch
 
 _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
 
@@ -35,9 +35,9 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
 
     if asked := boundary.asked_documents(recipe, teacher):
         tokens = sum(map(len, asked))
-        done["boundary"] = Work(tokens, tokens * _whole(found[0], max(map(len, asked))))
+        done["boundary"] = Work(tokens, tokens * Costed.of(found[0].before, max(map(len, asked))).whole)
     if recipe.correct and recipe.corrects_before:
-        add("correct", recipe.correct, watch.correction_work(found[0].before, recipe.correct))
+        add("correct", recipe.correct, by_context(partial(correcting, section=recipe.correct), found[0].before))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         cut = _cut(part, shape)
         done |= {named(stage, number): work for stage, work in cut.items() if work.flops}
@@ -47,21 +47,14 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         if "random_prune" in part.distill.baselines:
             done[f"{named('prune', number)} (random)"] = _cut_at_random(part, shape)
         source = shape if learns_from_previous(recipe, number) else found[0]
-        alone = partial(_learning, shape)
-        taught = partial(_learning, shape, teacher=source)
-        if (
-            part.distill.cache == "hidden"
-        ):  # the teacher runs once for all students, which compute logits from its states
-            add(named("cache", number), part.distill, partial(_body, source))
-            taught = partial(_reading, shape, source)
-        elif part.distill.cache == "logits":
-            add(named("cache", number), part.distill, partial(_whole, source))
-            taught = alone
+        alone, taught = partial(_alone, shape), partial(_taught, shape, source, part.distill)
+        if part.distill.cache != "none":  # the teacher runs once for all students
+            add(named("cache", number), part.distill, partial(_cached, source, part.distill))
         add(distill, part.distill, taught)
         for baseline in part.distill.baselines:
             add(f"{distill} ({baseline})", part.distill, alone if baseline == "ce" else taught)
         if recipe.correct and recipe.corrects_beside:
-            corrected = watch.correction_work(source.before, recipe.correct)(recipe.data.context)
+            corrected = correcting(Costed.of(source.before, recipe.data.context), recipe.correct)
             learned = min(recipe.correct.tokens, part.distill.tokens)
             for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
                 done[name] += Work(0, learned * corrected)
@@ -113,11 +106,11 @@ def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:
 
 
 def _models(part: Recipe, shape: PlannedRound) -> tuple[Costed, Costed]:
-    context = part.data.context
-    return (
-        Costed(shape.before, shape.before.sizes, context),
-        Costed(shape.student, shape.after, context, shape.kept_layers),
-    )
+    return Costed.of(shape.before, part.data.context), _student(shape, part.data.context)
+
+
+def _student(shape: PlannedRound, context: int) -> Costed:
+    return Costed(shape.student, shape.after, context, shape.kept_layers)
 
 
 def _checked_boundaries(model: Costed, samples: int) -> Work:
@@ -128,29 +121,20 @@ def _checked_boundaries(model: Costed, samples: int) -> Work:
 # ---- a token of training
 
 
-def _whole(shape: PlannedRound, context: int) -> int:
-    """FLOPs per token of the model that a round cuts."""
-    return shape.before.ledger.count(shape.before.sizes, context=context).flops_per_token
+def _alone(shape: PlannedRound, context: int) -> int:
+    """FLOPs per token of training a round's student without a teacher."""
+    return learning(_student(shape, context))
 
 
-def _body(shape: PlannedRound, context: int) -> int:
-    """The same without logits."""
-    return _whole(shape, context) - _head(shape)
+def _taught(shape: PlannedRound, teacher: PlannedRound, training: Distill, context: int) -> int:
+    """The same with a teacher: the model that `teacher`, this or another round, cuts."""
+    return distilling(_student(shape, context), Costed.of(teacher.before, context), training)
 
 
-def _head(shape: PlannedRound) -> int:
-    return 2 * shape.before.sizes.vocab * shape.before.sizes.hidden
-
-
-def _learning(shape: PlannedRound, context: int, *, teacher: PlannedRound | None = None) -> int:
-    """FLOPs per token of training a round's student, with its teacher."""
-    own = 3 * shape.counts(context=context).flops_per_token
-    return own if teacher is None else own + _whole(teacher, context)
-
-
-def _reading(shape: PlannedRound, teacher: PlannedRound, context: int) -> int:
-    """The same with cached hidden states of the teacher."""
-    return _learning(shape, context) + _head(teacher)
+def _cached(teacher: PlannedRound, training: Distill, context: int) -> int:
+    """FLOPs per token of the teacher when its answers are cached. A cache of hidden states needs no logits."""
+    model = Costed.of(teacher.before, context)
+    return model.body if training.cache == "hidden" else model.whole
 
 
 def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:

@@ -6,16 +6,18 @@ It trains the whole teacher, only its norms, or adapters that are merged when th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from halve.anatomy.work import by_context, correcting
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.text.documents import require_apart
 from halve.text.opened import open_text
-from halve.train.loop import adapters, loop, watch
+from halve.train.loop import adapters, loop
 from halve.train.objectives import logits as objectives
 from halve.train.ranks import shards
 from halve.train.ranks.group import here
@@ -47,7 +49,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
         metrics=out / "metrics.jsonl",
         progress=progress,
         heldout=objectives.heldout_loss(text.heldout, micro_batch=training.micro_batch or training.batch),
-        flops=watch.correction_work(teacher.anatomy, training),
+        flops=by_context(partial(correcting, section=training), teacher.anatomy),
         name="correct",
     )
     record = {

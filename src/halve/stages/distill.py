@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from halve.anatomy.work import FlopsPerToken, by_context, distilling, learning
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.head import Head, split
@@ -31,7 +33,7 @@ from halve.text.course import Course
 from halve.text.documents import require_apart
 from halve.text.opened import Text, open_text
 from halve.train.beside import Correction, correction
-from halve.train.loop import adapters, loop, watch
+from halve.train.loop import adapters, loop
 from halve.train.objectives import intermediate
 from halve.train.objectives import logits as objectives
 from halve.train.ranks import shards
@@ -166,10 +168,10 @@ def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) 
     return figures
 
 
-def _flops(training: Distill, teacher: Checkpoint, student: Checkpoint, *, variant: str) -> watch.FlopsPerToken:
+def _flops(training: Distill, teacher: Checkpoint, student: Checkpoint, *, variant: str) -> FlopsPerToken:
     if variant == "ce" or not objectives.teacher_terms(training):
-        return watch.training_work(student.anatomy)
-    return watch.distilling(student.anatomy, teacher.anatomy, training)
+        return by_context(learning, student.anatomy)
+    return by_context(partial(distilling, training=training), student.anatomy, teacher.anatomy)
 
 
 def _by_model(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:

@@ -14,19 +14,21 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from halve.anatomy import discover
+from halve.anatomy.work import FlopsPerToken, by_context, correcting
 from halve.errors import TrainError
 from halve.model.head import Body, Head
 from halve.recipe.schema import Correct, Distill
 from halve.text import schedule
 from halve.text.batch import Batch, predictions
 from halve.text.course import Course
-from halve.train.loop import loop, watch
+from halve.train.loop import loop
 from halve.train.loop.optimizers import make_optimizer
 from halve.train.loop.step import Trained, apply, gradients
 from halve.train.objectives import logits as objectives
@@ -48,7 +50,7 @@ class Correction:
     """How many steps it is trained for, from the first step on. After them it stays unchanged."""
     precision: Callable[[], torch.autocast]
     device: str
-    flops: watch.FlopsPerToken
+    flops: FlopsPerToken
 
     def answer(self, batch: Batch) -> Hidden:
         """Run the body with its current weights."""
@@ -115,5 +117,5 @@ def correction(
     between = [parameter for layer in blocks.layers(model) for parameter in layer.parameters()]
     trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared, between=between))
     steps = min(1 + bisect_left(range(1, course.steps + 1), section.tokens, key=course.tokens), course.steps)
-    work = watch.correction_work(discover(model.config), section)
+    work = by_context(partial(correcting, section=section), discover(model.config))
     return Correction(trained, learner, section, steps, lambda: loop.autocast(shared, device), device, work)

@@ -11,7 +11,6 @@ import torch
 from train.loop.test_loop import (
     CONTEXT,
     TIMES,
-    VOCAB,
     Killed,
     killing,
     lines,
@@ -24,10 +23,9 @@ from train.loop.test_loop import (
     weights,
 )
 
-from halve.anatomy import configs, discover
 from halve.errors import TrainError
 from halve.recipe.read import on_spikes
-from halve.recipe.schema import Correct, Distill, Recipe
+from halve.recipe.schema import Recipe
 from halve.train.loop import checkpoints, watch
 from halve.train.loop.watch import Running
 from halve.train.objectives.logits import Objective
@@ -158,29 +156,6 @@ def test_spikes_without_end_stop_even_where_they_are_skipped(tmp_path: Path) -> 
         run(tmp_path, tiny(), objective=objective, recipe=training(on_spike="skip"))
     assert caught.value.what == f"the loss is not finite at step {watch.MOST + 1}"
     assert f"after {watch.MOST} others" in caught.value.why
-
-
-def test_work_of_distillation_counts_both_models_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = discover(tiny(hidden_size=8).config), discover(tiny().config)
-
-    def unasked(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a step may build no model to count its work")
-
-    monkeypatch.setattr(configs, "build", unasked)
-
-    def forward(anatomy: Any) -> int:
-        return anatomy.ledger.count(anatomy.sizes, context=CONTEXT).flops_per_token
-
-    def work(**keys: Any) -> float:
-        return watch.distilling(student, teacher, Distill(tokens=1, **keys))(CONTEXT)
-
-    assert watch.training_work(student)(CONTEXT) == 3 * forward(student)
-    assert work() == 3 * forward(student) + forward(teacher)
-    matrices = teacher.ledger.count(teacher.sizes, context=0).flops_per_token
-    assert watch.correction_work(teacher, Correct(tokens=1))(CONTEXT) == 3 * forward(teacher)
-    assert watch.correction_work(teacher, Correct(tokens=1, method="norms"))(CONTEXT) == 3 * forward(teacher) - matrices
-    assert work(cache="hidden") == 3 * forward(student) + 2 * VOCAB * 16
-    assert work(cache="logits") == 3 * forward(student)
 
 
 def test_what_learns_beside_counts_while_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from halve.anatomy.work import FlopsPerToken
 from halve.errors import Stopped, TrainError
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import HOW, Training
@@ -67,7 +68,7 @@ def train(
     heldout: Heldout | None = None,
     extra: nn.Module | None = None,
     beside: Beside | None = None,
-    flops: watch.FlopsPerToken | None = None,
+    flops: FlopsPerToken | None = None,
     name: str = "train",
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`. The caller exports it.
@@ -152,7 +153,7 @@ class _UnderWay:
     keeper: Keeper
     heldout: Heldout | None
     beside: Beside | None
-    flops: watch.FlopsPerToken | None
+    flops: FlopsPerToken | None
     running: Running
     loss: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -235,7 +236,7 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
     )
 
 
-def _work(flops: watch.FlopsPerToken | None, beside: Beside | None, context: int, step: int) -> float | None:
+def _work(flops: FlopsPerToken | None, beside: Beside | None, context: int, step: int) -> float | None:
     """FLOPs per token of all training in a step."""
     if flops is None:
         return None

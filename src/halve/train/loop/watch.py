@@ -6,15 +6,12 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-
-from halve.anatomy import Anatomy
-from halve.recipe.schema import Correct, Distill
 
 HORIZON = 64
 """The horizon of the running mean, in steps."""
@@ -86,42 +83,6 @@ class Running:
         return cls(notes["mean"], notes["count"], tuple(notes["spikes"]), notes.get("variance", 0.0))
 
 
-FlopsPerToken = Callable[[int], float]
-"""FLOPs per token of training, by the length of the context."""
-
-
-def training_work(student: Anatomy) -> FlopsPerToken:
-    """FLOPs per token of training a model: three times its forward pass, `3 (2N + a) + 6 V H`."""
-    return lambda context: 3.0 * _forward(student, context)
-
-
-def correction_work(teacher: Anatomy, section: Correct) -> FlopsPerToken:
-    """FLOPs per token of a correction: three times the forward pass.
-
-    Frozen matrices have no weight gradient and count twice. Attention has no weights.
-    """
-    if section.method == "full":
-        return training_work(teacher)
-    return lambda context: 3.0 * _forward(teacher, context) - _forward(teacher, 0)
-
-
-def distilling(student: Anatomy, teacher: Anatomy, training: Distill) -> FlopsPerToken:
-    """FLOPs per token of distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`.
-
-    With cached hidden states, only the head of the teacher counts. With cached logits, nothing of the teacher counts.
-    """
-    own = training_work(student)
-
-    def work(context: int) -> float:
-        if training.cache == "logits":
-            return own(context)
-        if training.cache == "hidden":
-            return own(context) + 2.0 * teacher.sizes.vocab * teacher.sizes.hidden
-        return own(context) + _forward(teacher, context)
-
-    return work
-
-
 def mfu(flops: float, seconds: float, *, device: str, half: bool, ranks: int) -> float | None:
     """Model FLOPs utilization: `flops` of all ranks over their devices' peak. None for a device of unknown speed."""
     rate = matrix_rate(device, half)
@@ -144,10 +105,6 @@ def peak_memory_bytes(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _forward(anatomy: Anatomy, context: int) -> float:
-    return float(anatomy.ledger.count(anatomy.sizes, context=context).flops_per_token)
 
 
 @torch.no_grad()
