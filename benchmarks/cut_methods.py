@@ -21,6 +21,7 @@ from halve.cut.plan.sizes import budget_of, target
 from halve.cut.repair import refit, refit_scores
 from halve.cut.repair.rotate import student_anatomy
 from halve.cut.score import width
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.cut.surgery.trim import trim
 from halve.recipe.schema import DepthCriterion, DepthPattern, Method, Prune
@@ -122,6 +123,11 @@ class Setting:
     refit_samples: int
     scored: dict[Method, tuple[Scores, float]] = field(default_factory=dict)
 
+    @property
+    def calibration(self) -> Calibration:
+        """The teacher with its calibration samples."""
+        return Calibration(self.model, self.anatomy, self.calibration_BS, MICRO_BATCH)
+
 
 def make_student(method: Width | Depth, ratio: float, setting: Setting) -> tuple[PreTrainedModel, dict[str, float]]:
     """Score and cut; the processor seconds that both took, and of them those spent in solves."""
@@ -134,9 +140,8 @@ def make_student(method: Width | Depth, ratio: float, setting: Setting) -> tuple
 
 
 def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
-    model, anatomy = setting.model, setting.anatomy
     prune = Prune(non_embedding_ratio=ratio, refit_samples=setting.refit_samples, **method.prune)
-    own = student_anatomy(anatomy, prune)
+    own = student_anatomy(setting.anatomy, prune)
     after, kept = (_inner(own, ratio), None) if method.keep_hidden else target(own, prune)
     scores = _scores(method.method, setting, timed)
     listed = []
@@ -145,31 +150,12 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
         assert budget is not None
         listed = list_shapes(own, budget[0], total=budget[1])
     sizes = [arch for family in listed for arch in family] or [after]
-    turned = apply.turn(model, anatomy, prune, setting.calibration_BS, sizes=sizes, micro_batch=MICRO_BATCH)
+    calibration = setting.calibration
+    turned = apply.turn(calibration, prune, sizes=sizes)
     if listed:
-        tried = trial.try_shapes(
-            model,
-            anatomy,
-            scores,
-            prune,
-            listed,
-            setting.calibration_BS,
-            turned=turned,
-            micro_batch=MICRO_BATCH,
-        )
+        tried = trial.try_shapes(calibration, scores, prune, listed, turned=turned)
         after, kept = trial.best(tried).arch, trial.best(tried).kept_layers
-    made = apply.cut(
-        model,
-        anatomy,
-        scores,
-        prune,
-        setting.calibration_BS,
-        after=after,
-        kept_layers=kept,
-        turned=turned,
-        micro_batch=MICRO_BATCH,
-    )
-    return made.student
+    return apply.cut(calibration, scores, prune, apply.Goal(after, kept), turned=turned).student
 
 
 def _inner(anatomy: Anatomy, ratio: float) -> Arch:
@@ -187,25 +173,19 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
     source = setting.model
     if method.laco:
         found = layer_merge.laco_search(
-            source,
-            anatomy,
-            setting.calibration_BS[:16],
+            setting.calibration.first(16),
             layers=after.layers,
             combine=3,  # its default of four at a time, two apart, is for models of 30 layers and more; two is removal
             interval=1,
-            micro_batch=MICRO_BATCH,
         )
         source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
     else:
         scores = _scores("taylor", setting, timed) if method.criterion == "taylor" else None
         kept = depth.choose(
-            source,
-            anatomy,
-            setting.calibration_BS[: setting.refit_samples],
+            setting.calibration.first(setting.refit_samples),
             criterion=method.criterion,
             pattern=method.pattern,
             remove=total - after.layers,
-            micro_batch=MICRO_BATCH,
             seed=setting.seed,
             scores=scores,
         ).kept
@@ -227,14 +207,11 @@ def _scores(method: Method, setting: Setting, timed: dict[str, float]) -> Scores
         return known[0]
     began = time.process_time()
     scores = width.score(
-        setting.model,
-        setting.anatomy,
-        setting.calibration_BS,
+        setting.calibration,
         method=method,
         ffn_point="down_input",
         batch_agg="l2",
         seq_agg="mean",
-        micro_batch=MICRO_BATCH,
         seed=setting.seed,
         model_fingerprint="",
         samples_fingerprint="",

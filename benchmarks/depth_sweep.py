@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from halve.anatomy import discover
 from halve.cut.layers import depth_values, removal
+from halve.cut.score.calibration import Calibration
 from halve.model.head import split
 from halve.model.measure import sample_nll
 
@@ -103,7 +104,7 @@ def benchmark(model: PreTrainedModel, samples_BS: Tensor, size: int, args: argpa
     sets = [tuple(range(start, start + size)) for start in range(total - size + 1)]
     batches = torch.split(samples_BS, args.micro_batch)
     layers, (_, head) = removal.layers_of(model, anatomy), split(model)
-    compare = depth_values.nll(model, anatomy, samples_BS, micro_batch=args.micro_batch)
+    compare = depth_values.nll(Calibration(model, anatomy, samples_BS, args.micro_batch))
 
     def reused() -> list[float]:
         return list(compare(sets, ()).values)

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halve.anatomy import discover
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.taps import find_points, measure_activations, width
 
 
@@ -71,7 +72,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 model.base_model(input_ids=part_BS.to(args.device), use_cache=False)
 
     def scored() -> None:
-        measure_activations(model, anatomy, samples_BS, micro_batch=args.micro_batch)
+        measure_activations(Calibration(model, anatomy, samples_BS, args.micro_batch))
 
     plain()
     scored()

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import apply
-from halve.cut.apply import cut, turn
+from halve.cut.apply import Goal, cut, turn
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import random_twin
 from halve.cut.repair.refit_scores import score_by_refit
 from halve.cut.repair.rotate import tie_head
 from halve.cut.score import width
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError
@@ -39,14 +40,11 @@ def _twin(family: str, **changes: Any) -> tuple[Any, Anatomy]:
 
 def _scores(model: Any, anatomy: Anatomy) -> Scores:
     return width.score(
-        model,
-        anatomy,
-        _samples(anatomy, 8),
+        Calibration(model, anatomy, _samples(anatomy, 8), 4),
         method="activation",
         ffn_point="down_input",
         batch_agg="l2",
         seq_agg="mean",
-        micro_batch=4,
         seed=0,
         model_fingerprint="",
         samples_fingerprint="",
@@ -54,19 +52,10 @@ def _scores(model: Any, anatomy: Anatomy) -> Scores:
 
 
 def _cut(model: Any, anatomy: Anatomy, sizes: dict[str, int], *, rescore: Any = _scores, **asked: Any) -> apply.Cut:
-    prune = Prune(**sizes, **{**PLAIN, **asked})
-    return cut(
-        model,
-        anatomy,
-        _scores(model, anatomy),
-        prune,
-        _samples(anatomy),
-        after=anatomy.sizes.at(**sizes),
-        kept_layers=None,
-        turned=turn(model, anatomy, prune, _samples(anatomy), sizes=[anatomy.sizes.at(**sizes)], micro_batch=8),
-        rescore=rescore,
-        micro_batch=8,
-    )
+    prune, after = Prune(**sizes, **{**PLAIN, **asked}), anatomy.sizes.at(**sizes)
+    calibration = Calibration(model, anatomy, _samples(anatomy), 8)
+    turned = turn(calibration, prune, sizes=[after])
+    return cut(calibration, _scores(model, anatomy), prune, Goal(after), turned=turned, rescore=rescore)
 
 
 def _gap(ours: Any, theirs: Any, anatomy: Anatomy) -> float:
@@ -129,7 +118,7 @@ def test_selection_by_refit_keeps_one_of_two_that_say_the_same() -> None:
                 weight[:2] = 3 * weight[:1]
     after = anatomy.sizes.at(ffn=anatomy.sizes.ffn - 16)
     scores = score_by_refit(
-        model, anatomy, after, _samples(anatomy), layers=range(anatomy.sizes.layers), strength=1e-9, micro_batch=8
+        Calibration(model, anatomy, _samples(anatomy), 8), after, layers=range(anatomy.sizes.layers), strength=1e-9
     )
     assert set(scores) == {"ffn"}
     for row in scores["ffn"]:
@@ -190,18 +179,10 @@ def test_the_refit_of_all_keeps_the_gains(family: str, tied: bool) -> None:
     alive_D = torch.zeros(anatomy.sizes.hidden)
     alive_D[list(plan.hidden)] = 1
     prune = Prune(hidden=plan.after.hidden, rotation="none", selection="rank")
-    samples = _samples(anatomy, 64)
-    done = cut(
-        teacher,
-        anatomy,
-        replace(_scores(teacher, anatomy), hidden=alive_D),
-        prune,
-        samples,
-        after=plan.after,
-        kept_layers=None,
-        turned=turn(teacher, anatomy, prune, samples, sizes=[plan.after], micro_batch=8),
-        micro_batch=8,
-    )
+    calibration = Calibration(teacher, anatomy, _samples(anatomy, 64), 8)
+    scores = replace(_scores(teacher, anatomy), hidden=alive_D)
+    turned = turn(calibration, prune, sizes=[plan.after])
+    done = cut(calibration, scores, prune, Goal(plan.after), turned=turned)
     assert done.gains.keys() == set(anatomy.norms)
     assert _gap(done.student, teacher, anatomy) < 1e-6
 
@@ -237,7 +218,8 @@ def test_tying_back_what_was_never_cut_finds_the_final_norm() -> None:
     model, anatomy = _twin("llama", tie_word_embeddings=True)
     student = _untied_with_the_norm_folded(model)
     assert anatomy.final_norm is not None
-    again = tie_head(student, student, anatomy.final_norm, _samples(anatomy), strength=1e-9, micro_batch=8)
+    itself = Calibration(student, anatomy, _samples(anatomy), 8)
+    again = tie_head(student, itself, final_norm=anatomy.final_norm, strength=1e-9)
     assert again.config.tie_word_embeddings
     torch.testing.assert_close(again.model.norm.weight, model.model.norm.weight, atol=1e-4, rtol=0)
     assert _gap(again, model, anatomy) < 1e-8
@@ -264,7 +246,7 @@ def test_the_stream_is_turned_only_where_a_shape_cuts_it() -> None:
     narrower = same.at(hidden=56)
 
     def turned(*sizes: Arch) -> apply.Turned:
-        return turn(model, anatomy, Prune(params="1k"), _samples(anatomy), sizes=sizes, micro_batch=8)
+        return turn(Calibration(model, anatomy, _samples(anatomy), 8), Prune(params="1k"), sizes=sizes)
 
     assert turned(same, same).model is model
     assert turned(same, same).energy_D is None
@@ -276,20 +258,10 @@ def test_random_scores_do_for_scores() -> None:
     model, anatomy = _twin("llama")
     prune = Prune(ffn=anatomy.sizes.ffn - 16, **PLAIN)
     after = anatomy.sizes.at(ffn=prune.ffn)
-    turned = turn(model, anatomy, prune, _samples(anatomy), sizes=[after], micro_batch=8)
+    calibration = Calibration(model, anatomy, _samples(anatomy), 8)
+    turned = turn(calibration, prune, sizes=[after])
     made = [
-        cut(
-            model,
-            anatomy,
-            random_scores(anatomy, seed),
-            prune,
-            _samples(anatomy),
-            after=after,
-            kept_layers=None,
-            turned=turned,
-            micro_batch=8,
-        ).plan.ffn
-        for seed in (0, 1)
+        cut(calibration, random_scores(anatomy, seed), prune, Goal(after), turned=turned).plan.ffn for seed in (0, 1)
     ]
     assert made[0] != made[1]
 
@@ -310,14 +282,11 @@ def test_what_is_scored_by_inputs_of_matrices_says_that_routers_have_none() -> N
     model, anatomy = _twin("mixtral", num_hidden_layers=2, num_local_experts=4)
     with pytest.raises(AnatomyError, match="cannot score hidden of mixtral"):
         width.score(
-            model,
-            anatomy,
-            _samples(anatomy, 8),
+            Calibration(model, anatomy, _samples(anatomy, 8), 4),
             method="wanda",
             ffn_point="down_input",
             batch_agg="l2",
             seq_agg="mean",
-            micro_batch=4,
             seed=0,
             model_fingerprint="",
             samples_fingerprint="",

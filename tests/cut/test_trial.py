@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from halve.cut.apply import cut, turn
 from halve.cut.plan.shapes import list_shapes
 from halve.cut.plan.sizes import budget_of, require_sizes
 from halve.cut.proof.twins import random_twin
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import random_scores
 from halve.cut.trial import HOPELESS, _descend, best, try_shapes
 from halve.errors import CorpusError
@@ -126,20 +128,10 @@ def _tried(model: Any, anatomy: Anatomy, num: int = 72) -> Any:
     prune = Prune(non_embedding_ratio=0.5)
     budget = budget_of(anatomy, prune)
     assert budget is not None
-    samples = _samples(anatomy, num)
+    calibration = Calibration(model, anatomy, _samples(anatomy, num), 24)
     listed = list_shapes(anatomy, budget[0], total=budget[1])
-    return try_shapes(
-        model,
-        anatomy,
-        random_scores(anatomy, 0),
-        prune,
-        listed,
-        samples,
-        turned=turn(
-            model, anatomy, prune, samples, sizes=[arch for family in listed for arch in family], micro_batch=24
-        ),
-        micro_batch=24,
-    )
+    turned = turn(calibration, prune, sizes=[arch for family in listed for arch in family])
+    return try_shapes(calibration, random_scores(anatomy, 0), prune, listed, turned=turned)
 
 
 def test_layers_that_do_nothing_are_found_and_dropped() -> None:
@@ -167,23 +159,16 @@ def test_a_shape_in_two_lists_is_cut_once_and_the_line_says_which(monkeypatch: p
     cuts: list[Arch] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        cuts.append(kwargs["after"])
+        cuts.append(args[3].arch)
         return cut(*args, **kwargs)
 
     monkeypatch.setattr(trial, "cut", counted)
     screen = io.StringIO()
-    samples, prune = _samples(anatomy, 24), Prune(non_embedding_ratio=0.5)
-    tried = try_shapes(
-        model,
-        anatomy,
-        random_scores(anatomy, 0),
-        prune,
-        [[one], [other], [one]],
-        samples,
-        turned=turn(model, anatomy, prune, samples, sizes=[one, other], micro_batch=24),
-        micro_batch=24,
-        progress=RichProgress(Console(file=screen, width=200), every_s=0.0),
-    )
+    progress, prune = RichProgress(Console(file=screen, width=200), every_s=0.0), Prune(non_embedding_ratio=0.5)
+    calibration = Calibration(model, anatomy, _samples(anatomy, 24), 24)
+    turned = turn(calibration, prune, sizes=[one, other])
+    shown = replace(calibration, progress=progress)
+    tried = try_shapes(shown, random_scores(anatomy, 0), prune, [[one], [other], [one]], turned=turned)
     assert cuts == [one, other] == [shape.arch for shape in tried]
     assert "layers 3  hidden 192  ffn 384  heads 6  kv_heads 3" in screen.getvalue()
     assert f"tried 2 of 2 shapes; chosen: {best(tried).arch} (KL" in screen.getvalue()

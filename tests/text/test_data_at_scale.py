@@ -12,6 +12,7 @@ import torch
 from conftest import make_text
 from transformers import PreTrainedModel
 
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores, samples_fingerprint
 from halve.disk.files import read_json
 from halve.errors import AnatomyError
@@ -96,8 +97,8 @@ def test_scores_and_cuts_see_the_mixture_joined(
     assert scored.samples == samples_fingerprint(ids)
     seen: list[torch.Tensor] = []
 
-    def turn(model: Any, anatomy: Any, asked: Any, samples_BS: torch.Tensor, **_: Any) -> None:
-        seen.append(samples_BS)
+    def turn(calibration: Calibration, asked: Any, **_: Any) -> None:
+        seen.append(calibration.samples_BS)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prune, "turn", turn)

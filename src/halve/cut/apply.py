@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,11 +23,11 @@ from halve.cut.plan.plan import Importance, Plan, select
 from halve.cut.repair.refit import refit
 from halve.cut.repair.refit_scores import score_by_refit
 from halve.cut.repair.rotate import principal_basis, rotate, rotates, stream_moment, tie_head
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.cut.surgery.gain import constant_gains, fit_gains
 from halve.cut.surgery.trim import trim
 from halve.process.waits import wait
-from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune
 
 FEW_SAMPLES = 32
@@ -48,6 +46,17 @@ class Turned:
     energy_D: Tensor | None
 
 
+@dataclass(frozen=True)
+class Goal:
+    """The target of a cut: the sizes, the kept layers, and the merges to make before the other layers are removed."""
+
+    arch: Arch
+    kept_layers: Sequence[int] | None = None
+    """None: those with the best scores."""
+    merges: Sequence[layer_merge.Merge] = ()
+    """Those that `layer_merge: laco_search` found."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cut:
     """A student and how it was made. `anatomy` is that of the model whose entries the plan lists."""
@@ -59,25 +68,16 @@ class Cut:
     figures: dict[str, Any]
 
 
-def turn(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    prune: Prune,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    sizes: Sequence[Arch],
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Turned:
+def turn(calibration: Calibration, prune: Prune, *, sizes: Sequence[Arch]) -> Turned:
     """Rotate the residual stream to its principal axes if `prune` asks for it and the family allows it.
 
     `sizes` are the possible sizes of the cut. If none of them cuts hidden, nothing is rotated. Raises `AnatomyError`
     for `rotation: pca` in a family whose norms do not allow it.
     """
+    model, anatomy = calibration.model, calibration.anatomy
     if not rotates(anatomy, prune) or all(after.hidden == anatomy.sizes.hidden for after in sizes):
         return Turned(model, anatomy, None)
-    samples_BS = samples_BS[: prune.refit_samples]
-    moment_DD = stream_moment(model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
+    moment_DD = stream_moment(calibration.first(prune.refit_samples))
     with wait("rotating the weights to the principal axes of the residual stream"):
         basis = principal_basis(moment_DD)
         turned, own = rotate(model, anatomy, basis.columns_DD)
@@ -85,104 +85,45 @@ def turn(
 
 
 def cut(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
+    calibration: Calibration,
     scores: Scores,
     prune: Prune,
-    samples_BS: Int64[Tensor, "batch seq"],
+    goal: Goal,
     *,
-    after: Arch,
-    kept_layers: Sequence[int] | None,
     turned: Turned,
     rescore: Rescore | None = None,
-    merges: Sequence[layer_merge.Merge] = (),
-    micro_batch: int,
-    progress: Progress = SILENT,
     planned: Callable[[Plan], None] | None = None,
 ) -> Cut:
     """Cut a model to valid sizes as `prune` says. The model itself is not changed.
 
-    `samples_BS` are the calibration samples for the selection, the gains and the refit. The first `refit_samples` are
-    used, and the first 32 of these for gains. `turned` is the result of `turn`; a cut that keeps hidden does not use
-    it. `planned` receives the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1. `merges`
-    are those that `layer_merge: laco_search` found.
+    The calibration samples are for the selection, the gains and the refit. The first `refit_samples` are used, and the
+    first 32 of these for gains. `turned` is the result of `turn`; a cut that keeps hidden does not use it. `planned`
+    receives the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1.
 
     Raises `PlanError` and `CheckpointError`.
     """
-    samples_BS = samples_BS[: prune.refit_samples]
-    few_BS = samples_BS[:FEW_SAMPLES]
-    if kept_layers is None:
-        kept_layers = select(anatomy, anatomy.sizes.at(layers=after.layers), scores, gain="none").layers
-    figures: dict[str, Any] = {}
-    source, own, ranking = model, anatomy, scores
-    if turned.energy_D is not None and after.hidden < anatomy.sizes.hidden:
-        source, own = turned.model, turned.anatomy
-        scores = replace(scores, hidden=turned.energy_D.float(), statistics=None)
-        figures["energy_kept"] = float(turned.energy_D[: after.hidden].sum())
+    calibration = calibration.first(prune.refit_samples)
+    anatomy = calibration.anatomy
+    if goal.kept_layers is None:
+        sizes = anatomy.sizes.at(layers=goal.arch.layers)
+        goal = replace(goal, kept_layers=select(anatomy, sizes, scores, gain="none").layers)
+    source, ranking, figures = _in_basis(calibration, scores, goal.arch, turned)
     if selects_by_refit(prune, scores.method):
-        chosen = score_by_refit(
-            model,
-            anatomy,
-            after,
-            samples_BS,
-            layers=kept_layers,
-            strength=prune.ridge,
-            micro_batch=micro_batch,
-            progress=progress,
-        )
-        ffn, heads_, groups = (chosen.get(axis, getattr(scores, axis)) for axis in ("ffn", "heads", "kv_heads"))
-        scores = replace(scores, statistics=None, ffn=ffn, heads=heads_, kv_heads=groups)
-    if prune.steps > 1:
-        assert rescore is not None, "cutting in steps needs a function that scores"
-
-        def gains_of(part: PreTrainedModel, part_anatomy: Anatomy, plan: Plan) -> dict[str, float]:
-            return _gains(part, part_anatomy, plan, few_BS, micro_batch, SILENT)
-
-        plan = select_iteratively(
-            source,
-            own,
-            after,
-            steps=prune.steps,
-            score=rescore,
-            gain=prune.gain,
-            kept_layers=kept_layers,
-            gains=gains_of,
-        )
-    else:
-        plan = select(own, after, scores, gain=prune.gain, kept_layers=kept_layers)
+        ranking = _by_refit(calibration, ranking, prune, goal)
+    plan = _plan(source, ranking, prune, goal, rescore)
     if planned is not None:
         planned(plan)
-    gains = _gains(source, own, plan, few_BS, micro_batch, progress)
-    merged = source
-    if prune.head_merge:
-        merged = heads.merge_heads(merged, plan, own, ranking, coefficient=prune.head_merge)
-    if prune.layer_merge == "laco":
-        merged = layer_merge.merge_layers(merged, own, plan.layers)
-    if merges:
-        merged = layer_merge.apply_merges(merged, own, merges)
-    student = trim(merged, plan, own, gains=gains)
+    gains = _gains(source, plan)
+    student = trim(_merged(source, plan, scores, prune, goal.merges), plan, source.anatomy, gains=gains)
     if prune.refit != "none":
-        student = refit(
-            student,
-            source,
-            plan,
-            own,
-            samples_BS,
-            strength=prune.ridge,
-            everything=prune.refit == "all",
-            micro_batch=micro_batch,
-            progress=progress,
-        )
-    if anatomy.tied and not own.tied:
-        figures["more_params_untied"] = anatomy.sizes.vocab * after.hidden if prune.untie else 0
-        if not prune.untie:
-            assert own.final_norm is not None, "rotation folds the final norm, so that there is one"
-            with wait("tying the head again"):
-                student = tie_head(
-                    student, source, own.final_norm, few_BS, strength=prune.ridge, micro_batch=micro_batch
-                )
-            own = anatomy
-    return Cut(student, own, plan, gains, figures)
+        student = refit(student, source, plan, strength=prune.ridge, everything=prune.refit == "all")
+    if not anatomy.tied or source.anatomy.tied:
+        return Cut(student, source.anatomy, plan, gains, figures)
+    more = anatomy.sizes.vocab * goal.arch.hidden if prune.untie else 0
+    figures = {**figures, "more_params_untied": more}
+    if prune.untie:
+        return Cut(student, source.anatomy, plan, gains, figures)
+    return Cut(_tied(student, source, prune), anatomy, plan, gains, figures)
 
 
 def selects_by_refit(prune: Prune, method: str) -> bool:
@@ -192,24 +133,78 @@ def selects_by_refit(prune: Prune, method: str) -> bool:
     return prune.refit != "none" and prune.steps == 1 and method == "activation"
 
 
-def _gains(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    plan: Plan,
-    samples_BS: Tensor,
-    micro_batch: int,
-    progress: Progress,
-) -> dict[str, float]:
+def _in_basis(
+    calibration: Calibration, scores: Scores, after: Arch, turned: Turned
+) -> tuple[Calibration, Scores, dict[str, float]]:
+    """The model in the basis in which its hidden is cut, the scores in this basis, and the reported energy."""
+    if turned.energy_D is None or after.hidden >= calibration.anatomy.sizes.hidden:
+        return calibration, scores, {}
+    ranking = replace(scores, hidden=turned.energy_D.float(), statistics=None)
+    kept = {"energy_kept": float(turned.energy_D[: after.hidden].sum())}
+    return calibration.of(turned.model, turned.anatomy), ranking, kept
+
+
+def _by_refit(calibration: Calibration, scores: Scores, prune: Prune, goal: Goal) -> Scores:
+    """The scores, with those of neurons and heads replaced by their removal order under a refit where it applies."""
+    assert goal.kept_layers is not None
+    chosen = score_by_refit(calibration, goal.arch, layers=goal.kept_layers, strength=prune.ridge)
+    ffn, heads_, groups = (chosen.get(axis, getattr(scores, axis)) for axis in ("ffn", "heads", "kv_heads"))
+    return replace(scores, statistics=None, ffn=ffn, heads=heads_, kv_heads=groups)
+
+
+def _plan(source: Calibration, scores: Scores, prune: Prune, goal: Goal, rescore: Rescore | None) -> Plan:
+    """The plan: made at once, or in steps with the remaining model scored again before each."""
+    if prune.steps == 1:
+        return select(source.anatomy, goal.arch, scores, gain=prune.gain, kept_layers=goal.kept_layers)
+    assert rescore is not None, "cutting in steps needs a function that scores"
+
+    def gains_of(part: PreTrainedModel, part_anatomy: Anatomy, plan: Plan) -> dict[str, float]:
+        return _gains(source.of(part, part_anatomy).silent(), plan)
+
+    return select_iteratively(
+        source.model,
+        source.anatomy,
+        goal.arch,
+        steps=prune.steps,
+        score=rescore,
+        gain=prune.gain,
+        kept_layers=goal.kept_layers,
+        gains=gains_of,
+    )
+
+
+def _merged(
+    source: Calibration, plan: Plan, scores: Scores, prune: Prune, merges: Sequence[layer_merge.Merge]
+) -> PreTrainedModel:
+    """The model, or a copy with removed heads and layers merged into the kept ones, as `prune` says."""
+    model, anatomy = source.model, source.anatomy
+    if prune.head_merge:
+        model = heads.merge_heads(model, plan, anatomy, scores, coefficient=prune.head_merge)
+    if prune.layer_merge == "laco":
+        model = layer_merge.merge_layers(model, anatomy, plan.layers)
+    return layer_merge.apply_merges(model, anatomy, merges) if merges else model
+
+
+def _tied(student: PreTrainedModel, source: Calibration, prune: Prune) -> PreTrainedModel:
+    """The student with its head tied again, after the rotation untied it."""
+    final_norm = source.anatomy.final_norm
+    assert final_norm is not None, "rotation folds the final norm, so that there is one"
+    with wait("tying the head again"):
+        return tie_head(student, source.first(FEW_SAMPLES), final_norm=final_norm, strength=prune.ridge)
+
+
+def _gains(source: Calibration, plan: Plan) -> dict[str, float]:
     """Gains that compensate for fewer channels in the norms. A refit of the readers starts from these, too."""
     if plan.gain == "none" or plan.before.hidden == plan.after.hidden:
         return {}
     if plan.gain == "constant":
-        return constant_gains(anatomy, plan)
+        return constant_gains(source.anatomy, plan)
+    few = source.first(FEW_SAMPLES)
 
     def batches() -> Iterator[Tensor]:
-        with progress.task("fit norm gains", samples_BS.numel()) as task:
-            for part_BS in torch.split(samples_BS, micro_batch):
+        with few.progress.task("fit norm gains", few.samples_BS.numel()) as task:
+            for part_BS in few.batches:
                 yield part_BS
                 task.advance(part_BS.numel())
 
-    return fit_gains(model, anatomy, plan, batches())
+    return fit_gains(few.model, few.anatomy, plan, batches())

@@ -12,17 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy, Arch
-from halve.cut.apply import Turned, cut
+from halve.anatomy import Arch
+from halve.cut.apply import Goal, Turned, cut
 from halve.cut.plan.plan import select
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.errors import CorpusError
 from halve.model import measure
-from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune
 
 FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
@@ -59,16 +57,7 @@ def require_tried(num_samples: int) -> None:
 
 
 def try_shapes(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    scores: Scores,
-    prune: Prune,
-    shapes: Sequence[Sequence[Arch]],
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    turned: Turned,
-    micro_batch: int,
-    progress: Progress = SILENT,
+    calibration: Calibration, scores: Scores, prune: Prune, shapes: Sequence[Sequence[Arch]], *, turned: Turned
 ) -> tuple[Tried, ...]:
     """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
@@ -81,9 +70,11 @@ def try_shapes(
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
+    model, anatomy, samples_BS = calibration.model, calibration.anatomy, calibration.samples_BS
     require_tried(len(samples_BS))
     held, fitted = fewer_samples(prune, len(samples_BS))
     measured_BS, fit_BS = _apart(samples_BS, held)
+    fitting = calibration.on(fit_BS).silent()
     asked = without_extras(prune)
     cost = fitted * samples_BS.shape[1]
     tried: dict[Arch, Tried] = {}
@@ -92,31 +83,22 @@ def try_shapes(
         if arch in tried:  # it is in another list, too
             return tried[arch].kl
         kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
-        student = cut(
-            model,
-            anatomy,
-            scores,
-            asked,
-            fit_BS,
-            after=arch,
-            kept_layers=kept,
-            turned=turned,
-            micro_batch=micro_batch,
-        ).student
-        kl = float(measure.divergence(student, model, measured_BS, micro_batch=micro_batch).kl.mean())
+        student = cut(fitting, scores, asked, Goal(arch, kept), turned=turned).student
+        apart = measure.divergence(student, model, measured_BS, micro_batch=calibration.micro_batch)
+        kl = float(apart.kl.mean())
         tried[arch] = Tried(arch, kept, kl)
         sizes = {axis: float(getattr(arch, axis)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")}
         task.advance(cost, kl=kl, **sizes)
         return kl
 
     distinct = {arch for family in shapes for arch in family}
-    with progress.task("try shapes", len(distinct) * cost) as task:
+    with calibration.progress.task("try shapes", len(distinct) * cost) as task:
         begun = [measured(family[len(family) // 2]) for family in shapes]
         for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
             if kl <= HOPELESS * min(one.kl for one in tried.values()):
                 _descend(family, kl, measured)
     found = best(tuple(tried.values()))
-    progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {found.arch} (KL {found.kl:.4g})")
+    calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {found.arch} (KL {found.kl:.4g})")
     return tuple(tried.values())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut.apply import Rescore, cut, turn
+from halve.cut.apply import Goal, Rescore, cut, turn
 from halve.cut.layers.chosen import DEPTH, choose_layers, compares
 from halve.cut.layers.depth import DepthChoice
 from halve.cut.layers.layer_merge import Merge, laco_search, search_setting
@@ -22,7 +22,8 @@ from halve.cut.plan.shapes import to_try
 from halve.cut.plan.sizes import target
 from halve.cut.proof.prove import Proof, prove
 from halve.cut.repair.rotate import rotates, student_anatomy
-from halve.cut.score import calibration, width
+from halve.cut.score import width
+from halve.cut.score.calibration import Calibration, require_calibration
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.trial import Tried, best, try_shapes
 from halve.disk.files import read_json, write_json
@@ -83,7 +84,8 @@ def run(
     before_nll = nll(model)
     text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples = text.calibration(max(asked.refit_samples, recipe.score.samples))
-    calibration.require_calibration(samples, vocab=anatomy.sizes.vocab)
+    require_calibration(samples, vocab=anatomy.sizes.vocab)
+    calibration = Calibration(model, anatomy, samples, recipe.score.micro_batch, progress)
 
     def planned(plan: Plan) -> None:
         write_json(out / "plan.json", plan.to_json())
@@ -91,60 +93,27 @@ def run(
 
     listed = _shapes(anatomy, asked, proof, ranking)
     sizes = [arch for family in listed for arch in family] or [after]
-    turned = turn(model, anatomy, asked, samples, sizes=sizes, micro_batch=recipe.score.micro_batch, progress=progress)
+    turned = turn(calibration, asked, sizes=sizes)
     if listed:
-        tried = try_shapes(
-            model,
-            anatomy,
-            ranking,
-            asked,
-            listed,
-            samples,
-            turned=turned,
-            micro_batch=recipe.score.micro_batch,
-            progress=progress,
-        )
+        tried = try_shapes(calibration, ranking, asked, listed, turned=turned)
         after, kept_layers = best(tried).arch, best(tried).kept_layers
     by_sets = compares(recipe.score) if tried else kept_layers is None
     if scores is not None and by_sets and (remove := anatomy.sizes.layers - after.layers):
         choice = None if tried else _compared(scores.with_name(DEPTH), remove)
         if choice is None:
             few = text.calibration(recipe.score.depth_samples)
-            choice = choose_layers(
-                recipe, model, anatomy, few, remove=remove, tokenizer=tokenizer, scores=ranking, progress=progress
-            )
+            choice = choose_layers(recipe, calibration.on(few), remove=remove, tokenizer=tokenizer, scores=ranking)
         write_json(out / DEPTH, choice.to_json())
         kept_layers = choice.kept
     merges: tuple[Merge, ...] = ()
     if asked.layer_merge == "laco_search" and after.layers < anatomy.sizes.layers:
         combine, interval = search_setting(anatomy.sizes.layers)
-        collapse = laco_search(
-            model,
-            anatomy,
-            text.calibration(recipe.score.depth_samples),
-            layers=after.layers,
-            combine=combine,
-            interval=interval,
-            micro_batch=recipe.score.micro_batch,
-            progress=progress,
-        )
+        few = text.calibration(recipe.score.depth_samples)
+        collapse = laco_search(calibration.on(few), layers=after.layers, combine=combine, interval=interval)
         kept_layers, merges = collapse.kept, collapse.merges
-    done = cut(
-        model,
-        anatomy,
-        ranking,
-        asked,
-        samples,
-        after=after,
-        kept_layers=kept_layers,
-        turned=turned,
-        rescore=_rescore(recipe, samples),
-        merges=merges,
-        micro_batch=recipe.score.micro_batch,
-        progress=progress,
-        planned=planned,
-    )
-    del model
+    goal, rescore = Goal(after, kept_layers, merges), _rescore(recipe, samples)
+    done = cut(calibration, ranking, asked, goal, turned=turned, rescore=rescore, planned=planned)
+    del model, calibration
     record = {
         "stage": "prune",
         "base_model": name_of(recipe.model),
@@ -217,14 +186,11 @@ def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
     def rescore(model: PreTrainedModel, anatomy: Anatomy) -> Scores:
         asked = recipe.score
         return width.score(
-            model,
-            anatomy,
-            samples[: asked.samples],
+            Calibration(model, anatomy, samples[: asked.samples], asked.micro_batch),
             method=asked.method,
             ffn_point=asked.ffn_point,
             batch_agg=asked.batch_agg,
             seq_agg=asked.seq_agg,
-            micro_batch=asked.micro_batch,
             seed=recipe.seed,
             model_fingerprint="",
             samples_fingerprint="",

@@ -11,7 +11,8 @@ from torch import Tensor
 from halve.cut.layers.chosen import DEPTH, choose_layers, read_of
 from halve.cut.plan.sizes import target
 from halve.cut.repair.rotate import student_anatomy
-from halve.cut.score import calibration, width
+from halve.cut.score import width
+from halve.cut.score.calibration import Calibration, require_calibration
 from halve.cut.score.scores import Scores, samples_fingerprint
 from halve.disk.files import write_json
 from halve.model import measure
@@ -50,33 +51,28 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     require_embedded(recipe, teacher, "train", cache=cache, progress=progress)
     samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     samples_BS = samples.calibration(recipe.score.samples)
-    calibration.require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
+    require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
     device = resolve_device(recipe.device)
     model = teacher.load(dtype=recipe.dtype, device=device)
     warn_of_boundaries(model, samples_BS, samples.parts[0].tokens.marks, tokenizer)
+    calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch, progress)
     start = time.perf_counter()
     scores = width.score(
-        model,
-        anatomy,
-        samples_BS,
+        calibration,
         method=recipe.score.method,
         ffn_point=recipe.score.ffn_point,
         batch_agg=recipe.score.batch_agg,
         seq_agg=recipe.score.seq_agg,
-        micro_batch=recipe.score.micro_batch,
         seed=recipe.seed,
         model_fingerprint=teacher.fingerprint,
         samples_fingerprint=samples_fingerprint(samples_BS),
-        progress=progress,
     )
     seconds = time.perf_counter() - start
     scores.save(out / SCORES)
     figures = _figures(recipe.score, scores, samples_BS, seconds)
     if remove and (number := read_of(recipe.score, remove)) is not None:
-        few_BS = samples.calibration(recipe.score.depth_samples)
-        choice = choose_layers(
-            recipe, model, anatomy, few_BS, remove=int(number), tokenizer=tokenizer, scores=scores, progress=progress
-        )
+        few = calibration.on(samples.calibration(recipe.score.depth_samples))
+        choice = choose_layers(recipe, few, remove=int(number), tokenizer=tokenizer, scores=scores)
         write_json(out / DEPTH, choice.to_json())
         figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "passes", "whole")}
     return figures

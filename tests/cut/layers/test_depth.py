@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from halve.anatomy import Anatomy, discover
 from halve.cut.layers import depth, depth_values
-from halve.cut.layers.depth import DepthChoice, Removal, choose
+from halve.cut.layers.depth import DepthChoice, Removal
 from halve.cut.layers.depth_values import Compared, angular_distance, state_values
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import RandomScores, random_twin
 from halve.cut.score import taps
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import block_importance
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.surgery.trim import trim
@@ -31,6 +32,12 @@ from halve.model.choices import Item
 LAYERS = 6
 FAMILIES = ["llama", "gpt2", "gemma2", "olmo2"]
 Made = tuple[PreTrainedModel, Anatomy]
+
+
+def choose(
+    model: PreTrainedModel, anatomy: Anatomy, samples_BS: Tensor, *, micro_batch: int, **asked: Any
+) -> DepthChoice:
+    return depth.choose(Calibration(model, anatomy, samples_BS, micro_batch), **asked)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -313,7 +320,7 @@ def test_random_is_a_matter_of_the_seed(llama: Made, samples: Tensor) -> None:
 
 def test_the_default_is_what_a_plan_chooses(llama: Made, samples: Tensor) -> None:
     model, anatomy = llama
-    statistics = taps.measure_activations(model, anatomy, samples, micro_batch=2)
+    statistics = taps.measure_activations(Calibration(model, anatomy, samples, 2))
     scores = statistics.scores(batch_agg="l2", seq_agg="mean", model="m", samples="s")
     for keep in range(1, LAYERS):
         planned = select(anatomy, anatomy.sizes.at(layers=keep), scores, gain="none").layers

@@ -23,6 +23,7 @@ from halve.cut.layers.layer_merge import (
 )
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import RandomScores, random_twin
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import token_cosine
 from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError, CheckpointError, CorpusError, PlanError
@@ -167,7 +168,7 @@ def test_the_last_merge_does_not_overshoot() -> None:
 def test_the_search_reaches_the_number_of_layers(llama: Made, samples: Tensor, layers: int) -> None:
     model, anatomy = llama
     before = state(model)
-    found = laco_search(model, anatomy, samples, layers=layers, combine=3, interval=1, micro_batch=2)
+    found = laco_search(Calibration(model, anatomy, samples, 2), layers=layers, combine=3, interval=1)
     assert same(before, state(model)), "the search left something behind"
     assert len(found.kept) == layers
     assert kept_after(found.merges, LAYERS) == found.kept
@@ -179,7 +180,7 @@ def test_the_search_reaches_the_number_of_layers(llama: Made, samples: Tensor, l
         pair = [m.base_model(samples, use_cache=False)[0] for m in (student, model)]
     assert found.similarity == pytest.approx(token_cosine(*pair).mean().item(), abs=1e-6)
     assert found.similarity > found.threshold
-    micro = laco_search(model, anatomy, samples, layers=layers, combine=3, interval=1, micro_batch=3)
+    micro = laco_search(Calibration(model, anatomy, samples, 3), layers=layers, combine=3, interval=1)
     assert micro.merges == found.merges
 
 
@@ -190,7 +191,7 @@ def test_a_similar_layer_is_found(samples: Tensor) -> None:
         for i in (1, 2, 4, 5):  # layers that pass their input on
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 model.get_submodule(f"model.layers.{i}.{name}").weight.zero_()
-    found = laco_search(model, anatomy, samples, layers=4, combine=2, interval=1, micro_batch=3)
+    found = laco_search(Calibration(model, anatomy, samples, 3), layers=4, combine=2, interval=1)
     # one layer taken in replaces the one in front of it: 3 takes the place of 2, which did nothing
     assert found.merges == (Merge(4, (5,)), Merge(2, (3,)))
     assert found.similarity == pytest.approx(1.0)
@@ -199,7 +200,7 @@ def test_a_similar_layer_is_found(samples: Tensor) -> None:
 
 def test_a_measurement_is_made_once(llama: Made, samples: Tensor) -> None:
     model, anatomy = llama
-    found = laco_search(model, anatomy, samples, layers=5, combine=2, interval=1, threshold=0.999, micro_batch=3)
+    found = laco_search(Calibration(model, anatomy, samples, 3), layers=5, combine=2, interval=1, threshold=0.999)
     assert found.threshold < 0.999 - 0.05
     # one whole pass, and at most five places with one layer less
     assert found.passes <= 1 + 5 * 5 / 6 + 1e-9
@@ -217,7 +218,7 @@ def test_weights_come_back_after_an_exception(llama: Made, samples: Tensor) -> N
 
     handle = model.model.norm.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        laco_search(model, anatomy, samples, layers=2, combine=3, interval=1, micro_batch=3)
+        laco_search(Calibration(model, anatomy, samples, 3), layers=2, combine=3, interval=1)
     handle.remove()
     assert same(before, state(model))
 
@@ -225,21 +226,21 @@ def test_weights_come_back_after_an_exception(llama: Made, samples: Tensor) -> N
 @pytest.mark.parametrize("layers", [0, 6])
 def test_a_number_of_layers_that_makes_no_sense(llama: Made, samples: Tensor, layers: int) -> None:
     with pytest.raises(PlanError, match=f"cannot collapse 6 layers to {layers}"):
-        laco_search(*llama, samples, layers=layers, micro_batch=2)
+        laco_search(Calibration(*llama, samples, 2), layers=layers)
 
 
 def test_what_cannot_be_reached_is_said(llama: Made, samples: Tensor) -> None:
     with pytest.raises(PlanError, match="cannot collapse 6 layers to 1") as caught:
-        laco_search(*llama, samples, layers=1, combine=2, interval=3, micro_batch=3)
+        laco_search(Calibration(*llama, samples, 3), layers=1, combine=2, interval=3)
     assert "leaves 4 at best" in caught.value.why
 
 
 def test_no_samples_and_states_that_are_not_finite(llama: Made, samples: Tensor) -> None:
     model, anatomy = llama
     with pytest.raises(CorpusError, match="no samples"):
-        laco_search(model, anatomy, samples[:0], layers=3, micro_batch=2)
+        laco_search(Calibration(model, anatomy, samples[:0], 2), layers=3)
     broken = random_twin(anatomy, seed=3)
     with torch.no_grad():
         broken.model.embed_tokens.weight[77] = math.nan
     with pytest.raises(CheckpointError, match="not finite"):
-        laco_search(broken, anatomy, torch.full((2, 4), 77), layers=3, micro_batch=2)
+        laco_search(Calibration(broken, anatomy, torch.full((2, 4), 77), 2), layers=3)

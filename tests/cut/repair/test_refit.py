@@ -19,6 +19,7 @@ from halve.cut.repair import refit as refit_module
 from halve.cut.repair.gram import SingularGramWarning
 from halve.cut.repair.refit import refit
 from halve.cut.score import walk
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import find_sites
 from halve.cut.surgery.trim import trim
 from halve.errors import CheckpointError
@@ -43,16 +44,8 @@ def _plan(anatomy: Anatomy, kept_layers: Sequence[int] | None = None, **sizes: i
 
 def _refit(model, plan: Plan, anatomy: Anatomy, samples: Tensor, *, everything: bool, micro_batch: int = 8):  # type: ignore[no-untyped-def]
     student = trim(model, plan, anatomy)
-    return student, refit(
-        student,
-        model,
-        plan,
-        anatomy,
-        samples,
-        strength=1e-4,
-        everything=everything,
-        micro_batch=micro_batch,
-    )
+    taught = Calibration(model, anatomy, samples, micro_batch)
+    return student, refit(student, taught, plan, strength=1e-4, everything=everything)
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -109,7 +102,7 @@ def test_neurons_that_repeat_others_are_cut_without_loss() -> None:
     plan = replace(_plan(anatomy, ffn=half), ffn=tuple(tuple(range(half)) for _ in range(anatomy.sizes.layers)))
     samples = _samples(anatomy, 64)
     student = trim(model, plan, anatomy)
-    again = refit(student, model, plan, anatomy, samples, strength=1e-12, everything=False, micro_batch=8)
+    again = refit(student, Calibration(model, anatomy, samples, 8), plan, strength=1e-12, everything=False)
     reference = logits(model, anatomy)
     assert (logits(student, anatomy) - reference).abs().max() > 0.1
     assert (logits(again, anatomy) - reference).abs().max() < 1e-4
@@ -176,7 +169,7 @@ def test_neither_model_is_changed() -> None:
     plan = _plan(anatomy, ffn=anatomy.sizes.ffn - 16)
     student = trim(model, plan, anatomy)
     before = [{n: v.clone() for n, v in m.state_dict().items()} for m in (model, student)]
-    refit(student, model, plan, anatomy, _samples(anatomy), strength=1e-3, everything=True, micro_batch=8)
+    refit(student, Calibration(model, anatomy, _samples(anatomy), 8), plan, strength=1e-3, everything=True)
     for one, old in zip((model, student), before, strict=True):
         assert all(torch.equal(value, old[name]) for name, value in one.state_dict().items())
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.modules())

@@ -13,6 +13,7 @@ from halve.cut.plan.plan import select
 from halve.cut.proof.twins import RandomScores, fixed_ids, logits, random_twin
 from halve.cut.repair import rotate as module
 from halve.cut.repair.rotate import principal_basis, prove_rotation, rotate, stream_moment, student_anatomy, untied
+from halve.cut.score.calibration import Calibration
 from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError
 from halve.recipe.schema import Prune
@@ -99,7 +100,7 @@ def test_channels_that_carry_nothing_in_the_new_basis_are_cut_without_loss() -> 
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.copy_(project @ parameter)
     samples = fixed_ids(anatomy)
-    basis = principal_basis(stream_moment(model, anatomy, samples, micro_batch=1))
+    basis = principal_basis(stream_moment(Calibration(model, anatomy, samples, 1)))
     assert float(basis.energy_D[keep:].sum()) < 1e-6
     turned, own = rotate(model, anatomy, basis.columns_DD)
     scores = RandomScores(own.sizes, 0)
@@ -129,7 +130,7 @@ def test_principal_axes_are_orthonormal_ordered_and_keep_the_most(seed: int) -> 
 def test_the_moment_counts_every_token_alike_and_not_the_micro_batch() -> None:
     anatomy = discover(config("llama")).twin()
     model = random_twin(anatomy, seed=0)
-    one = stream_moment(model, anatomy, fixed_ids(anatomy), micro_batch=1)
-    two = stream_moment(model, anatomy, fixed_ids(anatomy), micro_batch=2)
+    one = stream_moment(Calibration(model, anatomy, fixed_ids(anatomy), 1))
+    two = stream_moment(Calibration(model, anatomy, fixed_ids(anatomy), 2))
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
     assert one.trace() == pytest.approx(24 * len(anatomy.norms), rel=1e-5)  # every token of every norm weighs one

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from halve.anatomy import Anatomy, discover
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import block_importance, channel_importance, seq_statistics, sums_over_batch
 from halve.cut.score.scores import Scores, Statistics
 from halve.cut.score.taps import find_points, measure_activations
@@ -72,7 +73,7 @@ def test_scores_are_what_the_layers_read(llama: tuple[PreTrainedModel, Anatomy],
             module = model.get_submodule(f"model.layers.{i}")
             hooks.enter_context(on_passage(module, lambda x, y: passed.append((x, y))))
         model(samples_BS)
-    found = scores(measure_activations(model, anatomy, samples_BS, micro_batch=8))
+    found = scores(measure_activations(Calibration(model, anatomy, samples_BS, 8)))
 
     layer = "model.layers.{}.{}".format
     assert found.ffn is not None
@@ -98,8 +99,8 @@ def test_scores_are_what_the_layers_read(llama: tuple[PreTrainedModel, Anatomy],
 def test_micro_batch_does_not_matter(
     llama: tuple[PreTrainedModel, Anatomy], samples_BS: Tensor, micro_batch: int
 ) -> None:
-    whole = measure_activations(*llama, samples_BS, micro_batch=8)
-    parts = measure_activations(*llama, samples_BS, micro_batch=micro_batch)
+    whole = measure_activations(Calibration(*llama, samples_BS, 8))
+    parts = measure_activations(Calibration(*llama, samples_BS, micro_batch))
     torch.testing.assert_close(parts.block_sums, whole.block_sums, rtol=1e-5, atol=1e-6)
     for axis, sums in whole.sums.items():
         torch.testing.assert_close(parts.sums[axis], sums, rtol=2e-5, atol=1e-7)
@@ -142,7 +143,7 @@ def test_other_layouts_are_scored(model_type: str, samples_BS: Tensor) -> None:
     names = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "vocab_size": 64}
     config = AutoConfig.for_model("gpt2", **names) if model_type == "gpt2" else tiny(model_type)
     model, anatomy = build(config)
-    found = scores(measure_activations(model, anatomy, samples_BS, micro_batch=4))
+    found = scores(measure_activations(Calibration(model, anatomy, samples_BS, 4)))
     sizes = anatomy.sizes
     shapes = {"layers": (3,), "hidden": (32,), "ffn": (3, 48), "heads": (3, 4), "kv_heads": (3, sizes.kv_heads)}
     for axis, tensor in found.by_axis().items():
@@ -157,7 +158,7 @@ def test_bfloat16_is_reduced_in_float32(samples_BS: Tensor) -> None:
     read: list[Tensor] = []
     name = anatomy.readers("ffn")[1][0]
     with on_input(model.get_submodule(name), read.append):
-        sums = measure_activations(model, anatomy, samples_BS, micro_batch=8).sums["ffn"]
+        sums = measure_activations(Calibration(model, anatomy, samples_BS, 8)).sums["ffn"]
     assert read[-1].dtype == torch.bfloat16
     torch.testing.assert_close(sums[:, :, 1], sums_over_batch(seq_statistics(read[-1].float())))
 
@@ -175,7 +176,7 @@ def test_nothing_is_kept_and_no_hook_stays(samples_BS: Tensor) -> None:
     with ExitStack() as hooks:
         for name in watched:
             hooks.enter_context(on_input(model.get_submodule(name), watch))
-        measure_activations(model, anatomy, samples_BS, micro_batch=8)
+        measure_activations(Calibration(model, anatomy, samples_BS, 8))
     passes = len(seen) // len(watched)
     assert passes == 2  # two tokens that find the points, and the samples
     assert all(ref() is None for ref in seen)
@@ -186,7 +187,7 @@ def test_nothing_is_kept_and_no_hook_stays(samples_BS: Tensor) -> None:
 def test_hooks_go_when_the_pass_fails(samples_BS: Tensor) -> None:
     model, anatomy = build(tiny("llama"))
     with pytest.raises(IndexError):
-        measure_activations(model, anatomy, samples_BS + 64, micro_batch=8)
+        measure_activations(Calibration(model, anatomy, samples_BS + 64, 8))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
@@ -195,7 +196,7 @@ def test_activations_that_are_not_finite_are_refused(samples_BS: Tensor) -> None
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[3] = float("inf")  # type: ignore[index,operator]
     with pytest.raises(CheckpointError, match=r"not finite, first at .*layer.*1") as error:
-        measure_activations(model, anatomy, samples_BS, micro_batch=8)
+        measure_activations(Calibration(model, anatomy, samples_BS, 8))
     assert error.value.fix.startswith("try dtype: float32")
 
 
@@ -235,11 +236,11 @@ def test_the_first_matrix_is_read_before_the_activation(model_type: str, samples
     written: list[Tensor] = []
     module = model.get_submodule(f"{anatomy.layers_path}.1.{FIRST[model_type]}")
     with on_output(module, written.append):
-        found = scores(measure_activations(model, anatomy, samples_BS, ffn_point="up_output", micro_batch=3)).ffn
+        found = scores(measure_activations(Calibration(model, anatomy, samples_BS, 3), ffn_point="up_output")).ffn
     assert found is not None
     first_block = torch.cat(written[-3:])[..., :48]
     torch.testing.assert_close(found[1], channel_importance(first_block))
-    other = scores(measure_activations(model, anatomy, samples_BS, micro_batch=3)).ffn
+    other = scores(measure_activations(Calibration(model, anatomy, samples_BS, 3))).ffn
     assert other is not None
     assert not torch.allclose(found, other)
 
@@ -251,14 +252,14 @@ def test_the_gate_is_what_the_activation_function_reads(model_type: str, samples
     layer = model.get_submodule("model.layers.0.mlp")
     function = next(m for name, m in layer.named_children() if "act" in name)
     with on_input(function, activated.append):
-        found = scores(measure_activations(model, anatomy, samples_BS, ffn_point="up_output", micro_batch=8)).ffn
+        found = scores(measure_activations(Calibration(model, anatomy, samples_BS, 8), ffn_point="up_output")).ffn
     assert found is not None
     torch.testing.assert_close(found[0], channel_importance(activated[-1]))
 
 
 def test_only_ffn_moves_with_its_point(llama: tuple[PreTrainedModel, Anatomy], samples_BS: Tensor) -> None:
     points = ("down_input", "up_output")
-    down, up = (measure_activations(*llama, samples_BS, ffn_point=point, micro_batch=8) for point in points)
+    down, up = (measure_activations(Calibration(*llama, samples_BS, 8), ffn_point=point) for point in points)
     assert up.sums["hidden"].equal(down.sums["hidden"])
     assert up.sums["heads"].equal(down.sums["heads"])
     assert (down.ffn_point, up.ffn_point) == ("down_input", "up_output")
@@ -269,5 +270,5 @@ def test_a_layer_without_a_first_matrix_is_refused(llama: tuple[PreTrainedModel,
     gone = ("1.mlp.gate_proj", "1.mlp.up_proj")
     left = {name: expr for name, expr in anatomy.modules.items() if not name.endswith(gone)}
     with pytest.raises(AnatomyError, match="cannot score ffn of family llama") as error:
-        measure_activations(model, replace(anatomy, modules=left), samples_BS, ffn_point="up_output", micro_batch=8)
+        measure_activations(Calibration(model, replace(anatomy, modules=left), samples_BS, 8), ffn_point="up_output")
     assert error.value.why == "no module of layer 1 makes it"

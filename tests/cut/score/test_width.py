@@ -17,6 +17,7 @@ from halve.anatomy import Anatomy, discover
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import random_twin
 from halve.cut.score import baselines
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import rank
 from halve.cut.score.scores import Scores
 from halve.cut.score.structures import places
@@ -38,18 +39,17 @@ def samples(anatomy: Anatomy, num: int = 6) -> Tensor:
     return torch.randint(anatomy.sizes.vocab, (num, 9), generator=torch.Generator().manual_seed(3))
 
 
-def scored(model: PreTrainedModel, anatomy: Anatomy, **changes: Any) -> Scores:
+def scored(model: PreTrainedModel, anatomy: Anatomy, *, micro_batch: int = 4, **changes: Any) -> Scores:
     about: dict[str, Any] = {
         "method": "activation",
         "ffn_point": "down_input",
         "batch_agg": "l2",
         "seq_agg": "mean",
-        "micro_batch": 4,
         "seed": 5,
         "model_fingerprint": "m",
         "samples_fingerprint": "s",
     }
-    return score(model, anatomy, samples(anatomy), **{**about, **changes})
+    return score(Calibration(model, anatomy, samples(anatomy), micro_batch), **{**about, **changes})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from halve.anatomy import Anatomy
 from halve.cut.layers.depth import DepthChoice, choose
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.model.choices import load_items
-from halve.progress import Progress
 from halve.recipe.schema import Recipe, Score
 
 DEPTH = "depth.json"
@@ -31,29 +29,17 @@ def read_of(score: Score, remove: int) -> int | bool | None:
 
 
 def choose_layers(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Tensor,
-    *,
-    remove: int,
-    tokenizer: PreTrainedTokenizerBase,
-    scores: Scores,
-    progress: Progress,
+    recipe: Recipe, calibration: Calibration, *, remove: int, tokenizer: PreTrainedTokenizerBase, scores: Scores
 ) -> DepthChoice:
     """Compare sets of `remove` layers as the section `score` says (see `halve.cut.layers.depth.choose`)."""
     task = recipe.score.depth_task
     return choose(
-        model,
-        anatomy,
-        samples_BS,
+        calibration,
         criterion=recipe.score.depth,
         pattern=recipe.score.depth_pattern,
         remove=remove,
         items=load_items(task) if task is not None and recipe.score.depth == "task" else (),
         tokenizer=tokenizer,
-        micro_batch=recipe.score.micro_batch,
         seed=recipe.seed,
         scores=scores,
-        progress=progress,
     )

@@ -21,18 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from halve.anatomy import Anatomy
 from halve.cut.layers import depth_values
 from halve.cut.layers.depth_values import Compare, Compared
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import block_importance
 from halve.cut.score.scores import Scores
 from halve.errors import CorpusError, PlanError, RecipeError
 from halve.model.choices import Item
-from halve.progress import SILENT, Progress
 from halve.recipe.schema import DepthCriterion, DepthPattern
 
 
@@ -172,19 +170,15 @@ PATTERNS: Final[Mapping[DepthPattern, Callable[..., PatternResult]]] = {
 
 
 def choose(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
+    calibration: Calibration,
     *,
     criterion: DepthCriterion,
     pattern: DepthPattern,
     remove: int,
+    seed: int,
     items: Sequence[Item] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    micro_batch: int,
-    seed: int,
     scores: Scores | None = None,
-    progress: Progress = SILENT,
 ) -> DepthChoice:
     """Choose `remove` layers to drop, by one criterion and pattern. The model is unchanged on return.
 
@@ -194,17 +188,17 @@ def choose(
     Raises `PlanError` unless at least one layer goes and one stays, `RecipeError` for `task` without items and `taylor`
     without layer scores, `CorpusError` for no samples, and `CheckpointError` where logits are not finite.
     """
-    total = anatomy.sizes.layers
+    total = calibration.anatomy.sizes.layers
     _check_count(remove, total)
     if (known := _known(criterion, pattern, scores)) is not None:
         compare = known
     elif criterion == "random":
         compare = depth_values.random_values(seed)
     elif criterion == "task":
-        compare = _task(model, anatomy, items, tokenizer, progress)
+        compare = _task(calibration, items, tokenizer)
     else:
-        _check_samples(samples_BS)
-        compare = _MEASURED[criterion](model, anatomy, samples_BS, micro_batch=micro_batch, progress=progress)
+        _check_samples(calibration.samples_BS)
+        compare = _MEASURED[criterion](calibration)
     found = PATTERNS[pattern](compare, total, remove=remove)
     kept = tuple(layer for layer in range(total) if layer not in found.removed)
     return DepthChoice(criterion, pattern, kept, found.removals, found.passes, found.whole)
@@ -234,13 +228,7 @@ def _known(criterion: DepthCriterion, pattern: DepthPattern, scores: Scores | No
     return depth_values.additive(layer_scores)
 
 
-def _task(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    items: Sequence[Item],
-    tokenizer: PreTrainedTokenizerBase | None,
-    progress: Progress,
-) -> Compare:
+def _task(calibration: Calibration, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase | None) -> Compare:
     if not items:
         raise RecipeError(
             "depth: task needs multiple-choice items",
@@ -248,7 +236,8 @@ def _task(
             fix="set score.depth_task to a multiple-choice file (JSON lines), or another score.depth",
         )
     assert tokenizer is not None, "items are tokenized"
-    return depth_values.task(model, anatomy, items, tokenizer, progress=progress)
+    model, anatomy = calibration.model, calibration.anatomy
+    return depth_values.task(model, anatomy, items, tokenizer, progress=calibration.progress)
 
 
 def _check_count(remove: int, total: int) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +31,7 @@ from halve.anatomy import Anatomy
 from halve.anatomy.configs import context_length
 from halve.cut.layers import removal
 from halve.cut.layers.removal import Trace
+from halve.cut.score.calibration import Calibration
 from halve.model import choices
 from halve.model.choices import Item
 from halve.model.finite import require_finite
@@ -88,18 +89,10 @@ def state_values(
     return torch.stack([distance(states[chosen[0]], states[chosen[-1] + 1]).double() for chosen in sets])
 
 
-def from_states(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    distance: Distance,
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Compare:
+def from_states(calibration: Calibration, *, distance: Distance) -> Compare:
     """Values from the states of one pass: `block_importance` (bi) or `angular_distance`; sets are contiguous."""
-    layers = removal.layers_of(model, anatomy)
-    batches = torch.split(samples_BS, micro_batch)
+    layers = removal.layers_of(calibration.model, calibration.anatomy)
+    batches, progress = calibration.batches, calibration.progress
 
     def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         sums = torch.zeros(len(sets), dtype=torch.float64)
@@ -110,7 +103,7 @@ def from_states(
         passes = removal.sweep(
             layers, batches, (), removed=removed, whole=whole, each=removal.ignore, progress=progress
         )
-        return Compared(finite_values(sums / len(samples_BS), sets), passes, None)
+        return Compared(finite_values(sums / len(calibration.samples_BS), sets), passes, None)
 
     return compare
 
@@ -118,21 +111,13 @@ def from_states(
 # ---- from removals
 
 
-def nll(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Compare:
+def nll(calibration: Calibration) -> Compare:
     """Mean nats per token without the set; its exponential is the perplexity.
 
     Shortened LLaMA's PPL (arXiv 2402.02834) and SLEB's measure (arXiv 2402.09025), which is the same average.
     """
-    require_context(model.config, samples_BS.shape[1], "a sample")
-    layers, (_, head) = removal.layers_of(model, anatomy), split(model)
-    batches = torch.split(samples_BS, micro_batch)
+    layers, head = _whole_samples(calibration)
+    batches, progress = calibration.batches, calibration.progress
 
     def compare(sets: Sequence[LayerSet], removed: Collection[int]) -> Compared:
         sums = torch.zeros(len(sets) + 1, dtype=torch.float64)
@@ -143,29 +128,21 @@ def nll(
         passes = removal.sweep(
             layers, batches, sets, removed=removed, whole=lambda b, t: add(b, -1, t.hidden), each=add, progress=progress
         )
-        *values, whole = finite_values(sums / len(samples_BS), (*sets, ()))
+        *values, whole = finite_values(sums / len(calibration.samples_BS), (*sets, ()))
         return Compared(tuple(values), passes, whole)
 
     return compare
 
 
-def logit_mse(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Compare:
+def logit_mse(calibration: Calibration) -> Compare:
     """Squared error of the logits against those of the whole model, relative to the size of these.
 
     Nemotron Elastic, arXiv 2511.16664: `sum (z_full - z)^2 / sum z_full^2`, over all tokens and the vocabulary. The
     reference is the model with all layers, even if some are already removed. Its last hidden states of all samples are
     kept in main memory: samples x seq x hidden numbers in the model's type.
     """
-    require_context(model.config, samples_BS.shape[1], "a sample")
-    layers, (_, head) = removal.layers_of(model, anatomy), split(model)
-    batches = torch.split(samples_BS, micro_batch)
+    layers, head = _whole_samples(calibration)
+    batches, progress = calibration.batches, calibration.progress
     reference: dict[int, Tensor] = {}
 
     def keep(b: int, before: Trace) -> None:
@@ -190,6 +167,13 @@ def logit_mse(
         return Compared(tuple(values), passes, whole_value)
 
     return compare
+
+
+def _whole_samples(calibration: Calibration) -> tuple[removal.Layers, Head]:
+    """Layers and head of a model that can read these samples whole."""
+    model = calibration.model
+    require_context(model.config, calibration.samples_BS.shape[1], "a sample")
+    return removal.layers_of(model, calibration.anatomy), split(model)[1]
 
 
 @torch.no_grad()

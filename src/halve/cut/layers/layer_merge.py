@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.layers import removal
 from halve.cut.layers.removal import Trace
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import token_cosine
 from halve.errors import AnatomyError, CorpusError, PlanError
 from halve.model.finite import came_out, float32_or, require_finite
-from halve.progress import SILENT, Progress
 
 THRESHOLD_STEP = 0.05
 _DEEP = 30
@@ -161,16 +161,7 @@ def search_setting(total: int) -> tuple[int, int]:
 
 
 def laco_search(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    layers: int,
-    combine: int = 4,
-    interval: int = 2,
-    threshold: float = 0.95,
-    micro_batch: int,
-    progress: Progress = SILENT,
+    calibration: Calibration, *, layers: int, combine: int = 4, interval: int = 2, threshold: float = 0.95
 ) -> Collapse:
     """Collapse a model to `layers` layers by the paper's procedure. The model is unchanged on return.
 
@@ -183,55 +174,16 @@ def laco_search(
     `PlanError` for a number of layers that cannot be reached, `CorpusError` for no samples, `CheckpointError` for
     hidden states that are not finite, and `AnatomyError` if layers that merge differ in their parameters.
     """
-    total = anatomy.sizes.layers
-    if not 0 < layers < total:
-        raise PlanError(
-            f"cannot collapse {total} layers to {layers}",
-            why="at least one layer must be removed and one kept",
-            fix=f"keep between 1 and {total - 1} layers (--layers)",
-        )
-    if len(samples_BS) == 0:
-        raise CorpusError(
-            "no samples to compare merged layers with",
-            why="the calibration text is shorter than one sample",
-            fix="give more text in data.train, or a smaller data.context",
-        )
-    found, batches = removal.layers_of(model, anatomy), torch.split(samples_BS, micro_batch)
-    reference: list[Tensor] = []
-    passes = removal.sweep(
-        found,
-        batches,
-        (),
-        removed=(),
-        whole=lambda _, before: reference.append(before.hidden.cpu()),
-        each=removal.ignore,
-        progress=progress,
-    )
-    known: dict[tuple[Merge, ...], float] = {}
-
-    def similarity(merges: tuple[Merge, ...]) -> float:
-        nonlocal passes
-        if merges not in known:
-            sums = torch.zeros((), dtype=torch.float64)
-
-            def whole(b: int, before: Trace) -> None:
-                cosine_BS = token_cosine(before.hidden, reference[b].to(before.hidden.device))
-                sums.add_(cosine_BS.sum(dtype=torch.float64).cpu())
-
-            gone = [layer for merge in merges for layer in merge.layers]
-            with _applied(model, anatomy, merges):
-                passes += removal.sweep(
-                    found, batches, (), removed=gone, whole=whole, each=removal.ignore, progress=progress
-                )
-            known[merges] = _finite(sums.item() / samples_BS.numel(), merges[-1])
-        return known[merges]
-
+    total = calibration.anatomy.sizes.layers
+    _require_fewer(layers, total)
+    _require_samples(calibration.samples_BS)
+    similarity = _Similarity(calibration)
     bound = threshold
     while True:
         merges = collapse(total, layers, combine=combine, interval=interval, threshold=bound, similarity=similarity)
         kept = kept_after(merges, total)
         if len(kept) == layers:
-            return Collapse(merges, kept, bound, similarity(merges), passes)
+            return Collapse(merges, kept, bound, similarity(merges), similarity.passes)
         if bound == -inf:
             raise PlanError(
                 f"cannot collapse {total} layers to {layers}",
@@ -239,6 +191,41 @@ def laco_search(
                 fix="merge more layers at a time (combine), or keep more layers",
             )
         bound = bound - THRESHOLD_STEP if bound - THRESHOLD_STEP > -1 else -inf
+
+
+class _Similarity:
+    """The similarity of the last hidden states after merges to those of the whole model. Each is measured once."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.layers = removal.layers_of(calibration.model, calibration.anatomy)
+        self.reference: list[Tensor] = []
+        self.known: dict[tuple[Merge, ...], float] = {}
+        self.passes = self._sweep((), lambda _, before: self.reference.append(before.hidden.cpu()))
+
+    def __call__(self, merges: tuple[Merge, ...]) -> float:
+        if merges not in self.known:
+            self.known[merges] = self._measured(merges)
+        return self.known[merges]
+
+    def _measured(self, merges: tuple[Merge, ...]) -> float:
+        sums = torch.zeros((), dtype=torch.float64)
+
+        def whole(b: int, before: Trace) -> None:
+            cosine_BS = token_cosine(before.hidden, self.reference[b].to(before.hidden.device))
+            sums.add_(cosine_BS.sum(dtype=torch.float64).cpu())
+
+        gone = [layer for merge in merges for layer in merge.layers]
+        with _applied(self.calibration.model, self.calibration.anatomy, merges):
+            self.passes += self._sweep(gone, whole)
+        return _finite(sums.item() / self.calibration.samples_BS.numel(), merges[-1])
+
+    def _sweep(self, removed: Sequence[int], whole: Callable[[int, Trace], None]) -> float:
+        """A pass over all samples without these layers."""
+        batches, progress = self.calibration.batches, self.calibration.progress
+        return removal.sweep(
+            self.layers, batches, (), removed=removed, whole=whole, each=removal.ignore, progress=progress
+        )
 
 
 def collapse(
@@ -278,6 +265,24 @@ def kept_after(merges: Sequence[Merge], total: int) -> tuple[int, ...]:
     """The layers that no merge has taken in."""
     gone = {layer for merge in merges for layer in merge.layers}
     return tuple(layer for layer in range(total) if layer not in gone)
+
+
+def _require_fewer(layers: int, total: int) -> None:
+    if not 0 < layers < total:
+        raise PlanError(
+            f"cannot collapse {total} layers to {layers}",
+            why="at least one layer must be removed and one kept",
+            fix=f"keep between 1 and {total - 1} layers (--layers)",
+        )
+
+
+def _require_samples(samples_BS: Tensor) -> None:
+    if len(samples_BS) == 0:
+        raise CorpusError(
+            "no samples to compare merged layers with",
+            why="the calibration text is shorter than one sample",
+            fix="give more text in data.train, or a smaller data.context",
+        )
 
 
 def _finite(value: float, merge: Merge) -> float:

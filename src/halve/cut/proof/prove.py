@@ -41,6 +41,7 @@ from halve.cut.proof.twins import (
     skipping,
     twin_plan,
 )
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.taps import measure_activations
 from halve.cut.surgery.trim import take, trim
 from halve.errors import AnatomyError, HalveError
@@ -317,7 +318,7 @@ def _check_scores(axis: str, model: PreTrainedModel, twin: Anatomy) -> Check:
     own = {axis, "heads"} if axis == "kv_heads" else {axis}
     others: dict[str, str] = {other: "not asked for here" for other in CUT_AXES if other not in own}
     try:
-        statistics = measure_activations(model, replace(twin, refusals=others), fixed_ids(twin), micro_batch=2)
+        statistics = measure_activations(Calibration(model, replace(twin, refusals=others), fixed_ids(twin), 2))
         scores = statistics.scores(batch_agg="l2", seq_agg="mean", model="", samples="").by_axis()
     except HalveError as error:
         return Check(axis, "it can be scored", False, float("nan"), error.why)

@@ -30,34 +30,26 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.plan.plan import Plan
 from halve.cut.repair.gram import Gram, raised, ridge
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import Site, find_sites, input_dim
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
 from halve.cut.surgery.trim import take
 from halve.model.hooks import Reached, on_input, on_output
-from halve.progress import SILENT, Progress
+from halve.process.waits import bytes_in_words
+from halve.progress import Progress
 
 
 @torch.no_grad()
 def refit(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    plan: Plan,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    strength: float,
-    everything: bool,
-    micro_batch: int,
-    progress: Progress = SILENT,
+    student: PreTrainedModel, teacher: Calibration, plan: Plan, *, strength: float, everything: bool
 ) -> PreTrainedModel:
-    """A new, refit student. `student` must be the result of `trim(teacher, plan, anatomy)`. Neither model is changed.
+    """A new, refit student. `student` must be the result of `trim` for this teacher and plan. Neither model is changed.
 
     It takes one pass of the teacher and about two and a half of the student over the samples, and for each site one
     solve, cubic in the width. Residual streams, and what the current layer of the teacher writes, are kept for all
@@ -66,24 +58,17 @@ def refit(
     Raises `CheckpointError` for activations that are not finite. Warns with `SingularGramWarning` if there are fewer
     tokens than channels.
     """
-    return _Refit(student, teacher, plan, anatomy, samples_BS, strength, everything, micro_batch).run(progress)
+    return _Refit(student, teacher, plan, strength=strength, everything=everything).run(teacher.progress)
 
 
 class _Refit:
     def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        plan: Plan,
-        anatomy: Anatomy,
-        samples_BS: Tensor,
-        strength: float,
-        everything: bool,
-        micro_batch: int,
+        self, student: PreTrainedModel, taught: Calibration, plan: Plan, *, strength: float, everything: bool
     ) -> None:
+        teacher, anatomy, samples_BS = taught.model, taught.anatomy, taught.samples_BS
         self.teacher, self.student = teacher, copy.deepcopy(student)
         self.plan, self.anatomy, self.strength, self.everything = plan, anatomy, strength, everything
-        self.samples_BS, self.micro_batch = samples_BS, micro_batch
+        self.samples_BS, self.micro_batch = samples_BS, taught.micro_batch
         self.device = teacher.device
         self.kept_K = torch.tensor(plan.hidden, device=self.device)
         self.found = find_sites(teacher, anatomy)
@@ -102,7 +87,7 @@ class _Refit:
         widths = [before, before, self.plan.after.hidden, *self._widths(0)]
         size = states_bytes(samples, seq, widths, dtype=self.teacher.dtype)
         total = self.samples_BS.numel() * self.plan.after.layers
-        with progress.task(f"refit (states: {size / 2**20:,.0f} MiB)", total) as task:
+        with progress.task(f"refit (states: {bytes_in_words(size)})", total) as task:
             self._begin()
             for layer in range(self.plan.after.layers):
                 self._layer(layer)

@@ -12,18 +12,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy, Arch
+from halve.anatomy import Arch
 from halve.cut.repair.gram import Gram
 from halve.cut.repair.selection import removal_order
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import input_dim
 from halve.cut.score.taps import find_points, width
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
 from halve.model.hooks import on_input
-from halve.progress import SILENT, Progress
+from halve.process.waits import bytes_in_words
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,14 @@ def choices(before: Arch, after: Arch, head_channels: int) -> dict[str, Choice]:
 
 @torch.no_grad()
 def score_by_refit(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    after: Arch,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    layers: Sequence[int],
-    strength: float,
-    micro_batch: int,
-    progress: Progress = SILENT,
+    calibration: Calibration, after: Arch, *, layers: Sequence[int], strength: float
 ) -> dict[str, Tensor]:
     """Scores of neurons and heads, by axis, if some are cut. The later the refit can spare an entry, the higher.
 
     Heads with their own key and value are scored as `heads` and `kv_heads`. It takes one forward pass, layer by layer,
     so that only one layer's Gram matrices are in memory. Layers that are not listed score zero.
     """
+    model, anatomy, samples_BS = calibration.model, calibration.anatomy, calibration.samples_BS
     before, points = anatomy.sizes, find_points(model, anatomy)
     asked = choices(before, after, width(anatomy, "heads") // before.heads)
     scores = {axis: torch.zeros(before.layers, len(choice.cells)) for axis, choice in asked.items()}
@@ -73,9 +65,11 @@ def score_by_refit(
     states = States(len(samples_BS), samples_BS.shape[1], before.hidden, dtype=model.dtype)
     size = states_bytes(len(samples_BS), samples_BS.shape[1], [before.hidden], dtype=model.dtype)
     calls: dict[int, list[Call]] = {}
-    parts = [slice(start, start + micro_batch) for start in range(0, len(samples_BS), micro_batch)]
+    starts = range(0, len(samples_BS), calibration.micro_batch)
+    parts = [slice(start, start + calibration.micro_batch) for start in starts]
     modules = layer_modules(model, anatomy)[: max(layers) + 1]
-    with progress.task(f"select by refit (states: {size / 2**20:,.0f} MiB)", samples_BS.numel() * len(modules)) as task:
+    title, total = f"select by refit (states: {bytes_in_words(size)})", samples_BS.numel() * len(modules)
+    with calibration.progress.task(title, total) as task:
         for rows in parts:
             ids_BS = samples_BS[rows]
             if len(ids_BS) not in calls:
@@ -95,17 +89,18 @@ def score_by_refit(
             for axis, one in wanted.items():
                 grams[axis].check(names[axis])
                 weight = model.get_parameter(f"{names[axis]}.weight")
-                order = removal_order(
-                    grams[axis].xx_XX,
-                    weight if input_dim(anatomy, names[axis]) == 1 else weight.T,
-                    size=one.size,
-                    keep=one.keep,
-                    cells=one.cells,
-                    strength=strength,
-                )
-                scores[axis][layer] = len(one.cells)
-                scores[axis][layer, list(order)] = torch.arange(len(order), dtype=torch.float32)
+                weight_YC = weight if input_dim(anatomy, names[axis]) == 1 else weight.T
+                scores[axis][layer] = _places(grams[axis], weight_YC, one, strength=strength)
             task.advance(samples_BS.numel())
     if "heads" in scores and before.heads == before.kv_heads:
         scores["kv_heads"] = scores["heads"]
     return scores
+
+
+def _places(gram: Gram, weight_YC: Tensor, choice: Choice, *, strength: float) -> Tensor:
+    """The place of each structure in the order in which a refit can spare them; those that stay come last alike."""
+    size, keep, cells = choice.size, choice.keep, choice.cells
+    order = removal_order(gram.xx_XX, weight_YC, size=size, keep=keep, cells=cells, strength=strength)
+    places_N = torch.full((len(cells),), float(len(cells)))
+    places_N[list(order)] = torch.arange(len(order), dtype=torch.float32)
+    return places_N

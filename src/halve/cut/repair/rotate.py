@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,11 +32,11 @@ from halve.anatomy.configs import build
 from halve.cut.proof.prove import SAME, prove
 from halve.cut.proof.twins import logits, random_twin
 from halve.cut.repair.gram import Gram
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import input_dim
 from halve.cut.surgery.gain import norm_kind
 from halve.errors import AnatomyError
 from halve.model.hooks import on_input, on_output
-from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune
 
 _HIDDEN = Expr.parse("hidden")
@@ -62,20 +62,14 @@ def principal_basis(second_moment_DD: Float[Tensor, "hidden hidden"]) -> Basis:
     return Basis(vectors_DD * largest_D.sign(), values_D / values_D.sum())
 
 
-def stream_moment(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Float64[Tensor, "hidden hidden"]:
+def stream_moment(calibration: Calibration) -> Float64[Tensor, "hidden hidden"]:
     """The second moment of the normalized residual stream: sum of `x x^T / |x|^2` over tokens and norms.
 
     It takes one forward pass. SliceGPT uses the PCA of the states themselves. But norms read only directions, and a few
     tokens have states many times larger than the rest. So every token has the same weight here (LOG.md: 0.46 against
     0.66 nats straight after the cut to 70 %). The input of the final norm is included.
     """
+    model, anatomy = calibration.model, calibration.anatomy
     gram = Gram(anatomy.sizes.hidden, device=model.device)
 
     def see(x: Tensor) -> None:
@@ -84,8 +78,8 @@ def stream_moment(
     with ExitStack() as hooks, torch.no_grad():
         for name in anatomy.norms:
             hooks.enter_context(on_input(model.get_submodule(name), see))
-        task = hooks.enter_context(progress.task("principal basis", samples_BS.numel()))
-        for part_BS in torch.split(samples_BS, micro_batch):
+        task = hooks.enter_context(calibration.progress.task("principal basis", calibration.samples_BS.numel()))
+        for part_BS in calibration.batches:
             model.base_model(input_ids=part_BS.to(model.device), use_cache=False)
             task.advance(part_BS.numel())
     gram.check("the residual stream")
@@ -184,13 +178,7 @@ def rotate(
 
 @torch.no_grad()
 def tie_head(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    final_norm: str,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    strength: float,
-    micro_batch: int,
+    student: PreTrainedModel, calibration: Calibration, *, final_norm: str, strength: float
 ) -> PreTrainedModel:
     """A new student whose head is again its embedding table E. The final norm compensates for the difference.
 
@@ -201,8 +189,9 @@ def tie_head(
     W is the teacher's head, t and s are what both heads read. The normal equations need two Gram matrices:
     `((E^T E) * (S^T S)) g = rowsum((E^T W) * (S^T T))`. One pass of both models over the samples.
     """
+    teacher = calibration.model
     gram = Gram(student.get_input_embeddings().weight.shape[1], teacher.get_output_embeddings().weight.shape[1])
-    for part_BS in torch.split(samples_BS, micro_batch):
+    for part_BS in calibration.batches:
         read = [m.base_model(input_ids=part_BS.to(m.device), use_cache=False)[0] for m in (student, teacher)]
         gram.add(read[0].cpu(), read[1].cpu())
     gram.check("the head")

@@ -1,15 +1,53 @@
-"""Whether samples can say anything about a model: checked before weights are read."""
+"""A model with its calibration samples, and the check of such samples before weights are read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Int, Int64
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from halve.anatomy import Anatomy
 from halve.errors import CorpusError
+from halve.progress import SILENT, Progress
 
 MIN_SAMPLES: Final = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A model and its calibration samples, which are run `micro_batch` at a time."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    samples_BS: Int64[Tensor, "batch seq"]
+    micro_batch: int
+    progress: Progress = SILENT
+
+    @property
+    def batches(self) -> Sequence[Tensor]:
+        """The micro-batches in their order."""
+        return torch.split(self.samples_BS, self.micro_batch)
+
+    def first(self, num_samples: int) -> Calibration:
+        """The same model with only the first samples."""
+        return self.on(self.samples_BS[:num_samples])
+
+    def of(self, model: PreTrainedModel, anatomy: Anatomy) -> Calibration:
+        """Another model with the same samples."""
+        return replace(self, model=model, anatomy=anatomy)
+
+    def on(self, samples_BS: Int64[Tensor, "batch seq"]) -> Calibration:
+        """The same model with other samples."""
+        return replace(self, samples_BS=samples_BS)
+
+    def silent(self) -> Calibration:
+        """The same without progress bars."""
+        return replace(self, progress=SILENT)
 
 
 def require_calibration(samples_BS: Int[Tensor, "batch seq"], *, vocab: int) -> None:

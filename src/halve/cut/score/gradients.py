@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.taps import on_layers
 from halve.model.finite import require_finite
 from halve.model.head import Head, split
 from halve.model.measure import row_chunks, token_log_probs
-from halve.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +32,7 @@ class Gradients:
     """Mean nats of the predicted tokens."""
 
 
-def measure_gradients(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Gradients:
+def measure_gradients(calibration: Calibration) -> Gradients:
     """Differentiate the mean next-token cross-entropy over all samples with respect to every parameter.
 
     Samples go through in micro-batches and their gradients are summed, so the result does not depend on `micro_batch`
@@ -51,6 +42,7 @@ def measure_gradients(
 
     Raises `CheckpointError` if a weight or a gradient is not finite.
     """
+    model, samples_BS = calibration.model, calibration.samples_BS
     assert not model.training, "differentiate a model in eval mode"
     assert samples_BS.shape[1] > 1, "a sample of one token predicts nothing"
     parameters = dict(model.named_parameters())
@@ -62,10 +54,10 @@ def measure_gradients(
     with (
         _differentiable(list(parameters.values())),
         torch.enable_grad(),
-        on_layers(model, anatomy) as block_sums,
-        progress.task("score by gradients", samples_BS.numel()) as task,
+        on_layers(model, calibration.anatomy) as block_sums,
+        calibration.progress.task("score by gradients", samples_BS.numel()) as task,
     ):
-        for part_BS in torch.split(samples_BS, micro_batch):
+        for part_BS in calibration.batches:
             ids_BS = part_BS.to(model.device)
             hidden_BSD = body(ids_BS)
             loss, into_hidden_BSD, into_head = _head_gradients(head, hidden_BSD.detach(), ids_BS, num_targets)

@@ -24,11 +24,12 @@ from functools import partial
 from typing import Final
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import block_importance, seq_statistics, sums_over_batch
 from halve.cut.score.scores import WIDTH_AXES, Statistics
 from halve.cut.score.sites import output_expr
@@ -36,7 +37,6 @@ from halve.cut.score.structures import axis_positions
 from halve.errors import AnatomyError
 from halve.model.finite import not_finite
 from halve.model.hooks import Hear, on_input, on_output, on_passage
-from halve.progress import SILENT, Progress
 from halve.recipe.schema import FfnPoint
 
 Point = tuple[int, str]
@@ -62,33 +62,26 @@ class Heard:
     """`importance.block_importance` of every layer, summed over samples."""
 
 
-def measure_activations(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    *,
-    ffn_point: FfnPoint = "down_input",
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Statistics:
+def measure_activations(calibration: Calibration, *, ffn_point: FfnPoint = "down_input") -> Statistics:
     """Run the samples through the model's body once and collect every score's statistics.
 
-    Logits are not computed. `micro_batch` samples at a time are moved to the model's device and run. The result does
-    not depend on their number, except for rounding in the model's own products. No activation is kept longer than the
-    module that reads it.
+    Logits are not computed. One micro-batch at a time is moved to the model's device and run. The result does not
+    depend on its size, except for rounding in the model's own products. No activation is kept longer than the module
+    that reads it.
 
     Raises `AnatomyError` if the model does not call a module as the anatomy expects, and `CheckpointError` for
     activations that are not finite.
     """
+    model, anatomy = calibration.model, calibration.anatomy
     taps = input_taps(model, anatomy)
     if "ffn" in taps:
         taps["ffn"] = FFN_POINTS[ffn_point](model, anatomy, taps["ffn"])
-    heard = listen(model, anatomy, samples_BS, taps, statistics, micro_batch=micro_batch, progress=progress)
+    heard = listen(calibration, taps, statistics)
     return Statistics(
         sums=heard.sums,
         point_layers={axis: tuple(tap.layer for tap in found) for axis, found in taps.items()},
         block_sums=heard.block_sums,
-        num_samples=len(samples_BS),
+        num_samples=len(calibration.samples_BS),
         head_dim=width(anatomy, "heads") // anatomy.sizes.heads,
         kv_heads=anatomy.sizes.kv_heads,
         ffn_point=ffn_point,
@@ -100,21 +93,13 @@ def statistics(act_BSC: Tensor) -> Tensor:
     return sums_over_batch(seq_statistics(act_BSC))
 
 
-def listen(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
-    taps: Mapping[str, Sequence[Tap]],
-    reduce: Callable[[Tensor], Tensor],
-    *,
-    micro_batch: int,
-    progress: Progress = SILENT,
-) -> Heard:
+def listen(calibration: Calibration, taps: Mapping[str, Sequence[Tap]], reduce: Callable[[Tensor], Tensor]) -> Heard:
     """Run the samples through the model's body and add up `reduce` of every tap's [batch, seq, channels], and BI.
 
     `reduce` returns [..., channels] in float64. Its sums over micro-batches must equal that of all samples. Raises
     `CheckpointError` if a sum is not finite.
     """
+    model, samples_BS = calibration.model, calibration.samples_BS
     assert not model.training, "score a model in eval mode"
     assert len(samples_BS) > 0, "no samples"
     device = model.device
@@ -132,9 +117,9 @@ def listen(
         for axis, found in taps.items():
             for index, tap in enumerate(found):
                 hooks.enter_context(tap.open(model.get_submodule(tap.module), hear(axis, index)))
-        block_sums = hooks.enter_context(on_layers(model, anatomy))
-        task = hooks.enter_context(progress.task("score", samples_BS.numel()))
-        for part_BS in torch.split(samples_BS, micro_batch):
+        block_sums = hooks.enter_context(on_layers(model, calibration.anatomy))
+        task = hooks.enter_context(calibration.progress.task("score", samples_BS.numel()))
+        for part_BS in calibration.batches:
             batch = len(part_BS)
             model.base_model(input_ids=part_BS.to(device), use_cache=False)
             task.advance(part_BS.numel())

@@ -24,19 +24,16 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from halve.anatomy import Anatomy
 from halve.cut.score import baselines, gradients, taps
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.importance import group_importance, token_moments, token_variance
 from halve.cut.score.scores import WIDTH_AXES, Scores, random_scores
 from halve.cut.score.sites import input_dim
 from halve.cut.score.structures import AxisPlace, row_scores, totals
 from halve.errors import AnatomyError
 from halve.model.hooks import on_input
-from halve.progress import SILENT, Progress
 from halve.recipe.schema import Aggregator, FfnPoint, Method
 
 
@@ -44,33 +41,25 @@ from halve.recipe.schema import Aggregator, FfnPoint, Method
 class _Job:
     """The arguments of `score`."""
 
-    model: PreTrainedModel
-    anatomy: Anatomy
-    samples_BS: Int64[Tensor, "batch seq"]
+    calibration: Calibration
     ffn_point: FfnPoint
     batch_agg: Aggregator
     seq_agg: Aggregator
-    micro_batch: int
     seed: int
     model_fingerprint: str
     samples_fingerprint: str
-    progress: Progress
 
 
 def score(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    samples_BS: Int64[Tensor, "batch seq"],
+    calibration: Calibration,
     *,
     method: Method,
     ffn_point: FfnPoint,
     batch_agg: Aggregator,
     seq_agg: Aggregator,
-    micro_batch: int,
     seed: int,
     model_fingerprint: str,
     samples_fingerprint: str,
-    progress: Progress = SILENT,
 ) -> Scores:
     """Score every axis that can be cut. The model is unchanged on return.
 
@@ -81,19 +70,7 @@ def score(
     Raises `AnatomyError` if the model does not call its modules as the anatomy says, and `CheckpointError` if
     activations, loss or gradients are not finite.
     """
-    job = _Job(
-        model=model,
-        anatomy=anatomy,
-        samples_BS=samples_BS,
-        ffn_point=ffn_point,
-        batch_agg=batch_agg,
-        seq_agg=seq_agg,
-        micro_batch=micro_batch,
-        seed=seed,
-        model_fingerprint=model_fingerprint,
-        samples_fingerprint=samples_fingerprint,
-        progress=progress,
-    )
+    job = _Job(calibration, ffn_point, batch_agg, seq_agg, seed, model_fingerprint, samples_fingerprint)
     return replace(METHODS[method](job), method=method, model=model_fingerprint)
 
 
@@ -101,14 +78,7 @@ def score(
 
 
 def _activation(job: _Job) -> Scores:
-    statistics = taps.measure_activations(
-        job.model,
-        job.anatomy,
-        job.samples_BS,
-        ffn_point=job.ffn_point,
-        micro_batch=job.micro_batch,
-        progress=job.progress,
-    )
+    statistics = taps.measure_activations(job.calibration, ffn_point=job.ffn_point)
     return statistics.scores(
         batch_agg=job.batch_agg,
         seq_agg=job.seq_agg,
@@ -118,46 +88,45 @@ def _activation(job: _Job) -> Scores:
 
 
 def _random(job: _Job) -> Scores:
-    return random_scores(job.anatomy, job.seed)
+    return random_scores(job.calibration.anatomy, job.seed)
 
 
 def _magnitude(job: _Job) -> Scores:
-    parameters = dict(job.model.named_parameters())
+    parameters = dict(job.calibration.model.named_parameters())
 
     @torch.no_grad()
     def weigh(place: AxisPlace) -> Tensor:
         weight = parameters[place.name]
         return row_scores(baselines.magnitude, weight, dim=place.dim, positions_NP=place.positions)
 
-    layers_L = torch.ones(job.anatomy.sizes.layers)
+    layers_L = torch.ones(job.calibration.anatomy.sizes.layers)
     return replace(_by_weights(job, weigh, layers_L), samples="weights alone")
 
 
 def _taylor(job: _Job) -> Scores:
-    found = gradients.measure_gradients(
-        job.model, job.anatomy, job.samples_BS, micro_batch=job.micro_batch, progress=job.progress
-    )
-    parameters = dict(job.model.named_parameters())
+    found = gradients.measure_gradients(job.calibration)
+    parameters = dict(job.calibration.model.named_parameters())
 
     @torch.no_grad()
     def weigh(place: AxisPlace) -> Tensor:
         weight, gradient = parameters[place.name], found.by_name[place.name]
         return row_scores(baselines.taylor_element, weight, gradient, dim=place.dim, positions_NP=place.positions)
 
-    scores = _by_weights(job, weigh, (found.block_sums / len(job.samples_BS)).float())
-    return replace(scores, layer_scores=_layer_taylor(job, found))
+    scores = _by_weights(job, weigh, (found.block_sums / len(job.calibration.samples_BS)).float())
+    return replace(scores, layer_scores=_layer_taylor(job.calibration, found))
 
 
-def _layer_taylor(job: _Job, found: gradients.Gradients) -> Tensor:
+def _layer_taylor(calibration: Calibration, found: gradients.Gradients) -> Tensor:
     """Shortened LLaMA, arXiv 2402.02834, Sec. 3: the sum of |weight x gradient| over a layer's matrices.
 
     Its "+" (first four and last two layers always kept) is left out, as `halve.cut.layers.depth` protects no layer.
     """
-    layers_L = torch.zeros(job.anatomy.sizes.layers, dtype=torch.float64)
+    anatomy = calibration.anatomy
+    layers_L = torch.zeros(anatomy.sizes.layers, dtype=torch.float64)
     with torch.no_grad():
-        for name, parameter in job.model.named_parameters():
-            layer = job.anatomy.layer_of(name)
-            if layer is not None and name.removesuffix(".weight") in job.anatomy.modules:
+        for name, parameter in calibration.model.named_parameters():
+            layer = anatomy.layer_of(name)
+            if layer is not None and name.removesuffix(".weight") in anatomy.modules:
                 gradient = found.by_name[name]
                 layers_L[layer] += baselines.taylor_element(parameter.flatten(1), gradient.flatten(1)).sum().cpu()
     return layers_L.float()
@@ -175,7 +144,7 @@ def _token_squares(act_BSC: Tensor) -> Tensor:
 
 
 def _fluctuation(job: _Job) -> Scores:
-    num_samples, num_tokens = len(job.samples_BS), job.samples_BS.numel()
+    num_samples, num_tokens = len(job.calibration.samples_BS), job.calibration.samples_BS.numel()
 
     def variance(moments: Tensor) -> Tensor:
         return token_variance(moments, num_samples=num_samples, num_tokens=num_tokens)
@@ -198,7 +167,7 @@ METHODS: Final[Mapping[Method, Callable[[_Job], Scores]]] = {
 
 def _by_weights(job: _Job, weigh: Callable[[AxisPlace], Tensor], layers_L: Tensor) -> Scores:
     """Sum a score of rows over every parameter that carries an axis."""
-    anatomy = job.anatomy
+    anatomy = job.calibration.anatomy
     sums = {axis: totals(anatomy, axis, weigh) for axis in WIDTH_AXES if axis not in anatomy.refusals}
     by_layer = {axis: found.layers for axis, found in sums.items()}
     groups_LG = totals(anatomy, "kv_heads", weigh).layers if "heads" in sums else None
@@ -213,7 +182,7 @@ def _by_inputs(
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> Scores:
     """Collect the inputs of matrices, and sum a score of input channels over the matrices that read an axis."""
-    model, anatomy = job.model, job.anatomy
+    model, anatomy = job.calibration.model, job.calibration.anatomy
     if "hidden" not in anatomy.refusals and anatomy.mixers:
         raise AnatomyError(
             f"cannot score hidden of {anatomy.family} by what its matrices read",
@@ -222,9 +191,7 @@ def _by_inputs(
         )
     readers = taps.find_readers(model, anatomy)
     points = {axis: [taps.Tap(layer, names[0], on_input) for layer, names in found] for axis, found in readers.items()}
-    heard = taps.listen(
-        model, anatomy, job.samples_BS, points, reduce, micro_batch=job.micro_batch, progress=job.progress
-    )
+    heard = taps.listen(job.calibration, points, reduce)
     parameters = dict(model.named_parameters())
     by_layer = {}
     for axis, found in readers.items():
@@ -238,7 +205,8 @@ def _by_inputs(
     if "heads" in by_layer:
         channels_LC = by_layer["heads"]
         by_layer["heads"] = channels_LC.view(len(channels_LC), anatomy.sizes.heads, -1).sum(-1)
-    return _scores(job, by_layer, (heard.block_sums / len(job.samples_BS)).float(), own_groups_LG=None, outside_D=None)
+    layers_L = (heard.block_sums / len(job.calibration.samples_BS)).float()
+    return _scores(job, by_layer, layers_L, own_groups_LG=None, outside_D=None)
 
 
 def _scores(
@@ -254,7 +222,7 @@ def _scores(
     if hidden_LD is not None:
         hidden_D = hidden_LD.sum(0) if outside_D is None else hidden_LD.sum(0) + outside_D
     if heads_LH is not None:
-        groups_LG = group_importance(heads_LH, kv_heads=job.anatomy.sizes.kv_heads)
+        groups_LG = group_importance(heads_LH, kv_heads=job.calibration.anatomy.sizes.kv_heads)
         groups_LG = groups_LG if own_groups_LG is None else groups_LG + own_groups_LG
     return Scores(
         hidden=_single(hidden_D),
