@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from halve.cli import flags
 from halve.cli.flags import AsJson, Quiet
 from halve.cli.hints import say_next
 from halve.errors import HalveError
+from halve.studies import declare
+from halve.studies.declare import Study
 
 
 def study(
@@ -35,7 +38,6 @@ def study(
     interrupted study resumes with the same command.
     """
     from halve.report import tables as show
-    from halve.studies import declare
 
     if list_ or name is None:
         _list_studies(json_=json_)
@@ -44,12 +46,7 @@ def study(
     from halve.studies import setting as settings
 
     wanted = [declare.load_study(each) for each in (declare.names() if name == "all" else (name,))]
-    changes: dict[str, Any] = {}
-    if tokens is not None:
-        changes["distill"] = {"tokens": tokens}
-    if context is not None:
-        changes["data"] = {"context": context}
-    texts = out / "texts"
+    changes, texts = _changes(tokens, context), out / "texts"
     if model is None:
         setting = settings.of_demo(texts, changes=changes)
     else:
@@ -59,36 +56,47 @@ def study(
     given = {"model": model and Path(model).name, "seeds": seeds, "tokens": tokens, "context": context}
     said = "".join(f" --{key} {value}" for key, value in given.items() if value not in (None, 3))
     console = Console(stderr=True, quiet=quiet, highlight=False)
-    found, failed = [], 0
+
+    def run(each: Study) -> dict[str, Any]:
+        command = f"halve study {each.name}{said}"
+        results = engine.run(each, setting, seeds=range(seeds), out=out, command=command, say=console.print)
+        if not json_:
+            show.study_table(results)
+            print(out / each.name / "results.json")
+        return results
+
+    found = _run_all(wanted, run)
+    if json_:
+        show.as_json(found if name == "all" else found[0])
+    if len(found) < len(wanted):
+        raise typer.Exit(2)
+
+
+def _changes(tokens: int | None, context: int | None) -> dict[str, Any]:
+    """What the flags change of every recipe of a study."""
+    changes: dict[str, Any] = {}
+    if tokens is not None:
+        changes["distill"] = {"tokens": tokens}
+    if context is not None:
+        changes["data"] = {"context": context}
+    return changes
+
+
+def _run_all(wanted: Sequence[Study], run: Callable[[Study], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of all that could be run; of several, one that cannot is said and does not stop the others."""
+    found = []
     for each in wanted:
         try:
-            results = engine.run(
-                each,
-                setting,
-                seeds=range(seeds),
-                out=out,
-                command=f"halve study {each.name}{said}",
-                say=console.print,
-            )
+            found.append(run(each))
         except HalveError as error:
             if len(wanted) == 1:
                 raise
             print(f"error: {each.name}: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        found.append(results)
-        if not json_:
-            show.study_table(results)
-            print(out / each.name / "results.json")
-    if json_:
-        show.as_json(found if name == "all" else found[0])
-    if failed:
-        raise typer.Exit(2)
+    return found
 
 
 def _list_studies(*, json_: bool) -> None:
     from halve.report import tables as show
-    from halve.studies import declare
 
     listed = [declare.load_study(each) for each in declare.names()]
     if json_:
