@@ -330,7 +330,7 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
         pages[folder / "README.md"] = (
             f"{HEADER}# Studies on {named['teacher']['name']}\n\n"
             "The same studies as [those on the demo's teacher](../README.md), on another teacher.\n\n"
-            f"{page.index(listed)}\n"
+            f"{study_index(listed)}\n"
         )
         return pages
     more = "".join(f"\n\nOn another teacher: [{one.name}]({one.name}/README.md)." for one in others)
@@ -343,13 +343,28 @@ def study_pages(folder: Path, *, all_: bool = True, others: Sequence[Path] = ())
         " 5 %).\n"
         "- Reversed: the effect is negative and differs significantly from zero.\n"
         "- Inconclusive: the effect does not differ significantly from zero.\n\n"
-        f"{page.index(listed)}{more}\n\n"
+        f"{study_index(listed)}{more}\n\n"
         "```sh\nhalve study --list\nhalve study all\nhalve study aggregators --seeds 5 --tokens 500000\n```\n\n"
         "Runs are kept in `runs/studies`. A run that two studies have in common is made only once. A study that was"
         " stopped resumes with the same command. To use your own teacher and texts, give `--model`, `--train` and"
         " `--valid`. Each study is a file in `src/halve/studies/catalog`.\n"
     )
     return pages
+
+
+def study_index(studies: Sequence[tuple[str, str, str, dict[str, Any] | None]]) -> str:
+    """The list of studies: (name, title, source, results or None), with their verdicts counted."""
+    from halve.studies import page
+
+    rows = []
+    for name, title, source, results in studies:
+        if results is None:
+            rows.append([title, source, "not run yet", "", "", ""])
+            continue
+        said = [claim["verdict"] for claim in results["claims"]]
+        counts = [str(said.count(verdict)) for verdict in ("held", "reversed", "inconclusive")]
+        rows.append([f"[{title}]({name}.md)", source, results["date"], *counts])
+    return page.markdown_table(["study", "source", "run on", "held", "reversed", "inconclusive"], rows, numbers=False)
 
 
 def _estimate(value: Mapping[str, Any] | None) -> str:

@@ -10,9 +10,11 @@ how they are made). WORK keeps the twins, so an interrupted run resumes. `make d
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from halve.anatomy import Anatomy, Arch, discover
+from halve.anatomy import Anatomy, Arch, discover, runtimes
 from halve.anatomy.configs import quiet
 from halve.anatomy.runtimes import (
     DEPTH_CUT,
@@ -31,7 +33,6 @@ from halve.anatomy.runtimes import (
     family_and_traits,
     measured,
     period,
-    write_table,
 )
 from halve.cut.plan.plan import select
 from halve.cut.proof.prove import prove
@@ -118,6 +119,19 @@ def main() -> None:
         write_table(
             Measurement(runtime, version, model.parent.name, model.name, *answer_of(model, stem)) for model in models
         )
+
+
+def write_table(rows: Iterable[Measurement]) -> None:
+    """Put these rows in the place of those about the same cuts in the same runtime."""
+    measured.cache_clear()
+    kept = {(row.runtime, row.kind, row.cut): row for row in (*measured(), *rows)}
+    with runtimes.TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)], lineterminator="\n")
+        writer.writeheader()
+        for _, row in sorted(kept.items()):
+            difference = "" if row.difference is None else f"{row.difference:.2g}"
+            writer.writerow({**asdict(row), "difference": difference})
+    measured.cache_clear()
 
 
 def twin_config(family: str, values: dict[str, Any]) -> PretrainedConfig:

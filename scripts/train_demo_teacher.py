@@ -17,16 +17,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ngram
 import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from halve.demo import baselines, corpus, task
+from halve.anatomy.configs import context_length
+from halve.demo import corpus, task
 from halve.disk.files import read_json, write_json
 from halve.model import measure, saving
 from halve.model.checkpoint import Checkpoint, resolve_device
-from halve.model.choices import load_items, multiple_choice
+from halve.model.choices import answer_encoded, encode, load_items
 from halve.progress import RichProgress
 from halve.recipe.schema import Training
 from halve.text.corpus import Samples, Tokens, prepare, reopen
@@ -115,14 +117,14 @@ def code_bytes(modules: Iterable[corpus.Module]) -> bytes:
 def measure_baselines(tokens: dict[str, Tokens], train: bytes, valid: bytes) -> dict[str, float]:
     """Bits per byte of the held-out code under each baseline, all trained on the training code."""
     train_ids, valid_ids = tokens["train"].ids, tokens["valid"].ids
-    by_token = baselines.fit(train_ids, vocab=VOCAB).bits(valid_ids).sum() / tokens["valid"].text_bytes
+    by_token = ngram.fit(train_ids, vocab=VOCAB).bits(valid_ids).sum() / tokens["valid"].text_bytes
     train_bytes, valid_bytes = (np.frombuffer(text, dtype=np.uint8) for text in (train, valid))
-    by_byte = baselines.fit(train_bytes, vocab=256).bits(valid_bytes).mean()
+    by_byte = ngram.fit(train_bytes, vocab=256).bits(valid_bytes).mean()
     return {
         "5-gram of tokens": float(by_token),
         "5-gram of bytes": float(by_byte),
-        "xz alone": baselines.xz_bits(valid) / len(valid),
-        "xz after the training code": baselines.xz_bits(valid, after=train) / len(valid),
+        "xz alone": ngram.xz_bits(valid) / len(valid),
+        "xz after the training code": ngram.xz_bits(valid, after=train) / len(valid),
     }
 
 
@@ -184,7 +186,8 @@ def check_teacher(prepared: Path, folder: Path, *, device: str) -> bool:
     num_bytes = measure.target_bytes(tokenizer, ids)
     bits = measure.bits_per_byte(nll, num_bytes, num_targets=CONTEXT - 1)
     items = load_items(prepared / "items.jsonl")
-    accuracy = measure.proportion(multiple_choice(model, tokenizer, items).right)
+    encoded = encode(tokenizer, items, max_tokens=context_length(model.config))
+    accuracy = measure.proportion(answer_encoded(model, encoded).right)
     bound = read_json(prepared / "baselines.json")
     chance = 1 / len(items[0].choices)
     figures: dict[str, Any] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import families
 import pytest
+from scripted import script
 from transformers import AutoConfig
 
 from halve.anatomy import Anatomy, discover
@@ -24,7 +25,6 @@ from halve.anatomy.runtimes import (
     period,
     runtimes,
     worst,
-    write_table,
 )
 from halve.cut.plan.sizes import parse_layers
 
@@ -66,6 +66,7 @@ def test_rounding_and_faults_are_far_apart() -> None:
 def test_rows_are_replaced_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import halve.anatomy.runtimes as module
 
+    write_table = script("runtimes").write_table
     monkeypatch.setattr(module, "TABLE", tmp_path / "table.csv")
     measured.cache_clear()
     try:

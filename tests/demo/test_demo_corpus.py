@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted import script
 
-from halve.demo import baselines, corpus, task
+from halve.demo import corpus, task
 from halve.demo.corpus import HELD_OUT, Module, take_apart
 from halve.errors import CorpusError
 from halve.model.choices import load_items
+
+ngram = script("ngram")
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +208,7 @@ def test_items_are_deterministic_and_their_answers_balanced(
 def test_kneser_ney_sums_to_one_and_matches_the_formula() -> None:
     draw = random.Random(0)
     stream = [draw.choice((0, 0, 1, 2, draw.randrange(6))) for _ in range(300)]
-    model = baselines.fit(stream, vocab=7, order=3)
+    model = ngram.fit(stream, vocab=7, order=3)
     for history in [(0, 0), (1, 2), (5, 4), (6, 6)]:
         p = [2 ** -model.bits([*history, token])[0] for token in range(7)]
         assert sum(p) == pytest.approx(1, abs=1e-12)
@@ -237,12 +240,12 @@ def test_a_longer_context_helps_where_there_is_one_to_learn() -> None:
     stream = [0, 1]
     for _ in range(6000):
         stream.append(table[stream[-2], stream[-1]] if draw.random() < 0.9 else draw.randrange(9))
-    bits = [baselines.fit(stream[:5000], vocab=9, order=n).bits(stream[5000:]).mean() for n in (1, 3)]
+    bits = [ngram.fit(stream[:5000], vocab=9, order=n).bits(stream[5000:]).mean() for n in (1, 3)]
     assert bits[1] < 1.2 < 2 < bits[0]
 
 
 def test_xz_knows_what_it_has_read_before() -> None:
     text = np.random.default_rng(0).bytes(20_000)
-    alone = baselines.xz_bits(text)
+    alone = ngram.xz_bits(text)
     assert alone == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-    assert baselines.xz_bits(text, after=text) < alone / 50
+    assert ngram.xz_bits(text, after=text) < alone / 50

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halve.errors import CorpusError
 from halve.model import choices
-from halve.model.choices import Answers, Item, encode, load_items, multiple_choice
+from halve.model.choices import Answers, Item, answer_encoded, encode, load_items
 
 GOOD = '{"context": "a", "choices": ["b", "c"], "answer": 1}\n'
 SEVERAL = '{"contexts": ["a", "b"], "ending": " c", "answer": 1}\n'
@@ -75,7 +75,7 @@ def test_acc_and_acc_norm_are_those_of_the_harness() -> None:
         acc.append(int(lls.argmax()) == gold)
         acc_norm.append(int((lls / lengths).argmax()) == gold)
     items = [Item(context, tuple(" " + e for e in endings), gold) for context, endings, gold in questions]
-    found = multiple_choice(model, tokenizer, items)
+    found = answer_encoded(model, encode(tokenizer, items, max_tokens=None))
     assert found.acc.tolist() == acc
     assert found.acc_norm is not None
     assert found.acc_norm.tolist() == acc_norm
@@ -101,7 +101,7 @@ def test_several_contexts_and_one_ending() -> None:
         lls = torch.tensor([harness(model, tokenizer, context, ending) for context in contexts])
         items.append(Item(contexts, (ending, ending), number % 2))
         want.append(int(lls.argmax()) == number % 2)
-    found = multiple_choice(model, tokenizer, items)
+    found = answer_encoded(model, encode(tokenizer, items, max_tokens=None))
     assert found.acc.tolist() == found.right.tolist() == want
     assert found.acc_norm is None
     assert 0 < sum(want) < len(want)

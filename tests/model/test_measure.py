@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from halve.errors import CorpusError
 from halve.model import choices, measure
 from halve.model.checkpoint import Checkpoint
-from halve.model.choices import Item, encode, load_items, multiple_choice
+from halve.model.choices import Item, answer_encoded, encode, load_items
 from halve.model.measure import Estimate
 from halve.model.speed import compare_speed, weight_bytes, working_bytes
 
@@ -169,8 +169,9 @@ def test_answers_are_those_of_a_loop_over_single_sequences(byte_tokenizer: PreTr
         ]
         want.append(max(range(3), key=scores.__getitem__) == item.answer)
     assert 0 < sum(want) < len(want)
+    encoded_items = encode(byte_tokenizer, items, max_tokens=CONTEXT)
     for batch_tokens in (1, 50, 4096):
-        assert multiple_choice(tiny(), byte_tokenizer, items, batch_tokens=batch_tokens).right.tolist() == want
+        assert answer_encoded(tiny(), encoded_items, batch_tokens=batch_tokens).right.tolist() == want
 
 
 def test_a_token_across_the_boundary_is_scored_with_every_choice(byte_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -189,7 +190,7 @@ def test_an_empty_context_begins_with_the_first_token(byte_tokenizer: PreTrained
 def test_an_item_longer_than_the_context_is_named(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     items = [Item("x", ("y", "z"), 0, "t.jsonl line 1"), Item("x" * 40, ("y", "z"), 0, "t.jsonl line 2")]
     with pytest.raises(CorpusError, match=r"t\.jsonl line 2 has 41 tokens, the model's context has 32"):
-        multiple_choice(tiny(), byte_tokenizer, items)
+        encode(byte_tokenizer, items, max_tokens=CONTEXT)
 
 
 GOOD = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 1, "id": 7}).encode()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import script
 
 from halve.cli.app import main
 from halve.pipeline import run as pipeline
@@ -17,7 +17,6 @@ from halve.studies import declare, engine, page
 from halve.studies.arms import Setting
 from halve.studies.setting import of_ones_own, split_items
 
-ROOT = Path(__file__).parents[2]
 STUDY = declare.read_study(
     """
     name: tiny
@@ -165,22 +164,13 @@ def test_the_page_says_it_all(finished: tuple[Path, dict[str, Any], list[str]]) 
     assert svg.count("<circle") == 2 + 3, "CE has no figure before retraining"
 
 
-def make_docs() -> Any:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_pages_are_made_of_committed_results(finished: tuple[Path, dict[str, Any], list[str]], tmp_path: Path) -> None:
     _, results, _ = finished
     losses = {**results, "name": "losses"}
     said = ("held", "inconclusive")
     losses["claims"] = [{**one, "verdict": verdict} for one, verdict in zip(results["claims"], said, strict=True)]
     (tmp_path / "losses.json").write_text(json.dumps(losses))
-    pages = make_docs().study_pages(tmp_path)
+    pages = script("make_docs").study_pages(tmp_path)
     assert {path.name for path in pages} == {"README.md", "losses.md", "losses.svg"}
     index = pages[tmp_path / "README.md"]
     source = declare.load_study("losses").source

@@ -12,7 +12,7 @@ import csv
 import functools
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -126,19 +126,6 @@ def measured() -> tuple[Measurement, ...]:
             Measurement(**{**line, "difference": float(line["difference"]) if line["difference"] else None})  # type: ignore[arg-type]
             for line in csv.DictReader(file)
         )
-
-
-def write_table(rows: Iterable[Measurement]) -> None:
-    """Put these rows in the place of those about the same cuts in the same runtime."""
-    measured.cache_clear()
-    kept = {(row.runtime, row.kind, row.cut): row for row in (*measured(), *rows)}
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)], lineterminator="\n")
-        writer.writeheader()
-        for _, row in sorted(kept.items()):
-            difference = "" if row.difference is None else f"{row.difference:.2g}"
-            writer.writerow({**asdict(row), "difference": difference})
-    measured.cache_clear()
 
 
 def worst(verdicts: Iterable[Opens]) -> Opens:

@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halve.anatomy.configs import context_length
 from halve.disk import plain_json
 from halve.disk.textfiles import DAMAGED, half_pair, open_packed, reason, require_file, shown
 from halve.errors import CorpusError
@@ -265,19 +264,6 @@ class Answers:
     right: Bool[Tensor, " items"]
     acc: Bool[Tensor, " items"]
     acc_norm: Bool[Tensor, " items"] | None
-
-
-def multiple_choice(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
-    *,
-    batch_tokens: int = 4096,
-) -> Answers:
-    """Which items a model answers correctly."""
-    return answer_encoded(
-        model, encode(tokenizer, items, max_tokens=context_length(model.config)), batch_tokens=batch_tokens
-    )
 
 
 @torch.no_grad()

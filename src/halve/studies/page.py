@@ -93,19 +93,6 @@ def claims_table(results: Results) -> str:
     return markdown_table(["claim", "metric", "paper", "effect here", "verdict"], rows, numbers=False)
 
 
-def index(studies: Sequence[tuple[str, str, str, Results | None]]) -> str:
-    """The list of studies: (name, title, source, results or None), with their verdicts counted."""
-    rows = []
-    for name, title, source, results in studies:
-        if results is None:
-            rows.append([title, source, "not run yet", "", "", ""])
-            continue
-        said = [claim["verdict"] for claim in results["claims"]]
-        counts = [str(said.count(verdict)) for verdict in ("held", "reversed", "inconclusive")]
-        rows.append([f"[{title}]({name}.md)", source, results["date"], *counts])
-    return markdown_table(["study", "source", "run on", "held", "reversed", "inconclusive"], rows, numbers=False)
-
-
 def plot(results: Results) -> str:
     """Dot plots of the study's main metrics as one self-contained file; the first arm's dot is in color."""
     panels = []

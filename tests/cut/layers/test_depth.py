@@ -114,7 +114,8 @@ def expected_mse(made: Made, removed: Collection[int], samples: Tensor, **_: Any
 
 
 def expected_task(made: Made, removed: Collection[int], *, tokenizer: Any, items: Any, **_: Any) -> float:
-    return 1 - choices.multiple_choice(trimmed(made, removed), tokenizer, items).right.double().mean().item()
+    encoded = choices.encode(tokenizer, items, max_tokens=None)
+    return 1 - choices.answer_encoded(trimmed(made, removed), encoded).right.double().mean().item()
 
 
 EXPECTED = {"nll": expected_nll, "logit_mse": expected_mse, "task": expected_task}

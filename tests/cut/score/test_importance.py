@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_scores import channel_importance
 from torch import Tensor
 
 from halve.cut.score import importance
@@ -16,7 +17,6 @@ from halve.cut.score.importance import (
     BATCH_AGGREGATORS,
     SEQ_AGGREGATORS,
     block_importance,
-    channel_importance,
     fused_statistics,
     group_importance,
     head_importance,

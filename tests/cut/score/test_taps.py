@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from plain_scores import channel_importance
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from halve.anatomy import Anatomy, discover
 from halve.cut.score.calibration import Calibration
-from halve.cut.score.importance import block_importance, channel_importance, seq_statistics, sums_over_batch
+from halve.cut.score.importance import block_importance, seq_statistics, sums_over_batch
 from halve.cut.score.scores import Scores, Statistics
 from halve.cut.score.taps import find_points, measure_activations
 from halve.errors import AnatomyError, CheckpointError

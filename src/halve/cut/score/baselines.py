@@ -9,7 +9,7 @@ is LLM-Pruner's "sum" over a coupled group. `halve.cut.score.width` computes thi
     magnitude                                 weights                     none
     activation_times_weight (Wanda)           weights, inputs             forward
     fluctuation (FLAP)                        weights, inputs             forward
-    taylor_element, taylor_vector             weights, gradients          forward and backward
+    taylor_element                            weights, gradients          forward and backward
 
 Sums are float64.
 
@@ -86,16 +86,3 @@ def taylor_element(
     [5.0]
     """
     return (weight_NX.double() * gradient_NX.double()).abs().sum(1)
-
-
-def taylor_vector(
-    weight_NX: Float[Tensor, "structures weights"], gradient_NX: Float[Tensor, "structures weights"]
-) -> Float64[Tensor, " structures"]:
-    """Score structures by the first-order change of the loss when one matrix loses them: `| sum_x w * dL/dw |`.
-
-    LLM-Pruner, arXiv 2305.11627, Sec. 3.2, vector-wise ("Vector"): weights of one structure may cancel.
-
-    >>> taylor_vector(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])).tolist()
-    [1.0]
-    """
-    return (weight_NX.double() * gradient_NX.double()).sum(1).abs()

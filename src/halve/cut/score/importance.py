@@ -123,24 +123,6 @@ BATCH_AGGREGATORS: Final[Mapping[Aggregator, Callable[[Tensor, int], Tensor]]] =
 """From `sums_over_batch` and the number of samples to one number per channel."""
 
 
-def channel_importance(
-    act_BSC: Float[Tensor, "batch seq channels"],
-    *,
-    batch_agg: Aggregator = "l2",
-    seq_agg: Aggregator = "mean",
-) -> Float32[Tensor, " channels"]:
-    """Score each channel by how strongly the tokens drive it (higher = keep).
-
-    With the defaults `F_i = sqrt( sum_b ( mean_s |a[b, s, i]| )^2 )`. Compare scores within one layer only.
-
-    >>> act = torch.tensor([[[3.0, 0.0]], [[-4.0, 1.0]]])  # two samples of one token
-    >>> channel_importance(act).tolist()
-    [5.0, 1.0]
-    """
-    sums = sums_over_batch(seq_statistics(act_BSC))
-    return aggregate(sums, num_samples=act_BSC.shape[0], batch_agg=batch_agg, seq_agg=seq_agg).float()
-
-
 def aggregate(
     sums: Float[Tensor, "2 3 *rest"], *, num_samples: int, batch_agg: Aggregator, seq_agg: Aggregator
 ) -> Float[Tensor, "*rest"]:

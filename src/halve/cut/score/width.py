@@ -13,8 +13,8 @@ read a structure's output: down projections for ffn, output projections for head
 the layers that read the residual stream. A head's score is the sum over its channels. The score of a key-value group is
 the sum over its query heads and, for methods of weights, over its own keys and values.
 
-Taylor is LLM-Pruner's element-wise first-order form, as in its released code. In `taylor_vector` the weights of a
-structure can cancel: at a minimum of the loss, its sum over any scale that the model ignores is zero.
+Taylor is LLM-Pruner's element-wise first-order form, as in its released code. In the paper's vector-wise form the
+weights of a structure can cancel: at a minimum of the loss, its sum over any scale that the model ignores is zero.
 """
 
 from __future__ import annotations
