@@ -112,6 +112,16 @@ def test_every_direct_dependency_is_pinned_inside_its_range() -> None:
         assert requirement.specifier.contains(pin), requirement
 
 
+PRIVATE_TORCH = re.compile(r"\b(?:from|import) torch[\w.]*\._|\btorch(?:\.\w+)*\._[a-z]")
+
+
+def test_torch_is_bounded_while_private_parts_of_it_are_used() -> None:
+    uses = [path.name for path in SOURCES if PRIVATE_TORCH.search(path.read_text(encoding="utf-8"))]
+    (torch,) = (found for found in map(Requirement, PROJECT["project"]["dependencies"]) if found.name == "torch")
+    assert uses, "no private part is used any more: the bound can go, and this test"
+    assert "<" in {part.operator for part in torch.specifier}, uses
+
+
 def test_ci_runs_both_targets_and_nothing_else() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
