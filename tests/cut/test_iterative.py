@@ -12,6 +12,7 @@ from halve.cut.iterative import composed, select_iteratively, sizes_on_the_way
 from halve.cut.plan.plan import Importance, Plan, select
 from halve.cut.plan.sizes import require_sizes
 from halve.cut.proof.twins import RandomScores, logits, random_twin, twin_plan
+from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.cut.score.width import score as width_score
 from halve.cut.surgery.gain import constant_gains
@@ -26,15 +27,13 @@ def twin(family: str) -> tuple[PreTrainedModel, Anatomy]:
 
 
 def measured(model: PreTrainedModel, anatomy: Anatomy) -> Scores:
+    samples = torch.randint(anatomy.sizes.vocab, (4, 9), generator=torch.Generator().manual_seed(3))
     return width_score(
-        model,
-        anatomy,
-        torch.randint(anatomy.sizes.vocab, (4, 9), generator=torch.Generator().manual_seed(3)),
+        Calibration(model, anatomy, samples, 4),
         method="activation",
         ffn_point="down_input",
         batch_agg="l2",
         seq_agg="mean",
-        micro_batch=4,
         seed=0,
         model_fingerprint="m",
         samples_fingerprint="s",
