@@ -21,7 +21,7 @@ _RANKED_COLUMNS = 32
 # ---- learning ------------------------------------------------------------------------------------------------
 
 
-def learning(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
+def learning_curves(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     """Loss against tokens, for every model that was trained."""
     students = {name: log for name, log in logs.items() if name != "corrected"}
     kl = _heldout(students, "kl")

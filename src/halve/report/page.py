@@ -136,7 +136,7 @@ def _view(run: Run) -> dict[str, Any]:
         sections.quality(run.results),
         sections.sizes_section([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
         sections.speed(run.results),
-        charts.learning(run.logs),
+        charts.learning_curves(run.logs),
         *(
             charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))
             for number, cut in enumerate(run.cuts, 1)
