@@ -90,4 +90,4 @@ def distilling(student: Costed, teacher: Costed, training: Distill) -> int:
 
 def by_context(work: Callable[..., int], *anatomies: Anatomy) -> FlopsPerToken:
     """One of these functions for whole models, by the length of the context: `by_context(learning, student)`."""
-    return lambda context: work(*(Costed.of(anatomy, context) for anatomy in anatomies))
+    return lambda context: float(work(*(Costed.of(anatomy, context) for anatomy in anatomies)))
