@@ -22,8 +22,11 @@ Check = Callable[..., object]
 Decorator = Callable[..., Any]
 
 _by_jaxtyping: Decorator = jaxtyping.jaxtyped
-_known: dict[CodeType, tuple[Check | None, Check | None] | None] = {}
-"""By code: what checks the arguments and the result; None where arrays are named."""
+_known: dict[tuple[CodeType, str, str], tuple[Check | None, Check | None] | None] = {}
+"""By code and full name: what checks the arguments and the result; None where arrays are named.
+
+The code alone does not tell the `__init__` of one dataclass from that of another with fields of the same names.
+"""
 
 
 def checked(function: Any = None, *, typechecker: Any) -> Any:
@@ -35,10 +38,10 @@ def checked(function: Any = None, *, typechecker: Any) -> Any:
         if made is not None and not hasattr(made, "__wrapped__"):
             function.__init__ = checked(made, typechecker=typechecker)
         return function
-    code = function.__code__
-    if code not in _known:
-        _known[code] = _checks(function)
-    if (both := _known[code]) is None:
+    key = (function.__code__, function.__module__, function.__qualname__)
+    if key not in _known:
+        _known[key] = _checks(function)
+    if (both := _known[key]) is None:
         return _by_jaxtyping(function, typechecker=typechecker)
     arguments, result = both
 
