@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 # Style, types and layers beside the tests that finish in a second each. tests/slow.txt names the others with their
-# seconds; `pytest --note-slow` writes it anew.
+# seconds; `pytest --note-slow` writes this file.
 quick: $(VENV)/.installed-dev
 	$(MAKE) -j 2 lint quick-tests
 

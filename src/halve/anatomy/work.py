@@ -29,7 +29,7 @@ class Costed:
 
     @classmethod
     def of(cls, anatomy: Anatomy, context: int) -> Costed:
-        """The model as it is."""
+        """The model with its own sizes."""
         return cls(anatomy, anatomy.sizes, context)
 
     @property
@@ -58,7 +58,7 @@ class Costed:
         return self.whole - self.matrices
 
     def at(self, arch: Arch) -> Costed:
-        """The same in other sizes."""
+        """The same with other sizes."""
         return replace(self, arch=arch)
 
     def _forward(self, context: int) -> int:

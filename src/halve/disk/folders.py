@@ -1,14 +1,14 @@
-"""Folders that are complete or not there, at whatever moment a kill comes.
+"""Folders that are written completely or not at all, even if a kill comes at any moment.
 
 A new folder is written as a draft and gets its name by one rename. If the folder exists, it is kept and its content is
 replaced: it may be a process's working folder, or nothing may be created next to it. The replacement has three steps,
 and a kill may come after each of them:
 
     out/.halve-draft/     the new content is being written; the old content counts
-    out/.halve-whole/     the new content is complete on the disk and counts; the old content is being removed
+    out/.halve-whole/     the new content is complete on disk and counts; the old content is being removed
     out/.halve-moving/    the old content is gone; the new content is being moved up
 
-`finish_folder` takes the steps that are left. Code that writes to such a folder or owns it calls that first.
+`finish_folder` takes the remaining steps. Code that writes to such a folder calls it first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def atomic_folder(path: Path, *, last: str) -> Iterator[Path]:
 def replace_folder(draft: Path, folder: Path, *, last: str) -> None:
     """Rename `draft` to `folder`, or replace the content of `folder` with that of `draft` if it exists.
 
-    The draft has to be complete on the disk, and on the same device. The file `last` is removed first and written last,
+    The draft has to be complete on disk, and on the same device. The file `last` is removed first and written last,
     so that half a folder never counts as complete. After a kill, the folder has its old content or, after a call of
     `finish_folder`, its new content.
     """
@@ -65,7 +65,7 @@ def replace_folder(draft: Path, folder: Path, *, last: str) -> None:
 
 
 def finish_folder(folder: Path, *, last: str) -> None:
-    """Complete a `replace_folder` that a kill has interrupted. Every other folder stays as it is."""
+    """Complete a `replace_folder` that a kill has interrupted. Other folders are not changed."""
     whole, moving = folder / _WHOLE, folder / _MOVING
     if whole.is_dir():
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name != last):

@@ -1,4 +1,4 @@
-"""NaN and infinity: one check and one wording, whatever they come out of."""
+"""NaN and infinity: one check and one error for weights, activations, logits and losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from halve.errors import CheckpointError, HalveError
 
 
 def is_finite(*values: Tensor | float) -> bool:
-    """Whether there is neither NaN nor infinity in any value.
+    """Whether no value is or holds NaN or infinity.
 
     >>> is_finite(1.0, 2.0), is_finite(1.0, math.nan)
     (True, False)
@@ -19,12 +19,12 @@ def is_finite(*values: Tensor | float) -> bool:
 
 
 def came_out(*, of: str = "the model", on: str = "the calibration samples") -> str:
-    """Where it was noticed, as the usual `why` of `not_finite`."""
+    """The usual `why` of `not_finite`: where it was noticed."""
     return f"NaN or infinity came out of {of} on {on}"
 
 
 def float32_or(otherwise: str = "fetch the checkpoint again") -> str:
-    """What helps where a half precision overflows, and what to do otherwise, as the usual `fix` of `not_finite`."""
+    """The usual `fix` of `not_finite`: float32 against an overflow of half precision, and what to do otherwise."""
     return f"try dtype: float32; if that does not help, {otherwise}"
 
 
@@ -37,7 +37,7 @@ def not_finite(
     fix: str | None = None,
     kind: type[HalveError] = CheckpointError,
 ) -> HalveError:
-    """The error that says so, with the usual `why` and `fix` if none are given.
+    """The error about a value that is not finite, with the usual `why` and `fix` if none are given.
 
     >>> print(not_finite("activations", where=" at model.layers.3"))
     activations are not finite at model.layers.3
@@ -55,6 +55,6 @@ def require_finite(
     why: str | None = None,
     fix: str | None = None,
 ) -> None:
-    """Raise the `CheckpointError` of `not_finite` where a value is not."""
+    """Raise the `CheckpointError` of `not_finite` if a value is not finite."""
     if not is_finite(*values):
         raise not_finite(what, where=where, verb=verb, why=why, fix=fix)

@@ -1,10 +1,10 @@
-"""Hooks on modules while a block runs. They are removed on any exit, and the modules are as they were before.
+"""Hooks on modules while a block runs. They are removed on every exit, so the modules are unchanged afterwards.
 
-    on_input     what a module is called on, before it runs
-    on_output    what it gives
-    on_passage   both, after it ran
+    on_input     the input of a module, before it runs
+    on_output    its output
+    on_passage   both, after it has run
 
-Of several inputs or outputs the first is meant: the rest is masks, rotary tables, caches.
+If there are several inputs or outputs, the first is taken. The others are masks, rotary tables and caches.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-"""(module, positional, keywords); what it returns, but for None, takes their place."""
+"""(module, positional, keywords); a result other than None replaces the arguments."""
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
-"""(module, positional, keywords, output); what it returns, but for None, takes the output's place."""
+"""(module, positional, keywords, output); a result other than None replaces the output."""
 Hear = Callable[[Tensor], None]
 
 
@@ -28,7 +28,7 @@ class Reached(Exception):
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], *, before: Before | None = None, after: After | None = None) -> Iterator[None]:
-    """In this context, call `before` ahead of each of these modules and `after` behind it."""
+    """In this context, call `before` before each of these modules runs and `after` after it."""
     with ExitStack() as hooks:
         for module in modules:
             if before is not None:
