@@ -137,6 +137,53 @@ def test_a_file_is_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+FUNCTION_LINES, FUNCTION_PARAMETERS = 60, 8
+COMMANDS = {
+    (command.callback.__module__, command.callback.__name__) for command in app.registered_commands if command.callback
+}
+"""The parameters of a verb are its options, which typer reads from its signature. They are not counted."""
+
+
+LONGER = {
+    "pipeline/run.py": {"run"},
+    "stages/cache.py": {"run"},
+    "stages/distill.py": {"run"},
+    "stages/prune.py": {"run"},
+    "train/loop/loop.py": {"train"},
+}
+"""Functions that are still to be split."""
+
+
+def functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    yield from (part for part in ast.walk(node) if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+    return [name for place, name in enumerate(one.arg for one in named) if place or name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src/halve")))
+def test_a_function_is_short_enough_to_read(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    too_long = set()
+    for function in functions(ast.parse(path.read_text(encoding="utf-8"))):
+        assert function.end_lineno is not None
+        many = len(parameters(function)) > FUNCTION_PARAMETERS and (module, function.name) not in COMMANDS
+        if many or function.end_lineno - function.lineno >= FUNCTION_LINES:
+            too_long.add(function.name)
+    assert too_long <= LONGER.get(str(path.relative_to(ROOT / "src/halve")), set())
+
+
+def test_what_counts_as_a_parameter() -> None:
+    (method,) = functions(ast.parse("class A:\n    def f(self, a, /, b, *c, d=1, **e): ..."))
+    (function,) = functions(ast.parse("async def f(a, self): ..."))
+    assert parameters(method) == ["a", "b", "d", "c", "e"]
+    assert parameters(function) == ["a", "self"]
+    assert ("halve.cli.study", "study") in COMMANDS
+
+
 SHARED_NAMES = {
     "run": "what a stage, a pipeline, a study and the demo do",
     "check": "the verb and what it calls",
@@ -166,6 +213,21 @@ def test_a_public_name_stands_in_one_module() -> None:
     shared = {name: paths for name, paths in homes.items() if len(paths) > 1}
     assert shared.keys() == SHARED_NAMES.keys(), shared
     assert len(shared) <= 10
+
+
+def mentioned(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.Attribute | ast.alias):
+            yield node.attr if isinstance(node, ast.Attribute) else node.name
+
+
+def test_what_only_scripts_or_tests_use_lives_with_them() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    used = {name for tree in trees.values() for name in mentioned(tree)}
+    unused = {name: path.name for path, tree in trees.items() for name in top_level_names(tree) if name not in used}
+    assert {name for name in unused if not name.startswith("__")} <= set(PUBLIC), unused
 
 
 def test_every_file_is_in_a_room() -> None:

@@ -67,9 +67,8 @@ def chunked(
     """
     assert 0 < vocab <= head.weight.shape[0]
     assert chunk > 0
-    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, head, target, vocab, chunk, operand
-    )
+    pieces = _Pieces(vocab, chunk, operand)
+    loss: Tensor = _Chunked.apply(hidden, head.weight, head.bias, head, target, pieces)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -198,6 +197,14 @@ class _Factors(NamedTuple):
         return self.hidden_ND.new_empty(chunk.stop - chunk.start, self.weight_DV.shape[1], dtype=dtype)
 
 
+class _Pieces(NamedTuple):
+    """How the logits are computed: the number of columns, the tokens per chunk, the precision of the factors."""
+
+    vocab: int
+    chunk: int
+    operand: torch.dtype | None
+
+
 class _Chunked(torch.autograd.Function):
     """The one autograd node. The forward pass computes the gradients, and the backward pass scales them."""
 
@@ -209,10 +216,9 @@ class _Chunked(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         target: Target,
-        vocab: int,
-        chunk: int,
-        operand: torch.dtype | None,
+        pieces: _Pieces,
     ) -> Tensor:
+        vocab, chunk, operand = pieces
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         factors = _Factors.of(hidden_ND, head, vocab, operand)
         exact = torch.promote_types(factors.hidden_ND.dtype, torch.float32)
@@ -250,7 +256,7 @@ class _Chunked(torch.autograd.Function):
             None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None)
 
 
 def _sum_of_gradients(weight_VD: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
