@@ -92,16 +92,9 @@ def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: in
     heldout = objectives.heldout_divergence(teacher, setting.heldout, vocab=vocab, micro_batch=MICRO_BATCH)
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "metrics.jsonl"
-        loop.train(
-            student,
-            objectives.distillation(teacher, vocab=vocab),
-            Course(training, setting.train),
-            seed=setting.seed,
-            device="cpu",
-            work=Path(scratch) / "work",
-            metrics=log,
-            heldout=heldout,
-        )
+        lesson = loop.Lesson(objectives.distillation(teacher, vocab=vocab), heldout=heldout)
+        files = loop.TrainFiles(Path(scratch) / "work", log, setting.seed)
+        loop.train(student, lesson, Course(training, setting.train), files, device="cpu")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     return [(line["tokens"], line["heldout"]["kl"]) for line in lines if "heldout" in line]
 

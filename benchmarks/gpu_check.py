@@ -158,7 +158,8 @@ def short(student: PreTrainedModel, objective: objectives.Objective, work: Path)
     work.mkdir(exist_ok=True)
     training = Training(tokens=6 * 4 * 128, batch=4, checkpoint_every=2, precision="bfloat16", warmup_steps=2)
     course = Course(training, Drawn(128, 512))
-    loop.train(student, objective, course, seed=0, device=DEVICE, work=work / "work", metrics=work / "metrics.jsonl")
+    files = loop.TrainFiles(work / "work", work / "metrics.jsonl", seed=0)
+    loop.train(student, loop.Lesson(objective), course, files, device=DEVICE)
 
 
 def killing(objective: objectives.Objective, after: int) -> objectives.Objective:

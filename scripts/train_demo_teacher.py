@@ -149,18 +149,10 @@ def train_teacher(prepared: Path, out: Path, *, training: Training, device: str)
     work = out.with_name(f".{out.name}.work")
     work.mkdir(parents=True, exist_ok=True)
     heldout = Samples(valid, context=CONTEXT, seed=SEED).heldout(training.eval_samples)
-    result = loop.train(
-        model,
-        cross_entropy(),
-        Course(training, Samples(train, context=CONTEXT, seed=SEED)),
-        seed=SEED,
-        device=device,
-        work=work,
-        metrics=out.with_name(f"{out.name}.metrics.jsonl"),
-        progress=RichProgress(),
-        heldout=heldout_loss(heldout, micro_batch=min(64, training.eval_samples)),
-        name="teacher",
-    )
+    lesson = loop.Lesson(cross_entropy(), heldout=heldout_loss(heldout, micro_batch=min(64, training.eval_samples)))
+    course = Course(training, Samples(train, context=CONTEXT, seed=SEED))
+    files = loop.TrainFiles(work, out.with_name(f"{out.name}.metrics.jsonl"), SEED, "teacher")
+    result = loop.train(model, lesson, course, files, device=device, progress=RichProgress())
     record = {
         "made_by": "scripts/train_demo_teacher.py",
         "text": "the Python standard library's code without its docstrings",

@@ -81,10 +81,11 @@ def test_the_map_of_states_is_trained_and_not_exported(
     recipe = make_recipe(distill=STEPS | {"intermediate": STATES, "checkpoint_every": 2})
     maps, train = [], loop.train
 
-    def watched(*args: Any, extra: Any, **options: Any) -> Any:
-        before = extra.weight.detach().clone()
-        result = train(*args, extra=extra, **options)
-        maps.append((before, extra.weight.detach()))
+    def watched(model: Any, lesson: loop.Lesson, *args: Any, **options: Any) -> Any:
+        assert lesson.extra is not None
+        before = lesson.extra.weight.detach().clone()
+        result = train(model, lesson, *args, **options)
+        maps.append((before, lesson.extra.weight.detach()))
         return result
 
     monkeypatch.setattr(loop, "train", watched)

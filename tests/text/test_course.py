@@ -398,7 +398,8 @@ def test_a_run_resumes_across_phases_with_the_same_bits(
         model, folder = tiny(), tmp_path / name
         folder.mkdir(exist_ok=True)
         metrics = folder / "metrics.jsonl"
-        result = loop.train(model, objective, found, seed=0, device="cpu", work=folder / "work", metrics=metrics)
+        files = loop.TrainFiles(folder / "work", metrics, seed=0)
+        result = loop.train(model, loop.Lesson(objective), found, files, device="cpu")
         losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
         return losses, [parameter.detach() for parameter in model.parameters()], result.resumed_from
 

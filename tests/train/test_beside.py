@@ -79,17 +79,9 @@ def distil(
 
     held = Text().batch(999, 4)
     figures = objectives.heldout_divergence(by, held, vocab=VOCAB, micro_batch=2)
-    loop.train(
-        student,
-        objective,
-        over,
-        seed=0,
-        device="cpu",
-        work=folder / "work",
-        metrics=folder / "metrics.jsonl",
-        heldout=by.measuring(figures, objectives.heldout_loss(held, micro_batch=2)),
-        beside=by,
-    )
+    measured = by.measuring(figures, objectives.heldout_loss(held, micro_batch=2))
+    files = loop.TrainFiles(folder / "work", folder / "metrics.jsonl", seed=0)
+    loop.train(student, loop.Lesson(objective, beside=by, heldout=measured), over, files, device="cpu")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -116,10 +108,10 @@ def test_it_learns_what_it_would_have_learned_alone(tmp_path: Path) -> None:
     lines = distil(tmp_path, tiny(0, layers=1), by, over)
     alone = tiny(1)
     (tmp_path / "alone").mkdir()
-    paths = {"work": tmp_path / "alone" / "work", "metrics": tmp_path / "alone" / "metrics.jsonl"}
-    loop.train(alone, objectives.cross_entropy(), over, seed=0, device="cpu", **paths)
+    files = loop.TrainFiles(tmp_path / "alone" / "work", tmp_path / "alone" / "metrics.jsonl", seed=0)
+    loop.train(alone, loop.Lesson(objectives.cross_entropy()), over, files, device="cpu")
     assert same(teacher, alone)
-    steps = [json.loads(line) for line in paths["metrics"].read_text().splitlines()]
+    steps = [json.loads(line) for line in files.metrics.read_text().splitlines()]
     assert [line["teacher_loss"] for line in lines[1:]] == [line["loss"] for line in steps]
     assert [line["teacher_grad_norm"] for line in lines[1:]] == [line["grad_norm"] for line in steps]
     held = [line["heldout"]["teacher_ce"] for line in lines if "heldout" in line]
@@ -135,15 +127,9 @@ def test_the_student_follows_the_teacher_of_the_moment(tmp_path: Path) -> None:
         found[tokens] = [line["loss"] for line in distil(tmp_path / str(tokens), tiny(0), by, over)[1:]]
     _, by = learning(over)
     (tmp_path / "fixed").mkdir()
-    loop.train(
-        tiny(0),
-        objectives.distillation(Live(*split(tiny(1))), vocab=VOCAB),
-        over,
-        seed=0,
-        device="cpu",
-        work=tmp_path / "fixed" / "work",
-        metrics=tmp_path / "fixed" / "metrics.jsonl",
-    )
+    files = loop.TrainFiles(tmp_path / "fixed" / "work", tmp_path / "fixed" / "metrics.jsonl", seed=0)
+    follow = objectives.distillation(Live(*split(tiny(1))), vocab=VOCAB)
+    loop.train(tiny(0), loop.Lesson(follow), over, files, device="cpu")
     fixed = [json.loads(line)["loss"] for line in (tmp_path / "fixed" / "metrics.jsonl").read_text().splitlines()]
     once, always = found.values()
     assert fixed[0] == once[0] == always[0]
@@ -204,17 +190,9 @@ def test_the_teachers_loss_must_be_finite(tmp_path: Path) -> None:
         return Live(*split(tiny(1))).answer(batch)
 
     follow = objectives.distillation(type("Breaking", (), {"answer": staticmethod(broken)})(), vocab=VOCAB)
+    files = loop.TrainFiles(tmp_path / "work", tmp_path / "metrics.jsonl", seed=0)
     with pytest.raises(TrainError) as caught:
-        loop.train(
-            tiny(0),
-            follow,
-            over,
-            seed=0,
-            device="cpu",
-            work=tmp_path / "work",
-            metrics=tmp_path / "metrics.jsonl",
-            beside=by,
-        )
+        loop.train(tiny(0), loop.Lesson(follow, beside=by), over, files, device="cpu")
     assert caught.value.what == "the teacher's loss is not finite at step 1"
     assert "lower lr (now 0.01) in the section correct" in caught.value.fix
     assert not checkpoints.complete(tmp_path / "work")

@@ -32,35 +32,29 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     """
     assert recipe.correct is not None
     training = recipe.correct
-    device = resolve_device(recipe.device)
+    device, ranks = resolve_device(recipe.device), here()
     text = open_text(recipe, training, teacher, cache=cache, progress=progress)
-    model = teacher.load(dtype=recipe.dtype, device=here().home(device))
+    model = teacher.load(dtype=recipe.dtype, device=ranks.home(device))
     own_dtype = model.dtype
     if recipe.data.documents == "apart":
         require_apart(model)
     adapters.choose_trained(model, training, seed=recipe.seed)
-    result = loop.train(
-        model,
+    lesson = loop.Lesson(
         objectives.cross_entropy(),
-        text.course,
-        seed=recipe.seed,
-        device=device,
-        work=out / ".checkpoints",
-        metrics=out / "metrics.jsonl",
-        progress=progress,
         heldout=objectives.heldout_loss(text.heldout, micro_batch=training.micro_batch or training.batch),
         flops=by_context(partial(correcting, section=training), teacher.anatomy),
-        name="correct",
     )
+    files = loop.TrainFiles(out / ".checkpoints", out / "metrics.jsonl", recipe.seed, "correct")
+    result = loop.train(model, lesson, text.course, files, device=device, ranks=ranks, progress=progress)
     record = {
         "stage": "correct",
         "base_model": name_of(recipe.model),
-        "teacher": here().lead(lambda: teacher.fingerprint),
+        "teacher": ranks.lead(lambda: teacher.fingerprint),
         "seed": recipe.seed,
         "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),
         **result.as_dict(),
     }
     adapters.merge(model)
-    shards.save(model, out / "model", dtype=own_dtype, extra_from=teacher.files, record=record)
+    shards.save(model, out / "model", dtype=own_dtype, extra_from=teacher.files, record=record, ranks=ranks)
     return result.as_dict()

@@ -27,9 +27,7 @@ from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.head import Head, split
 from halve.progress import SILENT, Progress
-from halve.recipe.schema import Distill, Dtype, Recipe
-from halve.text.batch import Batch
-from halve.text.course import Course
+from halve.recipe.schema import Distill, Recipe
 from halve.text.documents import require_apart
 from halve.text.opened import Text, open_text
 from halve.train.beside import Correction, correction
@@ -37,13 +35,45 @@ from halve.train.loop import adapters, loop
 from halve.train.objectives import intermediate
 from halve.train.objectives import logits as objectives
 from halve.train.ranks import shards
-from halve.train.ranks.group import here
+from halve.train.ranks.group import Ranks, here
 from halve.train.teachers import answers
 from halve.train.teachers import live as teachers
 from halve.train.teachers.cache import HELDOUT, CachedDraws, CachedHidden, Store
 from halve.train.teachers.live import Hidden, Live, Teacher
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """The parts of a distillation that do not depend on the source of the answers."""
+
+    recipe: Recipe
+    training: Distill
+    variant: str
+    text: Text
+    device: str
+    ranks: Ranks
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the teacher is corrected in the same loop."""
+        return self.recipe.corrects_beside and self.variant != "ce"
+
+    @property
+    def half(self) -> bool:
+        """Whether matrix products are computed in bfloat16."""
+        return loop.is_half(self.training, self.device)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per forward pass."""
+        return self.training.micro_batch or self.training.batch
+
+    @property
+    def name(self) -> str:
+        """The name of the training."""
+        return "distill" if self.variant == "student" else f"distill-{self.variant}"
 
 
 @dataclass(frozen=True)
@@ -80,154 +110,144 @@ def run(
     """
     assert recipe.distill is not None
     assert variant in VARIANTS
-    training, device = recipe.distill, resolve_device(recipe.device)
+    training, device, ranks = recipe.distill, resolve_device(recipe.device), here()
     text = open_text(recipe, training, teacher, student, cache=cache, progress=progress)
-    digest = here().lead(lambda: teacher.fingerprint)  # of gigabytes, which one rank reads
-    corrects = recipe.corrects_beside and variant != "ce"
-    if corrects:
-        taught = _by_learner(recipe, training, teacher, device=device)
-    elif answers_in is None:
-        taught = _by_model(recipe, training, teacher, device=device)
-    else:
-        taught = _by_cache(recipe, training, answers_in, digest, text, device=device)
-    model = _start(student, variant, seed=recipe.seed, dtype=recipe.dtype, device=device)
+    how = _Setting(recipe, training, variant, text, device, ranks)
+    digest = ranks.lead(lambda: teacher.fingerprint)  # of gigabytes, which one rank reads
+    taught = _teacher(how, teacher, digest, answers_in)
+    model = _start(how, student)
     own_dtype = model.dtype
-    vocab = _vocab(recipe, taught, model, text)
-    if corrects:
-        taught = _corrected(recipe, training, taught, text.course, device=device)
-    objective, extra = _objective(training, taught, model, variant=variant, vocab=vocab, seed=recipe.seed)
-    if isinstance(taught.by, Live) and taught.model is not None and teachers.stays(training):
-        shards.frozen(taught.model, taught.by.body, training, half=loop.is_half(training, device))
-    teacher_ce = _examined(training, taught, text.heldout, vocab=vocab, device=device)
-    result = loop.train(
-        model,
-        objective,
-        text.course,
-        seed=recipe.seed,
-        device=device,
-        work=out / ".checkpoints",
-        metrics=out / "metrics.jsonl",
-        progress=progress,
-        heldout=_figures(training, taught, text.heldout, vocab=vocab),
-        extra=extra,
-        beside=taught.by if isinstance(taught.by, Correction) else None,
-        flops=_flops(training, teacher, student, variant=variant),
-        name="distill" if variant == "student" else f"distill-{variant}",
-    )
+    vocab = _vocab(how, taught, model)
+    if how.corrects:
+        taught = _corrected(how, taught)
+    lesson, teacher_ce = _lesson(how, taught, model, vocab=vocab, work=_flops(how, teacher, student))
+    files = loop.TrainFiles(out / ".checkpoints", out / "metrics.jsonl", recipe.seed, how.name)
+    result = loop.train(model, lesson, text.course, files, device=device, ranks=ranks, progress=progress)
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
     record = {
         "stage": "distill",
         "base_model": name_of(recipe.model),
         "teacher": digest,
-        "student": here().lead(lambda: student.fingerprint),
+        "student": ranks.lead(lambda: student.fingerprint),
         "seed": recipe.seed,
         "corpus": text.course.fingerprint,
         "training": training.model_dump(mode="json"),
         **metrics,
     }
-    if corrects:
-        _save_teacher(recipe, taught, out / "teacher", source=teacher.files, record=record)
-    shards.save(model, out / "model", dtype=own_dtype, extra_from=student.files, record=record)
+    if how.corrects:
+        _save_teacher(how, taught, out / "teacher", source=teacher.files, record=record)
+    shards.save(model, out / "model", dtype=own_dtype, extra_from=student.files, record=record, ranks=ranks)
     return metrics
 
 
-def _vocab(recipe: Recipe, taught: _Taught, student: PreTrainedModel, text: Text) -> int:
+def _teacher(how: _Setting, teacher: Checkpoint, digest: str, answers_in: Path | None) -> _Taught:
+    """The teacher before the first step. `digest` is its fingerprint."""
+    if how.corrects:
+        return _by_learner(how, teacher)
+    return _by_model(how, teacher) if answers_in is None else _by_cache(how, answers_in, digest)
+
+
+def _lesson(
+    how: _Setting, taught: _Taught, student: PreTrainedModel, *, vocab: int, work: FlopsPerToken
+) -> tuple[loop.Lesson, float]:
+    """The student's lesson, and the cross-entropy of the teacher. Checks before that the teacher can teach."""
+    objective, extra = _objective(how, taught, student, vocab=vocab)
+    if isinstance(taught.by, Live) and taught.model is not None and teachers.stays(how.training):
+        shards.frozen(taught.model, taught.by.body, how.training, half=how.half, ranks=how.ranks)
+    teacher_ce = _examined(how, taught, vocab=vocab)
+    beside = taught.by if isinstance(taught.by, Correction) else None
+    return loop.Lesson(objective, extra, beside, _figures(how, taught, vocab=vocab), work), teacher_ce
+
+
+def _vocab(how: _Setting, taught: _Taught, student: PreTrainedModel) -> int:
     """The size of the shared vocabulary. Also checks that both models keep documents apart, if required."""
-    if recipe.data.documents == "apart":
+    if how.recipe.data.documents == "apart":
         for one in (taught.model, student):
             if one is not None:
                 require_apart(one)
     # tokens that were added only to the tokenizer do not occur in the text
-    num_tokens = min(1 + max(text.tokenizer.get_vocab().values()), taught.head.weight.shape[0])
+    num_tokens = min(1 + max(how.text.tokenizer.get_vocab().values()), taught.head.weight.shape[0])
     vocab = objectives.shared_vocab(split(student)[1], taught.head, num_tokens=num_tokens)
     if isinstance(taught.by, Store):
         taught.by.require_vocab(vocab)
     return vocab
 
 
-def _examined(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int, device: str) -> float:
+def _examined(how: _Setting, taught: _Taught, *, vocab: int) -> float:
     """Check that the teacher can teach, and return its cross-entropy."""
     by = taught.by
     if isinstance(by, Store):
         return by.facts.ce
     body, head = (by.body, by.head) if isinstance(by, Live) else (by.learner.body, by.learner.head())
-    with loop.autocast(training, device):
-        micro_batch = training.micro_batch or training.batch
+    with loop.autocast(how.training, how.device):
+        heldout, micro_batch = how.text.heldout, how.micro_batch
         teacher_ce = objectives.check_teacher(by, body, head, heldout, vocab=vocab, micro_batch=micro_batch)
     if isinstance(by, Correction):
         by.learner.rest()
     return teacher_ce
 
 
-def _figures(training: Distill, taught: _Taught, heldout: Batch, *, vocab: int) -> objectives.Heldout:
+def _figures(how: _Setting, taught: _Taught, *, vocab: int) -> objectives.Heldout:
     """The held-out measurements during training."""
-    micro_batch = training.micro_batch or training.batch
+    heldout, micro_batch = how.text.heldout, how.micro_batch
     figures = objectives.heldout_divergence(taught.heldout, heldout, vocab=vocab, micro_batch=micro_batch)
     if isinstance(taught.by, Correction):
         return taught.by.measuring(figures, objectives.heldout_loss(heldout, micro_batch=micro_batch))
     return figures
 
 
-def _flops(training: Distill, teacher: Checkpoint, student: Checkpoint, *, variant: str) -> FlopsPerToken:
-    if variant == "ce" or not objectives.teacher_terms(training):
+def _flops(how: _Setting, teacher: Checkpoint, student: Checkpoint) -> FlopsPerToken:
+    if how.variant == "ce" or not objectives.teacher_terms(how.training):
         return by_context(learning, student.anatomy)
-    return by_context(partial(distilling, training=training), student.anatomy, teacher.anatomy)
+    return by_context(partial(distilling, training=how.training), student.anatomy, teacher.anatomy)
 
 
-def _by_model(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:
-    half = loop.is_half(training, device)
-    in_shards = teachers.stays(training) and training.shard_teacher and not here().alone
+def _by_model(how: _Setting, teacher: Checkpoint) -> _Taught:
+    in_shards = teachers.stays(how.training) and how.training.shard_teacher and not how.ranks.alone
     model, live = teachers.load_teacher(
-        teacher, training, dtype=recipe.dtype, device=device, half=half, in_shards=in_shards
+        teacher, how.training, dtype=how.recipe.dtype, device=how.device, half=how.half, in_shards=in_shards
     )
     return _Taught(live, live.head, live, model)
 
 
-def _by_learner(recipe: Recipe, training: Distill, teacher: Checkpoint, *, device: str) -> _Taught:
+def _by_learner(how: _Setting, teacher: Checkpoint) -> _Taught:
     """The teacher before its correction."""
-    model = teacher.load(dtype=recipe.dtype, device=here().home(device))
+    model = teacher.load(dtype=how.recipe.dtype, device=how.ranks.home(how.device))
     own_dtype = model.dtype
-    if not loop.is_half(training, device):
+    if not how.half:
         model.float()
     live = Live(*split(model))
     return _Taught(live, live.head, live, model, own_dtype)
 
 
-def _corrected(recipe: Recipe, training: Distill, taught: _Taught, course: Course, *, device: str) -> _Taught:
+def _corrected(how: _Setting, taught: _Taught) -> _Taught:
     """The same, with a correction by the section `correct`."""
-    assert recipe.correct is not None
-    assert taught.model is not None
-    adapters.choose_trained(taught.model, recipe.correct, seed=recipe.seed)
-    by = correction(taught.model, recipe.correct, training, course, device=device)
+    section, model = how.recipe.correct, taught.model
+    assert section is not None
+    assert model is not None
+    adapters.choose_trained(model, section, seed=how.recipe.seed)
+    by = correction(model, section, how.training, how.text.course, device=how.device, ranks=how.ranks)
     return replace(taught, by=by, heldout=by)
 
 
-def _save_teacher(recipe: Recipe, taught: _Taught, folder: Path, *, source: Path, record: Mapping[str, Any]) -> None:
-    assert recipe.correct is not None
+def _save_teacher(how: _Setting, taught: _Taught, folder: Path, *, source: Path, record: Mapping[str, Any]) -> None:
+    assert how.recipe.correct is not None
     assert taught.model is not None
     assert taught.dtype is not None
     kept = {key: record[key] for key in ("base_model", "teacher", "seed", "corpus")}
-    own = {"stage": "correct", **kept, "training": recipe.correct.model_dump(mode="json")}
+    own = {"stage": "correct", **kept, "training": how.recipe.correct.model_dump(mode="json")}
     adapters.merge(taught.model)
-    shards.save(taught.model, folder, dtype=taught.dtype, extra_from=source, record=own)
+    shards.save(taught.model, folder, dtype=taught.dtype, extra_from=source, record=own, ranks=how.ranks)
 
 
-def _by_cache(
-    recipe: Recipe,
-    training: Distill,
-    folder: Path,
-    teacher: str,
-    text: Text,
-    *,
-    device: str,
-) -> _Taught:
+def _by_cache(how: _Setting, folder: Path, teacher: str) -> _Taught:
     """Open a cache that belongs to this teacher and this text, and has all of the course's samples."""
-    store = Store.open(folder)
+    store, text = Store.open(folder), how.text
     vocab = store.bound.vocab  # of the teacher's head, which the fingerprint of the teacher covers
     store.require(
         answers.bound_to(
-            recipe,
-            training,
+            how.recipe,
+            how.training,
             teacher=teacher,
             tokenizer=text.tokenizer,
             course=text.course,
@@ -235,18 +255,19 @@ def _by_cache(
             vocab=vocab,
         )
     )
-    if store.facts.drawn != answers.drawn(recipe, training):
+    if store.facts.drawn != answers.drawn(how.recipe, how.training):
         store.require_samples(answers.Needed.by(text.course).steps)
-    head = store.head(device)
+    head = store.head(how.device)
     return _Taught(store, head, CachedHidden(store, head, HELDOUT))
 
 
 def _objective(
-    training: Distill, taught: _Taught, student: PreTrainedModel, *, variant: str, vocab: int, seed: int
+    how: _Setting, taught: _Taught, student: PreTrainedModel, *, vocab: int
 ) -> tuple[objectives.Objective, nn.Module | None]:
     """The objective of this variant, and its own trained parameters."""
+    training = how.training
     terms, ce = objectives.teacher_terms(training), training.terms.get("ce", 0.0)
-    if variant == "ce" or not terms:
+    if how.variant == "ce" or not terms:
         return objectives.cross_entropy(), None
     if isinstance(taught.by, Store):
         if training.cache == "logits":
@@ -259,18 +280,18 @@ def _objective(
     if states is None:
         return logits, None
     assert taught.model is not None
-    matching = intermediate.match(student, taught.model, states=states.states, layers=states.layers, seed=seed)
+    matching = intermediate.match(
+        student, taught.model, states=states.states, layers=states.layers, seed=how.recipe.seed
+    )
     return intermediate.with_states(logits, matching, alpha=states.alpha), matching.map
 
 
-def _start(student: Checkpoint, variant: str, *, seed: int, dtype: Dtype, device: str) -> PreTrainedModel:
+def _start(how: _Setting, checkpoint: Checkpoint) -> PreTrainedModel:
     """Load the student. For a random start, draw weights with its shapes and precision."""
-    model = student.load(dtype=dtype, device=here().home(device))
-    if variant != "random_init":
+    model = checkpoint.load(dtype=how.recipe.dtype, device=how.ranks.home(how.device))
+    if how.variant != "random_init":
         return model
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the draw depends only on the seed and does not affect other random numbers
-        torch.manual_seed(seed)
-        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):  # the draw depends on the seed alone and affects no other random numbers
+        torch.manual_seed(how.recipe.seed)
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
     return fresh.to(device=model.device, dtype=model.dtype)

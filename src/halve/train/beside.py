@@ -10,7 +10,6 @@ Shapes: N tokens, D hidden.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from halve.anatomy import discover
 from halve.anatomy.work import FlopsPerToken, by_context, correcting
 from halve.errors import TrainError
+from halve.model.finite import is_finite, not_finite
 from halve.model.head import Body, Head
 from halve.recipe.schema import Correct, Distill
 from halve.text import schedule
@@ -33,6 +33,7 @@ from halve.train.loop.optimizers import make_optimizer
 from halve.train.loop.step import Trained, apply, gradients
 from halve.train.objectives import logits as objectives
 from halve.train.ranks import blocks, shards
+from halve.train.ranks.group import ALONE, Ranks
 from halve.train.teachers.live import Hidden
 
 if TYPE_CHECKING:
@@ -74,12 +75,16 @@ class Correction:
             with self.precision():
                 return objective(self.learner.body, head, part.to(self.device))
 
-        found = gradients(self.trained, summed, parts, settle=lambda: self.learner.settle(head))
-        if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
-            raise TrainError(
-                f"the teacher's loss is not finite at step {step}",
+        settle, ranks = partial(self.learner.settle, head), self.learner.ranks
+        found = gradients(self.trained, summed, parts, settle=settle, ranks=ranks)
+        if not is_finite(found.loss, found.norm):
+            raise not_finite(
+                "the teacher's loss",
+                verb="is",
+                where=f" at step {step}",
                 why=f"corrected beside the student, its loss is {found.loss}, its gradient's norm {found.norm}",
                 fix=f"lower lr (now {self.section.lr:g}) in the section correct, or correct it before: when: before",
+                kind=TrainError,
             )
         apply(self.trained, found, lr=self.rate(step), clip=self.section.clip)
         return {"teacher_loss": found.loss, "teacher_grad_norm": found.norm}
@@ -105,7 +110,13 @@ class Correction:
 
 
 def correction(
-    model: PreTrainedModel, section: Correct, distill: Distill, course: Course, *, device: str
+    model: PreTrainedModel,
+    section: Correct,
+    distill: Distill,
+    course: Course,
+    *,
+    device: str,
+    ranks: Ranks = ALONE,
 ) -> Correction:
     """Prepare a teacher, in place, to be corrected while it teaches, as float32 masters. Call `adapters.choose` first.
 
@@ -113,7 +124,7 @@ def correction(
     trained, and for how many tokens (rounded up to whole steps, at most those of the distillation).
     """
     shared = section.model_copy(update={"precision": distill.precision, "replicas": distill.replicas})
-    learner = shards.learner(model, shared, device=device, half=loop.is_half(shared, device))
+    learner = shards.learner(model, shared, device=device, half=loop.is_half(shared, device), ranks=ranks)
     between = [parameter for layer in blocks.layers(model) for parameter in layer.parameters()]
     trained = Trained({"teacher": model}, make_optimizer(model.parameters(), shared, between=between))
     steps = min(1 + bisect_left(range(1, course.steps + 1), section.tokens, key=course.tokens), course.steps)

@@ -72,8 +72,8 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
     said.write_text("")
     code = 1
     try:
-        with ranks.joined("cpu"):
-            act(job, said)
+        with ranks.joined("cpu") as here:
+            act(job, said, here)
         code = 0
     except HalveError as error:
         said.write_text(f"{type(error).__name__}: {error}")
@@ -83,7 +83,7 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
     os._exit(code)
 
 
-def act(job: dict[str, Any], said: Path) -> None:
+def act(job: dict[str, Any], said: Path, here: ranks.Ranks) -> None:
     """One rank's part of a training; rank 0 leaves the weights' hash in `said` and the model in `folder/model`."""
     folder, recipe = Path(job["folder"]), training(**job.get("training", {}))
     half = loop.is_half(recipe, "cpu")
@@ -96,9 +96,9 @@ def act(job: dict[str, Any], said: Path) -> None:
     if "correct" in job:
         section = Correct(**(recipe.model_dump(include={"tokens", "lr", "min_lr", "warmup_steps"}) | job["correct"]))
         adapters.choose_trained(teacher, section, seed=0)
-        by = correction(teacher, section, how, Course(recipe, Fake()), device="cpu")
+        by = correction(teacher, section, how, Course(recipe, Fake()), device="cpu", ranks=here)
     else:
-        shards.frozen(teacher, body, how, half=half)
+        shards.frozen(teacher, body, how, half=half, ranks=here)
     objective = objectives.cross_entropy()
     if job.get("objective", "kl") == "kl":
         objective = objectives.distillation(by, vocab=VOCAB)
@@ -113,26 +113,18 @@ def act(job: dict[str, Any], said: Path) -> None:
     if "states" in job:
         matching = intermediate.match(student, teacher, states=job["states"], layers={-1: -1}, seed=0)
         objective, extra = intermediate.with_states(objective, matching, alpha=0.5), matching.map
-    if "full" in job and job["full"][0] == ranks.here().rank:
+    if "full" in job and job["full"][0] == here.rank:
         fill(job["full"][1])
-    result = loop.train(
-        student,
-        troubled(objective, job),
-        Course(recipe, Fake()),
-        seed=0,
-        device="cpu",
-        work=folder / "work",
-        metrics=folder / "metrics.jsonl",
-        heldout=heldout,
-        extra=extra,
-        beside=by if isinstance(by, Correction) else None,
-    )
+    beside = by if isinstance(by, Correction) else None
+    lesson = loop.Lesson(troubled(objective, job, here.rank), extra, beside, heldout)
+    files = loop.TrainFiles(folder / "work", folder / "metrics.jsonl", seed=0)
+    result = loop.train(student, lesson, Course(recipe, Fake()), files, device="cpu", ranks=here)
     if isinstance(by, Correction):
         adapters.merge(teacher)
-        shards.save(teacher, folder / "teacher", dtype=torch.float32, extra_from=None, record=None)
-    shards.save(student, folder / "model", dtype=torch.float32, extra_from=None, record=None)
+        shards.save(teacher, folder / "teacher", dtype=torch.float32, extra_from=None, record=None, ranks=here)
+    shards.save(student, folder / "model", dtype=torch.float32, extra_from=None, record=None, ranks=here)
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in student.parameters())
-    if ranks.here().leads:
+    if here.leads:
         weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
         tied = student.lm_head.weight is student.model.embed_tokens.weight
         grads = any(p.grad is not None or p.requires_grad for p in teacher.parameters())
@@ -151,12 +143,12 @@ def with_extra(objective: objectives.Objective, extra: torch.nn.Linear) -> objec
     return summed
 
 
-def troubled(objective: objectives.Objective, job: dict[str, Any]) -> objectives.Objective:
+def troubled(objective: objectives.Objective, job: dict[str, Any], rank: int) -> objectives.Objective:
     """Let one rank come to harm in one step; `calls` are counted in forward passes, one a step here."""
     calls = iter(range(1, 1000))
 
     def summed(body: Body, head: Head, batch: Batch) -> tuple[Tensor, int]:
-        now = [ranks.here().rank, next(calls)]
+        now = [rank, next(calls)]
         if now == job.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
         if now == job.get("term"):

@@ -77,10 +77,8 @@ def train(folder: Path, model: PreTrainedModel, asked: Correct, *, kill_at: int 
         return cross_entropy(*args)
 
     folder.mkdir(exist_ok=True)
-    course = Course(asked, Text())
-    return loop.train(
-        model, objective, course, seed=0, device="cpu", work=folder / "work", metrics=folder / "metrics.jsonl"
-    )
+    files = loop.TrainFiles(folder / "work", folder / "metrics.jsonl", seed=0)
+    return loop.train(model, loop.Lesson(objective), Course(asked, Text()), files, device="cpu")
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "gpt_neox", "qwen3", "cohere2"])

@@ -87,16 +87,9 @@ def run(
 ) -> loop.TrainResult:
     folder.mkdir(exist_ok=True)
     recipe = options.pop("recipe", training())
-    return loop.train(
-        model,
-        objective or taught(tiny(seed=1)),
-        Course(recipe, Fake()),
-        seed=0,
-        device="cpu",
-        work=folder / "work",
-        metrics=folder / "metrics.jsonl",
-        **options,
-    )
+    files = loop.TrainFiles(folder / "work", folder / "metrics.jsonl", seed=0, name=options.pop("name", "train"))
+    lesson = loop.Lesson(objective or taught(tiny(seed=1)), **options)
+    return loop.train(model, lesson, Course(recipe, Fake()), files, device="cpu")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

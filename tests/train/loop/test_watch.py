@@ -61,8 +61,9 @@ def test_what_is_a_spike() -> None:
     assert running.objection(7.9, 1.0, factor=3.0) is None
     assert "running mean 2" in str(running.objection(8.1, 1.0, factor=3.0))
     assert Running().objection(1e9, 1.0, factor=3.0) is None  # nothing to compare it with
-    assert running.objection(math.nan, 1.0, factor=3.0) == "loss is nan"
-    assert running.objection(1.0, math.inf, factor=3.0) == "grad_norm is inf"
+    assert str(running.objection(math.nan, 1.0, factor=3.0)) == "loss is nan"
+    assert running.objection(1.0, math.inf, factor=3.0) == watch.Spike("grad_norm", math.inf)
+    assert running.objection(8.1, 1.0, factor=3.0) == watch.Spike("loss", 8.1, running.mean)
     assert Running().accept(1e-6).objection(0.01, 1.0, factor=3.0) is None  # trembles near zero
 
 

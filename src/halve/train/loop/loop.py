@@ -6,11 +6,11 @@ dropout is off, and nothing else is random. So from a checkpoint, a killed run e
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from halve.anatomy.work import FlopsPerToken
-from halve.errors import Stopped, TrainError
+from halve.errors import HalveError, Stopped, TrainError
+from halve.model.finite import is_finite, not_finite
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import HOW, Training
 from halve.text.batch import Batch
 from halve.text.course import Course
 from halve.train.loop import watch
 from halve.train.loop.checkpoints import Keeper
-from halve.train.loop.journal import Mute, open_journal
+from halve.train.loop.journal import Journal, Mute, open_journal
 from halve.train.loop.optimizers import make_optimizer
 from halve.train.loop.step import Beside, StepGradients, Trained, apply, drop, gradients
-from halve.train.loop.watch import Running
+from halve.train.loop.watch import Running, Spike
 from halve.train.objectives.logits import Heldout, Objective
 from halve.train.ranks import blocks, shards
-from halve.train.ranks.group import Ranks, gone_guard, here, require_shares, sigterm
+from halve.train.ranks.group import ALONE, Ranks, gone_guard, require_shares, sigterm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,34 +56,55 @@ class TrainResult:
         return {"steps": self.steps, "tokens": self.tokens, "loss": self.loss, "heldout": dict(self.heldout)}
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is trained for, and what is measured during training."""
+
+    objective: Objective
+    extra: nn.Module | None = None
+    """Parameters of the objective that are trained with the model and are not part of it."""
+    beside: Beside | None = None
+    """Trains on the same samples, after the model's step."""
+    heldout: Heldout | None = None
+    """Its metrics are written at step 0, every `eval_every` steps and at the end."""
+    flops: FlopsPerToken | None = None
+    """The FLOPs of a token."""
+
+
+@dataclass(frozen=True)
+class TrainFiles:
+    """The paths of a training's checkpoints and metrics, and what identifies them. The progress bar shows the name."""
+
+    work: Path
+    metrics: Path
+    seed: int
+    name: str = "train"
+
+    def identity(self, training: Training) -> dict[str, Any]:
+        """What identifies a checkpoint as one of this training."""
+        how = training.model_dump(mode="json", exclude=set(HOW))
+        return {"name": self.name, "seed": self.seed, "training": how}
+
+
 def train(
     student: PreTrainedModel,
-    objective: Objective,
+    lesson: Lesson,
     course: Course,
+    files: TrainFiles,
     *,
-    seed: int,
     device: str,
-    work: Path,
-    metrics: Path,
+    ranks: Ranks = ALONE,
     progress: Progress = SILENT,
-    heldout: Heldout | None = None,
-    extra: nn.Module | None = None,
-    beside: Beside | None = None,
-    flops: FlopsPerToken | None = None,
-    name: str = "train",
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`. The caller exports it.
 
-    The loss of a step is the sum over all its tokens divided by their number, for any number of micro-batches. `extra`
-    holds parameters of the objective that are trained with the student and are not part of it. `beside` trains on the
-    same samples, after the student's step. `work` keeps the last `keep_checkpoints` complete checkpoints; a second call
-    with the same arguments resumes from the newest. `metrics` gets one JSON line per step (`step tokens loss grad_norm
-    lr tokens_per_second data_wait peak_memory_bytes`, `mfu` if `flops` gives the FLOPs of a token, and `heldout` with
-    its metrics at step 0, every `eval_every` steps and at the end). `name` is shown in the progress bar. Together with
-    `seed` and the course's `training`, it identifies the checkpoints.
+    The loss of a step is the sum over all its tokens divided by their number, for any number of micro-batches.
+    `files.work` keeps the last `keep_checkpoints` complete checkpoints; a second call with the same arguments resumes
+    from the newest. `files.metrics` gets one JSON line per step (`step tokens loss grad_norm lr tokens_per_second
+    data_wait peak_memory_bytes`, `mfu` if the lesson's `flops` gives the FLOPs of a token, and its `heldout`).
 
     If several ranks train (see `ranks`), each gets its share of a step's samples. The model is then in shards
-    (`shards.save` writes it), and rank 0 writes `metrics`.
+    (`shards.save` writes it), and rank 0 writes the metrics.
 
     `on_spike` says what happens after a spike or a loss that is not finite (`watch.Running`). `stop` raises. `skip`
     skips the step's update. `rewind` loads the last checkpoint, skips the steps since then and continues after them. A
@@ -92,53 +114,44 @@ def train(
     Raises `DiskError` if a checkpoint finds no room. After a SIGTERM, raises `Stopped` with a checkpoint of the last
     step.
     """
-    training, ranks = course.training, here()
+    training = course.training
     require_shares(training, ranks.size)
-    learner = shards.learner(student, training, device=device, half=is_half(training, device))
-    modules: dict[str, nn.Module] = {"student": student} | ({} if extra is None else {"extra": extra.to(device)})
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    between = [parameter for layer in blocks.layers(student) for parameter in layer.parameters()]
-    trained = Trained(modules, make_optimizer(parameters, training, between=between))
-    groups = [trained] if beside is None else [trained, beside.trained]
-    identity = {"name": name, "seed": seed, "training": training.model_dump(mode="json", exclude=set(HOW))}
+    learner = shards.learner(student, training, device=device, half=is_half(training, device), ranks=ranks)
+    trained = _trained(student, lesson.extra, training, device=device)
+    groups = [trained] if lesson.beside is None else [trained, lesson.beside.trained]
     with (
-        gone_guard(),
+        gone_guard(ranks),
         sigterm() as asked_to_stop,
-        Keeper(work, groups, identity, keep=training.keep_checkpoints, ranks=ranks) as keeper,
+        Keeper(files.work, groups, files.identity(training), keep=training.keep_checkpoints, ranks=ranks) as keeper,
     ):
         restored = keeper.restore()
-        start = restored.step
-        under_way = _UnderWay(
-            trained, learner, objective, course, device, keeper, heldout, beside, flops, Running.of(restored.notes)
-        )
-        under_way.loss = restored.notes.get("loss")
+        start, total = restored.step, course.tokens(course.steps)
+        running, loss = Running.of(restored.notes), restored.notes.get("loss")
+        under_way = _UnderWay(trained, learner, lesson, course, device, keeper, running, loss)
         opened = (
-            open_journal(metrics, step=start, loggers=training.loggers, name=name)
+            open_journal(files.metrics, step=start, loggers=training.loggers, name=files.name)
             if ranks.leads
             else nullcontext(Mute())
         )
         with opened as journal:
-            if start == 0 and (first := under_way.measure(0)):
-                journal.write({"step": 0, "tokens": 0, **first})
-            if start == 0 and training.on_spike == "rewind":
-                keeper.save(0)  # rewind needs a checkpoint to return to
-            with progress.task(name, course.tokens(course.steps), done=course.tokens(start)) as task:
+            if start == 0:
+                under_way.begin(journal)
+            with progress.task(files.name, total, done=course.tokens(start)) as task:
                 for step in range(start + 1, course.steps + 1):
-                    line, last = under_way.step(step), step == course.steps
-                    if last or step % training.eval_every == 0:
-                        line |= under_way.measure(step)
-                    journal.write(line)
-                    shown = {} if under_way.loss is None else {"loss": under_way.loss}
-                    task.advance(course.tokens(step) - course.tokens(step - 1), **shown)
-                    stopping = ranks.any(asked_to_stop())
-                    if stopping or (not last and step % training.checkpoint_every == 0):
-                        journal.sync()
-                        keeper.save(step, notes=under_way.running.notes() | {"loss": under_way.loss})
-                    if stopping:
-                        raise _stopped(step, keeper.wait())
+                    journal.write(under_way.advance(step))
+                    task.advance(course.tokens(step) - course.tokens(step - 1), **under_way.shown())
+                    under_way.keep(step, journal, stopping=ranks.any(asked_to_stop()))
             if start == course.steps:  # stopped after its last step; only the export is missing
                 under_way.measure(start)
-    return TrainResult(course.steps, course.tokens(course.steps), start, under_way.loss, under_way.figures)
+    return TrainResult(course.steps, total, start, under_way.loss, under_way.figures)
+
+
+def _trained(student: PreTrainedModel, extra: nn.Module | None, training: Training, *, device: str) -> Trained:
+    """The student and its optimizer. Call it after `shards.learner`, which replaces parameters."""
+    modules: dict[str, nn.Module] = {"student": student} | ({} if extra is None else {"extra": extra.to(device)})
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    between = [parameter for layer in blocks.layers(student) for parameter in layer.parameters()]
+    return Trained(modules, make_optimizer(parameters, training, between=between))
 
 
 @dataclass
@@ -147,47 +160,71 @@ class _UnderWay:
 
     trained: Trained
     learner: shards.Learner
-    objective: Objective
+    lesson: Lesson
     course: Course
     device: str
     keeper: Keeper
-    heldout: Heldout | None
-    beside: Beside | None
-    flops: FlopsPerToken | None
     running: Running
     loss: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
 
+    def begin(self, journal: Journal | Mute) -> None:
+        """Measure and save what is needed before the first step."""
+        if first := self.measure(0):
+            journal.write({"step": 0, "tokens": 0, **first})
+        if self.course.training.on_spike == "rewind":
+            self.keeper.save(0)  # rewind needs a checkpoint to return to
+
+    def advance(self, step: int) -> dict[str, Any]:
+        """Take one step, and measure if it is time to. Returns the step's line of the journal."""
+        line = self.step(step)
+        if step == self.course.steps or step % self.course.training.eval_every == 0:
+            line |= self.measure(step)
+        return line
+
+    def shown(self) -> dict[str, float]:
+        """The figures of the progress bar."""
+        return {} if self.loss is None else {"loss": self.loss}
+
+    def keep(self, step: int, journal: Journal | Mute, *, stopping: bool) -> None:
+        """Save the state after a step if it is time to. If `stopping`, save it and raise `Stopped`."""
+        training = self.course.training
+        if stopping or (step != self.course.steps and step % training.checkpoint_every == 0):
+            journal.sync()
+            self.keeper.save(step, notes=self.running.notes() | {"loss": self.loss})
+        if stopping:
+            raise _stopped(step, self.keeper.wait())
+
     def step(self, step: int) -> dict[str, Any]:
         """Take one step, or skip it if it spikes. Returns its line of the journal."""
-        began, training, ranks = time.perf_counter(), self.course.training, here()
+        began, training, ranks = time.perf_counter(), self.course.training, self.learner.ranks
         batch = self.course.batch(step)
         waited = time.perf_counter() - began
         parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
         found = self._gradients(parts)
         line: dict[str, Any] = {"step": step, "tokens": self.course.tokens(step)}
-        why = self.running.objection(found.loss, found.norm, factor=training.spike_factor)
-        if why is not None:
+        spike = self.running.objection(found.loss, found.norm, factor=training.spike_factor)
+        if spike is not None:
             drop(self.trained)
-            return line | self._leave_out(step, why, batch)
+            return line | self._leave_out(step, spike, batch)
         self.loss, self.running = found.loss, self.running.accept(found.loss)
         lr = self.course.lr(step)
         apply(self.trained, found, lr=lr, clip=training.clip)
         line |= {"loss": found.loss, "grad_norm": found.norm, "lr": lr}
-        if self.beside is not None:
-            line |= self.beside.step(parts, step=step)
+        if self.lesson.beside is not None:
+            line |= self.lesson.beside.step(parts, step=step)
         tokens = self.course.tokens(step) - self.course.tokens(step - 1)
-        per_token = _work(self.flops, self.beside, batch.ids.shape[1], step)
+        per_token = _work(self.lesson, batch.ids.shape[1], step)
         seconds = time.perf_counter() - began  # last, so that the whole step is timed
         return line | _speed(per_token, tokens, seconds, waited, self.device, training, ranks)
 
     def measure(self, step: int) -> dict[str, Any]:
         """The metrics on held-out samples, if there are any, as part of a line."""
-        if self.heldout is None:
+        if self.lesson.heldout is None:
             return {}
         training = self.course.training
         with torch.no_grad(), autocast(training, self.device):
-            self.figures = dict(self.heldout(self.learner.body, self.learner.head()))
+            self.figures = dict(self.lesson.heldout(self.learner.body, self.learner.head()))
         self.learner.rest()
         _require_finite(self.figures, step, self.keeper, training)
         return {"heldout": self.figures}
@@ -197,17 +234,18 @@ class _UnderWay:
 
         def summed(part: Batch) -> tuple[Tensor, int]:
             with precision:
-                return self.objective(self.learner.body, head, part.to(self.device))
+                return self.lesson.objective(self.learner.body, head, part.to(self.device))
 
-        return gradients(self.trained, summed, parts, settle=lambda: self.learner.settle(head))
+        settle, ranks = partial(self.learner.settle, head), self.learner.ranks
+        return gradients(self.trained, summed, parts, settle=settle, ranks=ranks)
 
-    def _leave_out(self, step: int, why: str, batch: Batch) -> dict[str, Any]:
+    def _leave_out(self, step: int, spike: Spike, batch: Batch) -> dict[str, Any]:
         """Handle a spike as the recipe says."""
         training = self.course.training
         spikes = self.running.leave_out(step)
         if training.on_spike == "stop" or spikes.exhausted:
-            raise _spike(step, why, batch, self.keeper, training)
-        line: dict[str, Any] = {"spike": training.on_spike, "why": why, "samples": list(batch.numbers)}
+            raise _spiked(step, spike, batch, self.keeper, training)
+        line: dict[str, Any] = {"spike": training.on_spike, "why": str(spike), "samples": list(batch.numbers)}
         self.running = spikes
         if training.on_spike == "rewind":
             back = self.keeper.restore()
@@ -236,11 +274,11 @@ def _stopped(step: int, saved: Path | None) -> Stopped:
     )
 
 
-def _work(flops: FlopsPerToken | None, beside: Beside | None, context: int, step: int) -> float | None:
+def _work(lesson: Lesson, context: int, step: int) -> float | None:
     """FLOPs per token of all training in a step."""
-    if flops is None:
+    if lesson.flops is None:
         return None
-    return flops(context) + (0.0 if beside is None else beside.work(context, step=step))
+    return lesson.flops(context) + (0.0 if lesson.beside is None else lesson.beside.work(context, step=step))
 
 
 def _speed(
@@ -264,34 +302,35 @@ def _speed(
     return line if share is None else line | {"mfu": round(share, 4)}
 
 
-def _spike(step: int, why: str, batch: Batch, keeper: Keeper, training: Training) -> TrainError:
-    saved = keeper.wait()
-    kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
-    kind = "spikes" if why.startswith("loss ") and "mean" in why else "is not finite"
+def _spiked(step: int, spike: Spike, batch: Batch, keeper: Keeper, training: Training) -> HalveError:
+    kept = _last_checkpoint(keeper)
     often = "" if training.on_spike == "stop" else f", after {watch.MOST} others within {watch.WITHIN} steps"
     numbers = ", ".join(map(str, batch.numbers[:_SHOWN])) + (", ..." if len(batch) > _SHOWN else "")
-    going = "; or resume with --on-spike skip or rewind" if training.on_spike == "stop" else ""
-    return TrainError(
-        f"the loss {kind} at step {step}",
-        why=f"{why}{often}; its samples are {numbers}; {kept}",
-        fix=f"lower lr (now {training.lr:g}) or clip (now {training.clip:g}), or try precision: float32{going}",
-    )
+    why = f"{spike}{often}; its samples are {numbers}; {kept}"
+    fix = _smaller_steps(training)
+    if training.on_spike == "stop":
+        fix += "; or resume with --on-spike skip or rewind"
+    if spike.mean is None:
+        return not_finite("the loss", verb="is", where=f" at step {step}", why=why, fix=fix, kind=TrainError)
+    return TrainError(f"the loss spikes at step {step}", why=why, fix=fix)
 
 
 def _require_finite(figures: Mapping[str, float], step: int, keeper: Keeper, training: Training) -> None:
-    bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
+    bad = ", ".join(f"{name} is {value}" for name, value in figures.items() if not is_finite(value))
     if not bad:
         return
-    if step == 0:
-        raise TrainError(
-            "the loss is not finite before the first step",
-            why=", ".join(f"{name} is {value}" for name, value in bad.items()),
-            fix="check the weights of the model that is to be trained, or try precision: float32",
-        )
+    if step:
+        when, why, fix = f" at step {step}", f"{bad}; {_last_checkpoint(keeper)}", _smaller_steps(training)
+    else:
+        when, why = " before the first step", bad
+        fix = "check the weights of the model that is to be trained, or try precision: float32"
+    raise not_finite("the loss", verb="is", where=when, why=why, fix=fix, kind=TrainError)
+
+
+def _last_checkpoint(keeper: Keeper) -> str:
     saved = keeper.wait()
-    kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
-    raise TrainError(
-        f"the loss is not finite at step {step}",
-        why=", ".join(f"{name} is {value}" for name, value in bad.items()) + f"; {kept}",
-        fix=f"lower lr (now {training.lr:g}) or clip (now {training.clip:g}), or try precision: float32",
-    )
+    return f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+
+
+def _smaller_steps(training: Training) -> str:
+    return f"lower lr (now {training.lr:g}) or clip (now {training.clip:g}), or try precision: float32"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from halve.text.batch import Batch
-from halve.train.ranks.group import here
+from halve.train.ranks.group import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,12 @@ def gradients(
     parts: Iterable[Batch],
     *,
     settle: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepGradients:
     """Compute the gradient of the summed loss of all ranks into the parameters. Returns mean loss and norm.
 
-    `parts` are this rank's micro-batches. `settle` is called after the last (see `shards.Learner.settle`).
+    `parts` are the micro-batches of this one of `ranks`. `settle` is called after the last (see
+    `shards.Learner.settle`).
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for part in parts:
@@ -73,9 +75,9 @@ def gradients(
         total, count = total.to(loss.device) + loss.detach(), count + num_tokens
     if settle is not None:
         settle()
-    both = here().sum(torch.stack([total, total.new_tensor(float(count))]))
+    both = ranks.sum(torch.stack([total, total.new_tensor(float(count))]))
     total, tokens = both.unbind()
-    norm = _norm(trained) / tokens.to(torch.float32)
+    norm = _norm(trained, ranks) / tokens.to(torch.float32)
     mean, size, number = torch.stack([total / tokens, norm.double(), tokens]).tolist()
     return StepGradients(mean, size, int(number))
 
@@ -95,12 +97,12 @@ def drop(trained: Trained) -> None:
     trained.optimizer.zero_grad(set_to_none=True)
 
 
-def _norm(trained: Trained) -> Tensor:
+def _norm(trained: Trained, ranks: Ranks) -> Tensor:
     """The norm of all gradients. For unsharded parameters they are summed over ranks first."""
     grads = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     shards = [grad for grad in grads if isinstance(grad, DTensor)]
     whole = [grad for grad in grads if not isinstance(grad, DTensor)]
-    if not here().alone:
+    if not ranks.alone:
         for grad in whole:
             dist.all_reduce(grad)
     norm = torch.nn.utils.get_total_norm(whole, foreach=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from halve.model.finite import is_finite
+
 HORIZON = 64
 """The horizon of the running mean, in steps."""
 FLOOR = 0.05
@@ -28,6 +30,21 @@ MOST, WITHIN = 4, 100
 GPU_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 FLOP/s by data sheet, by a part of the device's name. The first match counts."""
 _PROBE, _PROBE_S = 768, 0.25
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The reason to skip a step: a figure that is not finite, or too far above its running mean."""
+
+    figure: str
+    value: float
+    mean: float | None = None
+    """The running mean, if the figure is finite."""
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return f"{self.figure} is {self.value}"
+        return f"{self.figure} {self.value:.4g}, its running mean {self.mean:.4g}"
 
 
 @dataclass(frozen=True)
@@ -55,21 +72,21 @@ class Running:
         """Whether too many spikes were skipped recently to continue."""
         return len(self.spikes) > MOST
 
-    def objection(self, loss: float, norm: float, *, factor: float) -> str | None:
-        """Why a step's loss is a spike; None if it is not.
+    def objection(self, loss: float, norm: float, *, factor: float) -> Spike | None:
+        """What makes a step's loss a spike; None if it is not.
 
         It is a spike if the loss or the gradient norm is not finite, or if the loss exceeds the running mean by more
         than all of these: `factor` times the size of the mean, `SCATTER` standard deviations, and `FLOOR`.
         """
         for name, value in (("loss", loss), ("grad_norm", norm)):
-            if not math.isfinite(value):
-                return f"{name} is {value}"
+            if not is_finite(value):
+                return Spike(name, value)
         if not self.count:
             return None
         scatter = math.sqrt(self.variance) * (1 + KNOWN / self.count)
         floor = FLOOR if self.count > 2 else KNOWN * FLOOR
         limit = self.mean + max(factor * abs(self.mean), SCATTER * scatter, floor)
-        return f"loss {loss:.4g}, its running mean {self.mean:.4g}" if loss > limit else None
+        return Spike("loss", loss, self.mean) if loss > limit else None
 
     def notes(self) -> dict[str, Any]:
         """As plain data for a checkpoint."""

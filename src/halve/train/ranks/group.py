@@ -1,8 +1,8 @@
 """The processes of a run: a single one, or several that torchrun (or Slurm) started with the same command.
 
 All of them go through the pipeline. Rank 0 writes what is written once, while the others wait (`lead`). They train
-together. `joined` makes the group from the environment, and `here` returns it. A single process runs the same code
-without a group.
+together. `joined` makes the group from the environment. The stages get it from `here` and pass it on. A single process
+runs the same code without a group.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Ranks:
                 raise
             self.store.set(key, json.dumps(answer))
             return result
-        with gone_guard():
+        with gone_guard(self):
             while not self.store.check([key]):
                 time.sleep(_POLL_S)
             answer = json.loads(self.store.get(key))
@@ -175,17 +175,17 @@ def joined(kind: str) -> Iterator[Ranks]:
 
 
 @contextmanager
-def gone_guard() -> Iterator[None]:
-    """Turn torch's error about a lost rank into a `TrainError`."""
+def gone_guard(ranks: Ranks) -> Iterator[None]:
+    """Turn torch's error about a lost one of `ranks` into a `TrainError`."""
     try:
         yield
     except HalveError:
         raise
     except RuntimeError as error:
-        if here().alone or not _GONE.search(str(error)):
+        if ranks.alone or not _GONE.search(str(error)):
             raise
         raise TrainError(
-            f"rank {here().rank} has lost another rank",
+            f"rank {ranks.rank} has lost another rank",
             why=f"its process ended or does not answer: {str(error).splitlines()[0]}",
             fix="see the other rank's own error; then the same command resumes from the last checkpoint",
         ) from error

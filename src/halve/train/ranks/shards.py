@@ -24,7 +24,7 @@ from halve.model import saving
 from halve.model.head import Body, Head, split
 from halve.recipe.schema import Distill, Training
 from halve.train.ranks import blocks
-from halve.train.ranks.group import Ranks, here
+from halve.train.ranks.group import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ class Learner:
 
     body: Body
     own: Head
+    ranks: Ranks
+    """The ranks that train it together."""
 
     def head(self) -> Head:
         """The whole head, for `step.gradients`. If it is gathered, gradients stay in it until `settle`."""
@@ -59,13 +61,12 @@ class Learner:
                 whole.grad = None
 
 
-def learner(model: PreTrainedModel, training: Training, *, device: str, half: bool) -> Learner:
-    """Prepare a model, in place, to be trained by these ranks, as float32 masters on `device`.
+def learner(model: PreTrainedModel, training: Training, *, device: str, half: bool, ranks: Ranks = ALONE) -> Learner:
+    """Prepare a model, in place, to be trained by `ranks`, as float32 masters on `device`.
 
     With several ranks, each takes its shards from a model that should be in main memory (`Ranks.home`). `half` says
     whether products are computed in bfloat16. Make optimizers from the parameters that the model has afterwards.
     """
-    ranks = here()
     model.eval()  # not train(), because with dropout a step would depend on more than its number
     if ranks.alone:
         model.to(device)
@@ -82,15 +83,14 @@ def learner(model: PreTrainedModel, training: Training, *, device: str, half: bo
         model.to(device)  # parameters that are not sharded
     if model.dtype in _HALF:  # only now, so that a rank holds float32 masters only of its shards
         model.float()
-    return Learner(body, head)
+    return Learner(body, head, ranks)
 
 
-def frozen(model: PreTrainedModel, body: Body, training: Distill, *, half: bool) -> None:
+def frozen(model: PreTrainedModel, body: Body, training: Distill, *, half: bool, ranks: Ranks = ALONE) -> None:
     """Prepare a model that only runs forward: compiled and sharded if the recipe says so.
 
     Its head was split off before and stays whole on every rank.
     """
-    ranks = here()
     if training.compile:
         blocks.compiled(model)
     if training.shard_teacher and not ranks.alone:
@@ -104,9 +104,9 @@ def save(
     dtype: torch.dtype,
     extra_from: Path | None,
     record: Mapping[str, Any] | None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """`saving.save_model` of a model that these ranks have trained. Rank 0 writes while the others wait."""
-    ranks = here()
+    """`saving.save_model` of a model that `ranks` have trained. Rank 0 writes while the others wait."""
     plain = model.to(dtype) if ranks.alone else _whole(model, dtype, ranks)
 
     def write() -> None:
