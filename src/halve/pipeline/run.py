@@ -77,8 +77,6 @@ def run(
     if only is not None and not any(stage.section == only for stage in listed):
         raise _nothing_to_do(recipe, only)
     from halve.model.checkpoint import Checkpoint, resolve_device
-    from halve.text.boundary import bounded, settled
-    from halve.text.opened import require_embedded
     from halve.train.ranks import group as ranks
 
     with ranks.joined(resolve_device(recipe.device)) as here, ExitStack() as stack:
@@ -94,19 +92,9 @@ def run(
         wanted, done, keys = here.lead(ask)
         this = StageContext(folder, cache, progress, teacher)
         if len(done) < len(wanted):
-            boundary = here.lead(partial(settled, recipe, teacher, cache=cache, progress=this.progress))
-            recipe = bounded(recipe, boundary)
-            listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
+            recipe, listed = _settled(recipe, listed, this, here)
         coming = [stage for stage in listed if stage.name in {*wanted} - {*done}]
-        if any("teacher" in stage.outside for stage in coming):  # made of a GGUF file before it is looked for
-            here.lead(lambda: str(teacher.files))
-        read = partial(require_embedded, recipe, teacher, cache=cache, progress=this.progress)
-        if any("valid" in stage.outside for stage in coming):  # its errors are reported before any work
-            here.lead(partial(read, "valid"))
-        if any(
-            stage.section in TOGETHER for stage in coming
-        ):  # otherwise every rank would tokenize it, or query the hub
-            here.lead(partial(read, "train"))
+        _read_inputs(recipe, coming, this, here)
         for stage in (stage for stage in listed if stage.name in wanted):
             if stage.name in done:
                 this.progress.say(f"{stage.name}: done before")
@@ -149,6 +137,30 @@ def _what_to_do(
             raise error
     reused.require_sound(folder, wanted, done)
     return [stage.name for stage in wanted], done, keys
+
+
+def _settled(
+    recipe: Recipe, listed: Sequence[Stage], this: StageContext, here: Ranks
+) -> tuple[Recipe, tuple[Stage, ...]]:
+    """The recipe and the stages with `data.boundary` decided for this teacher."""
+    from halve.text.boundary import bounded, settled
+
+    boundary = here.lead(partial(settled, recipe, this.teacher, cache=this.cache, progress=this.progress))
+    listed = tuple(replace(stage, recipe=bounded(stage.recipe, boundary)) for stage in listed)
+    return bounded(recipe, boundary), listed
+
+
+def _read_inputs(recipe: Recipe, coming: Sequence[Stage], this: StageContext, here: Ranks) -> None:
+    """Prepare what the coming stages share: the teacher's files and the text. Raises `CorpusError` if that is unfit."""
+    from halve.text.opened import require_embedded
+
+    if any("teacher" in stage.outside for stage in coming):  # made of a GGUF file before it is looked for
+        here.lead(lambda: str(this.teacher.files))
+    read = partial(require_embedded, recipe, this.teacher, cache=this.cache, progress=this.progress)
+    if any("valid" in stage.outside for stage in coming):  # its errors are reported before any work
+        here.lead(partial(read, "valid"))
+    if any(stage.section in TOGETHER for stage in coming):  # else every rank would tokenize it, or query the hub
+        here.lead(partial(read, "train"))
 
 
 def _carry_out(stage: Stage, run: StageContext, keys: Mapping[str, str], here: Ranks) -> None:
