@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut.apply import Goal, Rescore, cut, turn
+from halve.cut.apply import Cut, Goal, Rescore, cut, turn
 from halve.cut.layers.chosen import DEPTH, choose_layers, compares
 from halve.cut.layers.depth import DepthChoice
-from halve.cut.layers.layer_merge import Merge, laco_search, search_setting
+from halve.cut.layers.layer_merge import laco_search, search_setting
 from halve.cut.plan.plan import Plan
 from halve.cut.plan.shapes import to_try
 from halve.cut.plan.sizes import target
@@ -37,10 +37,37 @@ from halve.process.waits import wait
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune, Recipe
 from halve.text import corpus
-from halve.text.mixture import open_mixture
+from halve.text.mixture import Mixture, open_mixture
 
 CHECK_SAMPLES = 8
 MICRO_BATCH = 4
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The cut that the recipe asks for, as far as it can be known before weights are read."""
+
+    asked: Prune
+    after: Arch
+    kept_layers: tuple[int, ...] | None
+    """None: the layers with the best scores."""
+    proof: Proof
+    ranking: Scores
+    compared: Path | None
+    """The path of the score stage's comparison of layers. None in the random control, which may not use the teacher."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """The loaded teacher, and the text of its calibration."""
+
+    calibration: Calibration
+    text: Mixture
+    tokenizer: PreTrainedTokenizerBase
+
+    def on(self, num_samples: int) -> Calibration:
+        """The teacher with this number of samples."""
+        return self.calibration.on(self.text.calibration(num_samples))
 
 
 @fresh.kept()
@@ -65,6 +92,45 @@ def run(
     Raises `CorpusError` for unsuitable calibration samples, and `CheckpointError` if the result does not match the
     plan.
     """
+    wanted = _wanted(recipe, teacher, scores, like)
+    model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
+    tokenizer = teacher.tokenizer
+    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
+    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
+    nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
+    before_nll = nll(model)
+    text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
+    samples = text.calibration(max(wanted.asked.refit_samples, recipe.score.samples))
+    require_calibration(samples, vocab=teacher.anatomy.sizes.vocab)
+    calibration = Calibration(model, teacher.anatomy, samples, recipe.score.micro_batch, progress)
+    done, tried = _student(recipe, wanted, _Source(calibration, text, tokenizer), out)
+    del model, calibration
+    record = {
+        "stage": "prune",
+        "base_model": name_of(recipe.model),
+        "teacher": teacher.fingerprint,
+        "prune": wanted.asked.model_dump(mode="json"),
+        "plan": done.plan.to_json(),
+        "gains": done.gains,
+    }
+    saving.save_model(done.student, out / "model", extra_from=teacher.files, record=record)
+    after_nll = nll(done.student)
+    counts = done.anatomy.ledger.count(done.plan.after, kept_layers=done.plan.layers)
+    _check(done.student, counts.params, out / "model", heldout.ids[:1, :32], after_nll)
+    return {
+        "params": counts.params,
+        "non_embedding": counts.non_embedding,
+        "teacher_params": teacher.anatomy.ledger.count(teacher.anatomy.sizes).params,
+        "perplexity": measure.perplexity(after_nll).as_dict(),
+        "teacher_perplexity": measure.perplexity(before_nll).as_dict(),
+        "checks": [f"{check.axis}: {check.name}" for check in wanted.proof.checks],
+        "shapes": [one.to_json() for one in tried],
+        **done.figures,
+    }
+
+
+def _wanted(recipe: Recipe, teacher: Checkpoint, scores: Path | None, like: Path | None) -> _Wanted:
+    """Check that the model allows the sizes, axes and rotation, and read the scores."""
     asked = recipe.prune if scores is not None else _blind(recipe.prune)
     anatomy = teacher.anatomy
     after, kept_layers = target(student_anatomy(anatomy, asked), asked)
@@ -72,71 +138,50 @@ def run(
         after = Plan.load(like).after
     proof = prove(anatomy)
     proof.demand(anatomy.sizes, after)
-    rotates(anatomy, asked)  # refuses a rotation that the family does not allow before weights are read
+    rotates(anatomy, asked)  # refuses a rotation that the family does not allow
     ranking = _ranking(anatomy, recipe, teacher, scores)
+    return _Wanted(asked, after, kept_layers, proof, ranking, None if scores is None else scores.with_name(DEPTH))
+
+
+def _student(recipe: Recipe, wanted: _Wanted, source: _Source, out: Path) -> tuple[Cut, tuple[Tried, ...]]:
+    """Choose sizes and layers, and cut. The plan and its scores are written before the first weight is cut."""
+    calibration, asked, ranking = source.calibration, wanted.asked, wanted.ranking
+    listed = _shapes(calibration.anatomy, asked, wanted.proof, ranking)
+    sizes = [arch for family in listed for arch in family] or [wanted.after]
+    turned = turn(calibration, asked, sizes=sizes)
+    goal = Goal(wanted.after, wanted.kept_layers)
     tried: tuple[Tried, ...] = ()
-    device = resolve_device(recipe.device)
-    model = teacher.load(dtype=recipe.dtype, device=device)
-    tokenizer = teacher.tokenizer
-    valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
-    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
-    nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
-    before_nll = nll(model)
-    text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = text.calibration(max(asked.refit_samples, recipe.score.samples))
-    require_calibration(samples, vocab=anatomy.sizes.vocab)
-    calibration = Calibration(model, anatomy, samples, recipe.score.micro_batch, progress)
+    if listed:
+        tried = try_shapes(calibration, ranking, asked, listed, turned=turned)
+        goal = Goal(best(tried).arch, best(tried).kept_layers)
+    choice = _choice(recipe, wanted, source, goal, anew=bool(tried))
+    if choice is not None:
+        write_json(out / DEPTH, choice.to_json())
+        goal = replace(goal, kept_layers=choice.kept)
+    if asked.layer_merge == "laco_search" and goal.arch.layers < calibration.anatomy.sizes.layers:
+        combine, interval = search_setting(calibration.anatomy.sizes.layers)
+        few = source.on(recipe.score.depth_samples)
+        collapse = laco_search(few, layers=goal.arch.layers, combine=combine, interval=interval)
+        goal = replace(goal, kept_layers=collapse.kept, merges=collapse.merges)
 
     def planned(plan: Plan) -> None:
         write_json(out / "plan.json", plan.to_json())
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
-    listed = _shapes(anatomy, asked, proof, ranking)
-    sizes = [arch for family in listed for arch in family] or [after]
-    turned = turn(calibration, asked, sizes=sizes)
-    if listed:
-        tried = try_shapes(calibration, ranking, asked, listed, turned=turned)
-        after, kept_layers = best(tried).arch, best(tried).kept_layers
-    by_sets = compares(recipe.score) if tried else kept_layers is None
-    if scores is not None and by_sets and (remove := anatomy.sizes.layers - after.layers):
-        choice = None if tried else _compared(scores.with_name(DEPTH), remove)
-        if choice is None:
-            few = text.calibration(recipe.score.depth_samples)
-            choice = choose_layers(recipe, calibration.on(few), remove=remove, tokenizer=tokenizer, scores=ranking)
-        write_json(out / DEPTH, choice.to_json())
-        kept_layers = choice.kept
-    merges: tuple[Merge, ...] = ()
-    if asked.layer_merge == "laco_search" and after.layers < anatomy.sizes.layers:
-        combine, interval = search_setting(anatomy.sizes.layers)
-        few = text.calibration(recipe.score.depth_samples)
-        collapse = laco_search(calibration.on(few), layers=after.layers, combine=combine, interval=interval)
-        kept_layers, merges = collapse.kept, collapse.merges
-    goal, rescore = Goal(after, kept_layers, merges), _rescore(recipe, samples)
-    done = cut(calibration, ranking, asked, goal, turned=turned, rescore=rescore, planned=planned)
-    del model, calibration
-    record = {
-        "stage": "prune",
-        "base_model": name_of(recipe.model),
-        "teacher": teacher.fingerprint,
-        "prune": asked.model_dump(mode="json"),
-        "plan": done.plan.to_json(),
-        "gains": done.gains,
-    }
-    student = done.student
-    saving.save_model(student, out / "model", extra_from=teacher.files, record=record)
-    after_nll = nll(student)
-    counts = done.anatomy.ledger.count(done.plan.after, kept_layers=done.plan.layers)
-    _check(student, counts.params, out / "model", heldout.ids[:1, :32], after_nll)
-    return {
-        "params": counts.params,
-        "non_embedding": counts.non_embedding,
-        "teacher_params": anatomy.ledger.count(anatomy.sizes).params,
-        "perplexity": measure.perplexity(after_nll).as_dict(),
-        "teacher_perplexity": measure.perplexity(before_nll).as_dict(),
-        "checks": [f"{check.axis}: {check.name}" for check in proof.checks],
-        "shapes": [one.to_json() for one in tried],
-        **done.figures,
-    }
+    rescore = _rescore(recipe, calibration.samples_BS)
+    return cut(calibration, ranking, asked, goal, turned=turned, rescore=rescore, planned=planned), tried
+
+
+def _choice(recipe: Recipe, wanted: _Wanted, source: _Source, goal: Goal, *, anew: bool) -> DepthChoice | None:
+    """The layers to keep, if sets of layers are compared. `anew`: a trial chose their number after the score stage."""
+    by_sets = compares(recipe.score) if anew else goal.kept_layers is None
+    remove = source.calibration.anatomy.sizes.layers - goal.arch.layers
+    if wanted.compared is None or not by_sets or not remove:
+        return None
+    if not anew and wanted.compared.exists():
+        return DepthChoice.from_json(read_json(wanted.compared)).of(remove)
+    few = source.on(recipe.score.depth_samples)
+    return choose_layers(recipe, few, remove=remove, tokenizer=source.tokenizer, scores=wanted.ranking)
 
 
 def _shapes(anatomy: Anatomy, asked: Prune, proof: Proof, ranking: Scores) -> list[list[Arch]]:
@@ -173,11 +218,6 @@ def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Checkpoint, scores: Path
         seq_agg=recipe.score.seq_agg,
         model=teacher.fingerprint,
     )
-
-
-def _compared(path: Path, remove: int) -> DepthChoice | None:
-    """The score stage's comparison of layers, if there is one."""
-    return DepthChoice.from_json(read_json(path)).of(remove) if path.exists() else None
 
 
 def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
