@@ -144,16 +144,6 @@ COMMANDS = {
 """The parameters of a verb are its options, which typer reads from its signature. They are not counted."""
 
 
-LONGER = {
-    "pipeline/run.py": {"run"},
-    "stages/cache.py": {"run"},
-    "stages/distill.py": {"run"},
-    "stages/prune.py": {"run"},
-    "train/loop/loop.py": {"train"},
-}
-"""Functions that are still to be split."""
-
-
 def functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     yield from (part for part in ast.walk(node) if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef))
 
@@ -173,7 +163,7 @@ def test_a_function_is_short_enough_to_read(path: Path) -> None:
         many = len(parameters(function)) > FUNCTION_PARAMETERS and (module, function.name) not in COMMANDS
         if many or function.end_lineno - function.lineno >= FUNCTION_LINES:
             too_long.add(function.name)
-    assert too_long <= LONGER.get(str(path.relative_to(ROOT / "src/halve")), set())
+    assert too_long == set()
 
 
 def test_what_counts_as_a_parameter() -> None:
