@@ -16,12 +16,13 @@ from types import CodeType, FunctionType
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 Check = Callable[..., object]
 Decorator = Callable[..., Any]
 
 _by_jaxtyping: Decorator = jaxtyping.jaxtyped
+_by_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # an error as jaxtyping's
 _known: dict[tuple[CodeType, str, str], tuple[Check | None, Check | None] | None] = {}
 """By code and full name: what checks the arguments and the result; None where arrays are named.
 
@@ -65,8 +66,8 @@ def _checks(function: FunctionType) -> tuple[Check | None, Check | None] | None:
         return None
     told = {name: hint for name, hint in hints.items() if hint is not Any}
     returned = {"return": told.pop("return")} if "return" in told else None
-    arguments = beartype(_alike(function, told)) if told else None
-    result = None if returned is None else beartype(_alike(_result, returned))
+    arguments = _by_beartype(_alike(function, told)) if told else None
+    result = None if returned is None else _by_beartype(_alike(_result, returned))
     return arguments, result
 
 
