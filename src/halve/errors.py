@@ -17,6 +17,9 @@ Programming errors are `assert`s and are not caught.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 _LONGEST = 1000
 
 
@@ -35,6 +38,10 @@ class HalveError(Exception):
     def __init__(self, what: str, *, why: str, fix: str) -> None:
         super().__init__(what)
         self.what, self.why, self.fix = (_one_line(text) for text in (what, why, fix))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process may raise it, and pickles it for this one."""
+        return partial(type(self), why=self.why, fix=self.fix), (self.what,), self.__dict__
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"

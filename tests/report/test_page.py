@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from halve.disk.files import file_sha256, sealed, write_json
 from halve.errors import RunError
 from halve.report import page as report
-from halve.report import plots, sections
+from halve.report import plots, sections, written
 from halve.report.plots import Series
 
 BEFORE = {"layers": 10, "hidden": 128, "ffn": 352, "heads": 8, "kv_heads": 4, "head_dim": 16, "vocab": 2048}
@@ -291,7 +291,7 @@ def test_the_headline_compares_quality_with_the_models_own_teacher() -> None:
 def test_blank_lines_are_folded_and_indents_kept() -> None:
     raw = results()
     raw["completions"] = [{"prompt": "p", "texts": {"teacher": " a\n\n \n\t\n\n    b\n\nc\n\n\n"}}]
-    section = sections.completions(raw)
+    section = written.completions(raw)
     assert section is not None
     assert section.completions[0].texts[0]["text"] == " a\n\n    b\n\nc"
 

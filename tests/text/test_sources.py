@@ -11,6 +11,7 @@ import pytest
 
 from halve.errors import CorpusError
 from halve.text import folders, sources
+from halve.text.rows import Wanted
 
 ROW = '{"text": "A star"}\n'
 DEEP = "[" * 100_000
@@ -246,7 +247,7 @@ def test_lines_that_json_can_spell_and_no_text_holds(tmp_path: Path, line: str, 
     with pytest.raises(CorpusError, match=message):
         documents(tmp_path / "a.jsonl")
     with pytest.raises(CorpusError, match=message):
-        sources.probe(str(tmp_path / "a.jsonl"), text_field="text")
+        sources.probe(str(tmp_path / "a.jsonl"), Wanted("text"))
 
 
 # What `check` reads
@@ -256,17 +257,17 @@ def test_the_beginning_of_every_file_is_looked_at(tmp_path: Path, monkeypatch: p
     make(tmp_path, {"a.jsonl": ROW * 9, "b.jsonl": ROW * 5 + "{"})
 
     with pytest.raises(CorpusError, match=r"b\.jsonl, line 6 is not JSON"):
-        sources.probe(str(tmp_path), text_field="text")
+        sources.probe(str(tmp_path), Wanted("text"))
     for limit, chars in (("PROBED_CHARS", 20), ("PROBED_IN_ALL", 60)):  # a row has six characters
         with monkeypatch.context() as patch:
             patch.setattr(sources, limit, chars)
-            sources.probe(str(tmp_path), text_field="text")
+            sources.probe(str(tmp_path), Wanted("text"))
 
 
 def test_nothing_but_blanks_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PROBED_IN_ALL", 5)
     make(tmp_path, {"a.txt": " \n" * 50, "b.txt": "\n" * 50})
     with pytest.raises(CorpusError, match="is empty"):
-        sources.probe(str(tmp_path), text_field="text")
+        sources.probe(str(tmp_path), Wanted("text"))
     make(tmp_path, {"b.txt": "\n" * 50 + "word"})
-    sources.probe(str(tmp_path), text_field="text")
+    sources.probe(str(tmp_path), Wanted("text"))

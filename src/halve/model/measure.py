@@ -51,20 +51,34 @@ class Divergence:
     agreement: Float[Tensor, " samples"]
 
 
-def average(values: Float[Tensor, " samples"]) -> Estimate:
+def average(values: Float[Tensor, " samples"], weights: Int[Tensor, " samples"] | None = None) -> Estimate:
     """Mean over samples with standard error s / sqrt(B), where s divides by B - 1. One sample has no error.
 
     Samples are treated as independent draws from the held-out text. Neighboring samples of one document are not quite
     independent, so the error is a little too small if documents are much longer than samples.
+
+    `weights` are the numbers of tokens that the values are means over. The result is then the mean over all tokens, a
+    ratio of means. Its error comes from the residuals `w_b (x_b - mean)`.
+
+    >>> average(torch.tensor([1.0, 4.0]), torch.tensor([3, 1])).value
+    1.75
     """
     values = values.double()
+    if weights is not None:
+        share_B = weights.double() / weights.double().mean()
+        mean = (share_B * values).mean()
+        return Estimate(mean.item(), average(share_B * (values - mean)).stderr)
     spread = values.std().item() if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), spread / math.sqrt(len(values)))
 
 
-def difference(ours: Float[Tensor, " samples"], theirs: Float[Tensor, " samples"]) -> Estimate:
+def difference(
+    ours: Float[Tensor, " samples"],
+    theirs: Float[Tensor, " samples"],
+    weights: Int[Tensor, " samples"] | None = None,
+) -> Estimate:
     """Mean of ours minus theirs on the same samples. What is hard for both cancels in the error."""
-    return average(ours.double() - theirs.double())
+    return average(ours.double() - theirs.double(), weights)
 
 
 def proportion(hits: Bool[Tensor, " items"]) -> Estimate:
@@ -73,9 +87,9 @@ def proportion(hits: Bool[Tensor, " items"]) -> Estimate:
     return Estimate(share, math.sqrt(share * (1 - share) / len(hits)))
 
 
-def perplexity(nll: Float[Tensor, " samples"]) -> Estimate:
+def perplexity(nll: Float[Tensor, " samples"], weights: Int[Tensor, " samples"] | None = None) -> Estimate:
     """exp of the mean nats per token; the error by the delta method, perplexity times that of the mean."""
-    mean = average(nll)
+    mean = average(nll, weights)
     value = math.exp(mean.value) if mean.value < 700 else math.inf
     return Estimate(value, value * mean.stderr)
 
@@ -104,9 +118,9 @@ def target_bytes(
 ) -> Int[Tensor, " samples"]:
     """UTF-8 bytes of the text of each sample's predicted tokens (all but the first).
 
-    These are the bytes of the decoded sample up to its last prediction, minus those of its first token. Special tokens
-    count no bytes, so separators between documents cost only bits. The result is exact, except for a character that a
-    sample boundary cuts in two. Before the last prediction, only special tokens may be left out of `predicted`.
+    These are the bytes that each run of predicted tokens adds to the decoded sample. Special tokens count no bytes, so
+    separators between documents cost only bits. The result is exact, except for a character that the end of a run cuts
+    in two.
     """
 
     def size(ids: list[int]) -> int:
@@ -114,9 +128,21 @@ def target_bytes(
         return len(str(text).encode("utf-8", errors="replace"))
 
     rows = samples.tolist()
-    if predicted is not None:
-        rows = [row[: 2 + max(which.nonzero()).item()] for row, which in zip(rows, predicted, strict=True)]
-    return torch.tensor([size(row) - size(row[:1]) for row in rows])
+    if predicted is None:
+        return torch.tensor([size(row) - size(row[:1]) for row in rows])
+    return torch.tensor(
+        [
+            sum(size(row[:end]) - size(row[:begin]) for begin, end in _runs(which))
+            for row, which in zip(rows, predicted, strict=True)
+        ]
+    )
+
+
+def _runs(predicted_T: Bool[Tensor, " predictions"]) -> list[tuple[int, int]]:
+    """The runs of predicted tokens in a sample: the place of the first, and the place behind the last."""
+    outside = torch.zeros(1, dtype=torch.int)
+    edges = torch.diff(predicted_T.int(), prepend=outside, append=outside).nonzero().flatten() + 1
+    return [(int(begin), int(end)) for begin, end in edges.view(-1, 2)]
 
 
 @torch.no_grad()

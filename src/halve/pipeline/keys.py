@@ -104,7 +104,7 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
         files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
     elif name == "train" and isinstance(recipe.data.train, dict):
         parts = recipe.data.train.items()
-        return [[part, mixed.weight, _texts(mixed.sources, memo)] for part, mixed in parts]
+        return [[part, mixed.weight, _texts(mixed.sources, memo), *["plain"] * mixed.plain] for part, mixed in parts]
     else:
         return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
     return _hashed(files, memo)

@@ -19,13 +19,14 @@ from halve.disk.rundir import RunDir
 from halve.pipeline.keys import Keyed
 from halve.progress import Progress
 from halve.recipe.rounds import learns_from_previous, named, rounds
-from halve.recipe.schema import HOW, Distill, Recipe
+from halve.recipe.schema import CHAT_PROMPTS, HOW, Distill, Recipe
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
 SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
+_OF_CONVERSATIONS = ("data.messages_field", "data.count")
 TOGETHER = ("correct", "distill")
 """Sections whose stages run on several ranks together. Other stages run on one rank while the others wait."""
 _INPUTS = ("teacher", "train", "valid")
@@ -77,7 +78,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     original = None  # the stage that makes the teacher, if it is corrected
     if recipe.corrects_before:
         models["corrected"] = original = "correct"
-        reads: _Names = (*_EVERYWHERE, "data.documents", "correct", *_but_how("correct"))
+        reads: _Names = (*_everywhere(recipe), "data.documents", "correct", *_but_how("correct"))
         listed.append(Stage("correct", "correct", recipe, reads, (), _INPUTS, 1, _correct))
     last = original
     for number, part in enumerate(rounds(recipe), 1):
@@ -92,12 +93,19 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         for number, part in enumerate(rounds(recipe), 1)
         if part.corrects_beside
     }
-    reads, measured = (*_EVERYWHERE, "evaluate", "-evaluate.choices"), ("teacher", "valid", "choices")
+    usual = ("-evaluate.chat_prompts",) if recipe.evaluate.chat_prompts == CHAT_PROMPTS else ()
+    reads = (*_everywhere(recipe), "evaluate", "-evaluate.choices", *usual)
+    measured = ("teacher", "valid", "choices")
     act = _evaluate(models, beside, subject=subject)
     listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
     everything = tuple(stage.name for stage in listed)
-    listed.append(Stage("report", "report", recipe, (*_EVERYWHERE, "name"), everything, (), 1, _report))
+    listed.append(Stage("report", "report", recipe, (*_everywhere(recipe), "name"), everything, (), 1, _report))
     return tuple(listed)
+
+
+def _everywhere(recipe: Recipe) -> _Names:
+    """The fields that every stage depends on; a recipe without conversations does not name theirs."""
+    return _EVERYWHERE if recipe.data.messages_field is None else (*_EVERYWHERE, *_OF_CONVERSATIONS)
 
 
 def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None) -> tuple[list[Stage], dict[str, str]]:
@@ -112,7 +120,7 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
 
     def add(name: str, section: str, act: _Act, reads: _Names, after: _Names, outside: _Names = _INPUTS) -> None:
         after = tuple(dict.fromkeys(after))
-        listed.append(Stage(name, section, recipe, (*_EVERYWHERE, *reads), after, outside, number, act))
+        listed.append(Stage(name, section, recipe, (*_everywhere(recipe), *reads), after, outside, number, act))
 
     # aggregators are applied when scores are used: the file holds raw statistics for all of them
     reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task")

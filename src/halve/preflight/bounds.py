@@ -12,7 +12,7 @@ from halve.disk.rundir import LOCK, MARKER, RECIPE
 from halve.errors import RecipeError, RunError
 from halve.process.waits import bytes_in_words
 from halve.recipe.rounds import trainings
-from halve.recipe.schema import Recipe, Training
+from halve.recipe.schema import CHAT_PROMPTS, Recipe, Training
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
@@ -64,15 +64,19 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     """Refuse multiple-choice items and prompts that do not fit the teacher's context and vocabulary."""
     from halve.anatomy.configs import context_length
     from halve.model.choices import encode, load_items
-    from halve.text.questions import encoded_choices, encoded_prompts
+    from halve.text.questions import encoded_chat, encoded_choices, encoded_prompts
 
     evaluated, task = recipe.evaluate, recipe.score.depth_task
-    if not (evaluated.choices or evaluated.prompts or task):
+    named = evaluated.chat_prompts != CHAT_PROMPTS
+    if not (evaluated.choices or evaluated.prompts or task or named):
         return
     teacher.require_tokenizer()
     limit = context_length(teacher.config)
     for row in encoded_prompts(recipe, teacher.tokenizer, limit):
         teacher.require_embedded(max(row), "a prompt of evaluate.prompts")
+    vocab = teacher.config.get_text_config().vocab_size
+    for row in encoded_chat(recipe, teacher.tokenizer, limit, num_tokens=vocab).values():
+        teacher.require_embedded(max(row), "a prompt of evaluate.chat_prompts")
     files = encoded_choices(recipe, teacher.tokenizer, limit)
     if task is not None:
         files = {**files, task: encode(teacher.tokenizer, load_items(task), max_tokens=limit)}

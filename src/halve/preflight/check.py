@@ -13,10 +13,12 @@ from halve.disk.rundir import check_folder
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.preflight import bounds as preflight_bounds
 from halve.preflight import samples as preflight_text
+from halve.preflight.chat import check_conversations
 from halve.process.waits import bytes_in_words
 from halve.recipe.rounds import learns_from_previous, rounds, trainings
-from halve.recipe.schema import Boundary, Distill, Phase, Recipe, Training
+from halve.recipe.schema import Distill, Phase, Recipe, Training
 from halve.text import sources
+from halve.text.rows import Wanted
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
@@ -80,6 +82,7 @@ def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any
 def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> Iterator[Callable[[], Any]]:
     yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
+    yield partial(check_conversations, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
@@ -92,15 +95,15 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
         for phase in training.phases:
             yield partial(_check_phase, recipe, teacher, name, phase)
     if recipe.data.documents == "apart":
-        yield partial(_check_apart, teacher, recipe.data.boundary)
+        yield partial(_check_apart, recipe, teacher)
     yield from preflight_bounds.of_the_teacher(recipe, teacher, ranks)
 
 
 def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     from halve.model.choices import load_items
 
-    for source in dict.fromkeys((*recipe.data.train_sources, *recipe.data.valid)):
-        yield partial(_check_corpus, source, recipe.data.text_field)
+    for source, wanted in preflight_text.read_as(recipe):
+        yield partial(_check_corpus, source, wanted)
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
         yield partial(load_items, path)
 
@@ -111,8 +114,9 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
 
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     teacher.require_tokenizer()
-    marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
-    teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")
+    if recipe.data.reads_text:
+        marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
+        teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
@@ -205,7 +209,7 @@ def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
     require_proved(planned_rounds(recipe, teacher))
 
 
-def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
+def _check_apart(recipe: Recipe, teacher: Checkpoint) -> None:
     """Check that the tokenizer separates documents, and that a tiny twin of the model keeps them apart.
 
     If no twin runs, the stages check the model itself.
@@ -213,14 +217,15 @@ def _check_apart(teacher: Checkpoint, boundary: Boundary) -> None:
     from halve.cut.proof.twins import running_twin
     from halve.text import documents, tokenize
 
-    documents.require_separator(tokenize.separator(teacher.tokenizer, boundary))
+    if recipe.data.reads_text:
+        documents.require_separator(tokenize.separator(teacher.tokenizer, recipe.data.boundary))
     if (twin := running_twin(teacher.anatomy, seed=0)) is not None:
         documents.require_apart(twin)
 
 
-def _check_corpus(source: str, text_field: str) -> None:
+def _check_corpus(source: str, wanted: Wanted) -> None:
     if not source.startswith(sources.HUB):
-        sources.probe(source, text_field=text_field)
+        sources.probe(source, wanted)
 
 
 def _check_room(recipe: Recipe, teacher: Checkpoint, out: Path) -> None:

@@ -16,9 +16,11 @@ from halve.progress import SILENT
 from halve.recipe.rounds import rounds, trainings
 from halve.recipe.schema import Boundary, Recipe
 from halve.text import sources
+from halve.text.rows import Wanted
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
+    from halve.text.rendering import Chat
 
 _SHORT_CHARS = 1 << 20
 """Characters that are tokenized in a second. Longer text gives many samples, unless these are long."""
@@ -30,7 +32,7 @@ def check_samples(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> No
 
     `cache` is the run's folder of token files. A `RunError` names one that was changed.
     """
-    if any(source.startswith(sources.HUB) for source in _sources(recipe)):
+    if any(source.startswith(sources.HUB) for source, _ in read_as(recipe)):
         return
     with _opened(recipe, teacher, cache) as found:
         if found is not None:
@@ -59,7 +61,8 @@ def _settled(recipe: Recipe, teacher: Checkpoint) -> tuple[Boundary, ...]:
     from halve.text import tokenize
 
     asked = recipe.data.boundary
-    open_ = asked == "auto" and tokenize.marks(teacher.tokenizer, asked).follows is not None
+    text = asked == "auto" and recipe.data.reads_text
+    open_ = text and tokenize.marks(teacher.tokenizer, asked).follows is not None
     return ("auto", "bos") if open_ else (asked,)
 
 
@@ -68,7 +71,7 @@ def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:
     from halve.text import corpus
 
     how = {"tokenizer": teacher.tokenizer, "boundary": recipe.data.boundary, "text_field": recipe.data.text_field}
-    found = [corpus.known(listed, **how, cache=cache) for listed in _texts(recipe)]
+    found = [corpus.known(listed, **how, chat=chat, cache=cache) for listed, chat in _texts(recipe)]
     return None not in found
 
 
@@ -77,8 +80,8 @@ def _is_short(recipe: Recipe) -> bool:
     phases = [phase for training in trainings(recipe).values() for phase in training.phases]
     longest = max([recipe.data.context, *(phase.context or 0 for phase in phases)])
     left = max(_SHORT_CHARS, _CHARS_A_TOKEN * longest)
-    for source in dict.fromkeys(_sources(recipe)):
-        for piece in sources.read_documents(source, text_field=recipe.data.text_field):
+    for source, wanted in read_as(recipe):
+        for piece in sources.read_rows(source, wanted):
             left -= len(piece.text)
             if left < 0:
                 return False
@@ -92,6 +95,7 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     from halve.cut.score import calibration
     from halve.preflight.sizes import planned_rounds
     from halve.text import corpus
+    from halve.text.conversation_samples import samples_of
     from halve.text.course import open_course
     from halve.text.mixture import open_mixture
     from halve.text.opened import require_embedded
@@ -99,7 +103,7 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     text = {"cache": cache, "tokenizer": teacher.tokenizer}
     for split in ("train", "valid"):
         require_embedded(recipe, teacher, split, cache=cache, progress=SILENT)
-    corpus.Samples(corpus.open_split(recipe, "valid", **text), recipe.data.context, recipe.seed)
+    samples_of(corpus.open_split(recipe, "valid", **text), recipe.data.context, recipe.seed)
     mixture = open_mixture(recipe, **text)
     vocab = teacher.config.get_text_config().vocab_size
     calibration.require_calibration(mixture.calibration(recipe.score.samples), vocab=vocab)
@@ -110,12 +114,18 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
         open_course(recipe, training, **text)
 
 
-def _texts(recipe: Recipe) -> list[Sequence[str]]:
-    """The sources of each token file."""
-    train = recipe.data.train
-    parts = [part.sources for part in train.values()] if isinstance(train, dict) else [train]
-    return [*parts, recipe.data.valid]
+def _texts(recipe: Recipe) -> list[tuple[Sequence[str], Chat | None]]:
+    """The sources of each token file, and how they are read."""
+    from halve.text.rendering import Chat
+
+    data = recipe.data
+    parts = data.train.values() if isinstance(data.train, dict) else ()
+    listed = [(part.sources, part.plain) for part in parts] or [(data.train_sources, False)]
+    return [(sources_, Chat.of(data, plain=plain)) for sources_, plain in (*listed, (data.valid, False))]
 
 
-def _sources(recipe: Recipe) -> list[str]:
-    return [source for listed in _texts(recipe) for source in listed]
+def read_as(recipe: Recipe) -> list[tuple[str, Wanted]]:
+    """Each source, and what is wanted of its rows."""
+    plain = Wanted(recipe.data.text_field)
+    found = [(source, chat.wanted if chat else plain) for listed, chat in _texts(recipe) for source in listed]
+    return list(dict.fromkeys(found))

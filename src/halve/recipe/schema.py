@@ -74,6 +74,11 @@ Boundary = Literal["auto", "bos", "eos", "both", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
+CHAT_PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short, friendly message to a colleague who starts today.",
+)
 _OF_DISTILLATION = (
     "batch",
     "micro_batch",
@@ -96,6 +101,7 @@ class Source(Section):
 
     sources: tuple[TextSource, ...] = Field(min_length=1, description="files, folders or hub data sets of this part")
     weight: Scale = Field(description="share of the samples, relative to the weights of the other parts")
+    plain: Switch = Field(False, description="this part is plain text, also where data.messages_field is set")
 
 
 class Data(Section):
@@ -116,14 +122,25 @@ class Data(Section):
     text_field: str = Field(
         "text", min_length=1, description="field that holds the text in JSON lines, CSV, parquet and hub rows"
     )
-    context: Context = Field(512, description="tokens in one packed sample")
+    messages_field: str | None = Field(
+        None,
+        min_length=1,
+        description="field that holds a conversation in JSON lines, parquet and hub rows: a list of messages with role"
+        " and content, or from and value; rendered by the tokenizer's chat template",
+    )
+    count: Literal["assistant", "all"] = Field(
+        "assistant", description="which tokens of a conversation losses and measurements count"
+    )
+    context: Context = Field(512, description="tokens in one sample: of packed text, or at most of one conversation")
     boundary: Boundary = Field(
         "auto",
         description="special tokens at document boundaries; bos: BOS before each document and sample; eos: EOS after"
         " each document; auto: BOS if the tokenizer adds it, EOS unless the teacher never learned it",
     )
     documents: Literal["joined", "apart"] = Field(
-        "joined", description="apart: in training, attention and prediction do not cross document boundaries"
+        "joined",
+        description="apart: in training, attention and prediction do not cross document boundaries; conversations are"
+        " always apart, and several are packed in one sample",
     )
     workers: Count = Field(1, description="number of processes that tokenize; the result is the same for any number")
 
@@ -133,6 +150,20 @@ class Data(Section):
         if isinstance(self.train, dict):
             return tuple(source for part in self.train.values() for source in part.sources)
         return self.train
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether some of the training text is no conversations."""
+        parts = self.train.values() if isinstance(self.train, dict) else ()
+        return self.messages_field is None or any(part.plain for part in parts)
+
+    @model_validator(mode="after")
+    def _of_conversations(self) -> Data:
+        if self.messages_field is None and self.count != "assistant":
+            raise ValueError("count says which tokens of conversations count: set messages_field as well")
+        if self.messages_field is None and isinstance(self.train, dict) and any(p.plain for p in self.train.values()):
+            raise ValueError("plain says which part is no conversations: set messages_field as well")
+        return self
 
 
 class Score(Section):
@@ -251,6 +282,10 @@ class Evaluate(Section):
         " and answer",
     )
     prompts: tuple[str, ...] = Field((), description="prompts whose completions the report shows")
+    chat_prompts: tuple[str, ...] = Field(
+        CHAT_PROMPTS,
+        description="what a user asks; the report shows the answers of models with a chat template, given through it",
+    )
     completion_tokens: Annotated[Count, Field(le=100_000)] = Field(48, description="tokens generated for each prompt")
     speed: Switch = Field(True, description="measure prefill speed, decode speed and peak memory")
 

@@ -21,7 +21,7 @@ from halve.disk.rundir import MANIFEST, RECIPE, read_manifest, sound
 from halve.model.card import CARD, DEQUANTIZED, license_of
 from halve.recipe import strict_yaml
 from halve.recipe.rounds import named, parsed
-from halve.report import charts, sections
+from halve.report import charts, sections, written
 from halve.report.plots import figure
 from halve.report.sections import PageSection, Table
 
@@ -141,7 +141,8 @@ def _view(run: Run) -> dict[str, Any]:
             charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))
             for number, cut in enumerate(run.cuts, 1)
         ),
-        sections.completions(run.results),
+        written.completions(run.results),
+        written.answers(run.results),
     )
     versions: Mapping[str, str] = next(
         (m["versions"] for m in reversed(list(run.manifests.values())) if m.get("versions")), {}

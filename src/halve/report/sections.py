@@ -6,7 +6,6 @@ Nothing here reads a file. A section whose facts are missing is None.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ CONTROLS = {
     "random_prune": "the same sizes with randomly chosen parts, distilled",
 }
 SUBJECT = "distilled"
-_SHOWN = ("teacher", "corrected", "pruned", "distilled")
+SHOWN = ("teacher", "corrected", "pruned", "distilled")
 
 Facts = Mapping[str, Any]
 
@@ -358,33 +357,6 @@ def timed_dtype(pair: tuple[Facts, Facts]) -> str:
     """The precision that both were timed in."""
     first, second = (str(one["dtype"]) for one in pair)
     return first if first == second else f"{first} and {second}"
-
-
-# ---- completions ---------------------------------------------------------------------------------------------
-
-
-def completions(results: Facts | None) -> PageSection | None:
-    """What the teacher, the pruned and the distilled model write after the recipe's prompts."""
-    if not results or not results["completions"]:
-        return None
-    found = []
-    for one in results["completions"]:
-        texts = [
-            {"label": label(name), "color": color(name), "text": _folded(text)}
-            for name, text in one["texts"].items()
-            if color(name) in _SHOWN
-        ]
-        found.append(Completion(one["prompt"], tuple(texts)))
-    return PageSection(
-        "What they write",
-        "Greedy continuations of the recipe's prompts (gray). Several blank lines are shown as one.",
-        completions=tuple(found),
-    )
-
-
-def _folded(text: str) -> str:
-    """Text without runs of blank lines: weak models write many, which would push everything else off the screen."""
-    return re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", text).rstrip()
 
 
 def _task(name: str) -> str:

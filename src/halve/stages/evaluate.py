@@ -12,6 +12,10 @@ Format of `results.json`. An estimate is {"value", "stderr"}. What was not measu
     differences   subject, and against {name -> nll, kl, agreement, choices}: subject minus that model,
                   sample by sample (item by item), with the standard error of the pairs
     completions   [{"prompt", "texts": {name: text}}], greedy
+    answers       the same for chat prompts, given through the chat template; left out without a template
+
+Figures of conversations are means over all counted tokens, those of packed text means over samples, which are equally
+long.
 """
 
 from __future__ import annotations
@@ -37,8 +41,9 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.text import corpus
 from halve.text.batch import Batch
+from halve.text.conversation_samples import samples_of, say_cut
 from halve.text.opened import require_embedded
-from halve.text.questions import encoded_choices, encoded_prompts
+from halve.text.questions import encoded_chat, encoded_choices, encoded_prompts
 
 FORWARD_TOKENS = 4096  # in one forward pass of the samples; results do not depend on it
 NEW_TOKENS, REPEATS = 32, 5
@@ -51,7 +56,8 @@ class _Measured:
     facts: dict[str, Any]
     per_sample: dict[str, Tensor]
     choices: dict[str, Answers]
-    completions: tuple[str, ...]
+    texts: tuple[str, ...]
+    """What it writes after each prompt, those of chats last."""
     shapes: tuple[object, ...]
     """The class of the model and its parameters' shapes. Models that share both run at the same speed."""
 
@@ -79,11 +85,14 @@ def run(
     limit = min((limit for limit in limits if limit is not None), default=None)
     questions = encoded_choices(recipe, tokenizer, limit)
     prompts = encoded_prompts(recipe, tokenizer, limit)
+    vocab = next(iter(models.values())).config.get_text_config().vocab_size
+    chat = encoded_chat(recipe, tokenizer, limit, num_tokens=vocab)
     require_embedded(recipe, next(iter(models.values())), "valid", cache=cache, progress=progress)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
-    packed = corpus.Samples(tokens, recipe.data.context, recipe.seed)
-    heldout = packed.heldout(recipe.evaluate.samples)
-    samples_BS = heldout.ids
+    samples = samples_of(tokens, recipe.data.context, recipe.seed)
+    say_cut(progress, "data.valid", samples)
+    heldout = samples.heldout(recipe.evaluate.samples)
+    samples_BS, weights_B = heldout.ids, heldout.weights
     num_bytes = measure.target_bytes(tokenizer, samples_BS, heldout.predicted)
 
     device = resolve_device(recipe.device)
@@ -96,7 +105,8 @@ def run(
     with progress.task("evaluate", samples_BS.numel() * len(models)) as task:
         for name in models:
             model = teacher if name == reference else load(name)
-            texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
+            asked = (*prompts, *chat.values())
+            texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in asked)
             against = None if name == reference else teacher
             measured[name] = _measure(model, against, heldout, num_bytes, questions, texts)
             task.advance(samples_BS.numel(), perplexity=measured[name].facts["perplexity"]["value"])
@@ -107,12 +117,11 @@ def run(
         "reference": reference,
         **_circumstances(heldout, num_bytes, tokens.fingerprint, device),
         "models": {name: {**one.facts, "speed": speeds.get(name)} for name, one in measured.items()},
-        "differences": None if subject is None else _differences(measured, subject),
-        "completions": [
-            {"prompt": prompt, "texts": {name: one.completions[i] for name, one in measured.items()}}
-            for i, prompt in enumerate(recipe.evaluate.prompts)
-        ],
+        "differences": None if subject is None else _differences(measured, subject, weights_B),
+        "completions": _texts(measured, recipe.evaluate.prompts, first=0),
     }
+    if chat:
+        results["answers"] = _texts(measured, tuple(chat), first=len(prompts))
     write_json(out / "results.json", results)
     return {name: _headline(one.facts) for name, one in measured.items()}
 
@@ -145,9 +154,9 @@ def _measure(
     heldout: Batch,
     num_bytes: Int[Tensor, " samples"],
     questions: Mapping[str, Sequence[Encoded]],
-    completions: tuple[str, ...],
+    texts: tuple[str, ...],
 ) -> _Measured:
-    samples_BS, which = heldout.ids, heldout.predicted
+    samples_BS, which, weights_B = heldout.ids, heldout.predicted, heldout.weights
     micro_batch = max(1, FORWARD_TOKENS // samples_BS.shape[1])
     num_targets = samples_BS.shape[1] - 1 if which is None else which.sum(1)
     if teacher is None:
@@ -162,13 +171,21 @@ def _measure(
         "non_embedding_params": _non_embedding(model),
         "weight_bytes": weight_bytes(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "perplexity": measure.perplexity(nll).as_dict(),
+        "perplexity": measure.perplexity(nll, weights_B).as_dict(),
         "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=num_targets).as_dict(),
-        **{name: measure.average(values).as_dict() for name, values in per_sample.items()},
+        **{name: measure.average(values, weights_B).as_dict() for name, values in per_sample.items()},
         "choices": {name: _accuracies(answers) for name, answers in choices.items()},
     }
     shapes = (model.config.model_type, *((name, p.shape, p.dtype) for name, p in model.named_parameters()))
-    return _Measured(facts, per_sample, choices, completions, shapes)
+    return _Measured(facts, per_sample, choices, texts, shapes)
+
+
+def _texts(measured: Mapping[str, _Measured], prompts: Sequence[str], *, first: int) -> list[dict[str, Any]]:
+    """What every model wrote after these prompts, the first of which is the one numbered `first`."""
+    return [
+        {"prompt": prompt, "texts": {name: one.texts[i] for name, one in measured.items()}}
+        for i, prompt in enumerate(prompts, first)
+    ]
 
 
 def _accuracies(answers: Answers) -> dict[str, Any]:
@@ -239,7 +256,9 @@ def _speed_facts(speed: Speed) -> dict[str, float]:
     }
 
 
-def _differences(measured: Mapping[str, _Measured], subject: str) -> dict[str, Any]:
+def _differences(
+    measured: Mapping[str, _Measured], subject: str, weights_B: Int[Tensor, " samples"] | None
+) -> dict[str, Any]:
     """The subject minus each other model, paired by samples and items."""
     ours = measured[subject]
     against = {}
@@ -248,7 +267,7 @@ def _differences(measured: Mapping[str, _Measured], subject: str) -> dict[str, A
             continue
         against[name] = {
             **{
-                metric: measure.difference(values, theirs.per_sample[metric]).as_dict()
+                metric: measure.difference(values, theirs.per_sample[metric], weights_B).as_dict()
                 for metric, values in ours.per_sample.items()
                 if metric in theirs.per_sample
             },

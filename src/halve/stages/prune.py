@@ -37,6 +37,7 @@ from halve.process.waits import wait
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Prune, Recipe
 from halve.text import corpus
+from halve.text.conversation_samples import samples_of
 from halve.text.mixture import Mixture, open_mixture
 
 CHECK_SAMPLES = 8
@@ -96,7 +97,7 @@ def run(
     model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
     tokenizer = teacher.tokenizer
     valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
-    heldout = corpus.Samples(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
+    heldout = samples_of(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
     nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
     before_nll = nll(model)
     text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
@@ -121,8 +122,8 @@ def run(
         "params": counts.params,
         "non_embedding": counts.non_embedding,
         "teacher_params": teacher.anatomy.ledger.count(teacher.anatomy.sizes).params,
-        "perplexity": measure.perplexity(after_nll).as_dict(),
-        "teacher_perplexity": measure.perplexity(before_nll).as_dict(),
+        "perplexity": measure.perplexity(after_nll, heldout.weights).as_dict(),
+        "teacher_perplexity": measure.perplexity(before_nll, heldout.weights).as_dict(),
         "checks": [f"{check.axis}: {check.name}" for check in wanted.proof.checks],
         "shapes": [one.to_json() for one in tried],
         **done.figures,

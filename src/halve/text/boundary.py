@@ -85,7 +85,8 @@ def asked_documents(recipe: Recipe, teacher: Checkpoint) -> tuple[list[int], ...
 
 
 def _is_open(recipe: Recipe, marks: Marks) -> bool:
-    return recipe.data.boundary == "auto" and marks.eos is not None and marks.follows is not None
+    asked = recipe.data.boundary == "auto" and recipe.data.reads_text
+    return asked and marks.eos is not None and marks.follows is not None
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, marks: Marks) -> tuple[list[int], ...]:

@@ -5,13 +5,11 @@ recipe -> sources (text) -> Tokens (a memory-mapped file) -> Samples -> int64 [b
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halve.disk.files import file_sha256, read_sealed, remembering, rename, sealed, write_json
+from halve.disk.files import file_sha256, read_sealed, rename, sealed, write_json
 from halve.disk.rundir import HASHES
 from halve.errors import CorpusError, RunError
 from halve.process import fresh
@@ -34,10 +32,12 @@ from halve.text import tokenize
 from halve.text.batch import Batch
 from halve.text.documents import positions
 from halve.text.drafts import Draft, Mark, draft_of
+from halve.text.identity import TOKENS_FORMAT, content_key, pinned_revision
+from halve.text.rendering import CODES, Chat, encode_conversations
+from halve.text.rows import Wanted
 from halve.text.sources import HUB, Piece
 from halve.text.tokenize import UNMARKED, Marks, Separator
 
-TOKENS_FORMAT = 4
 _GOLDEN = 0.6180339887498949  # the fractional parts of its multiples are spread evenly between 0 and 1
 MARK_BATCHES = 64  # a kill loses at most this many: about a minute of work of one process
 
@@ -53,13 +53,14 @@ class Tokens:
     text_bytes: int  # of UTF-8, without the tokens around documents
     marks: Marks = UNMARKED
     largest: int = 0  # of the ids
+    chat: bool = False  # conversations, whose numbers say more than ids (see `rendering`)
 
     def __len__(self) -> int:
         return self.count
 
     @cached_property
     def ids(self) -> NDArray[Any]:
-        """The ids, memory-mapped and read-only."""
+        """The ids, or a chat's numbers, memory-mapped and read-only."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def rows(self, indices: Iterable[int], length: int, *, every: int | None = None) -> NDArray[Any]:
@@ -96,6 +97,7 @@ def open_split(
         tokenizer=tokenizer,
         boundary=data.boundary,
         text_field=data.text_field,
+        chat=Chat.of(data),
         cache=cache,
         workers=data.workers,
         progress=progress,
@@ -109,15 +111,17 @@ def prepare(
     text_field: str,
     cache: Path,
     boundary: Boundary = "auto",
+    chat: Chat | None = None,
     workers: int = 1,
     progress: Progress = SILENT,
 ) -> Tokens:
     """Tokenize sources into one file in `cache`, or open the file that was made from the same content before.
 
     The file is named after a hash of the content, the tokenizer, `text_field` and the tokens around documents, which
-    `boundary` sets (see `tokenize.marks`). Special tokens that are spelled out in the text become those tokens.
-    Documents longer than a piece (`rows.PIECE_CHARS`) are tokenized piece by piece. A hub data set keeps the revision
-    that it had when it was first read into `cache`.
+    `boundary` sets (see `tokenize.marks`). With `chat`, rows are conversations, and the chat template replaces both.
+    Special tokens that are spelled out in the text become those tokens. Documents longer than a piece
+    (`rows.PIECE_CHARS`) are tokenized piece by piece. A hub data set keeps the revision that it had when it was first
+    read into `cache`.
 
     Memory is bounded. The result is the same for any number of `workers` processes. A killed call keeps what it has
     tokenized, and the next call resumes there. If several calls need the same file, one writes it and the others wait.
@@ -126,9 +130,10 @@ def prepare(
     Raises `RunError` in a child process that runs the calling script again.
     """
     fresh.require_guard()
-    revisions = {source: _pinned(source, cache) for source in sources if source.startswith(HUB)}
-    marks = tokenize.marks(tokenizer, boundary)
-    key = _key(sources, revisions, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
+    revisions = {source: pinned_revision(source, cache) for source in sources if source.startswith(HUB)}
+    marks, text_field = _read_as(tokenizer, boundary, text_field, chat)
+    what = {"tokenizer": tokenizer, "marks": marks}
+    key = content_key(sources, revisions, **what, text_field=text_field, chat=chat, memo=cache / HASHES)
     path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
     if (known := reopen(note)) is not None:
         return known
@@ -138,19 +143,22 @@ def prepare(
     def pieces() -> Iterator[Piece]:
         nonlocal documents
         for source in sources:
-            for piece in text_sources.read_documents(source, text_field=text_field, revision=revisions.get(source)):
+            wanted = Wanted(text_field) if chat is None else chat.wanted
+            for piece in text_sources.read_rows(source, wanted, revision=revisions.get(source)):
                 documents += piece.last
                 yield piece
 
     with draft_of(path) as draft:
         if (known := reopen(note)) is None:  # another process may have made it in the meantime
-            dtype = tokenize.token_dtype(tokenizer)
-            how = {"tokenizer": tokenizer, "marks": marks, "dtype": dtype, "workers": workers}
+            dtype = tokenize.token_dtype(tokenizer) if chat is None else CODES
+            encode = None if chat is None else partial(encode_conversations, tokenizer=tokenizer, chat=chat)
+            how = {**what, "encode": encode, "dtype": dtype, "workers": workers}
             written = _fill(draft, pieces(), **how, progress=progress)
             facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources), "marks": asdict(marks)}
             size = {"count": written.count, "text_bytes": written.text_bytes, "largest": written.largest}
-            size |= {"documents": documents}
-            progress.say(text_sources.told(sources, documents=documents, tokens=written.count))
+            size |= {"documents": documents} | ({} if chat is None else {"chat": True})
+            kind = "document" if chat is None else "conversation"
+            progress.say(text_sources.told(sources, documents=documents, tokens=written.count, kind=kind))
             stamp = {"format": TOKENS_FORMAT, "sha256": file_sha256(draft.path)}
             write_json(note, sealed({**stamp, **size, **facts}))  # valid only once the token file is there too
             rename(draft.path, path)
@@ -166,11 +174,19 @@ def known(
     text_field: str,
     cache: Path,
     boundary: Boundary = "auto",
+    chat: Chat | None = None,
 ) -> Tokens | None:
     """The token file that `prepare` has made from local sources, or None; makes none. Raises `RunError` as `reopen`."""
-    marks = tokenize.marks(tokenizer, boundary)
-    key = _key(sources, {}, tokenizer=tokenizer, marks=marks, text_field=text_field, memo=cache / HASHES)
-    return reopen(cache / f"{key[:32]}.json")
+    marks, text_field = _read_as(tokenizer, boundary, text_field, chat)
+    what = {"tokenizer": tokenizer, "marks": marks, "text_field": text_field, "chat": chat}
+    return reopen(cache / f"{content_key(sources, {}, **what, memo=cache / HASHES)[:32]}.json")
+
+
+def _read_as(
+    tokenizer: PreTrainedTokenizerBase, boundary: Boundary, text_field: str, chat: Chat | None
+) -> tuple[Marks, str]:
+    """The tokens around documents and the field of rows; a chat's template and its own field stand for them."""
+    return (tokenize.marks(tokenizer, boundary), text_field) if chat is None else (UNMARKED, chat.field)
 
 
 def _fill(
@@ -179,6 +195,7 @@ def _fill(
     *,
     tokenizer: PreTrainedTokenizerBase,
     marks: Marks,
+    encode: tokenize.Encode | None,
     dtype: np.dtype[Any],
     workers: int,
     progress: Progress,
@@ -190,7 +207,8 @@ def _fill(
         mark = Mark(0, 1, 0)
     # text that is already tokenized is only read again, which takes a small part of the time
     left = itertools.islice(tokenize.batches(pieces), mark.batches, None)
-    made = tokenize.encoded(left, tokenizer=tokenizer, between=between, dtype=dtype, workers=workers)
+    how = {"tokenizer": tokenizer, "between": between, "dtype": dtype, "workers": workers}
+    made = tokenize.encoded(left, **how, encode=encode)
     with closing(made), progress.task("tokenize", None, done=mark.count) as task:
         for one in made:
             draft.file.write(one.ids)
@@ -230,6 +248,7 @@ def reopen(note: Path) -> Tokens | None:
         text_bytes=facts["text_bytes"],
         marks=Marks(**facts["marks"]),
         largest=facts["largest"],
+        chat=facts.get("chat", False),
     )
 
 
@@ -317,15 +336,18 @@ class Samples:
         """At most `num_samples` samples, spread evenly over the corpus and independent of the seed."""
         return self.take(self._spread(num_samples))
 
-    def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
+    @property
+    def calibration_length(self) -> int:
+        """Tokens in a sample that `calibration` gives by itself."""
+        return self.context
+
+    def calibration(self, num_samples: int, length: int | None = None) -> Int64[Tensor, "samples length"]:
         """At most `num_samples` samples, one from each of that many equal parts of the corpus.
 
-        The seed sets the place within the parts. Seed 0 takes the first sample of each part, as `first` does.
+        The seed sets the place within the parts. Seed 0 takes the first sample of each part, as `first` does. Only the
+        first `length` tokens of each sample are returned, by default all.
         """
-        num_samples = min(num_samples, len(self))
-        place = self.seed * _GOLDEN % 1
-        edges = [index * len(self) // num_samples for index in range(num_samples + 1)]
-        return self.take([a + int(place * (b - a)) for a, b in itertools.pairwise(edges)])
+        return self.take(spread_by_seed(len(self), num_samples, self.seed))[:, :length]
 
     def _spread(self, num_samples: int) -> list[int]:
         num_samples = min(num_samples, len(self))
@@ -354,33 +376,8 @@ class Samples:
         return ids_BS, counted_BT
 
 
-def _key(
-    sources: Sequence[str],
-    revisions: dict[str, str],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    marks: Marks,
-    text_field: str,
-    memo: Path,
-) -> str:
-    sha256 = remembering(memo)
-    parts = {
-        "format": TOKENS_FORMAT,
-        "sources": [
-            text_sources.fingerprint(source, revision=revisions.get(source), sha256=sha256) for source in sources
-        ],
-        "tokenizer": tokenize.tokenizer_fingerprint(tokenizer),
-        "marks": asdict(marks),
-        "text_field": text_field,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _pinned(source: str, cache: Path) -> str:
-    """The revision of a hub data set that this cache was made with. The first time, the current revision."""
-    note = cache / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.hub.json"
-    if note.exists():
-        return str(read_sealed(note)["revision"])
-    revision = text_sources.hub_revision(source)
-    write_json(note, sealed({"source": source, "revision": revision}))
-    return revision
+def spread_by_seed(count: int, num: int, seed: int) -> list[int]:
+    """One place in each of at most `num` equal parts of `count` places."""
+    num, place = min(num, count), seed * _GOLDEN % 1
+    edges = [index * count // num for index in range(num + 1)]
+    return [a + int(place * (b - a)) for a, b in itertools.pairwise(edges)]

@@ -19,6 +19,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe, Training
 from halve.text import corpus, schedule
 from halve.text.batch import Batch
+from halve.text.conversation_samples import samples_of, say_cut
 from halve.text.documents import require_separator
 from halve.text.mixture import Mixture, Texts, open_texts
 from halve.text.schedule import Span
@@ -116,10 +117,15 @@ def open_course(
 
     Raises `CorpusError` for too little or unusable text, and `TrainError` if documents cannot be kept apart.
     """
-    between = _separator(recipe, tokenizer)
+    apart = recipe.data.documents == "apart"
+    between = (
+        require_separator(separator(tokenizer, recipe.data.boundary)) if apart and recipe.data.reads_text else None
+    )
     texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
     planned = schedule.spans(training, recipe.data.context)
-    first, *later = _mixtures(texts, planned, batch=training.batch, seed=recipe.seed, between=between)
+    first, *later = _mixtures(
+        texts, planned, batch=training.batch, seed=recipe.seed, between=between, apart=apart, progress=progress
+    )
     contexts = list(dict.fromkeys(span.context for span in planned))
     what = {
         "texts": [tokens.fingerprint for tokens in texts.tokens],
@@ -139,18 +145,23 @@ def open_heldout(
     progress: Progress = SILENT,
 ) -> Batch:
     """The held-out samples for measurements during training, with the recipe's `data.context` and `data.documents`."""
-    between = _separator(recipe, tokenizer)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
-    return corpus.Samples(tokens, recipe.data.context, recipe.seed, between).heldout(training.eval_samples)
-
-
-def _separator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Separator | None:
-    """The token that separates documents, if they are kept apart."""
-    return require_separator(separator(tokenizer, recipe.data.boundary)) if recipe.data.documents == "apart" else None
+    apart = recipe.data.documents == "apart"
+    between = require_separator(separator(tokenizer, recipe.data.boundary)) if apart and not tokens.chat else None
+    samples = samples_of(tokens, recipe.data.context, recipe.seed, separator=between, apart=apart)
+    say_cut(progress, "data.valid", samples)
+    return samples.heldout(training.eval_samples)
 
 
 def _mixtures(
-    texts: Texts, planned: tuple[Span, ...], *, batch: int, seed: int, between: Separator | None
+    texts: Texts,
+    planned: tuple[Span, ...],
+    *,
+    batch: int,
+    seed: int,
+    between: Separator | None,
+    apart: bool,
+    progress: Progress,
 ) -> list[Mixture]:
     """The mixture of each span."""
     found: list[Mixture] = []
@@ -161,7 +172,9 @@ def _mixtures(
         weights = _weights(texts, span.weights)
         known = last.get(span.context)
         if known is None:
-            made = Mixture(texts.cut(span.context, seed=seed, separator=between), weights, offset)
+            parts = texts.cut(span.context, seed=seed, separator=between, apart=apart)
+            texts.say_cut(parts, progress)
+            made = Mixture(parts, weights, offset)
             offset += len(made)
         else:
             made = Mixture(known.parts, weights, known.offset, drawn[span.context])

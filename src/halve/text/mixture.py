@@ -21,7 +21,9 @@ from halve.errors import CorpusError
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.text.batch import Batch
+from halve.text.conversation_samples import samples_of, say_cut
 from halve.text.corpus import Samples, Tokens, prepare
+from halve.text.rendering import Chat
 from halve.text.tokenize import Separator
 
 
@@ -98,15 +100,19 @@ class Mixture:
         starts = self._starts()
         return self._at([(part := _last(starts, n), n - starts[part]) for n in numbers])
 
-    def calibration(self, num_samples: int) -> Int64[Tensor, "samples context"]:
+    def calibration(self, num_samples: int) -> Int64[Tensor, "samples length"]:
         """At most `num_samples` samples in the mixture's shares, spread within each part as in `Samples.calibration`.
 
         They are in the order of draws, so the first few have the same shares. A part that is too small gives all its
-        samples. Asking for more than a hundred times the samples of all parts gives nothing more.
+        samples. Asking for more than a hundred times the samples of all parts gives nothing more. All samples have the
+        same length, the shortest `calibration_length` of a part, because conversations are not padded here.
         """
         num_samples = min(num_samples, 100 * len(self))
         counts = shares(self.weights, num_samples)
-        rows = [iter(part.calibration(n)) if n else iter(()) for part, n in zip(self.parts, counts, strict=True)]
+        length = min(part.calibration_length for part, n in zip(self.parts, counts, strict=True) if n)
+        rows = [
+            iter(part.calibration(n, length)) if n else iter(()) for part, n in zip(self.parts, counts, strict=True)
+        ]
         found = (next(rows[part], None) for part, _ in self._turns(0, num_samples))
         return torch.stack([row for row in found if row is not None])
 
@@ -139,16 +145,29 @@ class Texts:
     tokens: tuple[Tokens, ...]
     weights: tuple[float, ...]
 
-    def cut(self, context: int, *, seed: int, separator: Separator | None) -> tuple[Samples, ...]:
-        """Each part's samples of `context` tokens. Raises `CorpusError` naming a part that is too small for one."""
+    def cut(
+        self, context: int, *, seed: int, separator: Separator | None = None, apart: bool = False
+    ) -> tuple[Samples, ...]:
+        """Each part's samples of `context` tokens; with `apart`, documents are kept apart at the separator.
+
+        Raises `CorpusError` naming a part that is too small for one.
+        """
         for name, tokens in zip(self.names, self.tokens, strict=True):
-            if name and tokens.count < context:
+            if name and not tokens.chat and tokens.count < context:
                 raise CorpusError(
                     f"part {name} of data.train has fewer tokens than one sample: {tokens.count} of {context}",
                     why="samples are packed to the context and none is padded",
                     fix=f"give {name} more text, merge it with another part, or set a smaller context",
                 )
-        return tuple(Samples(tokens, context, seed, separator, stream) for stream, tokens in enumerate(self.tokens))
+        return tuple(
+            samples_of(tokens, context, seed, separator=separator, apart=apart, stream=stream)
+            for stream, tokens in enumerate(self.tokens)
+        )
+
+    def say_cut(self, samples: Sequence[Samples], progress: Progress) -> None:
+        """Say of each text's samples how many conversations are cut or left out."""
+        for name, one in zip(self.names, samples, strict=True):
+            say_cut(progress, f"part {name} of data.train" if name else "data.train", one)
 
 
 def open_texts(
@@ -157,30 +176,36 @@ def open_texts(
     """The token files of a recipe's training text. Missing ones are made in `cache`."""
     data = recipe.data
     if isinstance(data.train, dict):
-        named = {name: (part.sources, part.weight) for name, part in data.train.items()}
+        named = {name: (part.sources, part.weight, part.plain) for name, part in data.train.items()}
     else:
-        named = {"": (data.train, 1.0)}
+        named = {"": (data.train, 1.0, False)}
     tokens = [
         prepare(
             sources,
             tokenizer=tokenizer,
             boundary=data.boundary,
             text_field=data.text_field,
+            chat=Chat.of(data, plain=plain),
             cache=cache,
             workers=data.workers,
             progress=progress,
         )
-        for sources, _ in named.values()
+        for sources, _, plain in named.values()
     ]
-    return Texts(tuple(named), tuple(tokens), tuple(weight for _, weight in named.values()))
+    return Texts(tuple(named), tuple(tokens), tuple(weight for _, weight, _ in named.values()))
 
 
 def open_mixture(
     recipe: Recipe, *, cache: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
 ) -> Mixture:
-    """The recipe's training text for scores and calibration: `data.context` tokens per sample, documents joined."""
+    """The recipe's training text for scores and calibration: `data.context` tokens per sample, documents joined.
+
+    Each conversation is a sample.
+    """
     texts = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
-    return Mixture(texts.cut(recipe.data.context, seed=recipe.seed, separator=None), texts.weights)
+    parts = texts.cut(recipe.data.context, seed=recipe.seed)
+    texts.say_cut(parts, progress)
+    return Mixture(parts, texts.weights)
 
 
 def _whole(weights: Sequence[float]) -> list[int]:

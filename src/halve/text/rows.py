@@ -6,7 +6,7 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,27 @@ LONGEST_LINE_BYTES = 1 << 28  # of rows, which have to be read whole
 
 
 class Piece(NamedTuple):
-    """A part of a document, and whether it is the document's last."""
+    """A part of a document, whether it is the document's last, and the row that it is of, where that may matter."""
 
     text: str
     last: bool
+    place: str = ""
+
+
+class Wanted(NamedTuple):
+    """What rows are read for: a field that must be there, others that may, and what is made of a row.
+
+    `key` is the recipe's key that names the field, `make` a function like `pieces`; None is `pieces`.
+    """
+
+    field: str
+    key: str = "data.text_field"
+    also: tuple[str, ...] = ()
+    make: Callable[..., Iterator[Piece]] | None = None
+
+    def made(self, row: Any, place: str) -> Iterator[Piece]:
+        """The documents of a row, whose place names it in errors."""
+        return (self.make or pieces)(row, place=place, text_field=self.field)
 
 
 def plain_text(path: Path, file: io.BufferedIOBase) -> Iterator[Piece]:
@@ -39,7 +56,7 @@ def plain_text(path: Path, file: io.BufferedIOBase) -> Iterator[Piece]:
         yield Piece(held, last=True)
 
 
-def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
+def json_lines(path: Path, file: io.BufferedIOBase, *, wanted: Wanted) -> Iterator[Piece]:
     """The documents of JSON lines, one for each line that is not empty."""
     for number, line in _lines(path, file):
         place = f"{path}, line {number}"
@@ -51,7 +68,7 @@ def json_lines(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Itera
             continue
         if isinstance(row, list) and number == 1:
             raise _no_json(path, number, line, why="it is a list")
-        yield from pieces(row, place=place, text_field=text_field)
+        yield from wanted.made(row, place)
 
 
 def csv_documents(path: Path, file: io.BufferedIOBase, *, text_field: str) -> Iterator[Piece]:
@@ -77,19 +94,20 @@ def csv_documents(path: Path, file: io.BufferedIOBase, *, text_field: str) -> It
         raise _no_row(f"{path}, line {rows.line_num}", str(error)) from error
 
 
-def parquet_rows(path: Path, *, text_field: str) -> Iterator[Piece]:
+def parquet_rows(path: Path, *, wanted: Wanted) -> Iterator[Piece]:
     """The documents of a parquet file, one for each row."""
     parquet = extra("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if text_field not in names:
-            raise no_field(str(path), text_field, names)
+        if wanted.field not in names:
+            raise no_field(str(path), wanted.field, names, key=wanted.key)
+        columns = [wanted.field, *(name for name in wanted.also if name in names)]
         number = 0
-        for batch in file.iter_batches(batch_size=64, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
-                yield from pieces({text_field: value}, place=f"{path}, row {number}", text_field=text_field)
+                yield from wanted.made(row, f"{path}, row {number}")
     except ValueError as error:  # includes pyarrow.ArrowInvalid
         raise CorpusError(f"cannot read {path}", why=str(error), fix="check that it is a whole parquet file") from error
 
@@ -123,12 +141,13 @@ def pieces(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
         text = text[cut:]
 
 
-def no_field(place: str, text_field: str, fields: Iterable[str]) -> CorpusError:
-    """The error of a row without the field that holds the text."""
+def no_field(place: str, field: str, fields: Iterable[str], *, key: str = "data.text_field") -> CorpusError:
+    """The error of a row without the field that a key of the recipe names."""
+    held = "text" if key == "data.text_field" else "conversation"
     return CorpusError(
-        f"{place} has no field {text_field!r}",
+        f"{place} has no field {field!r}",
         why=f"its fields are {', '.join(map(str, fields)) or 'none at all'}",
-        fix="set data.text_field to the field that holds the text",
+        fix=f"set {key} to the field that holds the {held}",
     )
 
 

@@ -20,7 +20,7 @@ from halve.disk.textfiles import DAMAGED, ending, extra, open_packed, reason, sh
 from halve.errors import CorpusError
 from halve.text import folders
 from halve.text.rows import Piece as Piece
-from halve.text.rows import csv_documents, json_lines, parquet_rows, pieces, plain_text
+from halve.text.rows import Wanted, csv_documents, json_lines, parquet_rows, plain_text
 
 HUB = "hub:"
 PROBED_CHARS = 1 << 21  # of each file, by `probe`
@@ -34,10 +34,15 @@ def read_documents(source: str, *, text_field: str, revision: str | None = None)
     source that is missing, empty, binary, damaged or badly encoded, and for rows without that field. The error names
     the file and the line or byte.
     """
+    return read_rows(source, Wanted(text_field), revision=revision)
+
+
+def read_rows(source: str, wanted: Wanted, *, revision: str | None = None) -> Iterator[Piece]:
+    """`read_documents` for whatever is wanted of rows; a plain text file is a document all the same."""
     if source.startswith(HUB):
-        documents = _hub_rows(source, text_field=text_field, revision=revision)
+        documents = _hub_rows(source, wanted, revision=revision)
     else:
-        documents = (piece for path in files(source) for piece in _read_file(path, text_field=text_field))
+        documents = (piece for path in files(source) for piece in _read_file(path, wanted))
     empty = True
     for piece in documents:
         empty = empty and not piece.text.strip()
@@ -46,16 +51,22 @@ def read_documents(source: str, *, text_field: str, revision: str | None = None)
         raise _is_empty(source)
 
 
-def probe(source: str, *, text_field: str) -> None:
-    """Read the beginning of every file of a local source as `read_documents` does, and raise what it would.
+def probe(source: str, wanted: Wanted) -> None:
+    """Read the beginning of every file of a local source as `read_rows` does, and raise what it would."""
+    for _ in beginnings(source, wanted):
+        pass
 
-    The beginning is two million characters, of all files together sixty-four million. An error further on is found
-    when the text is tokenized.
+
+def beginnings(source: str, wanted: Wanted) -> Iterator[Piece]:
+    """The beginning of every file: two million characters, of all files together sixty-four million.
+
+    An error further on is found when the text is tokenized.
     """
     words, left = False, PROBED_IN_ALL
     for path in files(source):
         seen = 0
-        for piece in _read_file(path, text_field=text_field):
+        for piece in _read_file(path, wanted):
+            yield piece
             seen += len(piece.text)
             words = words or bool(piece.text.strip())
             if words and seen >= min(PROBED_CHARS, left):
@@ -72,12 +83,12 @@ def files(source: str) -> list[Path]:
     return list(folders.find(source).read)
 
 
-def told(sources: Sequence[str], *, documents: int, tokens: int) -> str:
+def told(sources: Sequence[str], *, documents: int, tokens: int, kind: str = "document") -> str:
     """What was read, in words: the numbers of files, documents and tokens, and what was left out of folders."""
     names = [source if source.startswith(HUB) else Path(source).name for source in sources]
     local = [folders.find(source) for source in sources if not source.startswith(HUB)]
     counts = [_many(sum(len(found.read) for found in local), "file")] if local else []
-    counts += [_many(documents, "document"), _many(tokens, "token")]
+    counts += [_many(documents, kind), _many(tokens, "token")]
     left_out = [found.told for found in local if found.left_out]
     return f"text of {', '.join(names)}: {', '.join((*counts, *left_out))}"
 
@@ -111,17 +122,23 @@ def hub_revision(source: str) -> str:
         raise _hub_failed(source, error) from error
 
 
-def _read_file(path: Path, *, text_field: str) -> Iterator[Piece]:
+def _read_file(path: Path, wanted: Wanted) -> Iterator[Piece]:
     with _readable(path):
-        kind = folders.file_kind(path, text_field=text_field)
+        kind = folders.file_kind(path, text_field=wanted.field)
         if kind == "parquet":
-            yield from parquet_rows(path, text_field=text_field)
+            yield from parquet_rows(path, wanted=wanted)
             return
+        if wanted.make is not None and kind != "JSON lines":
+            raise CorpusError(
+                f"{shown(path)} holds no conversations",
+                why=f"it is {'a table' if kind == 'CSV' else 'plain text'}, and {wanted.key} names a field of rows",
+                fix="give JSON lines or parquet; in a mixture, set plain: true for a part of plain text",
+            )
         with open_packed(path) as file:
             if kind == "JSON lines":
-                yield from json_lines(path, file, text_field=text_field)
+                yield from json_lines(path, file, wanted=wanted)
             elif kind == "CSV":
-                yield from csv_documents(path, file, text_field=text_field)
+                yield from csv_documents(path, file, text_field=wanted.field)
             else:
                 yield from plain_text(path, file)
 
@@ -138,13 +155,13 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _hub_rows(source: str, *, text_field: str, revision: str | None) -> Iterator[Piece]:
+def _hub_rows(source: str, wanted: Wanted, *, revision: str | None) -> Iterator[Piece]:
     datasets = extra("datasets", source)
     repository, config, split = _hub_name(source)
     try:
         rows = datasets.load_dataset(repository, config, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield from pieces(row, place=f"{source}, row {number}", text_field=text_field)
+            yield from wanted.made(row, f"{source}, row {number}")
     except CorpusError:
         raise
     except Exception as error:

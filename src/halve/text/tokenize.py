@@ -10,11 +10,12 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import connection, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +90,9 @@ class EncodedPieces(NamedTuple):
     largest: int
 
 
+Encode = Callable[[list[Piece]], EncodedPieces]
+
+
 def marks(tokenizer: PreTrainedTokenizerBase, boundary: Boundary) -> Marks:
     """The tokens that a recipe's `data.boundary` puts around documents.
 
@@ -134,22 +138,25 @@ def encoded(
     dtype: np.dtype[Any],
     workers: int,
     between: Sequence[int] = (),
+    encode: Encode | None = None,
 ) -> Generator[EncodedPieces, None, None]:
     """The batches of `work` as token ids, in order. The tokens `between` follow each document.
 
-    If `workers` is above one, that many processes are started, unless there is less than one batch for each. At most
-    two batches per process are read ahead. Raises `DeadWorkerError` if one of them dies.
+    `encode` replaces `encode_pieces`, also in other processes. If `workers` is above one, that many processes are
+    started, unless there is less than one batch for each. At most two batches per process are read ahead. Raises
+    `DeadWorkerError` if one of them dies.
     """
     work = iter(work)
     first = list(islice(work, workers))
     work = chain(first, work)
+    how = {"tokenizer": tokenizer, "between": between, "dtype": dtype}
     if workers == 1 or len(first) < workers:
         for batch in work:
-            yield encode_pieces(batch, tokenizer=tokenizer, between=between, dtype=dtype)
+            yield encode(batch) if encode is not None else encode_pieces(batch, **how)
         return
     waiting: deque[Future[EncodedPieces]] = deque()
     with ExitStack() as stack:
-        pool = fresh.pool(workers, _begin, tokenizer, between, dtype)
+        pool = fresh.pool(workers, _begin, encode or partial(encode_pieces, **how))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         try:
             for batch in work:
@@ -211,12 +218,12 @@ def _puts_in_front(tokenizer: PreTrainedTokenizerBase, bos: int | None) -> bool:
 
 # ---- inside a tokenizing process -----------------------------------------------------------------------------
 
-_own: dict[str, Any] = {}
+_own: list[Encode] = []
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase, between: Sequence[int], dtype: np.dtype[Any]) -> None:
+def _begin(encode: Encode) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of several already
-    _own.update(tokenizer=tokenizer, between=between, dtype=dtype)
+    _own.append(encode)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -229,4 +236,4 @@ def _end_with_parent() -> None:
 
 
 def _encode_here(batch: list[Piece]) -> EncodedPieces:
-    return encode_pieces(batch, **_own)
+    return _own[0](batch)

@@ -1,0 +1,177 @@
+"""Rows of conversations: who says what, in the words that chat templates know.
+
+A message is `{"role": ..., "content": ...}`, or `{"from": ..., "value": ...}` as in ShareGPT's data. What else a
+message with a role has, such as `tool_calls`, goes to the template as it is. A row's field `tools` holds the tools that
+the assistant may call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from halve.disk import plain_json
+from halve.disk.textfiles import half_pair
+from halve.errors import CorpusError
+from halve.text.rows import Piece, no_field
+
+TOOLS: Final = "tools"
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+KEY: Final = "data.messages_field"
+
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_CALLS = "function_call"  # of ShareGPT: an assistant's turn whose value is a call
+_FIRST = ("system", "developer")
+_AFTER: Mapping[str, tuple[str, ...]] = {
+    "user": (*_FIRST, "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""What a turn may follow; a user's may also be the first."""
+_TURNS = "let user and assistant take turns, the user first; tools answer an assistant, a system message comes first"
+
+
+def conversation(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
+    """The conversation of one row as JSON with `messages` and, where there are some, `tools`.
+
+    `text_field` names the field with the messages, `place` the row. Raises `CorpusError` for a row without messages,
+    for a message that is none, and for turns that do not alternate.
+    """
+    if not isinstance(row, dict):
+        raise CorpusError(
+            f"{place} is not an object",
+            why=f"each row has a field {text_field!r} with messages; this is {type(row).__name__}",
+            fix="write lines such as {" + json.dumps(text_field) + ': [{"role": "user", "content": "..."}, ...]}',
+        )
+    if text_field not in row:
+        raise no_field(place, text_field, row, key=KEY)
+    given = row[text_field]
+    if not isinstance(given, list) or not given:
+        held = "an empty list" if given == [] else "null" if given is None else type(given).__name__
+        raise CorpusError(
+            f"{place} has no messages",
+            why=f"field {text_field!r} holds {held}, and a conversation is a list of messages",
+            fix=f"drop that row, or set {KEY} to the field that holds the messages",
+        )
+    messages = [_message(one, number, place) for number, one in enumerate(given, 1)]
+    _require_turns([message["role"] for message in messages], place)
+    found: dict[str, Any] = {"messages": messages}
+    if tools := _tools(row.get(TOOLS), place):
+        found[TOOLS] = tools
+    yield Piece(json.dumps(found, ensure_ascii=False), last=True, place=place)
+
+
+def _message(given: Any, number: int, place: str) -> dict[str, Any]:
+    who = f"{place}, message {number}"
+    if not isinstance(given, dict) or not ("role" in given or "from" in given):
+        held = f"its keys are {', '.join(map(str, given))}" if isinstance(given, dict) else type(given).__name__
+        raise CorpusError(
+            f"{who} names no role",
+            why=f"a message has role and content, or from and value; this is {held}",
+            fix="write messages with role and content",
+        )
+    plain = "role" in given
+    name = given["role"] if plain else given["from"]
+    role = name if plain else _SHAREGPT.get(str(name), name)
+    if role not in ROLES:
+        raise CorpusError(
+            f"{who} is of an unknown role",
+            why=f"it is {name!r}, known are {', '.join(ROLES if plain else (*ROLES, *_SHAREGPT))}",
+            fix="rename that role, or drop the row",
+        )
+    content = _content(given.get("content" if plain else "value"), who)
+    if not plain and name == _CALLS:
+        return {"role": role, "content": "", "tool_calls": _calls(content, who)}
+    more = _without_null({key: value for key, value in given.items() if key not in ("role", "content")})
+    return {"role": role, "content": content, **(more if plain else {})}
+
+
+def _content(given: Any, who: str) -> str:
+    """Text, or the texts of a list of parts; null is an empty text, as beside a call of tools."""
+    parts = given if isinstance(given, list) else [given]
+    text = ""
+    for one in parts:
+        said = one.get("text") if isinstance(one, dict) and one.get("type", "text") == "text" else one
+        if said is not None and not isinstance(said, str):
+            raise CorpusError(
+                f"{who} is not text",
+                why=f"it holds {type(said).__name__}",
+                fix="drop rows with images, sounds and other content that is no text",
+            )
+        text += said or ""
+    if (at := half_pair(text)) is not None:
+        raise CorpusError(
+            f"{who} holds half a character",
+            why=f"character {at} is {ascii(text[at])[1:-1]}, half of a surrogate pair, which no text can hold",
+            fix="correct or drop that line; it was most often cut in the middle of an emoji",
+        )
+    return text
+
+
+def _calls(text: str, who: str) -> list[dict[str, Any]]:
+    """ShareGPT's call of a tool, or several, as chat templates know them."""
+    try:
+        found = plain_json.parse_json(text)
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise CorpusError(
+            f"{who} calls no tool",
+            why='the value of a function_call is JSON such as {"name": "...", "arguments": {...}}',
+            fix="correct or drop that row",
+        )
+    return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
+
+
+def _tools(given: Any, place: str) -> list[Any]:
+    """The tools of a row: a list, or its JSON."""
+    found = given
+    if isinstance(given, str) and given.strip():
+        try:
+            found = plain_json.parse_json(given)
+        except ValueError:
+            found = given
+    if not found or (isinstance(found, str) and not found.strip()):
+        return []
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise CorpusError(
+            f"{place}: field {TOOLS!r} holds no list of tools",
+            why=f"it holds {type(given).__name__}",
+            fix="write a list of objects that describe tools, or its JSON, or leave the field out",
+        )
+    return [_without_null(tool) for tool in found]
+
+
+def _require_turns(roles: Sequence[str], place: str) -> None:
+    """System messages, then user and assistant in turns, with the answers of tools between turns of the assistant."""
+    for number, role in enumerate(roles, 1):
+        before = roles[number - 2] if number > 1 else None
+        if role in _FIRST:
+            fits = before is None or before in _FIRST
+        else:
+            fits = before in _AFTER[role] or (before is None and role == "user")
+        if not fits:
+            follows = "is the first" if before is None else f"follows one of {before}"
+            raise CorpusError(
+                f"{place}: the conversation does not alternate",
+                why=f"message {number} is of {role} and {follows}",
+                fix=f"{_TURNS}; correct or drop that row",
+            )
+
+
+def _without_null(value: Any) -> Any:
+    """The same without keys that hold null, with which parquet fills up what a message does not have."""
+    if isinstance(value, dict):
+        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
+    return [_without_null(inner) for inner in value] if isinstance(value, list) else value

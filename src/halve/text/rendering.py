@@ -1,0 +1,192 @@
+"""Conversations as tokens: the tokenizer's own chat template writes them, and says which part is the assistant's.
+
+A conversation in a token file is a number a token: its id, whether it begins a conversation (`FIRST`), and whether it
+counts (`COUNTED`). The first token of a conversation never counts: nothing predicts it.
+
+Like `tokenize`, this is imported by tokenizing processes and does without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halve.errors import CorpusError, HalveError, TokenizerError
+from halve.recipe.schema import Data
+from halve.text.conversations import KEY, TOOLS, conversation
+from halve.text.rows import Piece, Wanted
+from halve.text.tokenize import EncodedPieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIRST: Final = 1 << 31
+COUNTED: Final = 1 << 30
+IDS: Final = COUNTED - 1
+CODES: Final = np.dtype(np.uint32)
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ALL = "set data.count: all, or mark the assistant's part in the template with {% generation %}"
+_DAY = "01 Jan 2025"
+"""Templates that write a date take this one: tokens must not depend on the day on which they are made."""
+
+Span = tuple[int, int]
+Render = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How conversations are read: from which field, and which of their tokens count."""
+
+    field: str
+    count: Literal["assistant", "all"]
+
+    @classmethod
+    def of(cls, data: Data, *, plain: bool = False) -> Chat | None:
+        """That of a recipe; None where its text, or a part that is `plain`, is no conversations."""
+        return None if plain or data.messages_field is None else cls(data.messages_field, data.count)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What rows are read for."""
+        return Wanted(self.field, KEY, (TOOLS,), conversation)
+
+    def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What their tokens depend on beside text and tokenizer, as plain data."""
+        return {"field": self.field, "count": self.count, "template": template_of(tokenizer), "day": _DAY}
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A tokenizer's chat templates: one, or several by name. Raises `TokenizerError` where it has none."""
+    template = tokenizer.chat_template
+    if not template:
+        raise TokenizerError(
+            "the tokenizer has no chat template",
+            why=f"{KEY} and evaluate.chat_prompts need one: it says how conversations are written",
+            fix="use a chat model, or put its chat_template.jinja into the folder of the model",
+        )
+    return template
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """What a chat model reads before it answers a user's message. Raises `TokenizerError`."""
+    template_of(tokenizer)
+    try:
+        text = _renderer(tokenizer, None)([{"role": "user", "content": prompt}], prompted=True)
+    except Exception as error:  # a template may raise whatever Jinja and Python raise
+        raise TokenizerError(
+            f"the chat template cannot be rendered for the prompt {prompt[:40]!r}",
+            why=_reason(error),
+            fix="correct the chat template, or set evaluate.chat_prompts: []",
+        ) from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def encode_conversations(batch: Sequence[Piece], *, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> EncodedPieces:
+    """The numbers of conversations as they stand in a token file, and the UTF-8 bytes of what was rendered.
+
+    Raises `CorpusError` naming the row for one that the template cannot render, and for one whose assistant's part
+    cannot be told; `TokenizerError` for a tokenizer without a template, or one that cannot tell where tokens are.
+    """
+    template_of(tokenizer)
+    if chat.count == "assistant" and not tokenizer.is_fast:
+        raise TokenizerError(
+            "the tokenizer cannot tell which tokens are the assistant's",
+            why="it is a slow one, which does not say where in the text its tokens are",
+            fix="set data.count: all, or use a model with a tokenizer.json",
+        )
+    rows, text_bytes, largest = [], 0, 0
+    for piece in batch:
+        text, ids, counts = _encoded(piece, tokenizer, chat)
+        codes = np.array(ids, dtype=CODES) | np.where(counts, COUNTED, 0).astype(CODES)
+        codes[:1] = codes[:1] & IDS | FIRST
+        rows.append(codes.tobytes())
+        text_bytes += len(text.encode(errors="replace"))
+        largest = max(largest, max(ids, default=0))
+    return EncodedPieces(b"".join(rows), text_bytes, largest)
+
+
+def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, list[int], NDArray[np.bool_]]:
+    """The rendered text of a conversation, its ids, and which of them count."""
+    held = json.loads(piece.text)
+    messages, tools = held["messages"], held.get(TOOLS)
+    try:
+        render = _renderer(tokenizer, tools)
+        text = render(messages)
+        if chat.count == "all":
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return text, ids, np.ones(len(ids), dtype=np.bool_)
+        if _MARKED.search(tokenizer.get_chat_template(None, tools)):
+            made = _apply(
+                tokenizer, tools, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            return text, made["input_ids"], np.array(made["assistant_masks"], dtype=np.bool_)
+        spans = _assistant_spans(render, messages, text, piece.place)
+        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except HalveError:
+        raise
+    except Exception as error:  # a template may raise whatever Jinja and Python raise
+        raise CorpusError(
+            f"{piece.place}: the chat template cannot be rendered",
+            why=_reason(error),
+            fix="correct or drop that row, or the template of the model",
+        ) from error
+    begins_S, ends_S = np.array(made["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    counts_S = np.zeros(len(begins_S), dtype=np.bool_)
+    for begin, end in spans:
+        counts_S |= (begin <= begins_S) & (begins_S < end) & (begins_S < ends_S)
+    return text, made["input_ids"], counts_S
+
+
+def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[Span]:
+    """Where in the rendered text the assistant's turns are, by what each adds to the rendering of those before it.
+
+    What invites the assistant to answer is not part of its turn. Raises `CorpusError` where the rendering of the first
+    messages does not begin that of all.
+    """
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(messages[:number]), render(messages[: number + 1])
+        if not (after.startswith(before) and text.startswith(after)):
+            raise CorpusError(
+                f"{place}: the assistant's tokens cannot be told from the others",
+                why=f"the template writes message {number + 1} or those before it otherwise where more follow, and"
+                " marks no part as the assistant's",
+                fix=_ALL,
+            )
+        invited = _common(after, render(messages[:number], prompted=True))
+        spans.append((max(len(before), invited), len(after)))
+    return spans
+
+
+def _common(one: str, other: str) -> int:
+    """With how many characters two texts begin alike; where they part inside a word, that word is not alike."""
+    if one.startswith(other):
+        return len(other)
+    pairs = enumerate(zip(one, other, strict=False))
+    common = one[: next((place for place, (a, b) in pairs if a != b), len(one))]
+    return len(re.sub(r"\w*\Z", "", common))
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
+    def render(messages: Sequence[Any], *, prompted: bool = False) -> str:
+        return str(_apply(tokenizer, tools, messages, tokenize=False, add_generation_prompt=prompted))
+
+    return render
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, tools: Any, messages: Sequence[Any], **options: Any) -> Any:
+    return tokenizer.apply_chat_template(list(messages), tools=tools, date_string=_DAY, **options)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,167 @@
+"""Conversations as tokens: the template's text, whose tokens count, and what a token file is named after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat import CHATML, MARKED, small_talk, turns, with_template, write_rows
+from transformers import PreTrainedTokenizerFast
+
+from halve.errors import CorpusError, TokenizerError
+from halve.text import rendering
+from halve.text.corpus import Tokens, known, prepare
+from halve.text.rendering import COUNTED, FIRST, IDS, Chat, encode_conversations, prompt_ids
+from halve.text.rows import Piece
+
+ANSWERS, ALL = Chat("messages", "assistant"), Chat("messages", "all")
+QUIRKY = (
+    "{% for m in messages %}{{ m['content'] }}{% if loop.last and m['role'] == 'assistant' %}!{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return with_template(tokenizer)
+
+
+def codes(tokenizer: PreTrainedTokenizerFast, chat: Chat, *conversations: list[dict[str, str]]) -> np.ndarray:
+    pieces = [Piece(json.dumps({"messages": one}), True, f"line {i}") for i, one in enumerate(conversations, 1)]
+    made = encode_conversations(pieces, tokenizer=tokenizer, chat=chat)
+    found = np.frombuffer(made.ids, dtype=np.uint32)
+    assert made.largest == max(found & IDS)
+    return found
+
+
+def counted(tokenizer: PreTrainedTokenizerFast, found: np.ndarray) -> str:
+    return str(tokenizer.decode([int(code & IDS) for code in found if code & COUNTED]))
+
+
+def test_the_templates_text_is_what_is_tokenized(chatty: PreTrainedTokenizerFast) -> None:
+    said = turns("Who sees the cat?", "The dog.", system="Be short.")
+    found = codes(chatty, ALL, said)
+    assert (found & IDS).tolist() == chatty.apply_chat_template(said, return_dict=False)
+    assert chatty.decode((found & IDS).tolist()).startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user")
+
+
+def test_the_assistants_tokens_count_with_their_ends(chatty: PreTrainedTokenizerFast) -> None:
+    found = codes(chatty, ANSWERS, turns("Who sees it?", "The dog.", "And then?", " The cat. ", "Hm."))
+    assert counted(chatty, found) == "The dog.<|im_end|>\n The cat. <|im_end|>\n"
+
+
+def test_calls_of_tools_count(chatty: PreTrainedTokenizerFast) -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    said = [*turns("Who?"), {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "x"}]
+    assert counted(chatty, codes(chatty, ANSWERS, said)) == f"{json.dumps(calls)}<|im_end|>\n"
+
+
+def test_marks_in_the_template_say_the_same(
+    tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
+) -> None:
+    talk = small_talk(8)
+    assert np.array_equal(codes(with_template(tokenizer, MARKED), ANSWERS, *talk), codes(chatty, ANSWERS, *talk))
+
+
+def test_all_counts_everything_but_the_first_token(chatty: PreTrainedTokenizerFast) -> None:
+    found = codes(chatty, ALL, *small_talk(3))
+    assert ((found & FIRST) > 0).sum() == 3
+    assert np.array_equal((found & COUNTED) > 0, (found & FIRST) == 0)
+
+
+def test_what_a_template_adds_to_the_invitation_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """An invitation that begins the answer: what the turn has instead is the assistant's."""
+    thinking = with_template(
+        tokenizer, CHATML.replace("assistant\n' }}{% endif %}", "assistant\nThink: ' }}{% endif %}")
+    )
+    found = codes(thinking, ANSWERS, turns("Who?", "The dog."))
+    assert counted(thinking, found) == "The dog.<|im_end|>\n"
+
+
+def test_a_template_that_rewrites_earlier_turns_needs_all(tokenizer: PreTrainedTokenizerFast) -> None:
+    quirky = with_template(tokenizer, QUIRKY)
+    with pytest.raises(CorpusError, match="line 2: the assistant's tokens cannot be told") as caught:
+        codes(quirky, ANSWERS, turns("Who?", "I."), turns("Who?", "I.", "Who?", "You."))
+    assert "set data.count: all" in caught.value.fix
+    assert len(codes(quirky, ALL, turns("Who?", "I.", "Who?", "You.")))
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
+        ("{{ messages[9]['content'] }}", "UndefinedError: .*no element 9"),
+        ("{% for", "TemplateSyntaxError"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_said_with_the_line(
+    tokenizer: PreTrainedTokenizerFast, template: str, why: str
+) -> None:
+    broken = with_template(tokenizer, template)
+    with pytest.raises(CorpusError, match=f"line 1: the chat template cannot be rendered\n  why: {why}"):
+        codes(broken, ALL, turns("Who?", "I."))
+    with pytest.raises(TokenizerError, match="cannot be rendered for the prompt 'Who"):
+        prompt_ids(broken, "Who?")
+
+
+def test_no_template_no_conversations(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TokenizerError, match="has no chat template"):
+        codes(with_template(tokenizer, None), ALL, turns("Who?", "I."))
+
+
+def test_a_prompt_ends_with_the_invitation(chatty: PreTrainedTokenizerFast) -> None:
+    want = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert chatty.decode(prompt_ids(chatty, "Who?")) == want
+
+
+# ---- token files
+
+
+def made(file: Path, tokenizer: PreTrainedTokenizerFast, cache: Path, chat: Chat | None, workers: int = 1) -> Tokens:
+    return prepare([str(file)], tokenizer=tokenizer, text_field="text", chat=chat, cache=cache, workers=workers)
+
+
+def test_a_token_file_holds_conversations_one_after_another(chatty: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    talk = small_talk(5)
+    tokens = made(write_rows(tmp_path / "a.jsonl", *talk), chatty, tmp_path / "cache", ANSWERS)
+    assert tokens.chat
+    assert tokens.ids.tolist() == codes(chatty, ANSWERS, *talk).tolist()
+    assert tokens.text_bytes == sum(len(chatty.apply_chat_template(one, tokenize=False)) for one in talk)
+    again = known([str(tmp_path / "a.jsonl")], tokenizer=chatty, text_field="x", chat=ANSWERS, cache=tmp_path / "cache")
+    assert again == tokens
+
+
+def test_the_file_does_not_depend_on_the_number_of_processes(chatty: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", *small_talk(2100))
+    alone, together = (made(file, chatty, tmp_path / str(n), ANSWERS, n) for n in (1, 2))
+    assert alone.path.read_bytes() == together.path.read_bytes()
+
+
+def test_an_error_in_another_process_is_told_whole(chatty: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", *small_talk(2100), turns("Who?", "I.", "Who?", "You."))
+    quirky = with_template(
+        chatty, CHATML.replace("{% for", "{% if messages[0]['content'] == 'Who?' %}{{ 1 + '' }}{% endif %}{% for", 1)
+    )
+    with pytest.raises(CorpusError, match=r"line 2101: the chat template cannot be rendered\n  why: TypeError"):
+        made(file, quirky, tmp_path / "cache", ALL, 2)
+
+
+def test_what_a_file_is_named_after(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", turns("Who?", "I."), text="plain")
+    ways = [
+        made(file, with_template(tokenizer), tmp_path / "c", ANSWERS),
+        made(file, with_template(tokenizer), tmp_path / "c", ALL),
+        made(file, with_template(tokenizer, MARKED), tmp_path / "c", ANSWERS),
+        made(file, with_template(tokenizer), tmp_path / "c", None),
+    ]
+    assert len({way.path for way in ways}) == len({way.fingerprint for way in ways}) == 4
+    plain = made(file, tokenizer, tmp_path / "c", None)
+    assert plain.fingerprint == ways[-1].fingerprint, "a template is nothing to plain text"
+    assert not plain.chat
+
+
+def test_a_date_in_a_template_is_always_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
+    dated = with_template(tokenizer, "{{ date_string }}: " + CHATML)
+    found = codes(dated, ALL, turns("Who?", "I."))
+    assert dated.decode((found & IDS).tolist()).startswith(f"{rendering._DAY}: <|im_start|>")
