@@ -57,6 +57,12 @@ def test_calls_of_tools_count(chatty: PreTrainedTokenizerFast) -> None:
     assert counted(chatty, codes(chatty, ANSWERS, said)) == f"{json.dumps(calls)}<|im_end|>\n"
 
 
+def test_a_template_that_would_leave_calls_out_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    said = [*turns("Who?"), {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+    with pytest.raises(CorpusError, match="line 1: the chat template does not write calls of tools"):
+        codes(with_template(tokenizer, MARKED), ALL, said)
+
+
 def test_marks_in_the_template_say_the_same(
     tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
 ) -> None:

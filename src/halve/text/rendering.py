@@ -31,6 +31,7 @@ COUNTED: Final = 1 << 30
 IDS: Final = COUNTED - 1
 CODES: Final = np.dtype(np.uint32)
 
+_CALLS = "tool_calls"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ALL = "set data.count: all, or mark the assistant's part in the template with {% generation %}"
 _DAY = "01 Jan 2025"
@@ -118,12 +119,14 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
     held = json.loads(piece.text)
     messages, tools = held["messages"], held.get(TOOLS)
     try:
+        template = tokenizer.get_chat_template(None, tools)
+        _require_calls(template, messages, piece.place)
         render = _renderer(tokenizer, tools)
         text = render(messages)
         if chat.count == "all":
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return text, ids, np.ones(len(ids), dtype=np.bool_)
-        if _MARKED.search(tokenizer.get_chat_template(None, tools)):
+        if _MARKED.search(template):
             made = _apply(
                 tokenizer, tools, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -143,6 +146,16 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
     for begin, end in spans:
         counts_S |= (begin <= begins_S) & (begins_S < end) & (begins_S < ends_S)
     return text, made["input_ids"], counts_S
+
+
+def _require_calls(template: str, messages: Sequence[Any], place: str) -> None:
+    """A template that does not know of tool calls would leave them out without a word."""
+    if _CALLS not in template and any(_CALLS in message for message in messages):
+        raise CorpusError(
+            f"{place}: the chat template does not write calls of tools",
+            why=f"a message has {_CALLS}, and the template never mentions them",
+            fix="drop rows with calls of tools, or use a model whose template writes them",
+        )
 
 
 def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[Span]:
