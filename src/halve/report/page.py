@@ -142,7 +142,7 @@ def _view(run: Run) -> dict[str, Any]:
             for number, cut in enumerate(run.cuts, 1)
         ),
         written.completions(run.results),
-        written.answers(run.results),
+        written.chat_answers(run.results),
     )
     versions: Mapping[str, str] = next(
         (m["versions"] for m in reversed(list(run.manifests.values())) if m.get("versions")), {}

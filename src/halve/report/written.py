@@ -19,7 +19,7 @@ def completions(results: Facts | None) -> PageSection | None:
     )
 
 
-def answers(results: Facts | None) -> PageSection | None:
+def chat_answers(results: Facts | None) -> PageSection | None:
     """What they answer to the chat prompts."""
     if not results or not results.get("answers"):
         return None

@@ -18,7 +18,7 @@ from halve.text.rows import Piece, no_field
 
 TOOLS: Final = "tools"
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-KEY: Final = "data.messages_field"
+MESSAGES_KEY: Final = "data.messages_field"
 
 _SHAREGPT = {
     "human": "user",
@@ -54,14 +54,14 @@ def conversation(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
             fix="write lines such as {" + json.dumps(text_field) + ': [{"role": "user", "content": "..."}, ...]}',
         )
     if text_field not in row:
-        raise no_field(place, text_field, row, key=KEY)
+        raise no_field(place, text_field, row, key=MESSAGES_KEY)
     given = row[text_field]
     if not isinstance(given, list) or not given:
         held = "an empty list" if given == [] else "null" if given is None else type(given).__name__
         raise CorpusError(
             f"{place} has no messages",
             why=f"field {text_field!r} holds {held}, and a conversation is a list of messages",
-            fix=f"drop that row, or set {KEY} to the field that holds the messages",
+            fix=f"drop that row, or set {MESSAGES_KEY} to the field that holds the messages",
         )
     messages = [_message(one, number, place) for number, one in enumerate(given, 1)]
     _require_turns([message["role"] for message in messages], place)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from halve.errors import CorpusError, HalveError, TokenizerError
 from halve.recipe.schema import Data
-from halve.text.conversations import KEY, TOOLS, conversation
+from halve.text.conversations import MESSAGES_KEY, TOOLS, conversation
 from halve.text.rows import Piece, Wanted
 from halve.text.tokenize import EncodedPieces
 
@@ -37,7 +37,7 @@ _ALL = "set data.count: all, or mark the assistant's part in the template with {
 _DAY = "01 Jan 2025"
 """Templates that write a date take this one: tokens must not depend on the day on which they are made."""
 
-Span = tuple[int, int]
+_Span = tuple[int, int]
 Render = Callable[..., str]
 
 
@@ -56,7 +56,7 @@ class Chat:
     @property
     def wanted(self) -> Wanted:
         """What rows are read for."""
-        return Wanted(self.field, KEY, (TOOLS,), conversation)
+        return Wanted(self.field, MESSAGES_KEY, (TOOLS,), conversation)
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What their tokens depend on beside text and tokenizer, as plain data."""
@@ -69,7 +69,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
     if not template:
         raise TokenizerError(
             "the tokenizer has no chat template",
-            why=f"{KEY} and evaluate.chat_prompts need one: it says how conversations are written",
+            why=f"{MESSAGES_KEY} and evaluate.chat_prompts need one: it says how conversations are written",
             fix="use a chat model, or put its chat_template.jinja into the folder of the model",
         )
     return template
@@ -158,7 +158,7 @@ def _require_calls(template: str, messages: Sequence[Any], place: str) -> None:
         )
 
 
-def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[Span]:
+def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[_Span]:
     """Where in the rendered text the assistant's turns are, by what each adds to the rendering of those before it.
 
     What invites the assistant to answer is not part of its turn. Raises `CorpusError` where the rendering of the first
