@@ -17,7 +17,7 @@ CHAT = Chat("messages", "assistant")
 
 
 def read(path: Path, field: str = "messages") -> list[dict[str, Any]]:
-    return [json.loads(piece.text) for piece in sources.read_rows(str(path), Chat(field, "all").wanted)]
+    return [json.loads(piece.text) for piece in sources.read_documents(str(path), Chat(field, "all").wanted)]
 
 
 def row(*messages: Any, **more: Any) -> str:
@@ -28,7 +28,7 @@ def test_roles_and_contents_are_read_as_they_are(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", turns("Hi?", "Hello.", system="Be short."), turns("And?", "Yes."))
     found = read(file)
     assert [one["messages"] for one in found] == [turns("Hi?", "Hello.", system="Be short."), turns("And?", "Yes.")]
-    (first, second) = sources.read_rows(str(file), CHAT.wanted)
+    (first, second) = sources.read_documents(str(file), CHAT.wanted)
     assert (first.place, second.place) == (f"{file}, line 1", f"{file}, line 2")
 
 

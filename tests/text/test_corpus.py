@@ -160,7 +160,7 @@ def test_pieces_lose_nothing_and_are_bounded(text: str, size: int) -> None:
 def test_characters_may_lie_across_the_chunks_of_a_file(tmp_path: Path) -> None:
     text = "x" + "ä€😀" * 40_000  # 9 bytes a group: every alignment of a chunk's end occurs
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = list(sources.read_documents(str(tmp_path / "a.txt"), text_field="text"))
+    pieces = list(sources.read_documents(str(tmp_path / "a.txt"), rows.Wanted("text")))
     assert "".join(piece.text for piece in pieces) == text
     assert len(pieces) > 1
 

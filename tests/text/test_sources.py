@@ -18,7 +18,7 @@ DEEP = "[" * 100_000
 
 
 def documents(source: Path, field: str = "text") -> list[str]:
-    return [piece.text for piece in sources.read_documents(str(source), text_field=field)]
+    return [piece.text for piece in sources.read_documents(str(source), Wanted(field))]
 
 
 def make(folder: Path, files: dict[str, str | bytes]) -> Path:

@@ -81,7 +81,7 @@ def _is_short(recipe: Recipe) -> bool:
     longest = max([recipe.data.context, *(phase.context or 0 for phase in phases)])
     left = max(_SHORT_CHARS, _CHARS_A_TOKEN * longest)
     for source, wanted in read_as(recipe):
-        for piece in sources.read_rows(source, wanted):
+        for piece in sources.read_documents(source, wanted):
             left -= len(piece.text)
             if left < 0:
                 return False

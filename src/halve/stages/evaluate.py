@@ -62,6 +62,16 @@ class _Measured:
     """The class of the model and its parameters' shapes. Models that share both run at the same speed."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The items and prompts for every model, as tokens."""
+
+    questions: Mapping[str, tuple[Encoded, ...]]
+    prompts: Sequence[list[int]]
+    chat: Mapping[str, list[int]]
+    """Chat prompts by their text."""
+
+
 def run(
     recipe: Recipe,
     *,
@@ -81,18 +91,13 @@ def run(
     Raises `CorpusError` for unusable held-out text, multiple-choice items or prompts, before any weight is loaded.
     """
     tokenizer = next(iter(models.values())).tokenizer
-    limits = [context_length(model.config) for model in models.values()]
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    questions = encoded_choices(recipe, tokenizer, limit)
-    prompts = encoded_prompts(recipe, tokenizer, limit)
-    vocab = next(iter(models.values())).config.get_text_config().vocab_size
-    chat = encoded_chat(recipe, tokenizer, limit, num_tokens=vocab)
+    asked = _asked(recipe, models, tokenizer)
     require_embedded(recipe, next(iter(models.values())), "valid", cache=cache, progress=progress)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     samples = samples_of(tokens, recipe.data.context, recipe.seed)
     say_cut(progress, "data.valid", samples)
     heldout = samples.heldout(recipe.evaluate.samples)
-    samples_BS, weights_B = heldout.ids, heldout.weights
+    samples_BS = heldout.ids
     num_bytes = measure.target_bytes(tokenizer, samples_BS, heldout.predicted)
 
     device = resolve_device(recipe.device)
@@ -105,10 +110,10 @@ def run(
     with progress.task("evaluate", samples_BS.numel() * len(models)) as task:
         for name in models:
             model = teacher if name == reference else load(name)
-            asked = (*prompts, *chat.values())
-            texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in asked)
+            prompts = (*asked.prompts, *asked.chat.values())
+            texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
             against = None if name == reference else teacher
-            measured[name] = _measure(model, against, heldout, num_bytes, questions, texts)
+            measured[name] = _measure(model, against, heldout, num_bytes, asked.questions, texts)
             task.advance(samples_BS.numel(), perplexity=measured[name].facts["perplexity"]["value"])
             del model
     del teacher
@@ -117,13 +122,25 @@ def run(
         "reference": reference,
         **_circumstances(heldout, num_bytes, tokens.fingerprint, device),
         "models": {name: {**one.facts, "speed": speeds.get(name)} for name, one in measured.items()},
-        "differences": None if subject is None else _differences(measured, subject, weights_B),
+        "differences": None if subject is None else _differences(measured, subject, heldout.weights),
         "completions": _texts(measured, recipe.evaluate.prompts, first=0),
     }
-    if chat:
-        results["answers"] = _texts(measured, tuple(chat), first=len(prompts))
+    if asked.chat:
+        results["answers"] = _texts(measured, tuple(asked.chat), first=len(asked.prompts))
     write_json(out / "results.json", results)
     return {name: _headline(one.facts) for name, one in measured.items()}
+
+
+def _asked(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase) -> _Asked:
+    """What every model is asked. Raises what the encoding of questions and prompts raises."""
+    limits = [context_length(model.config) for model in models.values()]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    vocab = next(iter(models.values())).config.get_text_config().vocab_size
+    return _Asked(
+        encoded_choices(recipe, tokenizer, limit),
+        encoded_prompts(recipe, tokenizer, limit),
+        encoded_chat(recipe, tokenizer, limit, num_tokens=vocab),
+    )
 
 
 def _circumstances(

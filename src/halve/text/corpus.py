@@ -131,9 +131,9 @@ def prepare(
     """
     fresh.require_guard()
     revisions = {source: pinned_revision(source, cache) for source in sources if source.startswith(HUB)}
-    marks, text_field = _read_as(tokenizer, boundary, text_field, chat)
-    what = {"tokenizer": tokenizer, "marks": marks}
-    key = content_key(sources, revisions, **what, text_field=text_field, chat=chat, memo=cache / HASHES)
+    marks, wanted = _read_as(tokenizer, boundary, text_field, chat)
+    what = {"tokenizer": tokenizer, "marks": marks, "text_field": wanted.field, "chat": chat}
+    key = content_key(sources, revisions, **what, memo=cache / HASHES)
     path, note = cache / f"{key[:32]}.tokens", cache / f"{key[:32]}.json"
     if (known := reopen(note)) is not None:
         return known
@@ -143,21 +143,19 @@ def prepare(
     def pieces() -> Iterator[Piece]:
         nonlocal documents
         for source in sources:
-            wanted = Wanted(text_field) if chat is None else chat.wanted
-            for piece in text_sources.read_rows(source, wanted, revision=revisions.get(source)):
+            for piece in text_sources.read_documents(source, wanted, revision=revisions.get(source)):
                 documents += piece.last
                 yield piece
 
     with draft_of(path) as draft:
         if (known := reopen(note)) is None:  # another process may have made it in the meantime
             dtype = tokenize.token_dtype(tokenizer) if chat is None else CODES
-            encode = None if chat is None else partial(encode_conversations, tokenizer=tokenizer, chat=chat)
-            how = {**what, "encode": encode, "dtype": dtype, "workers": workers}
-            written = _fill(draft, pieces(), **how, progress=progress)
+            how = {"encode": _encoder(tokenizer, chat), "dtype": dtype, "workers": workers, "progress": progress}
+            written = _fill(draft, pieces(), tokenizer=tokenizer, marks=marks, **how)
             facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources), "marks": asdict(marks)}
             size = {"count": written.count, "text_bytes": written.text_bytes, "largest": written.largest}
             size |= {"documents": documents} | ({} if chat is None else {"chat": True})
-            kind = "document" if chat is None else "conversation"
+            kind = "conversation" if chat else "document"
             progress.say(text_sources.told(sources, documents=documents, tokens=written.count, kind=kind))
             stamp = {"format": TOKENS_FORMAT, "sha256": file_sha256(draft.path)}
             write_json(note, sealed({**stamp, **size, **facts}))  # valid only once the token file is there too
@@ -177,16 +175,21 @@ def known(
     chat: Chat | None = None,
 ) -> Tokens | None:
     """The token file that `prepare` has made from local sources, or None; makes none. Raises `RunError` as `reopen`."""
-    marks, text_field = _read_as(tokenizer, boundary, text_field, chat)
-    what = {"tokenizer": tokenizer, "marks": marks, "text_field": text_field, "chat": chat}
+    marks, wanted = _read_as(tokenizer, boundary, text_field, chat)
+    what = {"tokenizer": tokenizer, "marks": marks, "text_field": wanted.field, "chat": chat}
     return reopen(cache / f"{content_key(sources, {}, **what, memo=cache / HASHES)[:32]}.json")
 
 
 def _read_as(
     tokenizer: PreTrainedTokenizerBase, boundary: Boundary, text_field: str, chat: Chat | None
-) -> tuple[Marks, str]:
-    """The tokens around documents and the field of rows; a chat's template and its own field stand for them."""
-    return (tokenize.marks(tokenizer, boundary), text_field) if chat is None else (UNMARKED, chat.field)
+) -> tuple[Marks, Wanted]:
+    """The tokens around documents, and what is read of rows. The chat template writes what is around a conversation."""
+    return (tokenize.marks(tokenizer, boundary), Wanted(text_field)) if chat is None else (UNMARKED, chat.wanted)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, chat: Chat | None) -> tokenize.Encode | None:
+    """What makes tokens of conversations; None for text."""
+    return None if chat is None else partial(encode_conversations, tokenizer=tokenizer, chat=chat)
 
 
 def _fill(

@@ -27,18 +27,13 @@ PROBED_CHARS = 1 << 21  # of each file, by `probe`
 PROBED_IN_ALL = 1 << 26
 
 
-def read_documents(source: str, *, text_field: str, revision: str | None = None) -> Iterator[Piece]:
+def read_documents(source: str, wanted: Wanted, *, revision: str | None = None) -> Iterator[Piece]:
     """The documents of one source, in a fixed order; empty ones are passed over.
 
-    `text_field` is the field of rows that holds the text. `revision` pins a hub data set. Raises `CorpusError` for a
-    source that is missing, empty, binary, damaged or badly encoded, and for rows without that field. The error names
-    the file and the line or byte.
+    `wanted` says what is read of rows. A plain text file is one document. `revision` pins a hub data set. Raises
+    `CorpusError` for a source that is missing, empty, binary, damaged or badly encoded, and for unsuitable rows. The
+    error names the file and the line or byte.
     """
-    return read_rows(source, Wanted(text_field), revision=revision)
-
-
-def read_rows(source: str, wanted: Wanted, *, revision: str | None = None) -> Iterator[Piece]:
-    """`read_documents` for whatever is wanted of rows; a plain text file is a document all the same."""
     if source.startswith(HUB):
         documents = _hub_rows(source, wanted, revision=revision)
     else:
@@ -52,7 +47,7 @@ def read_rows(source: str, wanted: Wanted, *, revision: str | None = None) -> It
 
 
 def probe(source: str, wanted: Wanted) -> None:
-    """Read the beginning of every file of a local source as `read_rows` does, and raise what it would."""
+    """Read the beginning of every file of a local source as `read_documents` does, and raise what it would."""
     for _ in beginnings(source, wanted):
         pass
 
