@@ -150,8 +150,8 @@ def prepare(
     with draft_of(path) as draft:
         if (known := reopen(note)) is None:  # another process may have made it in the meantime
             dtype = tokenize.token_dtype(tokenizer) if chat is None else CODES
-            how = {"encode": _encoder(tokenizer, chat), "dtype": dtype, "workers": workers, "progress": progress}
-            written = _fill(draft, pieces(), tokenizer=tokenizer, marks=marks, **how)
+            how: dict[str, Any] = {"encode": _encoder(tokenizer, chat), "dtype": dtype, "workers": workers}
+            written = _fill(draft, pieces(), tokenizer=tokenizer, marks=marks, progress=progress, **how)
             facts = {"dtype": dtype.name, "fingerprint": key, "sources": list(sources), "marks": asdict(marks)}
             size = {"count": written.count, "text_bytes": written.text_bytes, "largest": written.largest}
             size |= {"documents": documents} | ({} if chat is None else {"chat": True})
