@@ -12,7 +12,10 @@ from random import Random
 from typing import Any
 
 from fuzz import mutations
+from gguf_files import write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halve.disk.gguf_header import read_header
 from halve.recipe import strict_yaml
 from halve.recipe.schema import Recipe
 
@@ -49,6 +52,8 @@ def build(folder: Path, *, model: Path, corpus: Path) -> None:
     lines = [json.dumps({"text": document, "number": n}) for n, document in enumerate(documents)]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shutil.copyfile(corpus / "valid.txt", folder / "valid.txt")
+    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    write_gguf(loaded, folder / "model.gguf", tokenizer=tokenizer)
     (folder / "items.jsonl").write_text(f"{json.dumps(ITEM)}\n" * 3, encoding="utf-8")
     (folder / "recipe.yaml").write_text(strict_yaml.dump(recipe(folder)), encoding="utf-8")
 
@@ -98,6 +103,28 @@ def _header(content: bytes, draw: Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
+def _gguf(change: Callable[[bytes, Random], bytes]) -> Area:
+    """The header of a GGUF file changed, and the file the teacher."""
+
+    def spoil(folder: Path, draw: Random) -> None:
+        path, recipe = folder / "model.gguf", folder / "recipe.yaml"
+        content, start = path.read_bytes(), read_header(path).data_start
+        path.write_bytes(change(content[:start], draw) + content[start:])
+        raw = strict_yaml.parse_yaml(recipe.read_bytes())
+        recipe.write_text(strict_yaml.dump({**raw, "model": path.name}), encoding="utf-8")
+
+    return Area(spoil)
+
+
+def _numbers(content: bytes, draw: Random) -> bytes:
+    """A few bytes of numbers: counts, kinds, sizes, places."""
+    changed = bytearray(content)
+    places = [at for at, byte in enumerate(content) if byte < 32 and content[at + 1 : at + 4] == b"\0\0\0"]
+    for _ in range(draw.choice([1, 1, 2])):
+        changed[draw.choice(places)] = draw.choice([0, 1, 2, 3, 8, 9, 30, 31, 64, 255])
+    return bytes(changed)
+
+
 def _run_folder(change: Callable[[bytes, Random], bytes], suffixes: tuple[str, ...]) -> Area:
     def spoil(folder: Path, draw: Random) -> None:
         found = [path for path in sorted((folder / "run").rglob("*")) if path.is_file() and path.suffix in suffixes]
@@ -127,6 +154,8 @@ AREAS = {
     "valid-bytes": _file("valid.txt", mutations.raw),
     "items": _file("items.jsonl", _rows),
     "items-bytes": _file("items.jsonl", mutations.raw),
+    "gguf-numbers": _gguf(_numbers),
+    "gguf-bytes": _gguf(mutations.raw),
     "run-data": _run_folder(_tree, (".json",)),
     "run-bytes": _run_folder(mutations.raw, (".json", ".jsonl", ".safetensors", ".tokens")),
 }

@@ -19,6 +19,7 @@ from halve.preflight.space import planned_disk
 from halve.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
+PRUNE = {"ffn": 40, "refit_samples": 8}
 DISTILL = {"tokens": 256, "batch": 4, "warmup_steps": 1, "eval_samples": 2}
 
 
@@ -48,7 +49,7 @@ def bits(run: Path) -> dict[str, str]:
 
 
 def test_a_whole_run_and_the_same_again(path: Path, made: list[Path], make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe(model=str(path), distill=DISTILL)
+    recipe = make_recipe(model=str(path), prune=PRUNE, distill=DISTILL)
     run = pipeline.run(recipe, tmp_path / "run")
     whole = bits(run)
     assert made == [path]
