@@ -223,6 +223,29 @@ def test_digits_stay_apart_where_the_file_says_so(write: Write, words: PreTraine
     assert "\u01202024" in [piece for piece, _ in plain.backend_tokenizer.pre_tokenizer.pre_tokenize_str(number)]
 
 
+def test_whole_words_are_taken_before_merges(write: Write) -> None:
+    whole = Checkpoint.open(write(changed={"tokenizer.ggml.pre": "llama-bpe"})).tokenizer
+    assert whole.backend_tokenizer.model.ignore_merges
+    assert not Checkpoint.open(write("plain.gguf")).tokenizer.backend_tokenizer.model.ignore_merges
+
+
+@pytest.mark.parametrize(("in_front", "pieces"), [(None, "\u2581\u2581a"), (True, "\u2581\u2581a"), (False, "\u2581a")])
+def test_a_space_in_front_is_one_more(in_front: bool | None, pieces: str, tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581", "a"]
+    changed = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(place) for place in range(len(tokens))],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, 1, 1, 1],
+        "tokenizer.ggml.add_space_prefix": in_front,
+        **{f"tokenizer.ggml.{name}_token_id": number for number, name in enumerate(("unknown", "bos", "eos"))},
+    }
+    path = files.write_gguf(twin("llama", vocab_size=len(tokens)), tmp_path / "spaces.gguf", changed=changed)
+    opened = Checkpoint.open(path)
+    opened.require_tokenizer()
+    assert "".join(opened.tokenizer.tokenize(" a")) == pieces
+
+
 # ---- the folder that is made of it
 
 

@@ -155,8 +155,17 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
 # The kind of vocabulary whose text is split by a rule that the file names: the rules that are GPT-2's, and those that
 # are GPT-2's with every digit a word of its own. transformers knows the others, or they are refused.
 GGUF_BYTE_LEVEL = "gpt2"
-GGUF_PLAIN_SPLITS = ("exaone4", "gpt-2", "mpt", "olmo", "phi-2", "trillion")
+GGUF_PLAIN_SPLITS = ("gpt-2", "phi-2", "trillion")
 GGUF_DIGITS_APART = ("codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm", "starcoder")
+# Rules by which a word that is an entry is not merged from its parts.
+GGUF_WHOLE_WORDS = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "jina-v5-nano", "lfm2", "midm-2.0"),
+    *("pixtral", "tekken"),
+)
+# The kind of vocabulary in which spaces are entries, and one is put in front of text. Of these transformers puts it
+# there itself, or not, as the family wants it.
+GGUF_SPACES = "llama"
+GGUF_OWN_SPACES = ("gemma2", "gemma3", "phi3")
 
 
 def quirk(family: str) -> Quirk:

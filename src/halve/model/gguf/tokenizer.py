@@ -1,7 +1,8 @@
 """The tokenizer in the header of a GGUF file, as transformers builds it, and only where it splits text as it should.
 
 The header names the rule by which a byte-level vocabulary splits text before anything is merged. transformers has a
-part of these rules and takes GPT-2's for all others, which would make other tokens of the same text.
+part of these rules and takes GPT-2's for all others, which would make other tokens of the same text. What it leaves out
+is added here as llama.cpp has it; rules that are in neither are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
@@ -19,12 +20,20 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from halve.anatomy.configs import quiet
-from halve.anatomy.quirks import GGUF_BYTE_LEVEL, GGUF_DIGITS_APART, GGUF_PLAIN_SPLITS
+from halve.anatomy.quirks import (
+    GGUF_BYTE_LEVEL,
+    GGUF_DIGITS_APART,
+    GGUF_OWN_SPACES,
+    GGUF_PLAIN_SPLITS,
+    GGUF_SPACES,
+    GGUF_WHOLE_WORDS,
+)
 from halve.disk.gguf_header import TOKENS, GgufHeader
 from halve.errors import TokenizerError
 from halve.model.gguf.config import OWN_FOLDER
 
-_KIND, _SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+_KIND, _SPLIT, _IN_FRONT = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix"
+_SPACE = "\u2581"
 
 
 def save_tokenizer(header: GgufHeader, folder: Path) -> None:
@@ -40,8 +49,7 @@ def save_tokenizer(header: GgufHeader, folder: Path) -> None:
         with quiet():
             architecture, parts, settings = get_gguf_tokenizer(str(header.path))
             backend, _ = convert_gguf_tokenizer(architecture, parts)
-            if header.values.get(_SPLIT) in GGUF_DIGITS_APART:
-                _keep_digits_apart(backend)
+            _complete(header, backend)
             _whole(header, backend, settings).save_pretrained(folder)
     except Exception as error:  # transformers raises many types here, and tokenizers Exception itself
         raise TokenizerError(
@@ -68,10 +76,16 @@ def _require_known_split(header: GgufHeader) -> None:
         )
 
 
-def _keep_digits_apart(backend: Tokenizer) -> None:
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+def _complete(header: GgufHeader, backend: Tokenizer) -> None:
+    """What llama.cpp does to text and transformers' reading of the header leaves out."""
+    kind, split = header.values.get(_KIND), header.values.get(_SPLIT)
+    if kind == GGUF_BYTE_LEVEL and split in GGUF_DIGITS_APART:
+        digits, plain = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
+    if kind == GGUF_BYTE_LEVEL and split in GGUF_WHOLE_WORDS:
+        backend.model.ignore_merges = True
+    if kind == GGUF_SPACES and header.architecture not in GGUF_OWN_SPACES:
+        spaces = normalizers.Replace(" ", _SPACE)
+        in_front = [normalizers.Prepend(_SPACE)] if header.values.get(_IN_FRONT, True) else []
+        backend.normalizer = normalizers.Sequence([*in_front, spaces])
+        backend.pre_tokenizer = None
