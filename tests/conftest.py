@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,17 +68,41 @@ def _file(name: str) -> str:
     return name.partition("::")[0]
 
 
+_SET_UP: dict[tuple[str, str], float] = {}
+"""By file and name the seconds that a fixture took which tests of the file share."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Any:
+    began = time.perf_counter()
+    made = yield
+    if fixturedef.baseid.endswith(".py") and fixturedef.scope != "function":
+        _SET_UP[fixturedef.baseid, fixturedef.argname] = time.perf_counter() - began
+    return made
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Tell the reports what a test would take that is run alone."""
+    shared = sum(_SET_UP.get((_file(item.nodeid), name), 0.0) for name in getattr(item, "fixturenames", ()))
+    item.user_properties.append((_SHARED, shared))
+
+
+_SHARED = "seconds of shared set-up"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Under `--note-slow` note who took over a second with its set-up, and what all its cases took."""
+    """Under `--note-slow` note who takes over a second with all of its set-up, and what all its cases took."""
     if not config.getoption("--note-slow"):
         return
     seconds: Counter[str] = Counter()
+    shared: Counter[str] = Counter()
     for report in (one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "duration")):
         seconds[report.nodeid] += report.duration
+        shared |= Counter({report.nodeid: dict(report.user_properties).get(_SHARED, 0.0)})
     whole: Counter[str] = Counter()
     for case, took in seconds.items():
         whole[case.partition("[")[0]] += took
-    slow = sorted({case.partition("[")[0] for case, took in seconds.items() if took > 1})
+    slow = sorted({case.partition("[")[0] for case, took in seconds.items() if took + shared[case] > 1})
     SLOW.write_text("".join(f"{whole[name]:4.0f} {name}\n" for name in slow), encoding="utf-8")
 
 
