@@ -202,7 +202,7 @@ def test_a_plan_that_cannot_be_made_stops_nothing(
     if failing.endswith("forecast"):
         assert "no plan could be made: IndexError: a family's own code looked at contents\n" in said
         return
-    assert "plan: distill holds over " in said
+    assert "plan: distill takes over " in said
     assert main(["run", str(mixture), "--dry-run"]) == 0
     page = capsys.readouterr().out
     assert "the memory of activations is not known: IndexError: a family's own code looked at contents" in page
