@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from rich.console import Console
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import trial
-from halve.cut.apply import cut, turn
+from halve.cut.apply import cut_once, turn
 from halve.cut.plan.shapes import list_shapes
 from halve.cut.plan.sizes import budget_of, require_sizes
 from halve.cut.proof.twins import random_twin
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import random_scores
-from halve.cut.trial import HOPELESS, _descend, best, try_shapes
+from halve.cut.trial import HOPELESS, Tried, _descend, best, thinned, try_shapes
 from halve.errors import CorpusError
 from halve.progress import RichProgress
 from halve.recipe.schema import Prune
@@ -124,14 +125,14 @@ def test_sizes_by_hand_are_no_budget() -> None:
     assert budget_of(anatomy, Prune(params="100k")) == (100_000, True)
 
 
-def _tried(model: Any, anatomy: Anatomy, num: int = 72) -> Any:
+def _tried(model: Any, anatomy: Anatomy, num: int = 72, path: Path | None = None) -> Any:
     prune = Prune(non_embedding_ratio=0.5)
     budget = budget_of(anatomy, prune)
     assert budget is not None
     calibration = Calibration(model, anatomy, _samples(anatomy, num), 24)
     listed = list_shapes(anatomy, budget[0], total=budget[1])
     turned = turn(calibration, prune, sizes=[arch for family in listed for arch in family])
-    return try_shapes(calibration, random_scores(anatomy, 0), prune, listed, turned=turned)
+    return try_shapes(calibration, random_scores(anatomy, 0), prune, listed, turned=turned, path=path)
 
 
 def test_layers_that_do_nothing_are_found_and_dropped() -> None:
@@ -160,9 +161,9 @@ def test_a_shape_in_two_lists_is_cut_once_and_the_line_says_which(monkeypatch: p
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         cuts.append(args[3].arch)
-        return cut(*args, **kwargs)
+        return cut_once(*args, **kwargs)
 
-    monkeypatch.setattr(trial, "cut", counted)
+    monkeypatch.setattr(trial, "cut_once", counted)
     screen = io.StringIO()
     progress, prune = RichProgress(Console(file=screen, width=200), every_s=0.0), Prune(non_embedding_ratio=0.5)
     calibration = Calibration(model, anatomy, _samples(anatomy, 24), 24)
@@ -172,6 +173,46 @@ def test_a_shape_in_two_lists_is_cut_once_and_the_line_says_which(monkeypatch: p
     assert cuts == [one, other] == [shape.arch for shape in tried]
     assert "layers 3  hidden 192  ffn 384  heads 6  kv_heads 3" in screen.getvalue()
     assert f"tried 2 of 2 shapes; chosen: {best(tried).arch} (KL" in screen.getvalue()
+
+
+def test_what_a_killed_trial_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    anatomy = discover(config("llama", **LLAMA))
+    model = random_twin(anatomy, seed=0).requires_grad_(False)
+    whole = _tried(model, anatomy, num=24, path=tmp_path / "whole.jsonl")
+    path, cuts = tmp_path / "trial.jsonl", 0
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal cuts
+        cuts += 1
+        if cuts == 3:
+            raise KeyboardInterrupt
+        return cut_once(*args, **kwargs)
+
+    monkeypatch.setattr(trial, "cut_once", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _tried(model, anatomy, num=24, path=path)
+    path.write_text(path.read_text() + '{"arch": {"layers": 3, "hid')  # a line that was being written
+    again = _tried(model, anatomy, num=24, path=path)
+    assert again == whole
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert cuts == 3 + len(whole) - 2
+
+
+def test_of_shapes_that_the_samples_cannot_tell_apart_the_deepest_wins() -> None:
+    def shape(layers: int, *by_sample: float) -> Tried:
+        return Tried(SIZES.at(layers=layers), tuple(range(layers)), sum(by_sample) / len(by_sample), by_sample)
+
+    low = shape(3, 1.0, 1.1, 0.9, 1.0)
+    assert best([low, shape(6, 1.6, 1.7, 1.5, 1.6)]) == low  # higher on every sample alike
+    noisy = shape(6, 2.6, 0.3, 1.5, 1.1)
+    assert best([low, noisy]) == noisy
+    assert low.behind(noisy)[0] == pytest.approx(-0.375)
+
+
+def test_of_a_deep_model_every_second_depth_is_looked_at() -> None:
+    family = [SIZES.at(layers=n) for n in range(30, 0, -1)]
+    assert [arch.layers for arch in thinned(family)] == list(range(29, 0, -2))
+    assert thinned(family[:10]) == family[:10]
 
 
 def test_too_few_samples_are_refused() -> None:

@@ -20,13 +20,18 @@ from halve.cut.iterative import select_iteratively
 from halve.cut.layers import layer_merge
 from halve.cut.plan import heads
 from halve.cut.plan.plan import Importance, Plan, select
+from halve.cut.repair.budget import Budget, refit_budget
 from halve.cut.repair.refit import refit
 from halve.cut.repair.refit_scores import score_by_refit
+from halve.cut.repair.ridge import FIXED
 from halve.cut.repair.rotate import principal_basis, rotate, rotates, stream_moment, tie_head
+from halve.cut.repair.taught import Taught, parts
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
+from halve.cut.score.walk import IN_MEMORY_BYTES
 from halve.cut.surgery.gain import constant_gains, fit_gains
 from halve.cut.surgery.trim import trim
+from halve.model.reference import Reference
 from halve.process.waits import wait
 from halve.recipe.schema import Prune
 
@@ -58,6 +63,25 @@ class Goal:
 
 
 @dataclass(frozen=True, eq=False)
+class Repair:
+    """What a refit is given beside its samples."""
+
+    held: int = 0
+    """So many of the last samples choose the ridges and are not fitted."""
+    taught: dict[bool, Taught] | None = None
+    """For many cuts on the same samples: what the teacher did on them, in its own basis and turned."""
+
+    def lesson(self, source: Calibration, *, turned: bool) -> Taught:
+        """The teacher's side of a refit; kept for the next cut where there is one and memory allows."""
+        rows = parts(len(source.samples_BS), source.micro_batch, held=self.held)
+        if self.taught is None or Taught(source, rows).whole_bytes > IN_MEMORY_BYTES:
+            return Taught(source, rows)
+        if turned not in self.taught:
+            self.taught[turned] = Taught(source, rows, keep=True)
+        return self.taught[turned]
+
+
+@dataclass(frozen=True, eq=False)
 class Cut:
     """A student and how it was made. `anatomy` is that of the model whose entries the plan lists."""
 
@@ -77,8 +101,8 @@ def turn(calibration: Calibration, prune: Prune, *, sizes: Sequence[Arch]) -> Tu
     model, anatomy = calibration.model, calibration.anatomy
     if not rotates(anatomy, prune) or all(after.hidden == anatomy.sizes.hidden for after in sizes):
         return Turned(model, anatomy, None)
-    moment_DD = stream_moment(calibration.first(prune.refit_samples))
-    with wait("rotating the weights to the principal axes of the residual stream"):
+    moment_DD = stream_moment(calibration.first(budget_of(calibration, prune).used))
+    with wait("turning the weights to the principal axes of the residual stream"):
         basis = principal_basis(moment_DD)
         turned, own = rotate(model, anatomy, basis.columns_DD)
     return Turned(turned, own, basis.energy_D)
@@ -96,13 +120,60 @@ def cut(
 ) -> Cut:
     """Cut a model to valid sizes as `prune` says. The model itself is not changed.
 
-    The calibration samples are for the selection, the gains and the refit. The first `refit_samples` are used, and the
-    first 32 of these for gains. `turned` is the result of `turn`; a cut that keeps hidden does not use it. `planned`
-    receives the plan before any weight is cut. `rescore` is needed for `prune.steps` above 1.
+    The calibration samples are those of the selection, the gains and the refit; `budget_of` says how many of them are
+    for what. `turned` is what `turn` gave; a cut that leaves hidden alone does not use it. `planned` gets the plan
+    before any weight is cut. `rescore` is needed for `prune.steps` above 1.
+
+    A refit student is compared with the plain cut of the same sizes on samples that neither saw, and the closer one is
+    kept; where that is the plain one, `planned` gets its plan, too.
 
     Raises `PlanError` and `CheckpointError`.
     """
-    calibration = calibration.first(prune.refit_samples)
+    budget = budget_of(calibration, prune)
+    solved = calibration.first(budget.used)
+    repair = Repair(budget.held)
+    made = cut_once(solved, scores, prune, goal, turned=turned, repair=repair, rescore=rescore, planned=planned)
+    if not budget.compared:
+        return made
+    own = Turned(calibration.model, calibration.anatomy, None)
+    rival = cut_once(solved.silent(), scores, plainly(prune), goal, turned=own, repair=Repair(), rescore=rescore)
+    unseen_BS = calibration.samples_BS[budget.used :][: budget.compared]
+    reference = Reference(calibration.model, unseen_BS, micro_batch=calibration.micro_batch)
+    refit_kl, plain_kl = (float(reference.divergences(one.student).mean()) for one in (made, rival))
+    figures = {"refit_kl": refit_kl, "plain_kl": plain_kl}
+    kept, name = (made, "refit") if refit_kl <= plain_kl else (rival, "plain")
+    calibration.progress.say(
+        f"KL on {budget.compared} samples that were not fitted: refit {refit_kl:.4g}, plain cut {plain_kl:.4g};"
+        f" the {name} one is kept"
+    )
+    if kept is rival and planned is not None:
+        planned(rival.plan)
+    return replace(kept, figures={**kept.figures, **figures, "kept": name})
+
+
+def budget_of(calibration: Calibration, prune: Prune) -> Budget:
+    """How many of the calibration samples are for what."""
+    samples, context = calibration.samples_BS.shape
+    return refit_budget(prune, calibration.anatomy.sizes, context=context, available=samples)
+
+
+def plainly(prune: Prune) -> Prune:
+    """The same cut without a refit and without what a refit makes worth while."""
+    return prune.model_copy(update={"refit": "none", "rotation": "none", "selection": "rank"})
+
+
+def cut_once(
+    calibration: Calibration,
+    scores: Scores,
+    prune: Prune,
+    goal: Goal,
+    *,
+    turned: Turned,
+    repair: Repair,
+    rescore: Rescore | None = None,
+    planned: Callable[[Plan], None] | None = None,
+) -> Cut:
+    """What `cut` does, on all samples, without a plain cut to compare with."""
     anatomy = calibration.anatomy
     if goal.kept_layers is None:
         sizes = anatomy.sizes.at(layers=goal.arch.layers)
@@ -116,7 +187,15 @@ def cut(
     gains = _gains(source, plan)
     student = trim(_merged(source, plan, scores, prune, goal.merges), plan, source.anatomy, gains=gains)
     if prune.refit != "none":
-        student = refit(student, source, plan, strength=prune.ridge, everything=prune.refit == "all")
+        student = refit(
+            student,
+            source,
+            plan,
+            everything=prune.refit == "all",
+            held=repair.held,
+            strength=_strength(prune),
+            taught=repair.lesson(source, turned=source.model is not calibration.model),
+        )
     if not anatomy.tied or source.anatomy.tied:
         return Cut(student, source.anatomy, plan, gains, figures)
     more = anatomy.sizes.vocab * goal.arch.hidden if prune.untie else 0
@@ -124,6 +203,11 @@ def cut(
     if prune.untie:
         return Cut(student, source.anatomy, plan, gains, figures)
     return Cut(_tied(student, source, prune), anatomy, plan, gains, figures)
+
+
+def _strength(prune: Prune) -> float:
+    """The ridge where none is chosen."""
+    return FIXED if prune.ridge == "auto" else prune.ridge
 
 
 def selects_by_refit(prune: Prune, method: str) -> bool:
@@ -147,7 +231,9 @@ def _in_basis(
 def _by_refit(calibration: Calibration, scores: Scores, prune: Prune, goal: Goal) -> Scores:
     """The scores, with those of neurons and heads replaced by their removal order under a refit where it applies."""
     assert goal.kept_layers is not None
-    chosen = score_by_refit(calibration, goal.arch, layers=goal.kept_layers, strength=prune.ridge)
+    chooses = prune.ridge == "auto" and prune.refit_samples is None
+    strength = None if chooses else _strength(prune)
+    chosen = score_by_refit(calibration, goal.arch, layers=goal.kept_layers, strength=strength)
     ffn, heads_, groups = (chosen.get(axis, getattr(scores, axis)) for axis in ("ffn", "heads", "kv_heads"))
     return replace(scores, statistics=None, ffn=ffn, heads=heads_, kv_heads=groups)
 
@@ -190,7 +276,7 @@ def _tied(student: PreTrainedModel, source: Calibration, prune: Prune) -> PreTra
     final_norm = source.anatomy.final_norm
     assert final_norm is not None, "rotation folds the final norm, so that there is one"
     with wait("tying the head again"):
-        return tie_head(student, source.first(FEW_SAMPLES), final_norm=final_norm, strength=prune.ridge)
+        return tie_head(student, source.first(FEW_SAMPLES), final_norm=final_norm, strength=_strength(prune))
 
 
 def _gains(source: Calibration, plan: Plan) -> dict[str, float]:

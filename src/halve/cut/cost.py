@@ -18,14 +18,21 @@ from halve.anatomy.axes import Expr
 from halve.anatomy.work import Costed
 from halve.cut.apply import FEW_SAMPLES, selects_by_refit
 from halve.cut.iterative import sizes_on_the_way
+from halve.cut.repair.budget import Budget, refit_budget, trial_budget
 from halve.cut.repair.refit_scores import choices
 from halve.cut.score.sites import output_expr, writes
 from halve.cut.score.taps import width
-from halve.cut.trial import fewer_samples, without_extras
+from halve.cut.score.walk import IN_MEMORY_BYTES
+from halve.cut.trial import without_extras
 from halve.recipe.schema import Prune, Score
 
 _HIDDEN = Expr.parse("hidden")
 _PASSES_OF_STATES: Final = ("bi", "angular")
+_STRENGTHS_TRIED: Final = 4
+"""Of a ridge that is chosen, about."""
+_KEPT_A_LAYER: Final = 5
+"""Tensors as wide as the residual stream: the stream, and what four sites read or write."""
+_KEPT_BYTES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,14 @@ def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
 # ---- cutting
 
 
+def budget_of(before: Costed, prune: Prune) -> Budget:
+    """How many samples a cut of this model takes for what, where there is text enough."""
+    return refit_budget(prune, before.arch, context=before.context)
+
+
 def turning(model: Costed, prune: Prune) -> Work:
-    """The principal basis: one pass, the second moment of what each norm reads, and the rotation of every matrix."""
-    tokens, hidden = float(prune.refit_samples * model.context), model.arch.hidden
+    """The principal basis: a pass, the second moment of what each norm reads, and every matrix turned."""
+    tokens, hidden = float(budget_of(model, prune).used * model.context), model.arch.hidden
     moments = 2.0 * hidden**2 * len(model.anatomy.norms)
     matrices = 2.0 * hidden * model.anatomy.ledger.count(model.arch).params
     return Work(tokens, tokens * (model.body + moments) + matrices)
@@ -90,13 +102,13 @@ def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
     if prune.steps > 1:
         on_the_way = [before.arch, *sizes_on_the_way(before.anatomy, after, prune.steps)]
         scored = [scoring(before.at(arch), score) for arch in on_the_way[:-1]]
-        few = prune.refit_samples
+        few = budget_of(before, prune).used
         fitted = [gaining(before.at(a), b, prune, samples=few) for a, b in itertools.pairwise(on_the_way[:-1])]
         return sum([*scored, *fitted], Work())
     if not selects_by_refit(prune, score.method):
         return Work()
     found = choices(before.arch, after, width(before.anatomy, "heads") // before.arch.heads).values()
-    tokens = float(prune.refit_samples * before.context)
+    tokens = float(budget_of(before, prune).used * before.context)
     each = 0.0
     for one in found:
         channels, gone = len(one.cells) * one.size, len(one.cells) - one.keep * len(set(one.cells))
@@ -126,19 +138,37 @@ def tying(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: 
 def trying(
     before: Costed, student: Anatomy, prune: Prune, score: Score, shapes: Sequence[Arch], *, turned: bool
 ) -> Work:
-    """A trial of these shapes: each is cut, refit and measured on a few samples."""
-    held, fitted = fewer_samples(prune, max(prune.refit_samples, score.samples))
-    asked, measured = without_extras(prune), held * before.context
-    done = Work()
+    """A trial of these shapes: each cut, refit and measured on a few samples.
+
+    The teacher runs once in each basis where memory holds what it did, and for every shape otherwise.
+    """
+    budget = trial_budget(prune, before.arch, context=before.context, available=max(score.samples, 3))
+    asked, measured = without_extras(prune), budget.compared * before.context
+    done = Work(measured, measured * before.whole) if shapes else Work()
+    tokens = float(budget.used * before.context)
+    held = tokens * before.arch.hidden * _KEPT_A_LAYER * before.arch.layers * _KEPT_BYTES
+    if prune.refit != "none" and held <= IN_MEMORY_BYTES:
+        bases = {turned and shape.hidden < before.arch.hidden for shape in shapes}
+        again = len(shapes) - len(bases)
+        done += Work(-tokens * again, -tokens * again * before.body)
     for shape in shapes:
         after = Costed(student, shape, before.context)
-        done += gaining(before, shape, asked, samples=fitted) + tying(
-            before, after, asked, samples=fitted, turned=turned
-        )
+        done += gaining(before, shape, asked, samples=budget.used)
+        done += tying(before, after, asked, samples=budget.used, turned=turned)
         if prune.refit != "none":
-            done += refitting(before, after, asked, samples=fitted, turned=turned)
-        done += Work(measured, measured * (before.whole + after.whole))
+            done += refitting(before, after, asked, budget=budget, turned=turned)
+        done += Work(0, measured * after.whole)
     return done
+
+
+def doubting(before: Costed, after: Costed, prune: Prune) -> Work:
+    """The refit student beside the plain cut: gains of the latter, a pass of the teacher and of both."""
+    budget = budget_of(before, prune)
+    tokens = float(budget.compared * before.context)
+    if not tokens:
+        return Work()
+    plain = gaining(before, after.arch, prune, samples=budget.used)
+    return plain + Work(tokens, tokens * (before.whole + 2 * after.whole))
 
 
 def measuring(before: Costed, after: Costed, *, samples: int) -> Work:
@@ -147,12 +177,13 @@ def measuring(before: Costed, after: Costed, *, samples: int) -> Work:
     return Work(tokens, tokens * (before.whole + after.whole))
 
 
-def refitting(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: bool) -> Work:
-    """One pass of the teacher. One pass of the student, and for each site the modules before it and a solve."""
-    tokens = float(samples * before.context)
+def refitting(before: Costed, after: Costed, prune: Prune, *, budget: Budget, turned: bool) -> Work:
+    """A pass of the teacher; of the student one, and for each site what comes before it; its Gram matrix, solved."""
+    tokens = float(budget.used * before.context)
+    solves = _STRENGTHS_TRIED if budget.held else 1
     anatomy, everything = before.anatomy, prune.refit == "all"
     wide, narrow = before.arch.hidden, after.arch.hidden
-    reader = tokens * 2 * narrow * (narrow + wide) + narrow**3 / 3 + 4.0 * wide * narrow**2
+    reader = tokens * 2 * narrow * (narrow + wide) + solves * (narrow**3 / 3 + 4.0 * wide * narrow**2)
     attention = after.attention / max(after.arch.layers, 1)
     in_layers = 0.0
     for layer in range(anatomy.sizes.layers):
@@ -170,7 +201,7 @@ def refitting(before: Costed, after: Costed, prune: Prune, *, samples: int, turn
             for name in written:
                 channels = anatomy.modules[name].size(after.arch.sizes)
                 in_layers += tokens * (passed + 2 * channels * (channels + narrow))
-                in_layers += channels**3 / 3 + 4.0 * narrow * channels**2
+                in_layers += solves * (channels**3 / 3 + 4.0 * narrow * channels**2)
             passed += sum(2.0 * _entries(anatomy, name, after.arch) for name in written)
     done = tokens * (before.body + after.body) + in_layers * after.arch.layers / anatomy.sizes.layers
     if everything and (not anatomy.tied or _untied(before, after, turned=turned)):

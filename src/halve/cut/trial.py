@@ -7,23 +7,28 @@ small teachers, and how well it predicts the loss after retraining, is in docs/d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halve.anatomy import Arch
-from halve.cut.apply import Goal, Turned, cut
+from halve.cut.apply import Goal, Repair, Turned, cut_once
 from halve.cut.plan.plan import select
+from halve.cut.repair.budget import trial_budget
+from halve.cut.repair.taught import Taught
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.errors import CorpusError
-from halve.model import measure
+from halve.model.reference import Reference
 from halve.recipe.schema import Prune
 
-FIT_SAMPLES, MEASURED_SAMPLES = 8, 8
 TIE_TOLERANCE = 0.1
 """Shapes this close to the best count as equal. The deepest of them wins, because by the papers it learns best."""
 NOISE = 0.03
@@ -33,17 +38,56 @@ HOPELESS = 1.25
 others is at most 19 % lower than its middle (docs/decisions/0011-shape.md)."""
 
 
+COARSEST = 16
+"""Shapes of a list that are looked at, about: of 30 layers every second number, of 10 every one. Neighbors of a deep
+model differ by less than the samples can tell."""
+
+
 @dataclass(frozen=True)
 class Tried:
-    """A shape, the layers that it keeps, and its KL from the teacher in nats per token."""
+    """A shape, the layers that it keeps, and its KL to the teacher in nats a token, by sample and their mean."""
 
     arch: Arch
     kept_layers: tuple[int, ...]
     kl: float
+    by_sample: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tried:
+        """The inverse of `to_json`."""
+        return cls(Arch.of(data["arch"]), tuple(data["kept_layers"]), data["kl"], tuple(data["by_sample"]))
+
+    def behind(self, other: Tried) -> tuple[float, float]:
+        """How much higher its KL is than another's, and the standard error of that, sample by sample."""
+        gaps = [mine - theirs for mine, theirs in zip(self.by_sample, other.by_sample, strict=True)]
+        if len(gaps) < 2:
+            return self.kl - other.kl, 0.0
+        return self.kl - other.kl, statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+class Tries:
+    """The shapes that were tried, in memory and, line by line, in a file that outlives a kill."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.found: dict[Arch, Tried] = {}
+        lines = path.read_text(encoding="utf-8").split("\n") if path is not None and path.exists() else [""]
+        for line in lines[:-1]:  # a line without an end was being written when the run was killed
+            one = Tried.from_json(json.loads(line))
+            self.found[one.arch] = one
+        if path is not None:
+            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+
+    def add(self, one: Tried) -> None:
+        """Keep one more."""
+        self.found[one.arch] = one
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(one.to_json()) + "\n")
 
 
 def require_tried(num_samples: int) -> None:
@@ -57,67 +101,93 @@ def require_tried(num_samples: int) -> None:
 
 
 def try_shapes(
-    calibration: Calibration, scores: Scores, prune: Prune, shapes: Sequence[Sequence[Arch]], *, turned: Turned
+    calibration: Calibration,
+    scores: Scores,
+    prune: Prune,
+    shapes: Sequence[Sequence[Arch]],
+    *,
+    turned: Turned,
+    path: Path | None = None,
 ) -> tuple[Tried, ...]:
     """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
-    Within each list in `shapes` (see `sizes.shapes`, deepest first), KL falls and then rises as layers are dropped in
-    favor of width. So the middle of each list is measured first. From there the trial follows falling KL, and the best
-    list comes first. Lists whose middle is too high are skipped. A shape in two lists is cut only once.
+    Within each list in `shapes` (see `sizes.shapes`, deepest first) KL falls and then rises with every layer that makes
+    room for width: of each the middle is measured, and from there the trial goes down, the best list first; lists that
+    begin too high are left. A shape that stands in two lists is cut once. What is measured is kept in `path`, where
+    that is given, and a second call does not measure it again.
 
-    Layers are dropped by `scores.layers`. Up to 8 samples, and at most a third of them, are for measurements. Up to 8
-    of the others are for fitting. Neurons are chosen by score and not by refit, and heads and layers are not merged.
+    Layers go by `scores.layers`; `budget.trial_budget` says how many samples are for what. Neurons are ranked, not
+    selected by refit, and whatever merges heads or layers is left out. The teacher runs once for all shapes.
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
-    model, anatomy, samples_BS = calibration.model, calibration.anatomy, calibration.samples_BS
-    require_tried(len(samples_BS))
-    held, fitted = fewer_samples(prune, len(samples_BS))
-    measured_BS, fit_BS = _apart(samples_BS, held)
-    fitting = calibration.on(fit_BS).silent()
-    asked = without_extras(prune)
-    cost = fitted * samples_BS.shape[1]
-    tried: dict[Arch, Tried] = {}
+    require_tried(len(calibration.samples_BS))
+    bench = _Bench(calibration, scores, prune, turned)
+    tries, lists = Tries(path), [thinned(family) for family in shapes]
+    distinct = {arch for family in lists for arch in family}
 
     def measured(arch: Arch) -> float:
-        if arch in tried:  # it is in another list, too
-            return tried[arch].kl
-        kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), scores, gain="none").layers
-        student = cut(fitting, scores, asked, Goal(arch, kept), turned=turned).student
-        apart = measure.divergence(student, model, measured_BS, micro_batch=calibration.micro_batch)
-        kl = float(apart.kl.mean())
-        tried[arch] = Tried(arch, kept, kl)
-        sizes = {axis: float(getattr(arch, axis)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")}
-        task.advance(cost, kl=kl, **sizes)
-        return kl
+        if arch not in tries.found:
+            tries.add(bench.tried(arch))
+            sizes = {axis: float(getattr(arch, axis)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")}
+            task.advance(bench.cost, kl=tries.found[arch].kl, **sizes)
+        return tries.found[arch].kl
 
-    distinct = {arch for family in shapes for arch in family}
-    with calibration.progress.task("try shapes", len(distinct) * cost) as task:
-        begun = [measured(family[len(family) // 2]) for family in shapes]
-        for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
-            if kl <= HOPELESS * min(one.kl for one in tried.values()):
+    with calibration.progress.task("try shapes", len(distinct) * bench.cost) as task:
+        begun = [measured(family[len(family) // 2]) for family in lists]
+        for kl, family in sorted(zip(begun, lists, strict=True), key=lambda entry: entry[0]):
+            if kl <= HOPELESS * min(one.kl for one in tries.found.values()):
                 _descend(family, kl, measured)
-    found = best(tuple(tried.values()))
-    calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {found.arch} (KL {found.kl:.4g})")
-    return tuple(tried.values())
+    tried = tuple(tries.found.values())
+    calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {told(tried)}")
+    return tried
+
+
+class _Bench:
+    """Cuts shapes and measures them, all on the same samples."""
+
+    def __init__(self, calibration: Calibration, scores: Scores, prune: Prune, turned: Turned) -> None:
+        samples_BS, sizes = calibration.samples_BS, calibration.anatomy.sizes
+        self.budget = trial_budget(prune, sizes, context=samples_BS.shape[1], available=len(samples_BS))
+        measured_BS, fit_BS = _apart(samples_BS, self.budget.compared)
+        self.fitting = calibration.on(fit_BS[: self.budget.used]).silent()
+        self.scores, self.prune, self.turned = scores, without_extras(prune), turned
+        self.reference = Reference(calibration.model, measured_BS, micro_batch=calibration.micro_batch)
+        self.taught: dict[bool, Taught] = {}
+        self.cost = self.budget.used * samples_BS.shape[1]
+
+    def tried(self, arch: Arch) -> Tried:
+        """Cut, refit and measured."""
+        anatomy = self.fitting.anatomy
+        kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), self.scores, gain="none").layers
+        made = cut_once(
+            self.fitting,
+            self.scores,
+            self.prune,
+            Goal(arch, kept),
+            turned=self.turned,
+            repair=Repair(self.budget.held, self.taught),
+        )
+        by_sample = self.reference.divergences(made.student)
+        return Tried(arch, kept, float(by_sample.mean()), tuple(by_sample.tolist()))
 
 
 def without_extras(prune: Prune) -> Prune:
     """The settings with which shapes are cut in the trial."""
     usual = Prune(hidden=1)
-    few = {"refit_samples": min(prune.refit_samples, FIT_SAMPLES)}
     merged = {"head_merge": usual.head_merge, "layer_merge": usual.layer_merge}
-    return prune.model_copy(update={"selection": "rank", "steps": 1, **merged, **few})
+    return prune.model_copy(update={"selection": "rank", "steps": 1, **merged})
 
 
-def fewer_samples(prune: Prune, num_samples: int) -> tuple[int, int]:
-    """The numbers of samples for measuring and for fitting shapes, from the available ones.
+def thinned(family: Sequence[Arch]) -> list[Arch]:
+    """Every second, third, ... shape of a long list, its middle always among them.
 
-    >>> fewer_samples(Prune(hidden=1), 1024), fewer_samples(Prune(hidden=1), 9)
-    ((8, 8), (3, 6))
+    >>> sizes = Arch(layers=1, hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
+    >>> [arch.layers for arch in thinned([sizes.at(layers=n) for n in range(40, 0, -1)])][:4]
+    [38, 35, 32, 29]
     """
-    held = min(MEASURED_SAMPLES, num_samples // 3)
-    return held, min(prune.refit_samples, FIT_SAMPLES, num_samples - held)
+    step, middle = max(1, round(len(family) / COARSEST)), len(family) // 2
+    return list(family[middle % step :: step])
 
 
 def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], float]) -> None:
@@ -134,15 +204,33 @@ def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], fl
 
 
 def best(tried: Sequence[Tried]) -> Tried:
-    """The deepest of those within `TIE_TOLERANCE` of the lowest KL.
+    """The deepest of those whose KL is within `TIE_TOLERANCE` of the lowest, or within two standard errors of it.
 
     >>> sizes = dict(hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
     >>> found = {6: 2.0, 5: 1.05, 4: 1.0}
     >>> best([Tried(Arch.of({**sizes, "layers": n}), tuple(range(n)), kl) for n, kl in found.items()]).arch.layers
     5
     """
-    lowest = min(one.kl for one in tried)
-    return max((one for one in tried if one.kl <= (1 + TIE_TOLERANCE) * lowest), key=lambda one: one.arch.layers)
+    lowest = min(tried, key=lambda one: one.kl)
+    return max(_ties(tried, lowest), key=lambda one: one.arch.layers)
+
+
+def _ties(tried: Sequence[Tried], lowest: Tried) -> list[Tried]:
+    found = []
+    for one in tried:
+        gap, error = one.behind(lowest)
+        if gap <= max(TIE_TOLERANCE * lowest.kl, 2 * error):
+            found.append(one)
+    return found
+
+
+def told(tried: Sequence[Tried]) -> str:
+    """Which shape was chosen, how far it is from the teacher, and who is too near to tell."""
+    chosen, lowest = best(tried), min(tried, key=lambda one: one.kl)
+    gap, error = chosen.behind(lowest)
+    ties = len(_ties(tried, lowest)) - 1
+    near = f"; {ties} more count as equal, the deepest is taken" if ties else ""
+    return f"{chosen.arch} (KL {chosen.kl:.4g}, {gap:.2g} ± {error:.2g} above the lowest{near})"
 
 
 def _apart(samples_BS: Tensor, held: int) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,7 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     """Make the first samples of every stage."""
     from halve.cut import trial
     from halve.cut.plan.shapes import to_try
+    from halve.cut.repair.budget import samples_needed
     from halve.cut.score import calibration
     from halve.preflight.sizes import planned_rounds
     from halve.text import corpus
@@ -109,7 +110,8 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     calibration.require_calibration(mixture.calibration(recipe.score.samples), vocab=vocab)
     for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
         if to_try(shape.student, part.prune):
-            trial.require_tried(len(mixture.calibration(max(part.prune.refit_samples, part.score.samples))))
+            wanted = max(samples_needed(part.prune, shape.before.sizes, part.data.context), part.score.samples)
+            trial.require_tried(len(mixture.calibration(wanted)))
     for training in trainings(recipe).values():
         open_course(recipe, training, **text)
 

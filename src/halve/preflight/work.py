@@ -83,17 +83,17 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
     narrower = any(arch.hidden < before.arch.hidden for arch in tried or (after.arch,))
     turned = rotates(shape.before, prune) and narrower
-    refit = Work()
+    refit, budget = Work(), cost.budget_of(before, prune)
     if prune.refit != "none":
-        refit = cost.refitting(before, after, prune, samples=prune.refit_samples, turned=turned)
+        refit = cost.refitting(before, after, prune, budget=budget, turned=turned) + cost.doubting(before, after, prune)
     return {
         "score": scored,
         "layers": max(layers, key=lambda work: work.flops, default=Work()),
         "trial": cost.trying(before, shape.student, prune, score, tried, turned=turned),
         "prune": (cost.turning(before, prune) if turned else Work())
         + cost.choosing(before, after.arch, prune, score)
-        + cost.gaining(before, after.arch, prune, samples=prune.refit_samples)
-        + cost.tying(before, after, prune, samples=prune.refit_samples, turned=turned)
+        + cost.gaining(before, after.arch, prune, samples=budget.used)
+        + cost.tying(before, after, prune, samples=budget.used, turned=turned)
         + cost.measuring(before, after, samples=CHECK_SAMPLES),
         "refit": refit,
     }
@@ -101,7 +101,8 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
 
 def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:
     before, after = _models(part, shape)
-    gains = cost.gaining(before, after.arch, part.prune, samples=part.prune.refit_samples)
+    budget = cost.budget_of(before, part.prune)
+    gains = cost.gaining(before, after.arch, part.prune, samples=budget.used)
     return gains + cost.measuring(before, after, samples=CHECK_SAMPLES)
 
 

@@ -243,8 +243,21 @@ class Prune(Section):
     refit: Refit = Field(
         "all", description="which weights are solved for after the cut; outputs: only output and down projections"
     )
-    ridge: Scale = Field(1e-3, description="ridge of the refit, relative to the mean diagonal of the Gram matrix")
-    refit_samples: Count = Field(128, description="calibration samples for rotation and refit")
+    ridge: Scale | Literal["auto"] = Field(
+        "auto",
+        description="ridge of the refit, relative to the mean diagonal of the Gram matrix; auto: for each matrix the"
+        " one that does best on tokens that are not fitted",
+    )
+    refit_tokens: Count | Literal["auto"] = Field(
+        "auto",
+        description="calibration tokens for rotation, selection and refit; auto: 32 for each channel of the widest"
+        " matrix, 32,768 at least",
+    )
+    refit_samples: Count | None = Field(
+        None,
+        description="calibration samples instead of refit_tokens; then ridge: auto is 1e-3, and the refit is not"
+        " compared with the plain cut",
+    )
     head_merge: Real = Field(
         0.0, ge=-100, le=100, description="coefficient of the head residual merge (2407.14679, Sec. 2.3); 0: off"
     )

@@ -21,6 +21,7 @@ from halve.cut.plan.plan import Plan
 from halve.cut.plan.shapes import to_try
 from halve.cut.plan.sizes import target
 from halve.cut.proof.prove import Proof, prove
+from halve.cut.repair.budget import samples_needed
 from halve.cut.repair.rotate import rotates, student_anatomy
 from halve.cut.score import width
 from halve.cut.score.calibration import Calibration, require_calibration
@@ -101,7 +102,8 @@ def run(
     nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
     before_nll = nll(model)
     text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = text.calibration(max(wanted.asked.refit_samples, recipe.score.samples))
+    needed = samples_needed(wanted.asked, teacher.anatomy.sizes, recipe.data.context)
+    samples = text.calibration(max(needed, recipe.score.samples))
     require_calibration(samples, vocab=teacher.anatomy.sizes.vocab)
     calibration = Calibration(model, teacher.anatomy, samples, recipe.score.micro_batch, progress)
     done, tried = _student(recipe, wanted, _Source(calibration, text, tokenizer), out)
@@ -153,7 +155,7 @@ def _student(recipe: Recipe, wanted: _Wanted, source: _Source, out: Path) -> tup
     goal = Goal(wanted.after, wanted.kept_layers)
     tried: tuple[Tried, ...] = ()
     if listed:
-        tried = try_shapes(calibration, ranking, asked, listed, turned=turned)
+        tried = try_shapes(calibration, ranking, asked, listed, turned=turned, path=out / "trial.jsonl")
         goal = Goal(best(tried).arch, best(tried).kept_layers)
     choice = _choice(recipe, wanted, source, goal, anew=bool(tried))
     if choice is not None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halve.cut.repair.gram import Gram, SingularGramWarning, ridge
+from halve.cut.repair.gram import Gram, SingularGramWarning
+from halve.cut.repair.ridge import ridge
 from halve.errors import CheckpointError
 
 

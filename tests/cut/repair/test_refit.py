@@ -16,6 +16,7 @@ from halve.anatomy import Anatomy, discover
 from halve.cut.plan.plan import Plan, select
 from halve.cut.proof.twins import RandomScores, logits, random_twin
 from halve.cut.repair import refit as refit_module
+from halve.cut.repair import taught
 from halve.cut.repair.gram import SingularGramWarning
 from halve.cut.repair.refit import refit
 from halve.cut.score import walk
@@ -158,7 +159,8 @@ def test_what_it_says_of_its_states_is_what_it_holds(monkeypatch: pytest.MonkeyP
 
     alive: dict[int, int] = {}
     size = refit_module.states_bytes
-    monkeypatch.setattr(refit_module, "States", Counted)
+    for module in (refit_module, taught):
+        monkeypatch.setattr(module, "States", Counted)
     monkeypatch.setattr(refit_module, "states_bytes", lambda *a, **k: said.append(size(*a, **k)) or said[-1])
     _refit(model, plan, anatomy, samples, everything=True)
     assert said == [most]
@@ -191,3 +193,32 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"not finite at model.layers.1") as caught:
         _refit(model, plan, anatomy, _samples(anatomy), everything=True)
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_teacher_that_is_kept_teaches_many_students_the_same() -> None:
+    model, anatomy = _twin("llama")
+    samples = Calibration(model, anatomy, _samples(anatomy), 8)
+    kept = taught.Taught(samples, taught.parts(24, 8), keep=True)
+    for layers in (range(anatomy.sizes.layers), (1,), (0,)):
+        plan = _plan(anatomy, tuple(layers), layers=len(layers), ffn=anatomy.sizes.ffn - 16)
+        student = trim(model, plan, anatomy)
+        alone = refit(student, samples, plan, strength=1e-3, everything=True)
+        again = refit(student, samples, plan, strength=1e-3, everything=True, taught=kept)
+        for one, two in zip(alone.parameters(), again.parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("samples", [2, 6])
+def test_few_tokens_do_no_harm_where_others_choose_the_ridge(samples: int) -> None:
+    model, anatomy = _twin("llama")
+    plan = _plan(anatomy, ffn=anatomy.sizes.ffn - 16, hidden=anatomy.sizes.hidden - 8)
+    student = trim(model, plan, anatomy)
+    few = Calibration(model, anatomy, _samples(anatomy, samples, 8), 8)
+    chosen = refit(student, few, plan, everything=True, held=samples // 2)
+    with pytest.warns(SingularGramWarning):
+        fixed = refit(student, few.first(samples - samples // 2), plan, everything=True)
+    unseen = _samples(anatomy, 200)[100:]
+    goal = model(unseen).logits
+    plain, careful, careless = ((m(unseen).logits - goal).square().mean() for m in (student, chosen, fixed))
+    assert careful < 1.02 * plain
+    assert careful < careless

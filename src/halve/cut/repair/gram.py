@@ -8,10 +8,12 @@ from __future__ import annotations
 import warnings
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from halve.model.finite import require_finite
+
+_MOST_SHRINKAGE = 1.0
 
 
 class SingularGramWarning(UserWarning):
@@ -24,6 +26,8 @@ class Gram:
     def __init__(self, x_channels: int, y_channels: int = 0, *, device: torch.device | str = "cpu") -> None:
         self.xx_XX: Tensor = torch.zeros(x_channels, x_channels, dtype=torch.float64, device=device)
         self.yx_YX: Tensor = torch.zeros(y_channels, x_channels, dtype=torch.float64, device=device)
+        self.yy: Tensor = torch.zeros((), dtype=torch.float64, device=device)
+        """Of all y the sum of squares."""
         self.tokens = 0
 
     def add(self, x: Float[Tensor, "*tokens x"], y: Float[Tensor, "*tokens y"] | None = None) -> None:
@@ -31,48 +35,50 @@ class Gram:
         x_NX = raised(x).reshape(-1, x.shape[-1])
         self.xx_XX += x_NX.T @ x_NX
         if y is not None:
-            self.yx_YX += raised(y).reshape(-1, y.shape[-1]).to(x_NX.dtype).T @ x_NX
+            y_NY = raised(y).reshape(-1, y.shape[-1]).to(x_NX.dtype)
+            self.yx_YX += y_NY.T @ x_NX
+            self.yy += y_NY.double().square().sum()
         self.tokens += len(x_NX)
 
-    def check(self, what: str) -> None:
-        """Raise `CheckpointError` if a sum is not finite. Warn if there were fewer tokens than channels."""
-        require_finite("activations", self.xx_XX, self.yx_YX, where=f" at {what}")
-        if self.tokens < len(self.xx_XX):
+    def check(self, what: str, *, scarce: bool = True) -> None:
+        """Raise `CheckpointError` where a sum is not finite; warn of fewer tokens than channels unless not `scarce`."""
+        if not bool(self.xx_XX.isfinite().all() and self.yx_YX.isfinite().all()):
+            raise CheckpointError(
+                f"activations are not finite at {what}",
+                why="NaN or infinity came out of the model on the calibration samples",
+                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
+            )
+        if scarce and self.tokens < len(self.xx_XX):
             warnings.warn(
                 f"{self.tokens} calibration tokens for {len(self.xx_XX)} channels at {what}:"
-                " the refit rests on its ridge; give prune.refit_samples more",
+                " the refit rests on its ridge; leave out prune.refit_samples, or give more",
                 SingularGramWarning,
                 stacklevel=2,
             )
 
 
+def shrinkage(gram: Gram) -> float:
+    """The ridge that as few tokens as these ask for, relative to the mean diagonal; many tokens ask for next to none.
+
+    Oracle approximating shrinkage of a covariance toward a multiple of the identity (Chen, Wiesel, Eldar and Hero 2010,
+    arXiv 0907.4698, Eq. 23), written as a ridge. Its tokens are independent; those of a text are not, so that it is
+    a lower bound.
+
+    >>> gram = Gram(2)
+    >>> gram.add(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]))
+    >>> round(shrinkage(gram), 3)
+    1.0
+    """
+    channels = len(gram.xx_XX)
+    moment_XX = gram.xx_XX / max(gram.tokens, 1)
+    squares, trace = float(moment_XX.square().sum()), float(moment_XX.trace())
+    spread = squares - trace**2 / channels
+    if spread <= 0 or gram.tokens == 0:
+        return _MOST_SHRINKAGE
+    share = ((1 - 2 / channels) * squares + trace**2) / ((gram.tokens + 1 - 2 / channels) * spread)
+    return min(share / (1 - share), _MOST_SHRINKAGE) if share < 1 else _MOST_SHRINKAGE
+
+
 def raised(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The same values in float32, or in float64 if they already are."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def ridge(
-    xx_XX: Float64[Tensor, "x x"],
-    yx_YX: Float64[Tensor, "y x"],
-    prior_YX: Float[Tensor, "y x"],
-    *,
-    strength: float,
-) -> Float64[Tensor, "y x"]:
-    """The matrix that best predicts y from x, with a penalty for the distance from a prior:
-
-        argmin_W  sum_n |y_n - W x_n|^2 + r |W - prior|^2,   r = strength * mean diagonal of xx
-
-    This is ridge regression toward the weights that the cut left, instead of toward zero. Where the data give no
-    information, nothing changes. Where nothing was cut, the prior is already exact and is returned. Solved in float64
-    by Cholesky. Channels that are zero on every token keep their prior.
-
-    >>> one = torch.ones(1, 1, dtype=torch.float64)
-    >>> round(ridge(4 * one, 8 * one, 0 * one, strength=1.0).item(), 9)  # sum of squares 4, ridge 4: half way to 8 / 4
-    1.0
-    """
-    prior_YX = prior_YX.double()
-    r = strength * xx_XX.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    regular_XX = xx_XX + r * torch.eye(len(xx_XX), dtype=torch.float64, device=xx_XX.device)
-    gap_YX = yx_YX - prior_YX @ xx_XX
-    result: Tensor = prior_YX + torch.cholesky_solve(gap_YX.T, torch.linalg.cholesky(regular_XX)).T
-    return result

@@ -15,8 +15,8 @@ It works layer by layer, on the inputs that the student computes with its alread
 The papers cut and retrain. OSSCAR and SliceGPT have closed-form repair for single layers. Targets that include the
 accumulated error, and one map for the readers, are additions of halve; docs/decisions/0009-refit.md measures both.
 
-`outputs` solves only for the writers, `all` for everything. Each problem is a ridge regression toward the weights that
-the cut left (`halve.cut.repair.gram.ridge`). If nothing was cut, the weights are returned unchanged.
+`outputs` solves for the writers alone, `all` for everything. Each is a ridge regression toward the weights that the
+cut left (`halve.cut.repair.ridge`): with nothing cut, the weights come back.
 
 Legend: B batch, S seq, D the teacher's hidden, K the student's hidden (kept channels), C channels that a writer reads.
 """
@@ -24,10 +24,11 @@ Legend: B batch, S seq, D the teacher's hidden, K the student's hidden (kept cha
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,11 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.plan.plan import Plan
-from halve.cut.repair.gram import Gram, raised, ridge
+from halve.cut.repair.gram import raised
+from halve.cut.repair.ridge import FIXED, Problem
+from halve.cut.repair.taught import Taught, parts
 from halve.cut.score.calibration import Calibration
-from halve.cut.score.sites import Site, find_sites, input_dim
+from halve.cut.score.sites import Site, input_dim
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
 from halve.cut.surgery.trim import take
 from halve.model.hooks import Reached, on_input, on_output
@@ -47,120 +50,105 @@ from halve.progress import Progress
 
 @torch.no_grad()
 def refit(
-    student: PreTrainedModel, teacher: Calibration, plan: Plan, *, strength: float, everything: bool
+    student: PreTrainedModel,
+    teacher: Calibration,
+    plan: Plan,
+    *,
+    everything: bool,
+    held: int = 0,
+    strength: float = FIXED,
+    taught: Taught | None = None,
 ) -> PreTrainedModel:
     """A new, refit student. `student` must be the result of `trim` for this teacher and plan. Neither model is changed.
 
-    It takes one pass of the teacher and about two and a half of the student over the samples, and for each site one
-    solve, cubic in the width. Residual streams, and what the current layer of the teacher writes, are kept for all
-    samples, in memory or in a file (`walk.States`). The progress line shows their size.
+    The last `held` samples are not fitted: no layer has seen them, so that they choose the ridge of each matrix
+    (`ridge.chosen_ridge`). Without them `strength` is everybody's ridge.
 
-    Raises `CheckpointError` for activations that are not finite. Warns with `SingularGramWarning` if there are fewer
-    tokens than channels.
+    One pass of the teacher, unless it is handed in as `taught`, and about two and a half of the student over the
+    samples, and one to five solves of each width cubed a site. Residual streams and what the present layer of the
+    teacher writes are kept for all samples, in memory or in a file (`walk.States`); their size stands in the progress
+    line.
+
+    Raises `CheckpointError` where activations are not finite; warns with `SingularGramWarning` where there are fewer
+    tokens than channels and no ridge is chosen.
     """
-    return _Refit(student, teacher, plan, strength=strength, everything=everything).run(teacher.progress)
+    if taught is None:
+        taught = Taught(teacher, parts(len(teacher.samples_BS), teacher.micro_batch, held=held))
+    return _Refit(student, taught, plan, strength=strength, everything=everything, held=held).run(teacher.progress)
 
 
 class _Refit:
     def __init__(
-        self, student: PreTrainedModel, taught: Calibration, plan: Plan, *, strength: float, everything: bool
+        self,
+        student: PreTrainedModel,
+        taught: Taught,
+        plan: Plan,
+        *,
+        strength: float,
+        everything: bool,
+        held: int,
     ) -> None:
-        teacher, anatomy, samples_BS = taught.model, taught.anatomy, taught.samples_BS
-        self.teacher, self.student = teacher, copy.deepcopy(student)
-        self.plan, self.anatomy, self.strength, self.everything = plan, anatomy, strength, everything
-        self.samples_BS, self.micro_batch = samples_BS, taught.micro_batch
-        self.device = teacher.device
+        self.taught, self.student = taught, copy.deepcopy(student)
+        self.teacher, self.anatomy = taught.teacher.model, taught.teacher.anatomy
+        self.plan, self.strength, self.everything = plan, strength, everything
+        self.samples_BS = taught.teacher.samples_BS
+        self.fitted = len(self.samples_BS) - held
+        self.chosen: list[tuple[float, float]] = []
+        self.device = self.teacher.device
         self.kept_K = torch.tensor(plan.hidden, device=self.device)
-        self.found = find_sites(teacher, anatomy)
-        self.teacher_layers = layer_modules(teacher, anatomy)
-        self.student_anatomy = replace(anatomy, sizes=plan.after)  # for the progress bar
+        self.student_anatomy = replace(self.anatomy, sizes=plan.after)  # as far as walking goes
         self.student_layers = layer_modules(self.student, self.student_anatomy)
-        samples, seq = samples_BS.shape
-        sizes = anatomy.sizes
-        self.x_D = States(samples, seq, sizes.hidden, dtype=teacher.dtype)
-        self.z_K = States(samples, seq, plan.after.hidden, dtype=teacher.dtype)
-        self.calls: dict[int, tuple[list[Call], list[Call]]] = {}
+        samples, seq = self.samples_BS.shape
+        self.z_K = States(samples, seq, plan.after.hidden, dtype=self.teacher.dtype)
+        self.calls: dict[int, list[Call]] = {}
 
     def run(self, progress: Progress) -> PreTrainedModel:
         samples, seq = self.samples_BS.shape
-        before = self.anatomy.sizes.hidden  # twice: before and after the current layer of the teacher
-        widths = [before, before, self.plan.after.hidden, *self._widths(0)]
-        size = states_bytes(samples, seq, widths, dtype=self.teacher.dtype)
+        size = states_bytes(samples, seq, [self.taught.width, self.plan.after.hidden], dtype=self.teacher.dtype)
         total = self.samples_BS.numel() * self.plan.after.layers
         with progress.task(f"refit (states: {bytes_in_words(size)})", total) as task:
-            self._begin()
+            for rows in self.taught.parts:
+                self.z_K[rows] = first_states(self.student, self.student_anatomy, self.samples_BS[rows])
             for layer in range(self.plan.after.layers):
                 self._layer(layer)
                 task.advance(self.samples_BS.numel())
             if self.everything and not self._tied():
                 self._head()
+        if self.fitted < len(self.samples_BS):
+            progress.say(chosen_in_words(self.chosen))
         return self.student
 
-    def _begin(self) -> None:
-        """Embed, and run the teacher through the layers that the plan drops before the first kept one."""
-        for rows in self._rows():
-            ids_BS = self.samples_BS[rows]
-            self._calls(len(ids_BS))
-            self.x_D[rows] = first_states(self.teacher, self.anatomy, ids_BS)
-            self.z_K[rows] = first_states(self.student, self.student_anatomy, ids_BS)
-        self._skip(range(self.plan.layers[0]))
-
     def _layer(self, layer: int) -> None:
-        """Refit one kept layer, and compute both residual streams up to the next."""
+        """Refit one kept layer, and take the residual stream to the next."""
         source = self.plan.layers[layer]
-        sites = self.found.layers[source]
-        before_D = self.x_D
-        given = self._teach(source, sites)
+        sites = self.taught.sites.layers[source]
+        before_D, given = self.taught.stream(source), self.taught.given(source)
         following = self.plan.layers[layer + 1] if layer + 1 < len(self.plan.layers) else self.anatomy.sizes.layers
-        self._skip(range(source + 1, following))
+        beyond_D = self.taught.stream(following)
         for number, site in enumerate(sites):
             if site.kind == "write":
-                self._write(layer, number, sites, before_D, given)
+                self._write(layer, number, (before_D, beyond_D), given)
             elif self.everything:
                 self._read(layer, site, given[number])
-        for rows in self._rows():
+        for rows in self.taught.parts:
             z_BSK = self.z_K[rows].to(self.device)
-            self.z_K[rows] = run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
-
-    def _teach(self, source: int, sites: tuple[Site, ...]) -> list[States]:
-        """Run a layer of the teacher. Returns readers' inputs and writers' outputs (kept channels) at every site."""
-        samples, seq = self.samples_BS.shape
-        given = [States(samples, seq, width, dtype=self.teacher.dtype) for width in self._widths(source)]
-        after_D = States(samples, seq, self.anatomy.sizes.hidden, dtype=self.teacher.dtype)
-        for rows in self._rows():
-            with ExitStack() as hooks:
-                for site, states in zip(sites, given, strict=True):
-                    module = self.teacher.get_submodule(site.modules[0])
-                    if site.kind == "write":
-                        hooks.enter_context(on_output(module, partial(self._keep_channels, states, rows)))
-                    else:
-                        hooks.enter_context(on_input(module, partial(states.__setitem__, rows)))
-                x_BSD = self.x_D[rows].to(self.device)
-                after_D[rows] = run_layer(self.teacher_layers[source], self._calls(len(x_BSD))[0][source], x_BSD)
-        self.x_D = after_D
-        return given
-
-    def _skip(self, layers: range) -> None:
-        for layer in layers:
-            for rows in self._rows():
-                x_BSD = self.x_D[rows].to(self.device)
-                self.x_D[rows] = run_layer(self.teacher_layers[layer], self._calls(len(x_BSD))[0][layer], x_BSD)
+            self.z_K[rows] = run_layer(self.student_layers[layer], self._call(len(z_BSK), layer), z_BSK)
 
     def _read(self, layer: int, site: Site, read_D: States) -> None:
         names = [self.anatomy.in_layer(name, layer) for name in site.modules]
-        gram = Gram(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
-        for rows in self._rows():
+        problem = Problem(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
+        for rows in self.taught.parts:
             seen, _ = self._run_to(layer, names[0], rows)
-            gram.add(seen, read_D[rows].to(self.device))
-        gram.check(names[0])
-        guess_DK = ridge(gram.xx_XX, gram.yx_YX, self._selection(), strength=self.strength)
+            problem.add(seen, read_D[rows].to(self.device), held=self._held(rows))
+        guess_DK = self._solve(problem, self._selection(), names[0])
         for name, source in zip(names, site.modules, strict=True):
             rows_kept = {axis: kept for axis, kept in self.plan.kept(layer).items() if axis != "hidden"}
             full = take(self.teacher.get_parameter(f"{source}.weight"), self.anatomy, f"{source}.weight", rows_kept)
             new = _oriented(full, self.anatomy, source).double() @ guess_DK
             _weight(self.student.get_submodule(name)).copy_(_oriented(new, self.anatomy, source))
 
-    def _write(self, layer: int, number: int, sites: tuple[Site, ...], before_D: States, given: list[States]) -> None:
+    def _write(self, layer: int, number: int, streams: tuple[States, States], given: list[States]) -> None:
+        (before_D, beyond_D), sites = streams, self.taught.sites.layers[self.plan.layers[layer]]
         source = sites[number].modules[0]
         name = self.anatomy.in_layer(source, layer)
         module = self.student.get_submodule(name)
@@ -170,53 +158,52 @@ class _Refit:
             if site.kind == "write"
         }
         last = not any(site.kind == "write" for site in sites[number + 1 :])
-        scale = self.found.scales[self.plan.layers[layer]]
+        scale = self.taught.sites.scales[self.plan.layers[layer]]
         bias = getattr(module, "bias", None)
         weight_KC = _oriented(_weight(module), self.anatomy, source)
-        gram = Gram(weight_KC.shape[1], weight_KC.shape[0], device=self.device)
-        for rows in self._rows():
+        problem = Problem(weight_KC.shape[1], weight_KC.shape[0], device=self.device)
+        for rows in self.taught.parts:
             seen, written = self._run_to(layer, name, rows, tuple(earlier.values()))
-            goal_BSK = raised(given[number][rows].to(self.device))
+            goal_BSK = self._kept(given[number][rows])
             if scale is not None:
                 z_BSK = raised(self.z_K[rows].to(self.device))
                 if last:
-                    teacher_BSK = self._kept(self.x_D[rows])
-                    goal_BSK = (teacher_BSK - z_BSK) / scale - _sum(written)
+                    goal_BSK = (self._kept(beyond_D[rows]) - z_BSK) / scale - _sum(written)
                 else:
                     due = (self._kept(before_D[rows]) - z_BSK) / scale
-                    taught = [given[index][rows].to(self.device) for index in earlier]
-                    goal_BSK = goal_BSK + due + _sum(taught) - _sum(written)
-            gram.add(seen, goal_BSK if bias is None else goal_BSK - raised(bias))
-        gram.check(name)
-        new = ridge(gram.xx_XX, gram.yx_YX, weight_KC, strength=self.strength)
+                    taught = _sum(self._kept(given[index][rows]) for index in earlier)
+                    goal_BSK = goal_BSK + due + taught - _sum(written)
+            problem.add(seen, goal_BSK if bias is None else goal_BSK - raised(bias), held=self._held(rows))
+        new = self._solve(problem, weight_KC, name)
         _weight(module).copy_(_oriented(new, self.anatomy, source))
 
     def _head(self) -> None:
         """Refit the head, which reads the final norm of the streams."""
         taught, learned = _final(self.teacher, self.anatomy), _final(self.student, self.anatomy)
-        gram = Gram(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
-        for rows in self._rows():
-            gram.add(learned(self.z_K[rows].to(self.device)), taught(self.x_D[rows].to(self.device)))
-        gram.check("the head")
-        guess_DK = ridge(gram.xx_XX, gram.yx_YX, self._selection(), strength=self.strength)
+        last_D = self.taught.stream(self.anatomy.sizes.layers)
+        problem = Problem(self.plan.after.hidden, self.anatomy.sizes.hidden, device=self.device)
+        for rows in self.taught.parts:
+            read, wanted = learned(self.z_K[rows].to(self.device)), taught(last_D[rows].to(self.device))
+            problem.add(read, wanted, held=self._held(rows))
+        guess_DK = self._solve(problem, self._selection(), "the head")
         head, own = self.teacher.get_output_embeddings(), self.student.get_output_embeddings()
         own.weight.copy_(head.weight.double() @ guess_DK)
 
+    def _solve(self, problem: Problem, prior: Tensor, what: str) -> Tensor:
+        fit = problem.solve(prior, strength=self.strength, what=what)
+        self.chosen.append((fit.strength, fit.error))
+        return fit.weight_YX
+
     # ---- small parts
 
-    def _rows(self) -> Iterator[slice]:
-        for start in range(0, len(self.samples_BS), self.micro_batch):
-            yield slice(start, min(start + self.micro_batch, len(self.samples_BS)))
+    def _held(self, rows: slice) -> bool:
+        return bool(rows.start >= self.fitted)
 
-    def _calls(self, batch: int) -> tuple[list[Call], list[Call]]:
-        """How both models call their layers on this many samples."""
+    def _call(self, batch: int, layer: int) -> Call:
+        """How the student calls a layer on so many samples."""
         if batch not in self.calls:
-            ids_BS = self.samples_BS[:batch]
-            self.calls[batch] = (
-                record_calls(self.teacher, self.anatomy, ids_BS)[0],
-                record_calls(self.student, self.student_anatomy, ids_BS)[0],
-            )
-        return self.calls[batch]
+            self.calls[batch] = record_calls(self.student, self.student_anatomy, self.samples_BS[:batch])[0]
+        return self.calls[batch][layer]
 
     def _run_to(self, layer: int, name: str, rows: slice, earlier: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Run a layer of the student up to a module. Returns its input, and the outputs of `earlier` modules."""
@@ -228,20 +215,14 @@ class _Refit:
             raise Reached
 
         z_BSK = self.z_K[rows].to(self.device)
+        call = self._call(len(z_BSK), layer)  # recorded by a pass of its own, that no hook may meet
         with ExitStack() as hooks:
             for other in earlier:
                 hooks.enter_context(on_output(self.student.get_submodule(other), written.append))
             hooks.enter_context(on_input(self.student.get_submodule(name), leave))
             with suppress(Reached):
-                run_layer(self.student_layers[layer], self._calls(len(z_BSK))[1][layer], z_BSK)
+                run_layer(self.student_layers[layer], call, z_BSK)
         return seen[0].reshape(*z_BSK.shape[:2], -1), written
-
-    def _widths(self, source: int) -> list[int]:
-        hidden, kept = self.anatomy.sizes.hidden, self.plan.after.hidden
-        return [kept if site.kind == "write" else hidden for site in self.found.layers[source]]
-
-    def _keep_channels(self, states: States, rows: slice, y: Tensor) -> None:
-        states[rows] = y.index_select(-1, self.kept_K)
 
     def _kept(self, x_BSD: Tensor) -> Tensor:
         return raised(x_BSD.to(self.device).index_select(-1, self.kept_K))
@@ -253,6 +234,21 @@ class _Refit:
 
     def _tied(self) -> bool:
         return self.student.get_output_embeddings().weight is self.student.get_input_embeddings().weight
+
+
+def chosen_in_words(chosen: Sequence[tuple[float, float]]) -> str:
+    """How far the refit went, by the strength of each matrix and its error on the tokens that it did not fit.
+
+    >>> chosen_in_words([(0.01, 0.5), (0.1, 0.7), (math.inf, 1.0)])
+    'refit: ridges 0.01 to 0.1; 70 % of the error is left on unfitted tokens (median); 1 of 3 keep the cut'
+    """
+    left = statistics.median(error for _, error in chosen)
+    ridges = [strength for strength, _ in chosen if math.isfinite(strength)]
+    spread = f"ridges {min(ridges):g} to {max(ridges):g}; " if ridges else ""
+    return (
+        f"refit: {spread}{100 * left:.0f} % of the error is left on unfitted tokens (median);"
+        f" {len(chosen) - len(ridges)} of {len(chosen)} keep the cut"
+    )
 
 
 def _final(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from halve.anatomy import Arch
-from halve.cut.repair.gram import Gram
+from halve.cut.repair.gram import Gram, shrinkage
+from halve.cut.repair.ridge import FIXED
 from halve.cut.repair.selection import removal_order
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import input_dim
@@ -49,7 +50,7 @@ def choices(before: Arch, after: Arch, head_channels: int) -> dict[str, Choice]:
 
 @torch.no_grad()
 def score_by_refit(
-    calibration: Calibration, after: Arch, *, layers: Sequence[int], strength: float
+    calibration: Calibration, after: Arch, *, layers: Sequence[int], strength: float | None
 ) -> dict[str, Tensor]:
     """Scores of neurons and heads, by axis, if some are cut. The later the refit can spare an entry, the higher.
 
@@ -87,10 +88,11 @@ def score_by_refit(
                     x_BSD = states[rows].to(model.device)
                     states[rows] = run_layer(module, calls[len(x_BSD)][layer], x_BSD)
             for axis, one in wanted.items():
-                grams[axis].check(names[axis])
+                grams[axis].check(names[axis], scarce=strength is not None)
+                own = max(FIXED, shrinkage(grams[axis])) if strength is None else strength
                 weight = model.get_parameter(f"{names[axis]}.weight")
                 weight_YC = weight if input_dim(anatomy, names[axis]) == 1 else weight.T
-                scores[axis][layer] = _places(grams[axis], weight_YC, one, strength=strength)
+                scores[axis][layer] = _places(grams[axis], weight_YC, one, strength=own)
             task.advance(samples_BS.numel())
     if "heads" in scores and before.heads == before.kv_heads:
         scores["kv_heads"] = scores["heads"]

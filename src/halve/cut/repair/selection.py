@@ -21,6 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SPARSE = 0.85
+"""Below this share of channels that are left the matrices are made smaller."""
+
 
 def removal_order(
     gram_XX: Float[Tensor, "x x"],
@@ -55,14 +58,19 @@ def removal_order(
     left = {cell: list(cells).count(cell) for cell in set(cells)}
     assert all(count >= keep for count in left.values()), "cells have fewer structures than they must keep"
     order: list[int] = []
+    places_M = torch.arange(num, device=gram_XX.device)
     while any(count > keep for count in left.values()):
-        full = torch.tensor([left[cell] <= keep for cell in cells], device=gram_XX.device)
-        cost_M = _costs(inverse_XX, refit_YX, size).masked_fill(~alive_M | full, torch.inf)
+        full_M = torch.tensor([left[cell] <= keep for cell in cells], device=gram_XX.device)[places_M]
+        cost_M = _costs(inverse_XX, refit_YX, size).masked_fill(~alive_M[places_M] | full_M, torch.inf)
         worst = int(cost_M.argmin())
-        inverse_XX, refit_YX = _without(inverse_XX, refit_YX, slice(worst * size, (worst + 1) * size))
-        alive_M[worst] = False
-        left[int(cell_M[worst])] -= 1
-        order.append(worst)
+        structure = int(places_M[worst])
+        _take_out(inverse_XX, refit_YX, slice(worst * size, (worst + 1) * size))
+        alive_M[structure] = False
+        left[int(cell_M[structure])] -= 1
+        order.append(structure)
+        if size == 1 and int(alive_M.sum()) < SPARSE * len(places_M):  # what is gone costs time, but changes nothing
+            stay = alive_M[places_M].nonzero()[:, 0]
+            places_M, inverse_XX, refit_YX = places_M[stay], inverse_XX[stay][:, stay], refit_YX[:, stay]
     return tuple(order)
 
 
@@ -78,12 +86,11 @@ def _costs(inverse_XX: Tensor, refit_YX: Tensor, size: int) -> Tensor:
     return costs_M
 
 
-def _without(inverse_XX: Tensor, refit_YX: Tensor, gone: slice) -> tuple[Tensor, Tensor]:
-    """The inverse Gram matrix and the refit of those that remain, with the rows and columns of `gone` zeroed."""
+def _take_out(inverse_XX: Tensor, refit_YX: Tensor, gone: slice) -> None:
+    """Make them the inverse Gram matrix and the refit of those that remain, with rows and columns of `gone` zero."""
     pull_EX = torch.linalg.solve(inverse_XX[gone, gone], inverse_XX[gone])
-    refit_YX = refit_YX - refit_YX[:, gone] @ pull_EX
-    inverse_XX = inverse_XX - inverse_XX[:, gone] @ pull_EX
+    refit_YX -= refit_YX[:, gone] @ pull_EX
+    inverse_XX -= inverse_XX[:, gone] @ pull_EX
     refit_YX[:, gone] = 0
     inverse_XX[gone] = 0
     inverse_XX[:, gone] = 0
-    return inverse_XX, refit_YX
