@@ -18,7 +18,7 @@ from halve.cut.layers import depth, layer_merge
 from halve.cut.plan.plan import select
 from halve.cut.plan.shapes import list_shapes
 from halve.cut.plan.sizes import budget_of, target
-from halve.cut.repair import refit, refit_scores
+from halve.cut.repair import refit_scores, ridge
 from halve.cut.repair.rotate import student_anatomy
 from halve.cut.score import width
 from halve.cut.score.calibration import Calibration
@@ -228,7 +228,7 @@ def _nothing(anatomy: Anatomy) -> Scores:
 @contextmanager
 def stopwatch(timed: dict[str, float]) -> Iterator[None]:
     """Count the seconds spent in ridge solves, removal orders and eigenvectors."""
-    places = [(refit, "ridge"), (refit_scores, "removal_order"), (apply, "principal_basis")]
+    places = [(ridge, "ridge"), (refit_scores, "removal_order"), (apply, "principal_basis")]
     before = [(module, name, getattr(module, name)) for module, name in places]
 
     def counting(act: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from halve.cut.repair.refit import refit
 from halve.cut.repair.refit_scores import score_by_refit
 from halve.cut.repair.ridge import FIXED
 from halve.cut.repair.rotate import principal_basis, rotate, rotates, stream_moment, tie_head
-from halve.cut.repair.taught import Taught, parts
+from halve.cut.repair.taught import Taught, micro_batches
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.cut.score.walk import IN_MEMORY_BYTES
@@ -73,7 +73,7 @@ class Repair:
 
     def lesson(self, source: Calibration, *, turned: bool) -> Taught:
         """The teacher's side of a refit; kept for the next cut where there is one and memory allows."""
-        rows = parts(len(source.samples_BS), source.micro_batch, held=self.held)
+        rows = micro_batches(len(source.samples_BS), source.micro_batch, held=self.held)
         if self.taught is None or Taught(source, rows).whole_bytes > IN_MEMORY_BYTES:
             return Taught(source, rows)
         if turned not in self.taught:
@@ -101,8 +101,8 @@ def turn(calibration: Calibration, prune: Prune, *, sizes: Sequence[Arch]) -> Tu
     model, anatomy = calibration.model, calibration.anatomy
     if not rotates(anatomy, prune) or all(after.hidden == anatomy.sizes.hidden for after in sizes):
         return Turned(model, anatomy, None)
-    moment_DD = stream_moment(calibration.first(budget_of(calibration, prune).used))
-    with wait("turning the weights to the principal axes of the residual stream"):
+    moment_DD = stream_moment(calibration.first(token_budget(calibration, prune).used))
+    with wait("rotating the weights to the principal axes of the residual stream"):
         basis = principal_basis(moment_DD)
         turned, own = rotate(model, anatomy, basis.columns_DD)
     return Turned(turned, own, basis.energy_D)
@@ -120,16 +120,16 @@ def cut(
 ) -> Cut:
     """Cut a model to valid sizes as `prune` says. The model itself is not changed.
 
-    The calibration samples are those of the selection, the gains and the refit; `budget_of` says how many of them are
-    for what. `turned` is what `turn` gave; a cut that leaves hidden alone does not use it. `planned` gets the plan
-    before any weight is cut. `rescore` is needed for `prune.steps` above 1.
+    The calibration samples are for the selection, the gains and the refit. `token_budget` says how many are for what.
+    `turned` is the result of `turn`; a cut that keeps hidden does not use it. `planned` receives the plan before any
+    weight is cut. `rescore` is needed for `prune.steps` above 1.
 
-    A refit student is compared with the plain cut of the same sizes on samples that neither saw, and the closer one is
-    kept; where that is the plain one, `planned` gets its plan, too.
+    The refit student is compared with the plain cut of the same sizes, on samples that neither has seen. The closer one
+    is kept. If that is the plain cut, `planned` receives its plan as well.
 
     Raises `PlanError` and `CheckpointError`.
     """
-    budget = budget_of(calibration, prune)
+    budget = token_budget(calibration, prune)
     solved = calibration.first(budget.used)
     repair = Repair(budget.held)
     made = cut_once(solved, scores, prune, goal, turned=turned, repair=repair, rescore=rescore, planned=planned)
@@ -151,7 +151,7 @@ def cut(
     return replace(kept, figures={**kept.figures, **figures, "kept": name})
 
 
-def budget_of(calibration: Calibration, prune: Prune) -> Budget:
+def token_budget(calibration: Calibration, prune: Prune) -> Budget:
     """How many of the calibration samples are for what."""
     samples, context = calibration.samples_BS.shape
     return refit_budget(prune, calibration.anatomy.sizes, context=context, available=samples)

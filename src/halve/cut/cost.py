@@ -84,14 +84,14 @@ def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
 # ---- cutting
 
 
-def budget_of(before: Costed, prune: Prune) -> Budget:
+def budget_for(before: Costed, prune: Prune) -> Budget:
     """How many samples a cut of this model takes for what, where there is text enough."""
     return refit_budget(prune, before.arch, context=before.context)
 
 
 def turning(model: Costed, prune: Prune) -> Work:
-    """The principal basis: a pass, the second moment of what each norm reads, and every matrix turned."""
-    tokens, hidden = float(budget_of(model, prune).used * model.context), model.arch.hidden
+    """The principal basis: one pass, the second moment of what each norm reads, and the rotation of every matrix."""
+    tokens, hidden = float(budget_for(model, prune).used * model.context), model.arch.hidden
     moments = 2.0 * hidden**2 * len(model.anatomy.norms)
     matrices = 2.0 * hidden * model.anatomy.ledger.count(model.arch).params
     return Work(tokens, tokens * (model.body + moments) + matrices)
@@ -102,13 +102,13 @@ def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
     if prune.steps > 1:
         on_the_way = [before.arch, *sizes_on_the_way(before.anatomy, after, prune.steps)]
         scored = [scoring(before.at(arch), score) for arch in on_the_way[:-1]]
-        few = budget_of(before, prune).used
+        few = budget_for(before, prune).used
         fitted = [gaining(before.at(a), b, prune, samples=few) for a, b in itertools.pairwise(on_the_way[:-1])]
         return sum([*scored, *fitted], Work())
     if not selects_by_refit(prune, score.method):
         return Work()
     found = choices(before.arch, after, width(before.anatomy, "heads") // before.arch.heads).values()
-    tokens = float(budget_of(before, prune).used * before.context)
+    tokens = float(budget_for(before, prune).used * before.context)
     each = 0.0
     for one in found:
         channels, gone = len(one.cells) * one.size, len(one.cells) - one.keep * len(set(one.cells))
@@ -138,7 +138,7 @@ def tying(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: 
 def trying(
     before: Costed, student: Anatomy, prune: Prune, score: Score, shapes: Sequence[Arch], *, turned: bool
 ) -> Work:
-    """A trial of these shapes: each cut, refit and measured on a few samples.
+    """A trial of these shapes: each is cut, refit and measured on a few samples.
 
     The teacher runs once in each basis where memory holds what it did, and for every shape otherwise.
     """
@@ -163,7 +163,7 @@ def trying(
 
 def doubting(before: Costed, after: Costed, prune: Prune) -> Work:
     """The refit student beside the plain cut: gains of the latter, a pass of the teacher and of both."""
-    budget = budget_of(before, prune)
+    budget = budget_for(before, prune)
     tokens = float(budget.compared * before.context)
     if not tokens:
         return Work()
@@ -178,7 +178,7 @@ def measuring(before: Costed, after: Costed, *, samples: int) -> Work:
 
 
 def refitting(before: Costed, after: Costed, prune: Prune, *, budget: Budget, turned: bool) -> Work:
-    """A pass of the teacher; of the student one, and for each site what comes before it; its Gram matrix, solved."""
+    """One pass of the teacher. One pass of the student, and for each site the modules before it and its solves."""
     tokens = float(budget.used * before.context)
     solves = _STRENGTHS_TRIED if budget.held else 1
     anatomy, everything = before.anatomy, prune.refit == "all"

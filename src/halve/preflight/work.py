@@ -83,7 +83,7 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
     narrower = any(arch.hidden < before.arch.hidden for arch in tried or (after.arch,))
     turned = rotates(shape.before, prune) and narrower
-    refit, budget = Work(), cost.budget_of(before, prune)
+    refit, budget = Work(), cost.budget_for(before, prune)
     if prune.refit != "none":
         refit = cost.refitting(before, after, prune, budget=budget, turned=turned) + cost.doubting(before, after, prune)
     return {
@@ -101,7 +101,7 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
 
 def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:
     before, after = _models(part, shape)
-    budget = cost.budget_of(before, part.prune)
+    budget = cost.budget_for(before, part.prune)
     gains = cost.gaining(before, after.arch, part.prune, samples=budget.used)
     return gains + cost.measuring(before, after, samples=CHECK_SAMPLES)
 

@@ -4,7 +4,7 @@ A refit has as many unknowns a row as its matrix has channels, so that it needs 
 them. They are counted in tokens because samples differ in length. Some are held back to choose the ridges, and some
 others to compare what came out with the plain cut.
 
-docs/decisions/0021-refit-tokens.md has the measurements behind the numbers.
+docs/decisions/0023-refit-tokens.md has the measurements behind the numbers.
 """
 
 from __future__ import annotations

@@ -41,13 +41,8 @@ class Gram:
         self.tokens += len(x_NX)
 
     def check(self, what: str, *, scarce: bool = True) -> None:
-        """Raise `CheckpointError` where a sum is not finite; warn of fewer tokens than channels unless not `scarce`."""
-        if not bool(self.xx_XX.isfinite().all() and self.yx_YX.isfinite().all()):
-            raise CheckpointError(
-                f"activations are not finite at {what}",
-                why="NaN or infinity came out of the model on the calibration samples",
-                fix="try dtype: float32; if that does not help, fetch the checkpoint again",
-            )
+        """Raise `CheckpointError` if a sum is not finite. With `scarce`, warn of fewer tokens than channels."""
+        require_finite("activations", self.xx_XX, self.yx_YX, where=f" at {what}")
         if scarce and self.tokens < len(self.xx_XX):
             warnings.warn(
                 f"{self.tokens} calibration tokens for {len(self.xx_XX)} channels at {what}:"

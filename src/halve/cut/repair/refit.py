@@ -2,10 +2,9 @@
 
 It works layer by layer, on the inputs that the student computes with its already cut and refit layers:
 
-    readers   q, k, v, gate and up read normalized states in which channels are missing and others differ. A linear map
-    A
-              predicts the teacher's normalized state from the student's, and a reader W becomes W A. All matrices that
-              read the same tensor share one map, because the least-squares solution does not depend on the reader.
+    readers   q, k, v, gate and up read normalized states in which channels are missing and others differ. A linear
+              map A predicts the teacher's normalized state from the student's, and a reader W becomes W A. All matrices
+              that read the same tensor share one map: the least-squares solution does not depend on the reader.
     writers   output and down projections read fewer heads or neurons, and slightly different ones. They are solved for
               directly. The target is what the teacher adds to the kept channels, plus the error that the student's
               residual stream has accumulated there. Where layers were dropped, the target of the writer before the gap
@@ -15,8 +14,8 @@ It works layer by layer, on the inputs that the student computes with its alread
 The papers cut and retrain. OSSCAR and SliceGPT have closed-form repair for single layers. Targets that include the
 accumulated error, and one map for the readers, are additions of halve; docs/decisions/0009-refit.md measures both.
 
-`outputs` solves for the writers alone, `all` for everything. Each is a ridge regression toward the weights that the
-cut left (`halve.cut.repair.ridge`): with nothing cut, the weights come back.
+`outputs` solves only for the writers, `all` for everything. Each problem is a ridge regression toward the weights that
+the cut left (`halve.cut.repair.ridge`). If nothing was cut, the weights are returned unchanged.
 
 Legend: B batch, S seq, D the teacher's hidden, K the student's hidden (kept channels), C channels that a writer reads.
 """
@@ -38,7 +37,7 @@ from halve.anatomy import Anatomy
 from halve.cut.plan.plan import Plan
 from halve.cut.repair.gram import raised
 from halve.cut.repair.ridge import FIXED, Problem
-from halve.cut.repair.taught import Taught, parts
+from halve.cut.repair.taught import Taught, micro_batches
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import Site, input_dim
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
@@ -61,19 +60,19 @@ def refit(
 ) -> PreTrainedModel:
     """A new, refit student. `student` must be the result of `trim` for this teacher and plan. Neither model is changed.
 
-    The last `held` samples are not fitted: no layer has seen them, so that they choose the ridge of each matrix
-    (`ridge.chosen_ridge`). Without them `strength` is everybody's ridge.
+    The last `held` samples are not fitted by any layer. They choose the ridge of each matrix (`ridge.chosen_ridge`).
+    Without them every matrix has the ridge `strength`.
 
-    One pass of the teacher, unless it is handed in as `taught`, and about two and a half of the student over the
-    samples, and one to five solves of each width cubed a site. Residual streams and what the present layer of the
-    teacher writes are kept for all samples, in memory or in a file (`walk.States`); their size stands in the progress
-    line.
+    It takes one pass of the teacher, unless `taught` holds it already, and about two and a half of the student over the
+    samples. Each site takes one to five solves, cubic in the width. Residual streams, and what the current layer of
+    the teacher reads and writes, are kept for all samples, in memory or in a file (`walk.States`). The progress line
+    shows their size.
 
-    Raises `CheckpointError` where activations are not finite; warns with `SingularGramWarning` where there are fewer
+    Raises `CheckpointError` for activations that are not finite. Warns with `SingularGramWarning` if there are fewer
     tokens than channels and no ridge is chosen.
     """
     if taught is None:
-        taught = Taught(teacher, parts(len(teacher.samples_BS), teacher.micro_batch, held=held))
+        taught = Taught(teacher, micro_batches(len(teacher.samples_BS), teacher.micro_batch, held=held))
     return _Refit(student, taught, plan, strength=strength, everything=everything, held=held).run(teacher.progress)
 
 
@@ -96,7 +95,7 @@ class _Refit:
         self.chosen: list[tuple[float, float]] = []
         self.device = self.teacher.device
         self.kept_K = torch.tensor(plan.hidden, device=self.device)
-        self.student_anatomy = replace(self.anatomy, sizes=plan.after)  # as far as walking goes
+        self.student_anatomy = replace(self.anatomy, sizes=plan.after)  # its own config is not read here
         self.student_layers = layer_modules(self.student, self.student_anatomy)
         samples, seq = self.samples_BS.shape
         self.z_K = States(samples, seq, plan.after.hidden, dtype=self.teacher.dtype)

@@ -111,10 +111,10 @@ class Taught:
         return States(samples, seq, hidden, dtype=self.teacher.model.dtype)
 
 
-def parts(samples: int, micro_batch: int, *, held: int = 0) -> tuple[slice, ...]:
+def micro_batches(samples: int, micro_batch: int, *, held: int = 0) -> tuple[slice, ...]:
     """The rows of micro-batches: those of the fitted samples, then those of the last `held`.
 
-    >>> parts(5, 2, held=2)
+    >>> micro_batches(5, 2, held=2)
     (slice(0, 2, None), slice(2, 3, None), slice(3, 5, None))
     """
     fitted = samples - held
