@@ -1,0 +1,121 @@
+"""The text and the model of the benchmarks on a real model: six kinds of text as files, and held-out documents.
+
+    python benchmarks/real_text.py DATA OUT
+
+DATA holds the data sets that are named below, as their owners publish them (JSON lines, compressed). OUT gets a
+training file and a held-out file of each kind; a recipe reads the training files as a mixture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+KINDS = ("web", "encyclopedia", "stories", "books", "instructions", "maths")
+TRAIN_CHARACTERS, HELD_CHARACTERS, BOOK_CHARACTERS = 3_000_000, 350_000, 200_000
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+"""How the model's own chat template joins a question and its answer."""
+
+
+def main() -> None:
+    """Write all files."""
+    parser = argparse.ArgumentParser(description="The text of the benchmarks on a real model.")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for kind, (train, held) in texts(args.data).items():
+        for split, documents, most in (("train", train, TRAIN_CHARACTERS), ("held", held, HELD_CHARACTERS)):
+            count = write(args.out / f"{kind}-{split}.jsonl", documents, most)
+            print(f"{kind}, {split}: {count} documents")
+
+
+def texts(data: Path) -> dict[str, tuple[Iterable[str], Iterable[str]]]:
+    """Of each kind the documents to train on and those held out."""
+    web = _field(data / "c4_wiki_demo/c4_300.jsonl.gz", "text")
+    with gzip.open(data / "c4_wiki_demo/wiki_demo.txt.gz", "rt", encoding="utf-8") as file:
+        articles = [line for line in file.read().split("\n") if line.strip()]
+    asked = [
+        *_chats(data / "sft/alpaca_en_1k.jsonl.gz", _instruction("output")),
+        *_chats(data / "sft/gpteacher_roleplay.jsonl.gz", _instruction("response")),
+    ]
+    books, maths = data / "classic_books", data / "gsm8k"
+    return {
+        "web": (web[:220], web[220:]),
+        "encyclopedia": (articles[:24], articles[24:]),
+        "stories": tuple(_field(data / f"tinystories/{split}.jsonl.gz", "text") for split in ("train", "valid")),
+        "books": tuple(
+            [text[:BOOK_CHARACTERS] for text in _field(books / f"{name}.jsonl.xz", "text")]
+            for name in ("train-0", "valid")
+        ),
+        "instructions": ([text for i, text in enumerate(asked) if i % 10], asked[::10]),
+        "maths": tuple(
+            _chats(maths / f"{split}.jsonl.gz", lambda row: (row["question"], row["answer"]))
+            for split in ("train", "test")
+        ),
+    }
+
+
+def write(path: Path, documents: Iterable[str], most: int) -> int:
+    """Write documents until so many characters are written; the number of documents."""
+    lengths = itertools.accumulate((len(text) for text in documents), initial=0)
+    kept = [text for text, before in zip(documents, lengths, strict=False) if before < most]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept), encoding="utf-8")
+    return len(kept)
+
+
+def held_documents(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, of_each: int, context: int, skip: int = 0
+) -> list[tuple[str, Int64[Tensor, "1 tokens"]]]:
+    """The beginnings of so many held-out documents of each kind, each with its kind; `skip` leaves the first out.
+
+    Of a kind that has fewer documents, later stretches of the same documents follow.
+    """
+    found = []
+    for kind in KINDS:
+        ids = [tokenizer(row["text"])["input_ids"] for row in rows(folder / f"{kind}-held.jsonl")]
+        longest = max(map(len, ids))
+        pieces = (
+            document[start : start + context]
+            for start in range(0, longest, context)
+            for document in ids
+            if len(document) >= start + 64
+        )
+        for piece in itertools.islice(pieces, skip, skip + of_each):
+            found.append((kind, torch.tensor([piece])))
+    return found
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, compressed or not."""
+    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opened(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _field(path: Path, name: str) -> list[str]:
+    return [row[name] for row in rows(path)]
+
+
+def _chats(path: Path, said: Callable[[dict[str, Any]], tuple[str, str]]) -> list[str]:
+    return [CHAT.format(*said(row)) for row in rows(path)]
+
+
+def _instruction(answer: str) -> Callable[[dict[str, Any]], tuple[str, str]]:
+    return lambda row: ("\n".join(filter(None, (row["instruction"], row["input"]))), row[answer])
+
+
+if __name__ == "__main__":
+    main()
