@@ -54,16 +54,13 @@ def texts(data: Path) -> dict[str, tuple[Iterable[str], Iterable[str]]]:
     return {
         "web": (web[:220], web[220:]),
         "encyclopedia": (articles[:24], articles[24:]),
-        "stories": tuple(_field(data / f"tinystories/{split}.jsonl.gz", "text") for split in ("train", "valid")),
-        "books": tuple(
-            [text[:BOOK_CHARACTERS] for text in _field(books / f"{name}.jsonl.xz", "text")]
-            for name in ("train-0", "valid")
+        "stories": (
+            _field(data / "tinystories/train.jsonl.gz", "text"),
+            _field(data / "tinystories/valid.jsonl.gz", "text"),
         ),
+        "books": (_book_parts(books / "train-0.jsonl.xz"), _book_parts(books / "valid.jsonl.xz")),
         "instructions": ([text for i, text in enumerate(asked) if i % 10], asked[::10]),
-        "maths": tuple(
-            _chats(maths / f"{split}.jsonl.gz", lambda row: (row["question"], row["answer"]))
-            for split in ("train", "test")
-        ),
+        "maths": (_chats(maths / "train.jsonl.gz", _question), _chats(maths / "test.jsonl.gz", _question)),
     }
 
 
@@ -99,10 +96,10 @@ def held_documents(
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file of JSON lines, compressed or not."""
-    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opened(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+    raw = path.read_bytes()
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
+    for line in unpack(raw).decode("utf-8").rstrip("\n").split("\n"):
+        yield json.loads(line)
 
 
 def _field(path: Path, name: str) -> list[str]:
@@ -111,6 +108,14 @@ def _field(path: Path, name: str) -> list[str]:
 
 def _chats(path: Path, said: Callable[[dict[str, Any]], tuple[str, str]]) -> list[str]:
     return [CHAT.format(*said(row)) for row in rows(path)]
+
+
+def _book_parts(path: Path) -> list[str]:
+    return [text[:BOOK_CHARACTERS] for text in _field(path, "text")]
+
+
+def _question(row: dict[str, Any]) -> tuple[str, str]:
+    return row["question"], row["answer"]
 
 
 def _instruction(answer: str) -> Callable[[dict[str, Any]], tuple[str, str]]:

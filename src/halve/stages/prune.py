@@ -102,8 +102,7 @@ def run(
     nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
     before_nll = nll(model)
     text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
-    needed = samples_needed(wanted.asked, teacher.anatomy.sizes, recipe.data.context)
-    samples = text.calibration(max(needed, recipe.score.samples))
+    samples = _samples(recipe, wanted, teacher.anatomy.sizes, text)
     require_calibration(samples, vocab=teacher.anatomy.sizes.vocab)
     calibration = Calibration(model, teacher.anatomy, samples, recipe.score.micro_batch, progress)
     done, tried = _student(recipe, wanted, _Source(calibration, text, tokenizer), out)
@@ -130,6 +129,16 @@ def run(
         "shapes": [one.to_json() for one in tried],
         **done.figures,
     }
+
+
+def _samples(recipe: Recipe, wanted: _Wanted, sizes: Arch, text: Mixture) -> Tensor:
+    """The calibration samples. Those of conversations may be shorter than the context, and then there are more."""
+    length = recipe.data.context
+    while True:
+        samples_BS = text.calibration(max(samples_needed(wanted.asked, sizes, length), recipe.score.samples))
+        if samples_BS.shape[1] >= length:
+            return samples_BS
+        length = samples_BS.shape[1]
 
 
 def _wanted(recipe: Recipe, teacher: Checkpoint, scores: Path | None, like: Path | None) -> _Wanted:
