@@ -12,6 +12,7 @@ import torch
 from conftest import make_text
 from transformers import PreTrainedModel
 
+from halve.cut.repair.budget import samples_needed
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores, samples_fingerprint
 from halve.disk.files import read_json
@@ -105,7 +106,8 @@ def test_scores_and_cuts_see_the_mixture_joined(
     whole, scores = Checkpoint.open(recipe.model), tmp_path / "scores.safetensors"
     with pytest.raises(KeyboardInterrupt):
         prune.run(recipe, teacher=whole, scores=scores, cache=tmp_path, out=tmp_path)
-    assert torch.equal(seen[0], mixture.calibration(max(recipe.prune.refit_samples, recipe.score.samples)))
+    needed = samples_needed(recipe.prune, whole.anatomy.sizes, recipe.data.context)
+    assert torch.equal(seen[0], mixture.calibration(max(needed, recipe.score.samples)))
 
 
 @pytest.mark.parametrize("stage", ["correct", "distill"])
