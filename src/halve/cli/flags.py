@@ -80,7 +80,8 @@ Corpus = Annotated[
     typer.Option(help="Text to distill on if the standard library's sources are missing.", callback=place),
 ]
 StudyOut = Annotated[
-    Path, typer.Option(help="Folder for runs and results; studies share equal runs.", callback=new_folder)
+    Path,
+    typer.Option(help="Folder for runs and results; what several studies need is made once.", callback=new_folder),
 ]
 TeacherFlag = Annotated[str | None, typer.Option(help="A teacher to use instead of the demo's.", callback=place)]
 Train = Annotated[
