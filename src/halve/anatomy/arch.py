@@ -172,13 +172,13 @@ def _expanded(shapes: Sequence[tuple[Shape, int]]) -> Polynomial:
     >>> _expanded([((Expr.parse("heads head_dim + 2"), Expr.parse("hidden")), 3)])
     ((3, ('head_dim', 'heads', 'hidden')), (6, ('hidden',)))
     """
-    found: Counter[tuple[str, ...]] = Counter()
+    counts: Counter[tuple[str, ...]] = Counter()
     for shape, times in shapes:
         for terms in product(*(expr.terms for expr in shape)):
             factors = [factor for term in terms for factor in term]
             axes = tuple(sorted(factor for factor in factors if isinstance(factor, str)))
-            found[axes] += times * prod(factor for factor in factors if isinstance(factor, int))
-    return tuple((count, axes) for axes, count in found.items())
+            counts[axes] += times * prod(factor for factor in factors if isinstance(factor, int))
+    return tuple((count, axes) for axes, count in counts.items())
 
 
 def _value(polynomial: Polynomial, sizes: Mapping[str, int]) -> int:

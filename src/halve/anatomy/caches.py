@@ -65,11 +65,11 @@ def cache_exprs(
     except Exception:
         shapes = []
     exprs = []
-    for index, own in enumerate(found):
-        lengths = tuple(_entries(twin[index], own.names) for twin in shapes)
+    for index, cache in enumerate(found):
+        lengths = tuple(_entries(twin[index], cache.names) for twin in shapes)
         solved = expression(lengths, matrix, monomials) if shapes else None
-        same = solved is not None and solved.size(sizes.sizes) == own.entries
-        exprs.append(solved if solved is not None and same else Expr(((own.entries,),)))
+        same = solved is not None and solved.size(sizes.sizes) == cache.entries
+        exprs.append(solved if solved is not None and same else Expr(((cache.entries,),)))
     return exprs
 
 
@@ -77,7 +77,7 @@ def heads_as_cached(sizes: Arch, exprs: Mapping[str, Shape | None], cached: Sequ
     """The sizes with as many key-value heads as the code caches, if no weight is made of the config's groups."""
     if not exprs or any("kv_heads" in expr.axes for shape in exprs.values() for expr in shape or ()):
         return sizes
-    widths = {(own.heads, own.width) for own in cached if own.entries}
+    widths = {(cache.heads, cache.width) for cache in cached if cache.entries}
     return sizes.at(kv_heads=1 if widths == {(1, sizes.head_dim)} else sizes.heads)
 
 
@@ -92,6 +92,6 @@ def _shapes(model: PreTrainedModel, layers: int, seq: int) -> list[Seen]:
     model.config._experts_implementation = "batched_mm"  # the one that needs no values
     with torch.no_grad(), quiet():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    found = [vars(layer) for layer in cache.layers] + [{}] * (layers - len(cache.layers))
-    assert len(found) == layers, "one entry a layer"
-    return [{n: tuple(v.shape) for n, v in layer.items() if isinstance(v, Tensor)} for layer in found]
+    caches = [vars(layer) for layer in cache.layers] + [{}] * (layers - len(cache.layers))
+    assert len(caches) == layers, "one entry a layer"
+    return [{n: tuple(v.shape) for n, v in layer.items() if isinstance(v, Tensor)} for layer in caches]

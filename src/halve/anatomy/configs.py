@@ -177,12 +177,12 @@ def resized(
 def states(config: PretrainedConfig) -> list[tuple[str, str, str]]:
     """The keys of a recurrent state's heads: their width and count, whose product is hidden times an expansion."""
     hidden = key(config, "hidden") or ""
-    found = []
+    keys = []
     for names in STATES:
         numbers = [n for name in (*names, hidden) if isinstance(n := getattr(config, name, None), int)]
         if len(numbers) == 4 and numbers[0] * numbers[1] == numbers[2] * numbers[3] > 0:
-            found.append(names)
-    return found
+            keys.append(names)
+    return keys
 
 
 def build(

@@ -81,12 +81,12 @@ class Anatomy:
         ffn: down projections; heads: output projections; hidden: what reads the residual stream, such as q, k, v,
         gate and up. Modules outside the layers (the output embedding) are left out.
         """
-        found: list[list[str]] = [[] for _ in range(self.sizes.layers)]
+        names_by_layer: list[list[str]] = [[] for _ in range(self.sizes.layers)]
         for name, expr in self.modules.items():
             layer = self.layer_of(name)
             if layer is not None and axis in expr.axes and len(expr.terms) == 1:
-                found[layer].append(name)
-        return tuple(tuple(names) for names in found)
+                names_by_layer[layer].append(name)
+        return tuple(tuple(names) for names in names_by_layer)
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -331,26 +331,26 @@ def _name_of(model: nn.Module, wanted: torch.Tensor) -> str:
 
 
 def _modules(model: nn.Module, params: Mapping[str, Shape]) -> dict[str, Expr]:
-    found = {}
+    exprs = {}
     for name, module in model.named_modules():
         shape = params.get(f"{name}.weight")
         if shape is not None and isinstance(module, nn.Linear | Conv1D):
-            found[name] = shape[0] if isinstance(module, Conv1D) else shape[1]
-    return found
+            exprs[name] = shape[0] if isinstance(module, Conv1D) else shape[1]
+    return exprs
 
 
 def _norms(model: nn.Module, params: Mapping[str, Shape], sizes: Arch) -> tuple[str, ...]:
     hidden = (Expr.parse("hidden"),)
-    found = []
+    norms = []
     for name, module in model.named_modules():
-        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
-        free = not own and "norm" in type(module).__name__.lower()
-        if own and not any(module.children()):
-            if all(params.get(parameter) == hidden for parameter in own):
-                found.append(name)
+        parameters = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        free = not parameters and "norm" in type(module).__name__.lower()
+        if parameters and not any(module.children()):
+            if all(params.get(parameter) == hidden for parameter in parameters):
+                norms.append(name)
         elif free and tuple(getattr(module, "normalized_shape", ())) == (sizes.hidden,):
-            found.append(name)
-    return tuple(found)
+            norms.append(name)
+    return tuple(norms)
 
 
 def _embeddings(model: PreTrainedModel, head: str) -> tuple[str, ...]:

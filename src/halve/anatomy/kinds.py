@@ -32,14 +32,14 @@ def built_alike(kind: Kind) -> Kind:
 
 
 def _traits(layer: nn.Module) -> dict[str, object]:
-    found: dict[str, object] = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    traits: dict[str, object] = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     for name, module in layer.named_modules():
-        found[name or "layer"] = type(module).__name__
+        traits[name or "layer"] = type(module).__name__
         for flag, value in sorted(vars(module).items()):
             counts = flag == "training" or flag.endswith(_NUMBERS)
             if not counts and (value is None or isinstance(value, bool | int | float | str)):
-                found[f"{name}.{flag}".lstrip(".")] = value
-    return found
+                traits[f"{name}.{flag}".lstrip(".")] = value
+    return traits
 
 
 def find_layers(model: PreTrainedModel, count: int) -> str:
@@ -59,11 +59,11 @@ def firsts(model: PreTrainedModel, config: PretrainedConfig, layers_path: str) -
     """For every layer, the first layer of the same kind with the same entries in the config's lists."""
     seen: dict[object, int] = {}
     lists = layer_lists(config, configs.num_layers(config))
-    found = []
+    first_layers = []
     for index, kind in enumerate(kinds(model.get_submodule(layers_path))):
         listed = tuple((name, str(values[index])) for name, values in lists.items())
-        found.append(seen.setdefault((built_alike(kind), listed), index))
-    return found
+        first_layers.append(seen.setdefault((built_alike(kind), listed), index))
+    return first_layers
 
 
 def representatives(firsts: Sequence[int]) -> tuple[int, ...]:

@@ -30,15 +30,15 @@ def layer_lists(config: PretrainedConfig, count: int) -> dict[str, list[Any]]:
     A list may be longer than the model is deep: the code reads only its first entries. If a list is empty or too short,
     the list that the code makes by default is taken instead.
     """
-    found = {}
+    lists = {}
     for name, value in config.to_dict().items():
         if not isinstance(value, list) or name in (*OTHER_LISTS, *INDEX_LISTS):
             continue
         if len(value) == count:
-            found[name] = value
-        elif (own := _made_of_none(config, name, count)) is not None:
-            found[name] = value[:count] if len(value) > count else own
-    return found
+            lists[name] = value
+        elif (default := _made_of_none(config, name, count)) is not None:
+            lists[name] = value[:count] if len(value) > count else default
+    return lists
 
 
 def fewer_layers(config: PretrainedConfig, kept: Sequence[int], count: int) -> dict[str, Any]:

@@ -68,31 +68,31 @@ def runtimes(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = 
     are not given, a cut of layers counts as one that moves kinds of layers to other places.
     """
     made = cuts(anatomy, after, kept_layers)
-    found = [Runtime("transformers", "yes")]
+    verdicts = [Runtime("transformers", "yes")]
     for name in ("vLLM", "llama.cpp"):
         said = {cut: _verdict(name, anatomy, cut) for cut in made}
         refused = [cut for cut, verdict in said.items() if verdict == "no"]
-        found.append(Runtime(name, worst(said.values()), _remedy(name, anatomy, after, refused)))
-    return tuple(found)
+        verdicts.append(Runtime(name, worst(said.values()), _remedy(name, anatomy, after, refused)))
+    return tuple(verdicts)
 
 
 def cuts(anatomy: Anatomy, after: Arch, kept_layers: Sequence[int] | None = None) -> tuple[str, ...]:
     """The rows on which the verdict for these sizes rests."""
     before = anatomy.sizes
-    found = []
+    rows = []
     if not _regular(anatomy.config):
-        found.append(DEPTH_CUT)  # layers were cut before
+        rows.append(DEPTH_CUT)  # layers were cut before
     elif after.layers != before.layers:
         stays = period(anatomy) == 1 if kept_layers is None else _stays(anatomy, kept_layers)
-        found.append(IN_PLACE if stays else DEPTH_CUT)
+        rows.append(IN_PLACE if stays else DEPTH_CUT)
     if after.ffn != before.ffn:
-        found.append("ffn")
+        rows.append("ffn")
     changed = [axis for axis in ("hidden", "heads", "kv_heads") if getattr(before, axis) != getattr(after, axis)]
     if before.heads == before.kv_heads and after.heads == after.kv_heads and "kv_heads" in changed:
         changed.remove("kv_heads")  # every head has its own
     if changed and all(sizes.hidden == sizes.heads * sizes.head_dim for sizes in (before, after)):
         changed = [PROPORTION]
-    return (*found, *changed) or (WHOLE,)
+    return (*rows, *changed) or (WHOLE,)
 
 
 def family_and_traits(config: PretrainedConfig) -> str:
@@ -160,8 +160,8 @@ def _regular(config: PretrainedConfig) -> bool:
 
 def _stays(anatomy: Anatomy, kept: Sequence[int]) -> bool:
     """Whether every place has a layer of the same kind as before the cut."""
-    first, found = (resized(anatomy.config, {}, kept_layers=layers) for layers in (range(len(kept)), kept))
-    return bool(first.to_dict() == found.to_dict())
+    first, kept_config = (resized(anatomy.config, {}, kept_layers=layers) for layers in (range(len(kept)), kept))
+    return bool(first.to_dict() == kept_config.to_dict())
 
 
 # ---- remedies

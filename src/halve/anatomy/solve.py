@@ -94,8 +94,8 @@ def small(
 def _few(config: PretrainedConfig) -> dict[str, int]:
     """The sizes that are smaller in a twin, besides the axes."""
     axes = {config.attribute_map.get(configs.key(config, axis) or "") for axis in KEYS}  # axes under other names
-    found = {name: getattr(config, name, None) for name in TWIN_SIZES if name not in axes}
-    few = {name: TWIN_SIZES[name] for name, own in found.items() if isinstance(own, int) and own > TWIN_SIZES[name]}
+    sizes = {name: getattr(config, name, None) for name in TWIN_SIZES if name not in axes}
+    few = {name: TWIN_SIZES[name] for name, size in sizes.items() if isinstance(size, int) and size > TWIN_SIZES[name]}
     # where the width of states follows hidden, their heads are few as well, and divide it in every twin
     return few | {count: min(getattr(config, count), _STATE_HEADS) for _, count, _ in configs.states(config)}
 

@@ -136,10 +136,10 @@ def plan(
     wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
     prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
     anatomy = Checkpoint.open(model).anatomy
-    found: list[Candidate] = near(student_anatomy(anatomy, prune), prune, context=context)[:most]
-    for candidate in found:
+    candidates: list[Candidate] = near(student_anatomy(anatomy, prune), prune, context=context)[:most]
+    for candidate in candidates:
         prove(anatomy, reopen=False).demand(anatomy.sizes, candidate.arch)
-    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch, c.kept_layers)] for c in found]
+    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch, c.kept_layers)] for c in candidates]
     if json_:
         listed = [
             {
@@ -148,11 +148,11 @@ def plan(
                 "kept_layers": c.kept_layers,
                 "runtimes": [{"name": name, "opens": opens, "remedy": remedy} for name, opens, remedy in verdict],
             }
-            for c, verdict in zip(found, verdicts, strict=True)
+            for c, verdict in zip(candidates, verdicts, strict=True)
         ]
         show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
     else:
-        show.candidates_table(anatomy, found, verdicts)
+        show.candidates_table(anatomy, candidates, verdicts)
         say_next("put these sizes under prune: in a recipe, then halve run")
 
 
@@ -207,12 +207,12 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
 
     loaded = load_recipe(recipe)
     ranks = os.environ.get("WORLD_SIZE")
-    found = preflight(loaded, _folder(loaded, out), ranks=None if ranks is None else int(ranks))
+    errors = preflight(loaded, _folder(loaded, out), ranks=None if ranks is None else int(ranks))
     if json_:
-        show.as_json([{"error": e.what, "why": e.why, "fix": e.fix} for e in found])
-    for error in found:
+        show.as_json([{"error": e.what, "why": e.why, "fix": e.fix} for e in errors])
+    for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    if found:
+    if errors:
         raise typer.Exit(2)
     if not json_:
         print(f"{recipe}: no errors found")

@@ -14,11 +14,11 @@ from halve.recipe import values
 
 def place(given: Any) -> Any:
     """Raise `RecipeError` for an impossible path or name, or for a list with one."""
-    for one in given if isinstance(given, list) else [] if given is None else [given]:
+    for path in given if isinstance(given, list) else [] if given is None else [given]:
         try:
-            values.path_or_name(str(one))
+            values.path_or_name(str(path))
         except ValueError as error:
-            raise RecipeError(f"cannot use {str(one)[:80]!r} as a path", why=str(error), fix="give another") from None
+            raise RecipeError(f"cannot use {str(path)[:80]!r} as a path", why=str(error), fix="give another") from None
     return given
 
 

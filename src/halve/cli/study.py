@@ -65,10 +65,10 @@ def study(
             print(out / each.name / "results.json")
         return results
 
-    found = _run_all(wanted, run)
+    all_results = _run_all(wanted, run)
     if json_:
-        show.as_json(found if name == "all" else found[0])
-    if len(found) < len(wanted):
+        show.as_json(all_results if name == "all" else all_results[0])
+    if len(all_results) < len(wanted):
         raise typer.Exit(2)
 
 
@@ -84,15 +84,15 @@ def _changes(tokens: int | None, context: int | None) -> dict[str, Any]:
 
 def _run_all(wanted: Sequence[Study], run: Callable[[Study], dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of all that could be run; of several, one that cannot is said and does not stop the others."""
-    found = []
+    results = []
     for each in wanted:
         try:
-            found.append(run(each))
+            results.append(run(each))
         except HalveError as error:
             if len(wanted) == 1:
                 raise
             print(f"error: {each.name}: {error}", file=sys.stderr)
-    return found
+    return results
 
 
 def _list_studies(*, json_: bool) -> None:

@@ -104,8 +104,8 @@ def turn(calibration: Calibration, prune: Prune, *, sizes: Sequence[Arch]) -> Tu
     moment_DD = stream_moment(calibration.first(token_budget(calibration, prune).used))
     with wait("rotating the weights to the principal axes of the residual stream"):
         basis = principal_basis(moment_DD)
-        turned, own = rotate(model, anatomy, basis.columns_DD)
-    return Turned(turned, own, basis.energy_D)
+        turned, turned_anatomy = rotate(model, anatomy, basis.columns_DD)
+    return Turned(turned, turned_anatomy, basis.energy_D)
 
 
 def cut(
@@ -135,11 +135,11 @@ def cut(
     made = cut_once(solved, scores, prune, goal, turned=turned, repair=repair, rescore=rescore, planned=planned)
     if not budget.compared:
         return made
-    own = Turned(calibration.model, calibration.anatomy, None)
-    rival = cut_once(solved.silent(), scores, plainly(prune), goal, turned=own, repair=Repair(), rescore=rescore)
+    unturned = Turned(calibration.model, calibration.anatomy, None)
+    rival = cut_once(solved.silent(), scores, plainly(prune), goal, turned=unturned, repair=Repair(), rescore=rescore)
     unseen_BS = calibration.samples_BS[budget.used :][: budget.compared]
     reference = Reference(calibration.model, unseen_BS, micro_batch=calibration.micro_batch)
-    refit_kl, plain_kl = (float(reference.divergences(one.student).mean()) for one in (made, rival))
+    refit_kl, plain_kl = (float(reference.divergences(contender.student).mean()) for contender in (made, rival))
     figures = {"refit_kl": refit_kl, "plain_kl": plain_kl}
     kept, name = (made, "refit") if refit_kl <= plain_kl else (rival, "plain")
     calibration.progress.say(

@@ -107,15 +107,15 @@ def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
         return sum([*scored, *fitted], Work())
     if not selects_by_refit(prune, score.method):
         return Work()
-    found = choices(before.arch, after, width(before.anatomy, "heads") // before.arch.heads).values()
+    axis_choices = choices(before.arch, after, width(before.anatomy, "heads") // before.arch.heads).values()
     tokens = float(budget_for(before, prune).used * before.context)
     each = 0.0
-    for one in found:
-        channels, gone = len(one.cells) * one.size, len(one.cells) - one.keep * len(set(one.cells))
-        costs = before.arch.hidden if one.size > 1 else 0  # of single channels they are read off
-        removal = 2.0 * one.size * channels * (channels + before.arch.hidden + costs)
+    for choice in axis_choices:
+        channels, gone = len(choice.cells) * choice.size, len(choice.cells) - choice.keep * len(set(choice.cells))
+        costs = before.arch.hidden if choice.size > 1 else 0  # of single channels they are read off
+        removal = 2.0 * choice.size * channels * (channels + before.arch.hidden + costs)
         each += tokens * 2 * channels**2 + channels**3 + gone * removal
-    return Work(tokens, tokens * before.body + after.layers * each) if found else Work()
+    return Work(tokens, tokens * before.body + after.layers * each) if axis_choices else Work()
 
 
 def gaining(before: Costed, after: Arch, prune: Prune, *, samples: int) -> Work:

@@ -66,10 +66,10 @@ def sizes_on_the_way(anatomy: Anatomy, after: Arch, steps: int) -> Iterator[Arch
         per_group = _part(before.heads // before.kv_heads, after.heads // after.kv_heads, step, steps)
         sizes = after.at(ffn=_part(before.ffn, after.ffn, step, steps), heads=groups * per_group, kv_heads=groups)
         near = _part(before.hidden, after.hidden, step, steps)
-        found = _with_legal_hidden(anatomy, sizes, near, most=last.hidden)
-        if found is not None and found not in (last, after):
-            yield found
-            last = found
+        legal = _with_legal_hidden(anatomy, sizes, near, most=last.hidden)
+        if legal is not None and legal not in (last, after):
+            yield legal
+            last = legal
     yield after
 
 
@@ -85,12 +85,12 @@ def _with_legal_hidden(anatomy: Anatomy, sizes: Arch, near: int, *, most: int) -
     if anatomy.coupled:
         near = sizes.heads * sizes.head_dim
     for hidden in sorted(range(sizes.hidden, most + 1), key=lambda size: abs(size - near)):
-        found = sizes.at(hidden=hidden)
+        candidate = sizes.at(hidden=hidden)
         try:
-            require_sizes(anatomy, found)
+            require_sizes(anatomy, candidate)
         except PlanError:
             continue
-        return found
+        return candidate
     return None
 
 

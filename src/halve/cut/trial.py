@@ -77,8 +77,8 @@ class Tries:
         self.found: dict[Arch, Tried] = {}
         lines = path.read_text(encoding="utf-8").split("\n") if path is not None and path.exists() else [""]
         for line in lines[:-1]:  # a line without an end was being written when the run was killed
-            one = Tried.from_json(json.loads(line))
-            self.found[one.arch] = one
+            tried_shape = Tried.from_json(json.loads(line))
+            self.found[tried_shape.arch] = tried_shape
         if path is not None:
             path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
 
@@ -136,7 +136,7 @@ def try_shapes(
     with calibration.progress.task("try shapes", len(distinct) * bench.cost) as task:
         begun = [measured(family[len(family) // 2]) for family in lists]
         for kl, family in sorted(zip(begun, lists, strict=True), key=lambda entry: entry[0]):
-            if kl <= HOPELESS * min(one.kl for one in tries.found.values()):
+            if kl <= HOPELESS * min(tried_shape.kl for tried_shape in tries.found.values()):
                 _descend(family, kl, measured)
     tried = tuple(tries.found.values())
     calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {outcome(tried)}")
@@ -216,12 +216,12 @@ def best(tried: Sequence[Tried]) -> Tried:
 
 
 def _ties(tried: Sequence[Tried], lowest: Tried) -> list[Tried]:
-    found = []
-    for one in tried:
-        gap, error = one.behind(lowest)
+    ties = []
+    for tried_shape in tried:
+        gap, error = tried_shape.behind(lowest)
         if gap <= max(TIE_TOLERANCE * lowest.kl, 2 * error):
-            found.append(one)
-    return found
+            ties.append(tried_shape)
+    return ties
 
 
 def outcome(tried: Sequence[Tried]) -> str:

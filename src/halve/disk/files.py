@@ -165,7 +165,7 @@ def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
 
     For inputs that a run reads and never writes. A memo that cannot be read counts as empty.
     """
-    known, found = _remembered(memo), {}
+    known, entries = _remembered(memo), {}
     for path in files:
         try:
             stamp = _stamp(path)
@@ -173,11 +173,11 @@ def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
         except OSError as error:
             why = error.strerror or str(error)
             raise RunError(f"cannot read {path}", why=why, fix="correct that path in the recipe") from error
-        found[str(path)] = {"stamp": stamp, "sha256": sha256}
+        entries[str(path)] = {"stamp": stamp, "sha256": sha256}
         _hashes.setdefault(_identity(path), sha256)
-    if any(known.get(path) != entry for path, entry in found.items()):
-        write_json(memo, known | found)
-    return [str(entry["sha256"]) for entry in found.values()]
+    if any(known.get(path) != entry for path, entry in entries.items()):
+        write_json(memo, known | entries)
+    return [str(entry["sha256"]) for entry in entries.values()]
 
 
 def remembering(memo: Path) -> Callable[[Path], str]:

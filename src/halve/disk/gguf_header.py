@@ -120,9 +120,9 @@ class _Cursor:
         self.data, self.place = data, place
 
     def take(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from(f"<{form}", self.data, self.place)
+        values = struct.unpack_from(f"<{form}", self.data, self.place)
         self.place += struct.calcsize(f"<{form}")
-        return found
+        return values
 
     def skip(self) -> bytes:
         (length,) = self.take("Q")

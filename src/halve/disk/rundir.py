@@ -115,8 +115,12 @@ class RunDir:
         only once, when it first reads or writes the file.
         """
         manifests = {name: read_manifest(self.stage(name)) for name in names}
-        found = [sound(self.stage(name), one, file) for name, one in manifests.items() for file in one["files"]]
-        return len(found)
+        paths = [
+            sound(self.stage(name), manifest, file)
+            for name, manifest in manifests.items()
+            for file in manifest["files"]
+        ]
+        return len(paths)
 
     def work(self, name: str, key: str) -> Path:
         """The work folder of a stage. It keeps what a killed run with the same key has left, and nothing else."""
@@ -234,23 +238,23 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             )
         return
     marker = _marker(folder, recipe)
-    found = {key: marker.get(key) for key in _identity(recipe)}
-    if found == _identity(recipe) or (found["model"] == recipe.model and _differs_in_name_alone(folder, recipe)):
+    identity = {key: marker.get(key) for key in _identity(recipe)}
+    if identity == _identity(recipe) or (identity["model"] == recipe.model and _differs_in_name_alone(folder, recipe)):
         return
     raise RunError(
         f"{folder} is not a run of recipe {recipe.name} on {recipe.model}",
-        why=f"it was started by recipe {found['recipe']} on {found['model']}",
+        why=f"it was started by recipe {identity['recipe']} on {identity['model']}",
         fix="choose another folder with --out, or give that recipe",
     )
 
 
 def versions() -> dict[str, str]:
     """Python's and the numerical packages' versions."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("halve", "torch", "transformers", "safetensors", "tokenizers", "numpy"):
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def _identity(recipe: Recipe) -> dict[str, str]:

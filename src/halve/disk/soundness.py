@@ -182,7 +182,7 @@ def weight_files(folder: Path, *, hub: str | None = None) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    found = []
+    files = []
     for name in sorted(set(_weight_map(index).values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
@@ -191,8 +191,8 @@ def weight_files(folder: Path, *, hub: str | None = None) -> list[Path]:
         if not (folder / name).is_file():
             refuse_incomplete(hub, name)
             raise CheckpointError(f"{folder / name} is missing", why=f"{INDEX} names it", fix=_AGAIN)
-        found.append(folder / name)
-    return found
+        files.append(folder / name)
+    return files
 
 
 def read_headers(folder: Path, *, hub: str | None = None) -> dict[str, TensorHeader]:

@@ -40,14 +40,14 @@ def license_of(folder: Path) -> dict[str, str]:
             front = file.read(_FRONT_CHARS).replace("\r\n", "\n").removeprefix("\ufeff")
     except OSError:
         return {}
-    found: dict[str, str] = {}
+    terms: dict[str, str] = {}
     for line in front.split("\n---", 1)[0].splitlines() if front.startswith("---\n") else ():
         key = line.partition(":")[0]
         if key in _LICENSE:
             with suppress(yaml.YAMLError):
                 value = strict_yaml.parse_yaml(line).get(key)
-                found |= {key: value} if isinstance(value, str) else {}
-    return found
+                terms |= {key: value} if isinstance(value, str) else {}
+    return terms
 
 
 def model_card(record: Mapping[str, Any], *, license: Mapping[str, str] | None = None) -> str:

@@ -185,14 +185,14 @@ def load_config(source: str | Path) -> transformers.PretrainedConfig:
 
 def resolve_device(device: Device) -> str:
     """`cpu` or `cuda`; auto takes CUDA where there is one. Raises `RecipeError` for cuda without one."""
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
         raise RecipeError(
             "device cuda is not there",
             why="torch sees no CUDA device",
             fix="--device cpu, or a torch with CUDA",
         )
-    return ("cuda" if found else "cpu") if device == "auto" else device
+    return ("cuda" if has_cuda else "cpu") if device == "auto" else device
 
 
 def _read_config(folder: Path, source: str, hub: str | None) -> transformers.PretrainedConfig:

@@ -333,12 +333,12 @@ def choice_nats(
 
 def answers(items: Sequence[Encoded], batches: Sequence[PaddedBatch], nats: Sequence[Tensor]) -> Answers:
     """Which items are answered correctly, from the results of `choice_nats` for every batch."""
-    found = [torch.empty(len(item.sequences), 2, dtype=torch.float64) for item in items]
+    item_nats = [torch.empty(len(item.sequences), 2, dtype=torch.float64) for item in items]
     for batch, nats_N2 in zip(batches, nats, strict=True):
         for (i, c), nats_2 in zip(batch.owners, nats_N2, strict=True):
-            found[i][c] = nats_2
+            item_nats[i][c] = nats_2
     right, acc, acc_norm = [], [], []
-    for item, nats_C2 in zip(items, found, strict=True):
+    for item, nats_C2 in zip(items, item_nats, strict=True):
         ours_C, theirs_C = nats_C2.T
         scores = (ours_C / torch.tensor(item.num_bytes)).tolist()
         right.append(all(s < scores[item.answer] for c, s in enumerate(scores) if c != item.answer))

@@ -170,9 +170,9 @@ def _refuse_misfits(folder: Path, info: Mapping[str, Any]) -> None:
     if packed := sorted(name for name in info["unexpected_keys"] if name.endswith(_OF_QUANTIZED)):
         raise _quantized(folder, packed[0], "belongs to packed weights")
     if info["mismatched_keys"]:
-        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        name, shape, wanted = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(
-            f"{folder} has {name} in shape {tuple(found)}",
+            f"{folder} has {name} in shape {tuple(shape)}",
             why=f"by its config.json the shape is {tuple(wanted)}",
             fix="take the config.json that belongs to these weights",
         )

@@ -269,7 +269,7 @@ def generate_greedily(
 
     The checkpoint's generation_config.json (penalties, beams, forced tokens, stop strings) is ignored.
     """
-    own = model.generation_config
+    checkpoint_config = model.generation_config
     pad = end[0] if isinstance(end, list) else end
     model.generation_config = GenerationConfig()
     try:
@@ -281,5 +281,5 @@ def generate_greedily(
             ),
         )
     finally:
-        model.generation_config = own
+        model.generation_config = checkpoint_config
     return made

@@ -82,6 +82,6 @@ def rounds_nothing() -> bool:
         random = torch.Generator().manual_seed(0)
         a, b = torch.randn(192, 256, generator=random), torch.randn(256, 1024, generator=random)
         with fast_products(torch.bfloat16), torch.autocast("cpu", enabled=False):
-            found = torch.mm(a, b)
+            rounded = torch.mm(a, b)
         exact = a.double() @ b.double()
-        return bool((found - exact).norm() < _EXACT * exact.norm())
+        return bool((rounded - exact).norm() < _EXACT * exact.norm())

@@ -50,7 +50,7 @@ class Reference:
         where z are logits. Rounding leaves some 1e-5 nats, which shows between models that are nearly equal.
         """
         body, head = split(student)
-        found = []
+        means = []
         parts = zip(torch.split(self.samples_BS, self.micro_batch), self._probs, self._entropies, strict=True)
         for part_BS, probs_NV, entropy_N in parts:
             hidden_ND = body(part_BS.to(student.device))[:, :-1].flatten(0, 1)
@@ -59,8 +59,8 @@ class Reference:
                 logits_NV = head.logits(hidden_ND[rows]).float()
                 expected_N = torch.bmm(probs_NV[rows, None].to(logits_NV.device), logits_NV[:, :, None])[:, 0, 0]
                 cross_N[rows] = (logits_NV.logsumexp(-1) - expected_N).double()
-            found.append((cross_N - entropy_N.to(cross_N.device)).view(len(part_BS), -1).mean(1).cpu())
-        return torch.cat(found)
+            means.append((cross_N - entropy_N.to(cross_N.device)).view(len(part_BS), -1).mean(1).cpu())
+        return torch.cat(means)
 
 
 def affordable(samples: int, context: int, vocab: int) -> int:

@@ -89,9 +89,9 @@ def _write_config(draft: Path, config: transformers.PretrainedConfig) -> None:
 def _copy_extras(source: Path | None, draft: Path) -> None:
     if source is None:
         return
-    own = [source / name for name in (*TOKENIZER_FILES, GENERATION)]
+    named_files = [source / name for name in (*TOKENIZER_FILES, GENERATION)]
     terms = [path for path in source.iterdir() if is_terms(path)]
-    for path in (*own, *terms, *(source / TEMPLATES).glob("*.jinja")):
+    for path in (*named_files, *terms, *(source / TEMPLATES).glob("*.jinja")):
         if path.is_file():
             target = draft / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)

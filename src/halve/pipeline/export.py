@@ -97,21 +97,21 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
     begun = Checkpoint.open(run / cut[-1] / "model" if cut else recipe.model, home=run / "data")
     model = begun.load(dtype=recipe.dtype)
     masters = checkpoints.parameters(folder, "student")
-    own = dict(model.named_parameters())
-    if masters.keys() != own.keys():
+    parameters = dict(model.named_parameters())
+    if masters.keys() != parameters.keys():
         raise RunError(
             f"{folder} does not hold a whole model",
             why="this training stores only what it trains, such as adapters",
             fix="let the stage finish: its model folder has them merged",
         )
-    if any(masters[key].shape != parameter.shape for key, parameter in own.items()):
+    if any(masters[key].shape != parameter.shape for key, parameter in parameters.items()):
         raise RunError(
             f"{folder} is of a model with other sizes",
             why=f"{begun.source}, which its training started from, has changed since then",
             fix="let halve run continue: it starts this training again",
         )
     with torch.no_grad():
-        for key, parameter in own.items():
+        for key, parameter in parameters.items():
             parameter.copy_(masters[key])
     facts = read_sealed(folder / checkpoints.FACTS)
     record = {

@@ -137,17 +137,17 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
         add(answers, "cache", _cache(teacher), _cached_by(recipe.distill), taught)
         taught = (*taught, answers)
     for variant in ("student", *recipe.distill.baselines):
-        own: _Names = ("data.documents", "distill", "-distill.baselines", *_but_how("distill"))
+        distill_reads: _Names = ("data.documents", "distill", "-distill.baselines", *_but_how("distill"))
         start = prune
         if variant == "ce":  # it has its own objective
-            own = (*own, "-distill.objective", "-distill.temperature")
+            distill_reads = (*distill_reads, "-distill.objective", "-distill.temperature")
         elif recipe.corrects_beside:  # the teacher is trained as well
-            own = (*own, "correct", *_but_how("correct"))
+            distill_reads = (*distill_reads, "correct", *_but_how("correct"))
         if variant == "random_prune":
             start = at_random
             add(start, "prune", _prune(cut, None, like=prune), ("prune", "score", "-score.depth_task"), (*whole, prune))
         stage = named("distill", number, "" if variant == "student" else variant)
-        add(stage, "distill", _distill(variant, start, teacher, answers), own, (*taught, start))
+        add(stage, "distill", _distill(variant, start, teacher, answers), distill_reads, (*taught, start))
         models[named("distilled" if variant == "student" else variant, number)] = stage
     return listed, models
 

@@ -40,14 +40,14 @@ def check(
     """The errors of `preflight.check`. If there are none, changed files that a run in `out` would reuse."""
     from halve.model.checkpoint import Checkpoint
 
-    found = preflight.check(recipe, out, teacher=teacher, ranks=ranks)
-    if not found and out is not None:
+    errors = preflight.check(recipe, out, teacher=teacher, ranks=ranks)
+    if not errors and out is not None:
         try:
             teacher = teacher or Checkpoint.open(recipe.model)
             reused.require_unchanged(recipe, teacher, out, stages(recipe), cache=out / "data")
         except HalveError as error:
             return (error,)
-    return found
+    return errors
 
 
 def run(
@@ -181,8 +181,8 @@ def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) 
     """The stages whose inputs exist or will be made. Stages of later rounds without inputs are left out."""
     possible: list[Stage] = []
     for stage in wanted:
-        own = {one.name for one in possible}
-        missing = [name for name in stage.after if name not in own and not folder.is_done(name, keys[name])]
+        names = {earlier.name for earlier in possible}
+        missing = [name for name in stage.after if name not in names and not folder.is_done(name, keys[name])]
         if not missing:
             possible.append(stage)
         elif stage.number == 1:

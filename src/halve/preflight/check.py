@@ -38,29 +38,29 @@ def check(
     None means that this is not known yet, as on a machine that submits jobs to a cluster. Memory for a step is then not
     checked.
     """
-    found: list[HalveError] = []
+    errors: list[HalveError] = []
 
     def tell(probes: Iterator[Callable[[], Any]]) -> None:
         for probe in probes:
             try:
                 probe()
             except HalveError as error:
-                if str(error) not in map(str, found):
-                    found.append(error)
+                if str(error) not in map(str, errors):
+                    errors.append(error)
 
     tell(_of_the_place(recipe, out))
     try:
         teacher = teacher or _opened(recipe)
     except HalveError as error:
-        found.append(error)
+        errors.append(error)
     else:
         tell(_of_the_teacher(recipe, teacher, ranks))
     tell(_of_the_text(recipe))
     if out is not None and teacher is not None:
         tell(iter([partial(_check_room, recipe, teacher, out)]))
-    if not found and teacher is not None:  # the errors so far would be reported again
+    if not errors and teacher is not None:  # the errors so far would be reported again
         tell(iter([partial(preflight_text.check_samples, recipe, teacher, out and out / "data")]))
-    return tuple(found)
+    return tuple(errors)
 
 
 def _opened(recipe: Recipe) -> Checkpoint:

@@ -62,8 +62,8 @@ def at_hand(asked: recipe.Device) -> PlannedDevice:
     The speed of a CPU is measured, which takes a fraction of a second.
     """
     if asked != "cpu" and torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        return PlannedDevice(found.name, True, float(found.total_memory), watch.matrix_rate("cuda", True), GPU_MFU)
+        gpu = torch.cuda.get_device_properties(0)
+        return PlannedDevice(gpu.name, True, float(gpu.total_memory), watch.matrix_rate("cuda", True), GPU_MFU)
     if asked == "cuda":
         return card()
     rate = watch.matrix_rate("cpu", False)

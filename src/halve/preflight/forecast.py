@@ -88,8 +88,8 @@ class Forecast:
         def told(memory: Memory) -> dict[str, Any]:
             return {**asdict(memory), "total_bytes": memory.total_bytes, "fits": memory.fits(self.room_bytes)}
 
-        memory = {stage: told(one) for stage, one in self.memory.items()}
-        settings = [{**asdict(one), "memory": told(one.memory)} for one in self.settings]
+        memory = {stage: told(stage_memory) for stage, stage_memory in self.memory.items()}
+        settings = [{**asdict(setting), "memory": told(setting.memory)} for setting in self.settings]
         disk = {**asdict(self.disk), "total_bytes": self.disk.total_bytes}
         sums = {"gpu_hours": self.gpu_hours, "hours": self.hours, "fits": self.fits}
         return {**asdict(self), "memory": memory, "settings": settings, "disk": disk, **sums}
@@ -114,14 +114,14 @@ def forecast(
         device = at_hand(recipe.device)
     context = recipe.data.context
     teacher = teacher or Checkpoint.open(recipe.model)
-    found = planned_rounds(recipe, teacher)
-    require_proved(found)
-    whole, last = found[0].before, found[-1]
+    shapes = planned_rounds(recipe, teacher)
+    require_proved(shapes)
+    whole, last = shapes[0].before, shapes[-1]
     before = whole.ledger.count(whole.sizes, context=context)
-    made = tuple(_made(shape, context) for shape in found)
-    done = work.planned_work(recipe, found, teacher)
+    made = tuple(_made(shape, context) for shape in shapes)
+    done = work.planned_work(recipe, shapes, teacher)
     place = _place(recipe, ranks, cuda=device.cuda)
-    memory, settings = _memory(recipe, found, place, compare=compare and place.cuda)
+    memory, settings = _memory(recipe, shapes, place, compare=compare and place.cuda)
     return Forecast(
         name=recipe.name,
         teacher=whole.sizes,
@@ -130,16 +130,16 @@ def forecast(
         student_counts=made[-1].counts,
         dropped_layers=made[-1].dropped_layers,
         rounds=made,
-        runtimes=_opened(found),
-        tokens={stage: round(one.tokens) for stage, one in done.items()},
-        flops={stage: float(one.flops) for stage, one in done.items()},
+        runtimes=_opened(shapes),
+        tokens={stage: round(stage_work.tokens) for stage, stage_work in done.items()},
+        flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
         memory=memory,
         settings=settings,
         place=place,
         device=device,
-        disk=planned_disk(recipe, found, cuda=place.cuda),
+        disk=planned_disk(recipe, shapes, cuda=place.cuda),
         schedule=_schedule(recipe),
-        trial=work.trials(recipe, found),
+        trial=work.trials(recipe, shapes),
     )
 
 
@@ -182,7 +182,7 @@ def _memory(
         if part.distill is None:
             continue
         name = named("distill", number)
-        one = distillations[name] = Distillation(
+        distillation = distillations[name] = Distillation(
             part.distill,
             _sized(shape, shape.after),
             _sized(shape, shape.before.sizes) if learns_from_previous(recipe, number) else teacher,
@@ -191,7 +191,9 @@ def _memory(
             dtype_of(recipe, teacher.config),
         )
         corrects = recipe.correct is not None and recipe.corrects_beside
-        memory[name] = one.with_correction(recipe.correct) if corrects and recipe.correct else one.memory()
+        memory[name] = (
+            distillation.with_correction(recipe.correct) if corrects and recipe.correct else distillation.memory()
+        )
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()

@@ -122,20 +122,24 @@ class Distillation:
 
     def _memory(self, training: Distill, found: Rehearsal) -> Memory:
         place = self.place
-        own = _learning(training, self.student, found, place, batch=training)
+        student_memory = _learning(training, self.student, found, place, batch=training)
         held, gathered = _frozen(training, self.teacher, self._cast().teacher_dtype.itemsize, place)
-        return replace(own, teacher_bytes=held, gathered_bytes=own.gathered_bytes + gathered)
+        return replace(student_memory, teacher_bytes=held, gathered_bytes=student_memory.gathered_bytes + gathered)
 
     def with_correction(self, section: Correct) -> Memory:
         """The same with a correction beside. Student and teacher train in turns, so the larger peak counts."""
-        own = _learning(self.training, self.student, self.rehearsal, self.place, batch=self.training)
+        student_memory = _learning(self.training, self.student, self.rehearsal, self.place, batch=self.training)
         cast = replace(self._cast(), student=self.teacher.config, teacher=None)
         played = _rehearsed(cast, section, self.training, self.context, ranks=self.place.ranks)
         its = _learning(section, self.teacher, played, self.place, batch=self.training)
-        fuller = max(own, its, key=lambda one: one.gradient_bytes + one.gathered_bytes + one.passing_bytes)
+        fuller = max(student_memory, its, key=lambda one: one.gradient_bytes + one.gathered_bytes + one.passing_bytes)
         held = its.masters_bytes + its.moment_bytes
-        unknown = own.unknown or its.unknown
-        kept = {"masters_bytes": own.masters_bytes, "moment_bytes": own.moment_bytes, "teacher_bytes": held}
+        unknown = student_memory.unknown or its.unknown
+        kept = {
+            "masters_bytes": student_memory.masters_bytes,
+            "moment_bytes": student_memory.moment_bytes,
+            "teacher_bytes": held,
+        }
         return replace(fuller, **kept, unknown=unknown)
 
     def settings(self) -> tuple[DistillSetting, ...]:
@@ -144,15 +148,19 @@ class Distillation:
         ways = [way for way in _OPTIMIZERS if way == "adamw" or self.place.ranks == 1]
         cacheable = training.intermediate is None and set(training.terms) != {"ce"}
         places = [where for where in _TEACHERS if where != "cached" or cacheable]
-        found = []
+        settings = []
         for recompute in ("none", "full"):
-            one = self
+            distillation = self
             if training.activation_checkpointing != recompute:
-                one = replace(self, training=training.model_copy(update={"activation_checkpointing": recompute}))
+                distillation = replace(
+                    self, training=training.model_copy(update={"activation_checkpointing": recompute})
+                )
             for way, where in product(ways, places):
-                asked = one.training.model_copy(update={**_OPTIMIZERS[way], **_TEACHERS[where]})
-                found.append(DistillSetting(way, recompute, where, one._memory(asked, one.rehearsal)))
-        return tuple(found)
+                asked = distillation.training.model_copy(update={**_OPTIMIZERS[way], **_TEACHERS[where]})
+                settings.append(
+                    DistillSetting(way, recompute, where, distillation._memory(asked, distillation.rehearsal))
+                )
+        return tuple(settings)
 
     def _cast(self) -> Cast:
         place = self.place
@@ -177,15 +185,15 @@ def dtype_of(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
     """The precision that a recipe loads a model in."""
     if recipe.dtype != "auto":
         return cast(torch.dtype, getattr(torch, recipe.dtype))
-    own = config.dtype
-    return own if isinstance(own, torch.dtype) else torch.float32
+    dtype = config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def correction_memory(training: Correct, teacher: Sized, place: Hardware, *, context: int) -> Memory:
     """The memory of a correction before the other stages."""
     cast = Cast(teacher.config, None, place.half, cuda=place.cuda, in_shards=place.ranks > 1)
-    found = _rehearsed(cast, training, training, context, ranks=place.ranks)
-    return _learning(training, teacher, found, place, batch=training)
+    rehearsal = _rehearsed(cast, training, training, context, ranks=place.ranks)
+    return _learning(training, teacher, rehearsal, place, batch=training)
 
 
 def _samples(batch: Training, ranks: int) -> int:

@@ -137,7 +137,9 @@ def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> R
     For a deep student, two shallow ones are run instead, because the memory grows by the same amount with every layer.
     Raises what `intermediate.match` raises.
     """
-    models = [None if one is None else (type(one), repr(one.to_dict())) for one in (cast.student, cast.teacher)]
+    models = [
+        None if config is None else (type(config), repr(config.to_dict())) for config in (cast.student, cast.teacher)
+    ]
     held = (cast.half, cast.teacher_dtype, cast.cuda, cast.in_shards)
     asked = (type(training), training.model_dump_json(exclude=_ELSEWHERE))
     key = (*models, *held, *asked, samples, context)

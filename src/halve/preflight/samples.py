@@ -34,9 +34,9 @@ def check_samples(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> No
     """
     if any(source.startswith(sources.HUB) for source, _ in read_as(recipe)):
         return
-    with _opened(recipe, teacher, cache) as found:
-        if found is not None:
-            _look(*found, teacher)
+    with _opened(recipe, teacher, cache) as opened:
+        if opened is not None:
+            _look(*opened, teacher)
 
 
 @contextmanager
@@ -71,8 +71,8 @@ def _is_tokenized(recipe: Recipe, teacher: Checkpoint, cache: Path) -> bool:
     from halve.text import corpus
 
     how = {"tokenizer": teacher.tokenizer, "boundary": recipe.data.boundary, "text_field": recipe.data.text_field}
-    found = [corpus.known(listed, **how, chat=chat, cache=cache) for listed, chat in _texts(recipe)]
-    return None not in found
+    token_files = [corpus.known(listed, **how, chat=chat, cache=cache) for listed, chat in _texts(recipe)]
+    return None not in token_files
 
 
 def _is_short(recipe: Recipe) -> bool:
@@ -129,5 +129,5 @@ def _texts(recipe: Recipe) -> list[tuple[Sequence[str], Chat | None]]:
 def read_as(recipe: Recipe) -> list[tuple[str, Wanted]]:
     """Each source, and what is wanted of its rows."""
     plain = Wanted(recipe.data.text_field)
-    found = [(source, chat.wanted if chat else plain) for listed, chat in _texts(recipe) for source in listed]
-    return list(dict.fromkeys(found))
+    wanted = [(source, chat.wanted if chat else plain) for listed, chat in _texts(recipe) for source in listed]
+    return list(dict.fromkeys(wanted))

@@ -50,11 +50,11 @@ def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, .
     Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     anatomy = teacher.anatomy
-    found: list[PlannedRound] = []
+    planned: list[PlannedRound] = []
     for part in rounds(recipe):
-        own = student_anatomy(anatomy, part.prune)
-        after, kept = target(own, part.prune)
-        found.append(PlannedRound(anatomy, own, after, kept))
-        if len(found) <= len(recipe.then):
-            anatomy = discover(found[-1].config())
-    return tuple(found)
+        student = student_anatomy(anatomy, part.prune)
+        after, kept = target(student, part.prune)
+        planned.append(PlannedRound(anatomy, student, after, kept))
+        if len(planned) <= len(recipe.then):
+            anatomy = discover(planned[-1].config())
+    return tuple(planned)

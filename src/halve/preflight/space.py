@@ -77,8 +77,8 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
         line.make(whole, state=state, training=recipe.correct, context=context)
     for part, shape in zip(rounds(recipe), found, strict=True):
         student, training = shape.counts().params, part.distill
-        own = student * itemsize
-        line.make(own)
+        student_bytes = student * itemsize
+        line.make(student_bytes)
         if training is None:
             continue
         state, beside = _state(training, learned(shape.config(), training), student), 0
@@ -86,8 +86,8 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
             beside = _state(recipe.correct, learned(teacher.config, recipe.correct), params)
         for variant in ("student", *training.baselines):
             if variant == "random_prune":
-                line.make(own)  # its starting point is a separate model
-            made, states = own, state
+                line.make(student_bytes)  # its starting point is a separate model
+            made, states = student_bytes, state
             if recipe.corrects_beside and variant != "ce":
                 made, states = made + whole, states + beside
             line.make(made, state=states, training=training, context=context)
@@ -118,7 +118,7 @@ def _cache_bytes(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
 def _text_bytes(recipe: Recipe, vocab: int) -> int:
     listed = (*recipe.data.train_sources, *recipe.data.valid)
     text = 0
-    for source in (one for one in listed if not one.startswith(sources.HUB)):
+    for source in (entry for entry in listed if not entry.startswith(sources.HUB)):
         with suppress(HalveError):  # a missing file is reported elsewhere
             text += sum(path.stat().st_size for path in sources.files(source))
     if any(source.startswith(sources.HUB) for source in listed):

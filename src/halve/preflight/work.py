@@ -56,7 +56,7 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         if recipe.correct and recipe.corrects_beside:
             corrected = correcting(Costed.of(source.before, recipe.data.context), recipe.correct)
             learned = min(recipe.correct.tokens, part.distill.tokens)
-            for name in (distill, *(f"{distill} ({one})" for one in part.distill.baselines if one != "ce")):
+            for name in (distill, *(f"{distill} ({variant})" for variant in part.distill.baselines if variant != "ce")):
                 done[name] += Work(0, learned * corrected)
     return done
 
@@ -140,7 +140,7 @@ def _cached(teacher: PlannedRound, training: Distill, context: int) -> int:
 
 def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:
     """The work of a training whose phases may differ in context."""
-    found = spans(training, context)
-    ends = [*(span.tokens_before for span in found[1:]), training.tokens]
-    parts = zip(found, ends, strict=True)
+    phases = spans(training, context)
+    ends = [*(span.tokens_before for span in phases[1:]), training.tokens]
+    parts = zip(phases, ends, strict=True)
     return float(sum(max(end - span.tokens_before, 0) * per_token(span.context) for span, end in parts))

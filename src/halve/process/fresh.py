@@ -245,8 +245,8 @@ def _program_path() -> list[str]:
     if (file := getattr(main, "__file__", None)) is not None:
         name = "" if main.__spec__ is None else main.__spec__.name
         keep.add(os.path.realpath(Path(file).absolute().parents[name.count(".")]))
-    found = search_path(keep=frozenset(keep))
-    return found if home in map(os.path.realpath, found) else [*found, home]
+    entries = search_path(keep=frozenset(keep))
+    return entries if home in map(os.path.realpath, entries) else [*entries, home]
 
 
 def _environment(path: list[str]) -> dict[str, str]:

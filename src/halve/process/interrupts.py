@@ -31,13 +31,13 @@ def heeded() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    own = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in own:
+    answered = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in answered:
         signal.signal(number, _answer)
     try:
         yield
     finally:
-        for number in own:
+        for number in answered:
             signal.signal(number, before[number])
 
 

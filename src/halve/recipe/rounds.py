@@ -23,13 +23,13 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
 
     A correction beside the distillations is part of their trainings.
     """
-    found: dict[str, Training] = {}
+    by_name: dict[str, Training] = {}
     if recipe.correct is not None and recipe.corrects_before:
-        found["correct"] = recipe.correct
+        by_name["correct"] = recipe.correct
     for number, part in enumerate(rounds(recipe), 1):
         if part.distill is not None:
-            found["distill" if number == 1 else f"distill of round {number}"] = part.distill
-    return found
+            by_name["distill" if number == 1 else f"distill of round {number}"] = part.distill
+    return by_name
 
 
 def learns_from_previous(recipe: Recipe, number: int) -> bool:

@@ -120,7 +120,7 @@ class _Construction:
             raise _refusal(f"its aliases repeat more than {MAX_NODES:,} entries", node)
         if isinstance(node, ScalarNode):
             return _scalar(node)
-        if any(node is one for one in self.open):
+        if any(node is outer for outer in self.open):
             raise _refusal("an alias stands inside of what it repeats", node)
         self.open.append(node)
         made = self._mapping(node) if isinstance(node, MappingNode) else self._list(node)
@@ -130,7 +130,7 @@ class _Construction:
     def _list(self, node: Node) -> list[Any]:
         if not isinstance(node, SequenceNode) or node.tag != BaseResolver.DEFAULT_SEQUENCE_TAG:
             raise _unknown_tag(node)
-        return [self.value(one) for one in node.value]
+        return [self.value(entry) for entry in node.value]
 
     def _mapping(self, node: MappingNode) -> dict[Any, Any]:
         if node.tag != BaseResolver.DEFAULT_MAPPING_TAG:

@@ -26,33 +26,33 @@ def learning_curves(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     students = {name: log for name, log in logs.items() if name != "corrected"}
     kl = _heldout(students, "kl")
     ce = _heldout(students, "ce")
-    found = []
+    figures = []
     if kl:
-        positive = all(y > 0 for one in kl for _, y in one.points)
+        positive = all(y > 0 for curve in kl for _, y in curve.points)
         svg = plots.curves(kl, title="Held-out KL to the teacher", x_label="tokens", log_y=positive)
         scale = ", on a logarithmic scale." if positive else "."
-        found.append(Figure("Held-out KL to the teacher", f"Nats per token{scale}", svg))
+        figures.append(Figure("Held-out KL to the teacher", f"Nats per token{scale}", svg))
     if ce:
         svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
-        found.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
-    own = [one for name in students if color(name) == SUBJECT and (one := _losses(name, students[name]))]
-    if own:
-        svg = plots.curves(own, title="Training loss", x_label="tokens")
-        found.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
+        figures.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
+    losses = [loss for name in students if color(name) == SUBJECT and (loss := _losses(name, students[name]))]
+    if losses:
+        svg = plots.curves(losses, title="Training loss", x_label="tokens")
+        figures.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
     correction = _heldout({n: log for n, log in logs.items() if n == "corrected"}, "ce")
     if correction:
-        shown = [Series("Teacher", one.color, one.points) for one in correction]
+        shown = [Series("Teacher", curve.color, curve.points) for curve in correction]
         svg = plots.curves(shown, title="Teacher correction", x_label="tokens")
-        found.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
+        figures.append(Figure("Teacher correction", "Held-out cross-entropy, nats per token.", svg))
     note = (
         "All students train on the same tokens in the same order. Held-out values are measured on a small fixed set of"
         " samples."
     )
-    return PageSection("Learning", note, figures=tuple(found)) if found else None
+    return PageSection("Learning", note, figures=tuple(figures)) if figures else None
 
 
 def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
-    found = []
+    curves = []
     for name, log in logs.items():
         points = [
             (float(line["tokens"]), float(line["heldout"][metric]))
@@ -60,8 +60,8 @@ def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
             if (line.get("heldout") or {}).get(metric) is not None
         ]
         if len(points) > 1:
-            found.append(Series(label(name).split(",")[0], color(name), tuple(points)))
-    return found
+            curves.append(Series(label(name).split(",")[0], color(name), tuple(points)))
+    return curves
 
 
 def _losses(name: str, log: Sequence[Facts]) -> Series | None:
@@ -87,16 +87,16 @@ def importance(
     layers = set(plan["layers"]) if plan else set(range(num_layers))
     names = [str(i) if i in layers else f"{i} \N{MULTIPLICATION SIGN}" for i in range(num_layers)]
     place = {layer: i for i, layer in enumerate(plan["layers"])} if plan else {}
-    found = []
+    figures = []
     kept = [i in layers for i in range(num_layers)]
     name = "Layers: block influence"
     svg = plots.bars(scores["layers"].tolist(), kept, title=name, x_label="layer")
-    found.append(Figure(name, "1 - cosine between a layer's input and output. Outlined layers were dropped.", svg))
+    figures.append(Figure(name, "1 - cosine between a layer's input and output. Outlined layers were dropped.", svg))
     if "hidden" in scores:
         values = scores["hidden"].tolist()
         num_kept = len(plan["hidden"]) if plan else len(values)
         svg = plots.profile(values, num_kept, title="Hidden channels by importance", x_label="channels, best first")
-        found.append(Figure("Hidden channels", "One ranking for the whole network.", svg))
+        figures.append(Figure("Hidden channels", "One ranking for the whole network.", svg))
     if "ffn" in scores:
         cut_at = plan["after"]["ffn"] / plan["before"]["ffn"] if plan else 1
         svg = plots.ranked(
@@ -110,7 +110,7 @@ def importance(
             "One row per layer. The color goes from a quarter of the layer's median score (pale) to four times the"
             " median (strong)."
         )
-        found.append(Figure("ffn neurons", words, svg))
+        figures.append(Figure("ffn neurons", words, svg))
     if "heads" in scores:
         heads = scores["heads"]
         keeps = [
@@ -125,7 +125,7 @@ def importance(
             x_label="head, in groups that share keys and values",
             group=heads.shape[1] // max(1, scores["kv_heads"].shape[1]) if "kv_heads" in scores else 1,
         )
-        found.append(
+        figures.append(
             Figure("Attention heads", "Scores relative to the highest in the layer. Outlined heads were cut.", svg)
         )
     words = "Scores are from one forward pass over the calibration samples. They can be compared only within one layer."
@@ -133,7 +133,7 @@ def importance(
         words += f" They are aggregated by {about['batch_agg']} over samples and by {about['seq_agg']} over tokens."
     if len(layers) < num_layers:
         words += " \N{MULTIPLICATION SIGN} marks dropped layers."
-    return PageSection(title, words, figures=tuple(found))
+    return PageSection(title, words, figures=tuple(figures))
 
 
 def _shades(values: Sequence[Number]) -> list[Number]:

@@ -132,7 +132,7 @@ def _view(run: Run) -> dict[str, Any]:
     """What the templates show."""
     pair = sections.first_and_last(run.results)
     name = str(run.recipe["name"])
-    found = (
+    page_sections = (
         sections.quality(run.results),
         sections.sizes_section([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
         sections.speed(run.results),
@@ -156,7 +156,7 @@ def _view(run: Run) -> dict[str, Any]:
         "headline": headline,
         "lead": _lead(run),
         "tiles": [{"unit": "", "factor": ""} | tile for tile in sections.tiles(run.results)],
-        "sections": [section for section in found if section is not None],
+        "sections": [section for section in page_sections if section is not None],
         "recipe_yaml": strict_yaml.dump(_shown(run.recipe)).rstrip(),
         "stages": [_stage(stage, manifest) for stage, manifest in run.manifests.items()],
         "facts": _provenance(run, versions),
@@ -165,7 +165,7 @@ def _view(run: Run) -> dict[str, Any]:
         "base_model": model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else "",
         "dequantized": DEQUANTIZED.format(_short(model)) if is_gguf(model) else "",
         "license": strict_yaml.dump(dict(run.license)).rstrip() if run.license else "",
-        "tables": [_markdown(section) for section in found[:3] if section is not None and section.table],
+        "tables": [_markdown(section) for section in page_sections[:3] if section is not None and section.table],
     }
 
 
@@ -188,9 +188,9 @@ def _lead(run: Run) -> list[tuple[str, bool]]:
     pieces += [(f"The {subject} needs ", False), (f"{bpb.value}{pm}", True), (" bits per byte", False)]
     cut = named("pruned", parsed(last)[1])
     others = [
-        f"{sections.estimate(one['bits_per_byte']).value} {words}"
+        f"{sections.estimate(model['bits_per_byte']).value} {words}"
         for name, words in ((cut, "straight after the cut"), (run.results["reference"], "for its teacher"))
-        if (one := run.results["models"].get(name)) is not None and one is not after
+        if (model := run.results["models"].get(name)) is not None and model is not after
     ]
     against = f", against {' and '.join(others)}" if others else ""
     return [*pieces, (f"{against}.", False)]
@@ -239,7 +239,7 @@ def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _set(part: Any) -> Any:
     if isinstance(part, dict):
         return {key: _set(value) for key, value in part.items() if value is not None}
-    return [_set(one) for one in part] if isinstance(part, list) else part
+    return [_set(item) for item in part] if isinstance(part, list) else part
 
 
 def _short(text: str) -> str:

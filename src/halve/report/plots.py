@@ -50,8 +50,8 @@ def curves(
 ) -> str:
     """Curves over a shared x axis with their names at their ends, and dashed levels."""
     height, left, right, top, bottom = 270, 50, 118, 12, 40
-    xs = [x for one in series for x, _ in one.points]
-    ys = [y for one in series for _, y in one.points] + [level.value for level in levels]
+    xs = [x for curve in series for x, _ in curve.points]
+    ys = [y for curve in series for _, y in curve.points] + [level.value for level in levels]
     x_ticks = ticks(0, max(xs))
     y_low, y_high, y_ticks = _y_range(ys, log_y)
     to_x = _scale(0, max(xs), left, WIDTH - right)
@@ -60,15 +60,15 @@ def curves(
     for level in levels:
         parts.append(f'<path class="level" d="M{left} {_n(to_y(level.value))}H{WIDTH - right}"/>')
     ends = [(to_y(level.value), level.label, "muted") for level in levels]
-    for one in series:
-        path = "L".join(f"{_n(to_x(x))} {_n(to_y(y))}" for x, y in one.points)
-        last_x, last_y = one.points[-1]
-        parts.append(f'<path class="curve {one.color}" d="M{path}"/>')
+    for curve in series:
+        path = "L".join(f"{_n(to_x(x))} {_n(to_y(y))}" for x, y in curve.points)
+        last_x, last_y = curve.points[-1]
+        parts.append(f'<path class="curve {curve.color}" d="M{path}"/>')
         parts.append(
-            f'<circle class="dot {one.color}" cx="{_n(to_x(last_x))}" cy="{_n(to_y(last_y))}" r="3">'
-            f"<title>{escape(one.label)}: {figure(last_y)}</title></circle>"
+            f'<circle class="dot {curve.color}" cx="{_n(to_x(last_x))}" cy="{_n(to_y(last_y))}" r="3">'
+            f"<title>{escape(curve.label)}: {figure(last_y)}</title></circle>"
         )
-        ends.append((to_y(last_y), one.label, one.color))
+        ends.append((to_y(last_y), curve.label, curve.color))
     for y, label, color in _spread(ends, low=top, high=height - bottom):
         parts.append(_text(WIDTH - right + 9, y + 4, label, f"label {color}"))
     return _svg(height, title, parts)

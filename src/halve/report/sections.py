@@ -48,8 +48,8 @@ def color(name: str) -> str:
 
 def subject(results: Facts) -> str | None:
     """The result of the run: the last distilled student, or the last pruned model if nothing was distilled."""
-    found = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
-    return max(found, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
+    names = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
+    return max(names, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
 
 
 @dataclass(frozen=True)
@@ -149,28 +149,28 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
     if results is None or pair is None:
         return []
     before, after = pair
-    found = [
+    headline = [
         _tile("Parameters", before["params"], after["params"], figure),
         _tile("Without embeddings", before["non_embedding_params"], after["non_embedding_params"], figure),
         _tile("Weights", before["weight_bytes"], after["weight_bytes"], short_bytes),
     ]
     if before.get("speed") and after.get("speed"):
         for label, key in (("Prefill", "prefill"), ("Decode", "decode")):
-            old, new = (one["speed"][f"{key}_tokens_per_second"] for one in pair)
-            found.append(_tile(label, old, new, figure) | {"unit": "tok/s", "factor": times(new / old)})
+            old, new = (model["speed"][f"{key}_tokens_per_second"] for model in pair)
+            headline.append(_tile(label, old, new, figure) | {"unit": "tok/s", "factor": times(new / old)})
     # compare with the teacher of the student: a corrected teacher knows this text better than the original one
     taught = results["models"][results["reference"]]
-    old, new = (one["bits_per_byte"]["value"] for one in (taught, after))
-    found.append({"label": "Bits per byte", "after": figure(new), "before": f"its teacher: {figure(old)}"})
+    old, new = (model["bits_per_byte"]["value"] for model in (taught, after))
+    headline.append({"label": "Bits per byte", "after": figure(new), "before": f"its teacher: {figure(old)}"})
     for task in after["choices"]:
-        old, new = (100 * one["choices"][task]["value"] for one in (taught, after))
-        found.append({"label": _task(task), "after": f"{new:.1f} %", "before": f"its teacher: {old:.1f} %"})
+        old, new = (100 * model["choices"][task]["value"] for model in (taught, after))
+        headline.append({"label": _task(task), "after": f"{new:.1f} %", "before": f"its teacher: {old:.1f} %"})
     if after.get("agreement"):
         agreement = estimate(after["agreement"], percent=True).value
-        found.append(
+        headline.append(
             {"label": "Agreement", "after": f"{agreement} %", "before": "same most likely token as its teacher"}
         )
-    return found
+    return headline
 
 
 def _tile(label: str, before: Number, after: Number, spell: Callable[[Number], str]) -> dict[str, str]:
@@ -184,14 +184,14 @@ def sizes_section(plans: Sequence[Facts], results: Facts | None) -> PageSection 
     sizes = [plans[0]["before"], *(plan["after"] for plan in plans)]
     rows = []
     for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab"):
-        rows.append(_sizes_row(axis, [one[axis] for one in sizes], lambda n: f"{n:,}"))
-    caches = [4 * one["layers"] * one["kv_heads"] * one["head_dim"] for one in sizes]
+        rows.append(_sizes_row(axis, [arch[axis] for arch in sizes], lambda n: f"{n:,}"))
+    caches = [4 * arch["layers"] * arch["kv_heads"] * arch["head_dim"] for arch in sizes]
     rows.append(_sizes_row("key-value cache per token, 16 bit", caches, short_bytes))
     models = _cut_models(results, len(plans))
     if models:
         for name, key in (("parameters", "params"), ("without embeddings", "non_embedding_params")):
-            rows.append(_sizes_row(name, [one[key] for one in models], lambda n: f"{n:,}"))
-        rows.append(_sizes_row("weights", [one["weight_bytes"] for one in models], short_bytes))
+            rows.append(_sizes_row(name, [model[key] for model in models], lambda n: f"{n:,}"))
+        rows.append(_sizes_row("weights", [model["weight_bytes"] for model in models], short_bytes))
     after = ("after",) if len(plans) == 1 else tuple(f"round {i}" for i in range(1, len(plans) + 1))
     words = [_cut_words(plan) for plan in plans]
     if len(plans) > 1:
@@ -204,7 +204,7 @@ def _cut_models(results: Facts | None, count: int) -> list[Facts]:
     """The first model and the pruned model of each round. Empty if one of them was not measured."""
     if not results:
         return []
-    pruned = {parsed(name)[1]: one for name, one in results["models"].items() if color(name) in (SUBJECT, "pruned")}
+    pruned = {parsed(name)[1]: model for name, model in results["models"].items() if color(name) in (SUBJECT, "pruned")}
     if set(pruned) != set(range(1, count + 1)):
         return []
     return [next(iter(results["models"].values())), *(pruned[i] for i in range(1, count + 1))]
@@ -213,7 +213,7 @@ def _cut_models(results: Facts | None, count: int) -> list[Facts]:
 def _sizes_row(name: str, sizes: Sequence[Number], spell: Callable[[Number], str]) -> TableRow:
     old, new = sizes[0], sizes[-1]
     kept = Cell("unchanged" if old == new else share(new, old))
-    return TableRow(name, (*(Cell(spell(one)) for one in sizes), kept))
+    return TableRow(name, (*(Cell(spell(size)) for size in sizes), kept))
 
 
 def _cut_words(plan: Facts) -> str:
@@ -251,10 +251,10 @@ def quality(results: Facts | None) -> PageSection | None:
     first = next(iter(models.values()))
     tasks, columns = list(first["choices"]), list(accuracies(first))
     rows = []
-    for name, one in models.items():
-        cells = [estimate(one["perplexity"]), estimate(one["bits_per_byte"])]
-        cells += [estimate(one.get("kl")), estimate(one.get("agreement"), percent=True)]
-        cells += [estimate(accuracies(one).get(column), percent=True) for column in columns]
+    for name, model in models.items():
+        cells = [estimate(model["perplexity"]), estimate(model["bits_per_byte"])]
+        cells += [estimate(model.get("kl")), estimate(model.get("agreement"), percent=True)]
+        cells += [estimate(accuracies(model).get(column), percent=True) for column in columns]
         rows.append(TableRow(label(name), tuple(cells), color(name), name == subject(results)))
     head = ("model", "perplexity", "bits per byte", "KL to teacher", "agreement, %", *_percent(columns))
     samples = results["samples"]
@@ -264,18 +264,20 @@ def quality(results: Facts | None) -> PageSection | None:
         " tokens at which model and teacher rank the same token first. ± is one standard error."
     ) + controls(models)
     note += " acc and acc_norm follow the rules of lm-evaluation-harness." * (len(columns) > len(tasks))
-    found = [
-        _dot_plot({name: one["bits_per_byte"] for name, one in models.items()}, "Bits per byte", "Lower is better."),
-        _dot_plot({n: one.get("kl") for n, one in models.items()}, "KL to the teacher", "Nats per token."),
+    dot_plots = [
         _dot_plot(
-            {name: one.get("agreement") for name, one in models.items()},
+            {name: model["bits_per_byte"] for name, model in models.items()}, "Bits per byte", "Lower is better."
+        ),
+        _dot_plot({n: model.get("kl") for n, model in models.items()}, "KL to the teacher", "Nats per token."),
+        _dot_plot(
+            {name: model.get("agreement") for name, model in models.items()},
             "Agreement with the teacher",
             "Percent of tokens with the same most likely token.",
             scale=100,
         ),
         *(
             _dot_plot(
-                {name: one["choices"].get(task) for name, one in models.items()},
+                {name: model["choices"].get(task) for name, model in models.items()},
                 _task(task),
                 f"Accuracy in percent over {first['choices'][task]['items']} items.",
                 scale=100,
@@ -284,7 +286,7 @@ def quality(results: Facts | None) -> PageSection | None:
         ),
     ]
     between, second = _differences(results.get("differences"), tasks)
-    figures = tuple(one for one in found if one is not None)
+    figures = tuple(plot for plot in dot_plots if plot is not None)
     return PageSection("Quality", note, Table(head, tuple(rows)), between, second, figures)
 
 
@@ -298,10 +300,10 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
     if not differences or not differences["against"]:
         return "", None
     rows = []
-    for name, one in differences["against"].items():
-        cells = [estimate(one.get("nll"), signed=True), estimate(one.get("kl"), signed=True)]
-        cells.append(estimate(one.get("agreement"), percent=True, signed=True))
-        cells += [estimate(one["choices"].get(task), percent=True, signed=True) for task in tasks]
+    for name, difference in differences["against"].items():
+        cells = [estimate(difference.get("nll"), signed=True), estimate(difference.get("kl"), signed=True)]
+        cells.append(estimate(difference.get("agreement"), percent=True, signed=True))
+        cells += [estimate(difference["choices"].get(task), percent=True, signed=True) for task in tasks]
         rows.append(TableRow(f"minus {_lower(label(name))}", tuple(cells), color(name)))
     words = (
         "This table shows the distilled student minus each other model, computed sample by sample. All models read"
@@ -314,11 +316,11 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
 
 def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, scale: int = 1) -> Figure | None:
     rows = []
-    for name, one in estimates.items():
-        if one and one.get("value") is not None:
-            stderr = one.get("stderr")
+    for name, estimated in estimates.items():
+        if estimated and estimated.get("value") is not None:
+            stderr = estimated.get("stderr")
             error = None if stderr is None else stderr * scale
-            rows.append(Interval(label(name), color(name), one["value"] * scale, error))
+            rows.append(Interval(label(name), color(name), estimated["value"] * scale, error))
     if not rows:
         return None
     return Figure(title, f"{words} Whiskers are two standard errors.", plots.dots(rows, title=title))
@@ -327,9 +329,9 @@ def _dot_plot(estimates: Mapping[str, Facts | None], title: str, words: str, *, 
 def speed(results: Facts | None) -> PageSection | None:
     """Tokens per second and memory, before and after."""
     pair = first_and_last(results)
-    if results is None or pair is None or not all(one.get("speed") for one in pair):
+    if results is None or pair is None or not all(model.get("speed") for model in pair):
         return None
-    before, after = (one["speed"] for one in pair)
+    before, after = (model["speed"] for model in pair)
     rows = []
     for label, key, spell in (
         ("prefill, tokens per second", "prefill_tokens_per_second", figure),
@@ -355,7 +357,7 @@ def machine_words(machine: Facts) -> str:
 
 def timed_dtype(pair: tuple[Facts, Facts]) -> str:
     """The precision that both were timed in."""
-    first, second = (str(one["dtype"]) for one in pair)
+    first, second = (str(model["dtype"]) for model in pair)
     return first if first == second else f"{first} and {second}"
 
 

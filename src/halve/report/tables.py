@@ -49,7 +49,9 @@ def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     rows: list[tuple[object, ...]] = [(axis, f"{before[axis]:,}", f"{after[axis]:,}") for axis in after]
     rows.append(("parameters", f"{metrics['teacher_params']:,}", f"{metrics['params']:,}"))
     was, now = metrics["teacher_perplexity"], metrics["perplexity"]
-    rows.append(("perplexity", *(f"{one['value']:.4g} ± {one['stderr']:.2g}" for one in (was, now))))
+    rows.append(
+        ("perplexity", *(f"{perplexity['value']:.4g} ± {perplexity['stderr']:.2g}" for perplexity in (was, now)))
+    )
     table("cut", ("", "before", "after"), rows)
 
 
@@ -151,8 +153,8 @@ def forecast_tables(found: Forecast) -> None:
     """The tables of `halve run --dry-run`."""
     from halve.cut.plan.sizes import format_count
 
-    archs = [found.teacher, *(one.student for one in found.rounds)]
-    counts = [found.teacher_counts, *(one.counts for one in found.rounds)]
+    archs = [found.teacher, *(planned.student for planned in found.rounds)]
+    counts = [found.teacher_counts, *(planned.counts for planned in found.rounds)]
     names = ["student"] if len(found.rounds) == 1 else [f"round {i}" for i in range(1, len(counts))]
     rows: list[Sequence[object]] = [
         (axis, *(getattr(arch, axis) for arch in archs)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
@@ -239,7 +241,7 @@ def duration(hours: float) -> str:
     ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
     """
     units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
-    unit, each = next((one for one in units if hours >= 2 * one[1]), units[-1])
+    unit, each = next((candidate for candidate in units if hours >= 2 * candidate[1]), units[-1])
     return f"{hours / each:,.0f} {unit}" if hours >= 10 * each else f"{hours / each:.2g} {unit}"
 
 
@@ -271,11 +273,11 @@ def _memory(found: Forecast) -> None:
         return
     if not place.cuda or (found.fits and place.ranks > 1):
         return
-    ways = dict.fromkeys((one.recompute, one.teacher) for one in found.settings)
+    ways = dict.fromkeys((setting.recompute, setting.teacher) for setting in found.settings)
     by_optimizer: dict[str, list[str]] = {}
-    for one in found.settings:
-        cell = bytes_in_words(one.memory.total_bytes) + (" fits" if one.memory.fits(found.room_bytes) else "")
-        by_optimizer.setdefault(one.optimizer, []).append(cell)
+    for setting in found.settings:
+        cell = bytes_in_words(setting.memory.total_bytes) + (" fits" if setting.memory.fits(found.room_bytes) else "")
+        by_optimizer.setdefault(setting.optimizer, []).append(cell)
     table(
         f"distillation with other settings (a tenth of {room} is left free)",
         ("optimizer", *(f"teacher {teacher}, recompute {recompute}" for recompute, teacher in ways)),
@@ -306,13 +308,13 @@ def results(found: Mapping[str, Any]) -> None:
 
 def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The multiple-choice accuracies of the evaluate stage, by column name."""
-    found = {}
+    by_column = {}
     for task, ours in model.get("choices", {}).items():
-        found[task] = ours
+        by_column[task] = ours
         for rule in ("acc", "acc_norm"):
             if ours.get(rule):
-                found[f"{task} {rule}"] = ours[rule]
-    return found
+                by_column[f"{task} {rule}"] = ours[rule]
+    return by_column
 
 
 def study_table(found: Mapping[str, Any]) -> None:

@@ -32,15 +32,15 @@ def chat_answers(results: Facts | None) -> PageSection | None:
 
 def _written(entries: Sequence[Facts], *, between: str = "") -> tuple[Completion, ...]:
     """Prompts, and what each model that the page shows made of them."""
-    found = []
-    for one in entries:
+    continuations = []
+    for entry in entries:
         texts = [
             {"label": label(name), "color": color(name), "text": _folded(text)}
-            for name, text in one["texts"].items()
+            for name, text in entry["texts"].items()
             if color(name) in SHOWN
         ]
-        found.append(Completion(one["prompt"] + between, tuple(texts)))
-    return tuple(found)
+        continuations.append(Completion(entry["prompt"] + between, tuple(texts)))
+    return tuple(continuations)
 
 
 def _folded(text: str) -> str:

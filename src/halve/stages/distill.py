@@ -162,9 +162,9 @@ def _lesson(
 def _vocab(how: _Setting, taught: _Taught, student: PreTrainedModel) -> int:
     """The size of the shared vocabulary. Also checks that both models keep documents apart, if required."""
     if how.recipe.data.documents == "apart":
-        for one in (taught.model, student):
-            if one is not None:
-                require_apart(one)
+        for model in (taught.model, student):
+            if model is not None:
+                require_apart(model)
     # tokens that were added only to the tokenizer do not occur in the text
     num_tokens = min(1 + max(how.text.tokenizer.get_vocab().values()), taught.head.weight.shape[0])
     vocab = objectives.shared_vocab(split(student)[1], taught.head, num_tokens=num_tokens)
@@ -235,9 +235,9 @@ def _save_teacher(how: _Setting, taught: _Taught, folder: Path, *, source: Path,
     assert taught.model is not None
     assert taught.dtype is not None
     kept = {key: record[key] for key in ("base_model", "teacher", "seed", "corpus")}
-    own = {"stage": "correct", **kept, "training": how.recipe.correct.model_dump(mode="json")}
+    teacher_record = {"stage": "correct", **kept, "training": how.recipe.correct.model_dump(mode="json")}
     adapters.merge(taught.model)
-    shards.save(taught.model, folder, dtype=taught.dtype, extra_from=source, record=own, ranks=how.ranks)
+    shards.save(taught.model, folder, dtype=taught.dtype, extra_from=source, record=teacher_record, ranks=how.ranks)
 
 
 def _by_cache(how: _Setting, folder: Path, teacher: str) -> _Taught:

@@ -121,14 +121,14 @@ def run(
     results = {
         "reference": reference,
         **_circumstances(heldout, num_bytes, tokens.fingerprint, device),
-        "models": {name: {**one.facts, "speed": speeds.get(name)} for name, one in measured.items()},
+        "models": {name: {**measurement.facts, "speed": speeds.get(name)} for name, measurement in measured.items()},
         "differences": None if subject is None else _differences(measured, subject, heldout.weights),
         "completions": _texts(measured, recipe.evaluate.prompts, first=0),
     }
     if asked.chat:
         results["answers"] = _texts(measured, tuple(asked.chat), first=len(asked.prompts))
     write_json(out / "results.json", results)
-    return {name: _headline(one.facts) for name, one in measured.items()}
+    return {name: _headline(measurement.facts) for name, measurement in measured.items()}
 
 
 def _asked(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase) -> _Asked:
@@ -179,8 +179,8 @@ def _measure(
     if teacher is None:
         per_sample = {"nll": measure.language_modeling(model, samples_BS, micro_batch=micro_batch, predicted=which)}
     else:
-        found = measure.divergence(model, teacher, samples_BS, micro_batch=micro_batch, predicted=which)
-        per_sample = {"nll": found.nll, "kl": found.kl, "agreement": found.agreement}
+        divergence = measure.divergence(model, teacher, samples_BS, micro_batch=micro_batch, predicted=which)
+        per_sample = {"nll": divergence.nll, "kl": divergence.kl, "agreement": divergence.agreement}
     choices = {name: answer_encoded(model, items) for name, items in questions.items()}
     nll = per_sample["nll"]
     facts: dict[str, Any] = {
@@ -200,7 +200,7 @@ def _measure(
 def _texts(measured: Mapping[str, _Measured], prompts: Sequence[str], *, first: int) -> list[dict[str, Any]]:
     """What every model wrote after these prompts, the first of which is the one numbered `first`."""
     return [
-        {"prompt": prompt, "texts": {name: one.texts[i] for name, one in measured.items()}}
+        {"prompt": prompt, "texts": {name: measurement.texts[i] for name, measurement in measured.items()}}
         for i, prompt in enumerate(prompts, first)
     ]
 
@@ -238,7 +238,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     """The tokens that end a text: those of generation_config.json if they are valid, otherwise the tokenizer's."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     for given in (named, tokenizer.eos_token_id):
-        ids = [one for one in (given if isinstance(given, list) else [given]) if type(one) is int]
+        ids = [token for token in (given if isinstance(given, list) else [given]) if type(token) is int]
         if ids:
             return ids
     return None
@@ -253,8 +253,8 @@ def _speeds(
 ) -> dict[str, dict[str, float]]:
     """Speed by name. Of models with the same shapes only one is timed."""
     same: dict[tuple[object, ...], list[str]] = {}
-    for name, one in measured.items():
-        same.setdefault(one.shapes, []).append(name)
+    for name, measurement in measured.items():
+        same.setdefault(measurement.shapes, []).append(name)
     timed = {names[0]: load(names[0]) for names in same.values()}
     speeds = compare_speed(timed, _speed_prompt(samples_BS), num_new_tokens=NEW_TOKENS, repeats=REPEATS)
     return {name: _speed_facts(speeds[names[0]]) for names in same.values() for name in names}

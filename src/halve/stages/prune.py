@@ -126,7 +126,7 @@ def run(
         "perplexity": measure.perplexity(after_nll, heldout.weights).as_dict(),
         "teacher_perplexity": measure.perplexity(before_nll, heldout.weights).as_dict(),
         "checks": [f"{check.axis}: {check.name}" for check in wanted.proof.checks],
-        "shapes": [one.to_json() for one in tried],
+        "shapes": [shape.to_json() for shape in tried],
         **done.figures,
     }
 

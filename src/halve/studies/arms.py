@@ -142,9 +142,9 @@ def _share(text: str) -> float:
 
 def _with_items(value: Any, setting: Setting) -> Any:
     if isinstance(value, dict):
-        return {key: _with_items(one, setting) for key, one in value.items()}
+        return {key: _with_items(nested, setting) for key, nested in value.items()}
     if isinstance(value, list):
-        return [_with_items(one, setting) for one in value]
+        return [_with_items(nested, setting) for nested in value]
     if value not in (SELECT, TEST):
         return value
     if setting.items is None:

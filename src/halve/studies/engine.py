@@ -42,19 +42,19 @@ def run(study: Study, setting: Setting, *, seeds: Sequence[int], out: Path, comm
     `command` is what a reader types to repeat it. `say` gets a line for every run. Raises what the pipeline raises.
     """
     sizes = _sizes(setting)
-    own = {name: arm for name, arm in study.arms.items() if arm.of is None}
-    done: dict[str, list[dict[str, Any]]] = {name: [] for name in own}
+    arms_to_run = {name: arm for name, arm in study.arms.items() if arm.of is None}
+    done: dict[str, list[dict[str, Any]]] = {name: [] for name in arms_to_run}
     count = 0
     for seed in seeds:
-        for name, arm in own.items():
+        for name, arm in arms_to_run.items():
             began, count = time.monotonic(), count + 1
             teacher = _teacher(setting, seed=seed, out=out, say=say) if arm.teacher == "corrected" else setting.model
             recipe = cell(study, arm, setting, seed=seed, sizes=sizes, teacher=teacher)
             folder = pipeline.run(recipe, _folder(out, recipe), cache=out / "data")
-            found = {"folder": folder, "recipe": recipe, "results": _results(folder / "evaluate")}
-            done[name].append(found)
-            which = f"{study.name} {count}/{len(own) * len(seeds)}: {name}, seed {seed}"
-            say(f"{which}: {_figures(arm, found)}, {time.monotonic() - began:.0f} s")
+            finished_run = {"folder": folder, "recipe": recipe, "results": _results(folder / "evaluate")}
+            done[name].append(finished_run)
+            which = f"{study.name} {count}/{len(arms_to_run) * len(seeds)}: {name}, seed {seed}"
+            say(f"{which}: {_figures(arm, finished_run)}, {time.monotonic() - began:.0f} s")
     results = collect(study, done, setting, seeds=seeds, command=command)
     place = out / study.name
     write_json(place / "results.json", results)
@@ -86,10 +86,10 @@ def collect(
     """
     runs = {name: done[arm.of or name] for name, arm in study.arms.items()}
     values: dict[str, Values] = {
-        name: {metric: [_value(metric, arm, one) for one in runs[name]] for metric in study.metrics}
+        name: {metric: [_value(metric, arm, finished_run) for finished_run in runs[name]] for metric in study.metrics}
         for name, arm in study.arms.items()
     }
-    manifests = [one["folder"] / "evaluate" / MANIFEST for each in done.values() for one in each]
+    manifests = [finished_run["folder"] / "evaluate" / MANIFEST for each in done.values() for finished_run in each]
     return {
         "format": STUDY_FORMAT,
         **{key: getattr(study, key) for key in ("name", "title", "source", "question", "note")},
@@ -105,7 +105,7 @@ def collect(
                 "label": arm.label,
                 "kept": _kept(arm, runs[name][0]),
                 "paper": arm.paper,
-                "metrics": {metric: _estimate(found) for metric, found in values[name].items()},
+                "metrics": {metric: _estimate(by_seed) for metric, by_seed in values[name].items()},
             }
             for name, arm in study.arms.items()
         ],
@@ -124,7 +124,9 @@ def _circumstances(setting: Setting, runs: Sequence[Mapping[str, Any]]) -> dict[
             "name": setting.name,
             "params": teacher["params"],
             "non_embedding_params": teacher["non_embedding_params"],
-            "perplexity": _estimate([one["results"]["models"][_TEACHER]["perplexity"]["value"] for one in runs]),
+            "perplexity": _estimate(
+                [finished_run["results"]["models"][_TEACHER]["perplexity"]["value"] for finished_run in runs]
+            ),
         },
         "setting": {
             "calibration_samples": recipe.score.samples,
@@ -164,10 +166,10 @@ def _value(metric: Metric, arm: Arm, one: Mapping[str, Any]) -> float | None:
         return None
     model = one["results"]["models"][_last(base, one)]
     if what == "accuracy":
-        (found,) = model["choices"].values()
+        (estimate,) = model["choices"].values()
     else:
-        found = model[what]
-    value: float | None = found["value"]
+        estimate = model[what]
+    value: float | None = estimate["value"]
     return value
 
 

@@ -49,7 +49,7 @@ def markdown(results: Results, *, plot: str) -> str:
         " from zero (Student's t-test at 5 %).",
         claims_table(results),
     ]
-    parts += [f"- {one['text']}: {one['tie']}." for one in results["claims"] if _is_tie(one)]
+    parts += [f"- {claim['text']}: {claim['tie']}." for claim in results["claims"] if _is_tie(claim)]
     parts += [
         "## How it was measured",
         f"On {results['date']}, by\n\n```sh\n{results['command']}\n```",
@@ -82,13 +82,13 @@ def claims_table(results: Results) -> str:
     """Every claim, the effect and the verdict."""
     rows = [
         [
-            one["text"],
-            METRICS[one["metric"]],
-            one["paper"],
-            _text(one["effect"], percent=one["metric"].startswith("accuracy"), signed=True),
-            f"**{one['verdict']}**",
+            claim["text"],
+            METRICS[claim["metric"]],
+            claim["paper"],
+            _text(claim["effect"], percent=claim["metric"].startswith("accuracy"), signed=True),
+            f"**{claim['verdict']}**",
         ]
-        for one in results["claims"]
+        for claim in results["claims"]
     ]
     return markdown_table(["claim", "metric", "paper", "effect here", "verdict"], rows, numbers=False)
 
@@ -100,10 +100,10 @@ def plot(results: Results) -> str:
         scale = 100 if metric.startswith("accuracy") else 1
         rows = []
         for i, arm in enumerate(results["arms"]):
-            one = arm["metrics"][metric]
-            if one is not None:
-                error = None if one["stderr"] is None else scale * one["stderr"]
-                rows.append(Interval(arm["label"], _PLAIN if i else _ACCENT, scale * one["mean"], error))
+            estimated = arm["metrics"][metric]
+            if estimated is not None:
+                error = None if estimated["stderr"] is None else scale * estimated["stderr"]
+                rows.append(Interval(arm["label"], _PLAIN if i else _ACCENT, scale * estimated["mean"], error))
         if rows:
             title = PLOTTED[metric] + (", percent" if scale == 100 else "")
             panels.append((title, plots.dots(rows, title=title)))
@@ -124,5 +124,5 @@ def _is_tie(claim: Mapping[str, Any]) -> bool:
 def _text(one: Mapping[str, Any] | None, *, percent: bool = False, signed: bool = False) -> str:
     if one is None:
         return "-"
-    found: Cell = estimate({"value": one["mean"], "stderr": one["stderr"]}, percent=percent, signed=signed)
-    return f"{found.value} ± {found.error}" if found.error else found.value
+    cell: Cell = estimate({"value": one["mean"], "stderr": one["stderr"]}, percent=percent, signed=signed)
+    return f"{cell.value} ± {cell.error}" if cell.error else cell.value

@@ -68,16 +68,16 @@ class Batch:
                 return None
             return torch.cat(
                 [
-                    torch.ones(len(one), width, dtype=torch.bool) if part is None else part
-                    for one, part in zip(batches, parts, strict=True)
+                    torch.ones(len(batch), width, dtype=torch.bool) if part is None else part
+                    for batch, part in zip(batches, parts, strict=True)
                 ]
             )
 
-        ids = torch.cat([one.ids for one in batches])
-        places = [one.positions for one in batches if one.positions is not None]
+        ids = torch.cat([batch.ids for batch in batches])
+        places = [batch.positions for batch in batches if batch.positions is not None]
         assert len(places) in (0, len(batches)), "documents are apart in all or in none"
-        predicted = all_of([one.predicted for one in batches], width=ids.shape[1] - 1)
-        attended = all_of([one.attended for one in batches], width=ids.shape[1])
+        predicted = all_of([batch.predicted for batch in batches], width=ids.shape[1] - 1)
+        attended = all_of([batch.attended for batch in batches], width=ids.shape[1])
         return cls(ids, numbers, torch.cat(places) if places else None, predicted, attended)
 
     def rows(self, places: Sequence[int]) -> Batch:

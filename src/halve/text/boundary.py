@@ -70,8 +70,8 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
                 f"data.boundary: the teacher never learned {token} (its loss is at least {nats:.1f} nats at the end"
                 f" of a document, and {even:.1f} for uniform guessing); it is left out"
             )
-    found = read_sealed(note)
-    return "bos" if found["nats"] > ABSURD * found["even"] else "auto"
+    losses = read_sealed(note)
+    return "bos" if losses["nats"] > ABSURD * losses["even"] else "auto"
 
 
 def asked_documents(recipe: Recipe, teacher: Checkpoint) -> tuple[list[int], ...]:
@@ -105,11 +105,11 @@ def end_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marks: 
     """The lowest loss of EOS over a few plain documents, in nats. NaN if one of the losses is NaN."""
     assert marks.eos is not None
     body, head = split(model)
-    found = []
+    losses = []
     for ids in _shown(tokenizer, marks):
         ids_1S = torch.tensor([ids], device=model.device)
-        found.append(float(measure.token_nll(head, body(ids_1S), ids_1S)[0, -1]))
-    return math.nan if any(map(math.isnan, found)) else min(found)
+        losses.append(float(measure.token_nll(head, body(ids_1S), ids_1S)[0, -1]))
+    return math.nan if any(map(math.isnan, losses)) else min(losses)
 
 
 @torch.no_grad()

@@ -122,20 +122,20 @@ class Conversations(Samples):
             known += len(starts_C[-1])
             places = np.flatnonzero(codes & COUNTED) + low
             owners = np.searchsorted(np.concatenate(starts_C), places, side="right") - 1
-            own, first = np.unique(owners, return_index=True)
-            counted.append((own, places[first]))
+            conversations, first = np.unique(owners, return_index=True)
+            counted.append((conversations, places[first]))
         starts_N = np.concatenate(starts_C) if starts_C else np.empty(0, dtype=np.int64)
         lengths_N = np.diff(starts_N, append=self.tokens.count)
         counted_N = lengths_N.copy()  # where nothing counts: behind the last
-        for own, places in reversed(counted):  # the earliest stands
-            counted_N[own] = places - starts_N[own]
+        for conversations, places in reversed(counted):  # the earliest stands
+            counted_N[conversations] = places - starts_N[conversations]
         return _Found(starts_N, lengths_N, counted_N)
 
     @cached_property
     def _useful(self) -> NDArray[np.int64]:
         """Which conversations have a prediction that counts."""
-        found = self._found
-        return np.flatnonzero(found.counted < np.minimum(found.lengths, self.context))
+        conversations = self._found
+        return np.flatnonzero(conversations.counted < np.minimum(conversations.lengths, self.context))
 
     @cached_property
     def _kept(self) -> NDArray[np.int64]:

@@ -63,12 +63,12 @@ def conversation(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
             why=f"field {text_field!r} holds {held}, and a conversation is a list of messages",
             fix=f"drop that row, or set {MESSAGES_KEY} to the field that holds the messages",
         )
-    messages = [_message(one, number, place) for number, one in enumerate(given, 1)]
+    messages = [_message(message, number, place) for number, message in enumerate(given, 1)]
     _require_turns([message["role"] for message in messages], place)
-    found: dict[str, Any] = {"messages": messages}
+    fields: dict[str, Any] = {"messages": messages}
     if tools := _tools(row.get(TOOLS), place):
-        found[TOOLS] = tools
-    yield Piece(json.dumps(found, ensure_ascii=False), last=True, place=place)
+        fields[TOOLS] = tools
+    yield Piece(json.dumps(fields, ensure_ascii=False), last=True, place=place)
 
 
 def _message(given: Any, number: int, place: str) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def _content(given: Any, who: str) -> str:
     """Text, or the texts of a list of parts; null is an empty text, as beside a call of tools."""
     parts = given if isinstance(given, list) else [given]
     text = ""
-    for one in parts:
-        said = one.get("text") if isinstance(one, dict) and one.get("type", "text") == "text" else one
+    for part in parts:
+        said = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if said is not None and not isinstance(said, str):
             raise CorpusError(
                 f"{who} is not text",
@@ -121,10 +121,10 @@ def _content(given: Any, who: str) -> str:
 def _calls(text: str, who: str) -> list[dict[str, Any]]:
     """ShareGPT's call of a tool, or several, as chat templates know them."""
     try:
-        found = plain_json.parse_json(text)
+        parsed = plain_json.parse_json(text)
     except ValueError:
-        found = None
-    calls = found if isinstance(found, list) else [found]
+        parsed = None
+    calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise CorpusError(
             f"{who} calls no tool",
@@ -136,21 +136,21 @@ def _calls(text: str, who: str) -> list[dict[str, Any]]:
 
 def _tools(given: Any, place: str) -> list[Any]:
     """The tools of a row: a list, or its JSON."""
-    found = given
+    tools = given
     if isinstance(given, str) and given.strip():
         try:
-            found = plain_json.parse_json(given)
+            tools = plain_json.parse_json(given)
         except ValueError:
-            found = given
-    if not found or (isinstance(found, str) and not found.strip()):
+            tools = given
+    if not tools or (isinstance(tools, str) and not tools.strip()):
         return []
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise CorpusError(
             f"{place}: field {TOOLS!r} holds no list of tools",
             why=f"it holds {type(given).__name__}",
             fix="write a list of objects that describe tools, or its JSON, or leave the field out",
         )
-    return [_without_null(tool) for tool in found]
+    return [_without_null(tool) for tool in tools]
 
 
 def _require_turns(roles: Sequence[str], place: str) -> None:

@@ -213,11 +213,11 @@ def _fill(
     how = {"tokenizer": tokenizer, "between": between, "dtype": dtype, "workers": workers}
     made = tokenize.encoded(left, **how, encode=encode)
     with closing(made), progress.task("tokenize", None, done=mark.count) as task:
-        for one in made:
-            draft.file.write(one.ids)
-            num_tokens = len(one.ids) // dtype.itemsize
-            size = mark.count + num_tokens, mark.text_bytes + one.text_bytes
-            mark = Mark(mark.batches + 1, *size, max(mark.largest, one.largest))
+        for encoded in made:
+            draft.file.write(encoded.ids)
+            num_tokens = len(encoded.ids) // dtype.itemsize
+            size = mark.count + num_tokens, mark.text_bytes + encoded.text_bytes
+            mark = Mark(mark.batches + 1, *size, max(mark.largest, encoded.largest))
             task.advance(num_tokens)
             if mark.batches % MARK_BATCHES == 0:
                 draft.sync()

@@ -132,8 +132,8 @@ def open_course(
         "contexts": contexts,
         "documents": recipe.data.documents,
     }
-    found = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    return Course(training, first, tuple(later), found)
+    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return Course(training, first, tuple(later), fingerprint)
 
 
 def open_heldout(
@@ -164,7 +164,7 @@ def _mixtures(
     progress: Progress,
 ) -> list[Mixture]:
     """The mixture of each span."""
-    found: list[Mixture] = []
+    mixtures: list[Mixture] = []
     last: dict[int, Mixture] = {}  # by context
     drawn: dict[int, tuple[int, ...]] = {}
     offset = 0
@@ -179,8 +179,8 @@ def _mixtures(
         else:
             made = Mixture(known.parts, weights, known.offset, drawn[span.context])
         last[span.context], drawn[span.context] = made, made.after(span.steps * batch)
-        found.append(made)
-    return found
+        mixtures.append(made)
+    return mixtures
 
 
 def _weights(texts: Texts, asked: Mapping[str, float] | None) -> tuple[float, ...]:

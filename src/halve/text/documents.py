@@ -48,7 +48,7 @@ def require_apart(model: PreTrainedModel) -> None:
     ids_BS = torch.randint(vocab, (2, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0)).to(model.device)
     packed, alone, joined = (read(model, ids_BS) for read in (_packed, _alone, _joined))
     size = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    gap, whole = (float((found - alone).abs().max() / size) for found in (packed, joined))
+    gap, whole = (float((states - alone).abs().max() / size) for states in (packed, joined))
     tolerance = 1e-3 if packed.dtype in (torch.float32, torch.float64) else 5e-2
     if not gap < min(tolerance, whole / 2):
         raise AnatomyError(

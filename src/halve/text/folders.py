@@ -94,15 +94,15 @@ def find(source: str) -> SourceFiles:
             why="text is read more than once, and a device or a pipe cannot be",
             fix="write what comes out of it to a file, and name that",
         )
-    found = _in_folder(path)
-    if not found.read:
+    files = _in_folder(path)
+    if not files.read:
         raise CorpusError(
             f"folder {source} holds no corpus file",
             why=f"read are files ending in {', '.join(sorted((*_PROSE, *_BY_ENDING)))}, and JSON lines and parquet"
-            f" of any name; {found.told or 'it has no file at all'}",
+            f" of any name; {files.told or 'it has no file at all'}",
             fix="rename the files, or name them one by one",
         )
-    return found
+    return files
 
 
 def file_kind(path: Path, *, text_field: str) -> FileKind:
@@ -176,11 +176,11 @@ def _in_folder(folder: Path) -> SourceFiles:
     kinds: dict[Path, FileKind] = {}
     left_out: list[Path] = []
     for path in _walk(folder, left_out.append):
-        found = None if _is_note(path) else _kind_in_folder(path)
-        if found is None:
+        kind = None if _is_note(path) else _kind_in_folder(path)
+        if kind is None:
             left_out.append(path)
         else:
-            kinds[path] = found
+            kinds[path] = kind
         if len(left_out) - len(kinds) > MOST_LEFT_OUT:
             raise CorpusError(
                 f"folder {folder} holds too much that is not text",
@@ -247,8 +247,8 @@ def _walk_one(
 
 def _identity(folder: Path) -> tuple[int, int]:
     """The identity of a folder, which does not depend on the path to it."""
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+    inode = folder.stat()
+    return inode.st_dev, inode.st_ino
 
 
 def _kind_in_folder(path: Path) -> FileKind | None:
@@ -258,10 +258,10 @@ def _kind_in_folder(path: Path) -> FileKind | None:
         return _BY_ENDING[suffix]
     try:
         now = status(path)
-        found = _by_content(path, now.st_size, now.st_mtime_ns)
+        kind = _by_content(path, now.st_size, now.st_mtime_ns)
     except (*DAMAGED, CorpusError):
-        found = _BY_ENDING.get(suffix)  # reading it reports the error
-    return found or ("text" if suffix in _PROSE else None)
+        kind = _BY_ENDING.get(suffix)  # reading it reports the error
+    return kind or ("text" if suffix in _PROSE else None)
 
 
 def _is_note(path: Path) -> bool:
@@ -271,7 +271,7 @@ def _is_note(path: Path) -> bool:
 
 def _about(kinds: dict[Path, FileKind], *, alone: bool) -> set[Path]:
     """The files that describe the text next to them. `alone`: there is nothing else in the folder."""
-    text = {path for path, found in kinds.items() if found == "text"}
+    text = {path for path, kind in kinds.items() if kind == "text"}
     readme = {path for path in text if path.name.lower().startswith("readme")}
     if len(text) < len(kinds):
         return readme | {path for path in text if _CARD.fullmatch(path.name)}

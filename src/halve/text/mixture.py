@@ -113,8 +113,8 @@ class Mixture:
         rows = [
             iter(part.calibration(n, length)) if n else iter(()) for part, n in zip(self.parts, counts, strict=True)
         ]
-        found = (next(rows[part], None) for part, _ in self._turns(0, num_samples))
-        return torch.stack([row for row in found if row is not None])
+        samples = (next(rows[part], None) for part, _ in self._turns(0, num_samples))
+        return torch.stack([row for row in samples if row is not None])
 
     def _places(self, step: int, batch: int) -> list[tuple[int, int]]:
         drawn = self.drawn or (0,) * len(self.parts)
@@ -131,10 +131,10 @@ class Mixture:
         rows: list[int] = []
         read: list[Batch] = []
         for part in sorted({part for part, _ in places}):
-            rows += (own := [row for row, (one, _) in enumerate(places) if one == part])
-            read.append(self.parts[part].numbered([places[row][1] for row in own]))
-        found = Batch.joined(read).rows(sorted(range(len(rows)), key=rows.__getitem__))
-        return replace(found, numbers=tuple(starts[part] + place for part, place in places))
+            rows += (part_rows := [row for row, (row_part, _) in enumerate(places) if row_part == part])
+            read.append(self.parts[part].numbered([places[row][1] for row in part_rows]))
+        batch = Batch.joined(read).rows(sorted(range(len(rows)), key=rows.__getitem__))
+        return replace(batch, numbers=tuple(starts[part] + place for part, place in places))
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Texts:
 
     def say_cut(self, samples: Sequence[Samples], progress: Progress) -> None:
         """Say of each text's samples how many conversations are cut or left out."""
-        for name, one in zip(self.names, samples, strict=True):
-            say_cut(progress, f"part {name} of data.train" if name else "data.train", one)
+        for name, part in zip(self.names, samples, strict=True):
+            say_cut(progress, f"part {name} of data.train" if name else "data.train", part)
 
 
 def open_texts(

@@ -38,10 +38,10 @@ def require_embedded(
     """
     tokenizer = teacher.tokenizer
     if split == "valid":
-        found: Sequence[Tokens] = [open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)]
+        files: Sequence[Tokens] = [open_split(recipe, split, cache=cache, tokenizer=tokenizer, progress=progress)]
     else:
-        found = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress).tokens
-    teacher.require_embedded(max(tokens.largest for tokens in found), f"the text of data.{split}")
+        files = open_texts(recipe, cache=cache, tokenizer=tokenizer, progress=progress).tokens
+    teacher.require_embedded(max(tokens.largest for tokens in files), f"the text of data.{split}")
 
 
 def open_text(recipe: Recipe, training: Training, *models: Checkpoint, cache: Path, progress: Progress) -> Text:

@@ -39,7 +39,7 @@ def spans(training: Training, context: int) -> tuple[Span, ...]:
     step, the first of them has no steps.
     """
     now = Span(1, 0, 0, context, training.lr, None)
-    found = []
+    planned = []
     for phase, end in zip((None, *training.phases), _ends(training), strict=True):
         if phase is not None:
             now = replace(
@@ -52,8 +52,8 @@ def spans(training: Training, context: int) -> tuple[Span, ...]:
             )
         missing = max(end - now.tokens_before, 0)
         now = replace(now, steps=math.ceil(missing / (training.batch * now.context)))
-        found.append(now)
-    return tuple(found)
+        planned.append(now)
+    return tuple(planned)
 
 
 def rate(step: int, *, steps: int, peak: float, end: float, warmup_steps: int) -> float:

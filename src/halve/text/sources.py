@@ -82,16 +82,18 @@ def told(sources: Sequence[str], *, documents: int, tokens: int, kind: str = "do
     """What was read, in words: the numbers of files, documents and tokens, and what was left out of folders."""
     names = [source if source.startswith(HUB) else Path(source).name for source in sources]
     local = [folders.find(source) for source in sources if not source.startswith(HUB)]
-    counts = [_many(sum(len(found.read) for found in local), "file")] if local else []
+    counts = [_many(sum(len(source_files.read) for source_files in local), "file")] if local else []
     counts += [_many(documents, kind), _many(tokens, "token")]
-    left_out = [found.told for found in local if found.left_out]
+    left_out = [source_files.told for source_files in local if source_files.left_out]
     return f"text of {', '.join(names)}: {', '.join((*counts, *left_out))}"
 
 
 def left_out(sources: Sequence[str]) -> tuple[str, ...]:
     """What is left out of local folders, in words: one line for each folder with something left out."""
     local = {source: folders.find(source) for source in dict.fromkeys(sources) if not source.startswith(HUB)}
-    return tuple(f"{shown(source)}: {found.told}" for source, found in local.items() if found.left_out)
+    return tuple(
+        f"{shown(source)}: {source_files.told}" for source, source_files in local.items() if source_files.left_out
+    )
 
 
 def fingerprint(source: str, *, revision: str | None = None, sha256: Callable[[Path], str] = file_sha256) -> str:

@@ -76,18 +76,19 @@ class Correction:
                 return objective(self.learner.body, head, part.to(self.device))
 
         settle, ranks = partial(self.learner.settle, head), self.learner.ranks
-        found = gradients(self.trained, summed, parts, settle=settle, ranks=ranks)
-        if not is_finite(found.loss, found.norm):
+        step_gradients = gradients(self.trained, summed, parts, settle=settle, ranks=ranks)
+        if not is_finite(step_gradients.loss, step_gradients.norm):
             raise not_finite(
                 "the teacher's loss",
                 verb="is",
                 where=f" at step {step}",
-                why=f"corrected beside the student, its loss is {found.loss}, its gradient's norm {found.norm}",
+                why=f"corrected beside the student, its loss is {step_gradients.loss},"
+                f" its gradient's norm {step_gradients.norm}",
                 fix=f"lower lr (now {self.section.lr:g}) in the section correct, or correct it before: when: before",
                 kind=TrainError,
             )
-        apply(self.trained, found, lr=self.rate(step), clip=self.section.clip)
-        return {"teacher_loss": found.loss, "teacher_grad_norm": found.norm}
+        apply(self.trained, step_gradients, lr=self.rate(step), clip=self.section.clip)
+        return {"teacher_loss": step_gradients.loss, "teacher_grad_norm": step_gradients.norm}
 
     def work(self, context: int, *, step: int) -> float:
         """FLOPs per token of its training. Zero after the last of its steps."""
@@ -95,8 +96,10 @@ class Correction:
 
     def rate(self, step: int) -> float:
         """The teacher's learning rate at a step, by the section `correct` and over its own steps."""
-        own = self.section
-        return schedule.rate(step, steps=self.steps, peak=own.lr, end=own.min_lr, warmup_steps=own.warmup_steps)
+        section = self.section
+        return schedule.rate(
+            step, steps=self.steps, peak=section.lr, end=section.min_lr, warmup_steps=section.warmup_steps
+        )
 
     def measuring(self, student: objectives.Heldout, own: objectives.Heldout) -> objectives.Heldout:
         """Return a measurement of the student that also measures the current teacher with `own`, as `teacher_ce`."""

@@ -199,9 +199,9 @@ def choose(
     else:
         _check_samples(calibration.samples_BS)
         compare = _MEASURED[criterion](calibration)
-    found = PATTERNS[pattern](compare, total, remove=remove)
-    kept = tuple(layer for layer in range(total) if layer not in found.removed)
-    return DepthChoice(criterion, pattern, kept, found.removals, found.passes, found.whole)
+    result = PATTERNS[pattern](compare, total, remove=remove)
+    kept = tuple(layer for layer in range(total) if layer not in result.removed)
+    return DepthChoice(criterion, pattern, kept, result.removals, result.passes, result.whole)
 
 
 _MEASURED: Final[Mapping[DepthCriterion, Callable[..., Compare]]] = {

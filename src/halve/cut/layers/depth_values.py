@@ -223,8 +223,8 @@ def task(
             each=add,
             progress=progress,
         )
-        finite_values(torch.stack([torch.cat(found).sum() for found in nats]), (*sets, ()))
-        right = [choices.answers(encoded, batches, found).right for found in nats]
+        finite_values(torch.stack([torch.cat(set_nats).sum() for set_nats in nats]), (*sets, ()))
+        right = [choices.answers(encoded, batches, set_nats).right for set_nats in nats]
         *values, whole = (1 - answers.double().mean().item() for answers in right)
         return Compared(tuple(values), passes, whole)
 
@@ -260,8 +260,8 @@ def random_values(seed: int) -> Compare:
 
 def finite_values(values: Tensor, sets: Sequence[LayerSet]) -> tuple[float, ...]:
     """The values as numbers. Raises `CheckpointError` naming the first set whose value is not finite."""
-    found = values.tolist()
-    for value, chosen in zip(found, sets, strict=True):
+    numbers = values.tolist()
+    for value, chosen in zip(numbers, sets, strict=True):
         names = ", ".join(str(layer) for layer in chosen)
         require_finite(f"without layers {names} the logits" if chosen else "the model's logits", value)
-    return tuple(found)
+    return tuple(numbers)

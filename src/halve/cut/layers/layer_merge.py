@@ -108,12 +108,14 @@ def apply_merges(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merg
 def _applied(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> Iterator[None]:
     """In this context, the model itself is merged. Its own weights are restored on every exit."""
     into = {merge.into for merge in merges}
-    own = {name: value.detach().clone() for name, value in model.named_parameters() if anatomy.layer_of(name) in into}
+    weights = {
+        name: value.detach().clone() for name, value in model.named_parameters() if anatomy.layer_of(name) in into
+    }
     try:
         _apply(model, anatomy, merges)
         yield
     finally:
-        _write(model, own)
+        _write(model, weights)
 
 
 def _apply(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> None:
@@ -124,7 +126,7 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) ->
 def _merged(model: PreTrainedModel, anatomy: Anatomy, merge: Merge) -> dict[str, Tensor]:
     """The new parameters of the layer that the others collapse into, by name."""
     parameters = dict(model.named_parameters())
-    found = {}
+    merged = {}
     for name in (n for n in parameters if anatomy.layer_of(n) == merge.into):
         others = [parameters.get(anatomy.in_layer(name, layer)) for layer in merge.layers]
         same = [other for other in others if other is not None and other.shape == parameters[name].shape]
@@ -134,8 +136,8 @@ def _merged(model: PreTrainedModel, anatomy: Anatomy, merge: Merge) -> dict[str,
                 why=f"they are not all made of the same parameters: {name} differs",
                 fix="set layer_merge: none, or remove other layers",
             )
-        found[name] = laco(parameters[name].detach(), [other.detach() for other in same])
-    return found
+        merged[name] = laco(parameters[name].detach(), [other.detach() for other in same])
+    return merged
 
 
 @torch.no_grad()

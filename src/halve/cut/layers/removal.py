@@ -152,13 +152,13 @@ def ignore(*_: Any) -> None:
 @contextmanager
 def _replaced(layers: Layers, forwards: Mapping[int, Forward]) -> Iterator[None]:
     """In this context, these layers run another function. An own `forward` of an instance is restored."""
-    own = {layer: layers.modules[layer].__dict__.get("forward") for layer in forwards}
+    own_forwards = {layer: layers.modules[layer].__dict__.get("forward") for layer in forwards}
     try:
         for layer, forward in forwards.items():
             layers.modules[layer].__dict__["forward"] = forward
         yield
     finally:
-        for layer, before in own.items():
+        for layer, before in own_forwards.items():
             layers.modules[layer].__dict__.pop("forward", None)
             if before is not None:
                 layers.modules[layer].__dict__["forward"] = before

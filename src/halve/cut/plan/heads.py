@@ -66,11 +66,11 @@ def merge_heads(
         return result
     assert scores.heads is not None, "a merge ranks heads"
     parameters, old = dict(result.named_parameters()), dict(model.named_parameters())
-    found = list(_matrices(anatomy))
+    matrices = list(_matrices(anatomy))
     with torch.no_grad():
         for number, layer in enumerate(plan.layers):
             met = list(_met(plan, number, scores.heads[layer]))
-            for place in (place for place in found if place.layer == layer):
+            for place in (place for place in matrices if place.layer == layer):
                 target, source = (values[place.name].movedim(place.dim, 0) for values in (parameters, old))
                 for kept, removed in met:
                     here, there = place.positions[kept], place.positions[removed]
@@ -80,8 +80,8 @@ def merge_heads(
 
 def _matrices(anatomy: Anatomy) -> Iterator[AxisPlace]:
     """Weights and biases of the projections of query heads, and of keys and values if each head has its own."""
-    own = anatomy.sizes.heads == anatomy.sizes.kv_heads
-    for axis in ("heads", "kv_heads") if own else ("heads",):
+    multi_head = anatomy.sizes.heads == anatomy.sizes.kv_heads
+    for axis in ("heads", "kv_heads") if multi_head else ("heads",):
         for place in places(anatomy, axis):
             if place.name.rpartition(".")[0] in anatomy.modules:
                 yield place

@@ -59,8 +59,8 @@ def _list_shapes(anatomy: Anatomy, budget: int, *, total: bool) -> list[list[Arc
     listed = []
     for axes, cut in _families(anatomy).items():
         counted = _Counted.of(anatomy, cut, total=total)
-        found = (_most_even(anatomy, axes, counted, layers, budget) for layers in depths)
-        listed.append([entry for entry in found if entry is not None])
+        most_even = (_most_even(anatomy, axes, counted, layers, budget) for layers in depths)
+        listed.append([entry for entry in most_even if entry is not None])
     near = max(0.01, 2 * min((abs(over) for family in listed for over, _ in family), default=0.0))
     near = min(near, BUDGET_TOLERANCE)
     within = [[arch for over, arch in family if -2 * near <= over <= near] for family in listed]
@@ -128,16 +128,16 @@ def _most_even(
 
 def _families(anatomy: Anatomy) -> dict[tuple[str, ...], list[Arch]]:
     """For each set of axes that are cut: every size of these axes, with the full ffn."""
-    before, found = anatomy.sizes, widths(anatomy)
+    before, all_widths = anatomy.sizes, widths(anatomy)
     if anatomy.coupled or not (can(anatomy, "ffn") and can(anatomy, "hidden")):
-        return {("hidden", "ffn"): found}
+        return {("hidden", "ffn"): all_widths}
     if not can(anatomy, "kv_heads") or before.kv_heads == 1:
-        return {("ffn",): [before], ("hidden", "ffn"): found}
+        return {("ffn",): [before], ("hidden", "ffn"): all_widths}
     per_group = before.heads // before.kv_heads
     groups = [{"heads": g * per_group, "kv_heads": g} for g in range(before.kv_heads - 1, 0, -1)]
     return {
         ("ffn",): [before],
         ("ffn", "kv_heads"): [before.at(**group) for group in groups],
-        ("hidden", "ffn", "kv_heads"): [arch.at(**group) for arch in found[1:] for group in groups],
-        ("hidden", "ffn"): found,
+        ("hidden", "ffn", "kv_heads"): [arch.at(**group) for arch in all_widths[1:] for group in groups],
+        ("hidden", "ffn"): all_widths,
     }

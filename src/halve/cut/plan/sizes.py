@@ -170,15 +170,15 @@ def _candidates(anatomy: Anatomy, budget: int, *, total: bool, context: int = 40
         return counts.params if total else counts.non_embedding
 
     before = anatomy.sizes
-    found, away = [], []
+    within, away = [], []
     for arch in _areas(anatomy):
         counts = anatomy.ledger.count(arch, context=context)
         if abs(size(counts) / budget - 1) <= BUDGET_TOLERANCE:
-            found.append(Candidate(arch, counts))
+            within.append(Candidate(arch, counts))
             away.append(abs(size(counts) / budget - 1))
-    kept = [[getattr(c.arch, axis) / getattr(before, axis) for c in found] for axis in ("hidden", "ffn")]
-    found = [found[i] for i in np.argsort(rank_candidates(np.array(away), np.array(kept)), kind="stable")]
-    yield from _legal(anatomy, found)
+    kept = [[getattr(c.arch, axis) / getattr(before, axis) for c in within] for axis in ("hidden", "ffn")]
+    within = [within[i] for i in np.argsort(rank_candidates(np.array(away), np.array(kept)), kind="stable")]
+    yield from _legal(anatomy, within)
     depth = [Candidate(arch, anatomy.ledger.count(arch, context=context)) for arch in _depths(anatomy)]
     near = [c for c in depth if abs(size(c.counts) / budget - 1) <= BUDGET_TOLERANCE]
     near.sort(key=lambda c: abs(size(c.counts) - budget))

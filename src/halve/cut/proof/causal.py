@@ -50,8 +50,8 @@ def looks_ahead(model: PreTrainedModel, twin: Anatomy) -> float:
 
 def _earlier(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad(), quiet():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
-        return found[:, :-1]
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[:, :-1]
 
 
 def _require(anatomy: Anatomy, gap: float) -> None:

@@ -90,11 +90,11 @@ class Proof:
 
     def demand(self, before: Arch, after: Arch) -> None:
         """Raise `AnatomyError` if a cut from `before` to `after` touches an axis that is not proved."""
-        if (found := self.refused(before, after)) is not None:
+        if (refusal := self.refused(before, after)) is not None:
             raise AnatomyError(
-                f"will not cut {found[0]} of {self.family}",
-                why=found[1],
-                fix=f"leave {found[0]} alone, or add what is special to the family in anatomy/quirks.py",
+                f"will not cut {refusal[0]} of {self.family}",
+                why=refusal[1],
+                fix=f"leave {refusal[0]} alone, or add what is special to the family in anatomy/quirks.py",
             )
 
 
@@ -159,20 +159,20 @@ def _try(anatomy: Anatomy, kind: TwinKind, axes: list[str], *, seed: int, reopen
     except Exception as error:  # a family's own code may raise anything at sizes that it was not written for
         return {axis: [Check(axis, "the twin runs", False, float("nan"), _say(error), str(kind))] for axis in axes}
     require_causal(model, twin)
-    found: dict[str, list[Check]] = {}
+    axis_checks: dict[str, list[Check]] = {}
     for axis in axes:
-        found[axis] = []
+        axis_checks[axis] = []
         try:
             for check in _check_axis(axis, model, twin, reference, seed):
-                found[axis].append(check)
+                axis_checks[axis].append(check)
                 if not check.passed:
                     break
         except Exception as error:
-            found[axis].append(Check(axis, "the twin can be cut", False, float("nan"), _say(error)))
+            axis_checks[axis].append(Check(axis, "the twin can be cut", False, float("nan"), _say(error)))
     if reopen:
-        for check in _check_reopen([a for a in axes if all(c.passed for c in found[a])], model, twin, seed):
-            found[check.axis].append(check)
-    return {axis: [replace(check, twin=str(kind)) for check in checks] for axis, checks in found.items()}
+        for check in _check_reopen([a for a in axes if all(c.passed for c in axis_checks[a])], model, twin, seed):
+            axis_checks[check.axis].append(check)
+    return {axis: [replace(check, twin=str(kind)) for check in checks] for axis, checks in axis_checks.items()}
 
 
 def _reason(failed: list[Check]) -> str:
@@ -315,8 +315,8 @@ def _check_layers(model: PreTrainedModel, twin: Anatomy, seed: int) -> Check:
 
 def _check_scores(axis: str, model: PreTrainedModel, twin: Anatomy) -> Check:
     """One pass of importance over the twin gives every entry of the axis a number."""
-    own = {axis, "heads"} if axis == "kv_heads" else {axis}
-    others: dict[str, str] = {other: "not asked for here" for other in CUT_AXES if other not in own}
+    scored_axes = {axis, "heads"} if axis == "kv_heads" else {axis}
+    others: dict[str, str] = {other: "not asked for here" for other in CUT_AXES if other not in scored_axes}
     try:
         statistics = measure_activations(Calibration(model, replace(twin, refusals=others), fixed_ids(twin), 2))
         scores = statistics.scores(batch_agg="l2", seq_agg="mean", model="", samples="").by_axis()
@@ -344,12 +344,12 @@ def _check_reopen(axes: list[str], model: PreTrainedModel, twin: Anatomy, seed: 
             student.save_pretrained(Path(scratch) / axis)
             expected[axis] = logits(student, twin)
         try:
-            found = fresh_logits(Path(scratch), axes, twin)
+            reopened = fresh_logits(Path(scratch), axes, twin)
         except RuntimeError as error:
             failed = [Check(axis, "reopens in plain transformers", False, float("nan"), str(error)) for axis in axes]
             return [*checks, *failed]
         for axis in axes:
-            there = found[axis]
+            there = reopened[axis]
             gap, problem = (float("nan"), there) if isinstance(there, str) else (_gap(there, expected[axis]), "")
             checks.append(Check(axis, "reopens in plain transformers", gap < SAME, gap, problem))
     return checks
@@ -384,11 +384,11 @@ def fresh_logits(scratch: Path, names: list[str], twin: Anatomy) -> dict[str, Te
     save_file({"ids": fixed_ids(twin)}, scratch / "ids.st")
     if why := fresh.python(_FRESH, str(scratch), *names):
         raise RuntimeError(f"plain transformers cannot open the result: {why}")
-    found: dict[str, Tensor | str] = {}
+    reopened: dict[str, Tensor | str] = {}
     for name in names:
         error = scratch / f"{name}.error"
-        found[name] = " ".join(error.read_text().split())[:200] if error.exists() else _saved(scratch / f"{name}.st")
-    return found
+        reopened[name] = " ".join(error.read_text().split())[:200] if error.exists() else _saved(scratch / f"{name}.st")
+    return reopened
 
 
 def _saved(path: Path) -> Tensor:

@@ -38,8 +38,8 @@ class TwinKind:
         """Whether it differs from the kinds before it: coupled code allows only square twins."""
         if not has_heads(anatomy.config):
             return not self.own_heads and not self.square
-        own = self.own_heads and anatomy.sizes.head_dim == TWIN_POINT["head_dim"]
-        return not own and not (self.square and anatomy.coupled)
+        same_heads = self.own_heads and anatomy.sizes.head_dim == TWIN_POINT["head_dim"]
+        return not same_heads and not (self.square and anatomy.coupled)
 
     def __str__(self) -> str:
         words = [str(self.dtype).removeprefix("torch.")]
@@ -101,8 +101,8 @@ def _draw(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
 def logits(model: PreTrainedModel, twin: Anatomy) -> Tensor:
     """Logits [2, 12, vocab] of fixed token ids, without cache."""
     with torch.no_grad(), quiet():
-        found: Tensor = model(input_ids=fixed_ids(twin), use_cache=False).logits
-        return found.detach().clone()
+        logits_BSV: Tensor = model(input_ids=fixed_ids(twin), use_cache=False).logits
+        return logits_BSV.detach().clone()
 
 
 def fixed_ids(twin: Anatomy) -> Tensor:

@@ -185,8 +185,8 @@ class _Refit:
             read, wanted = learned(self.z_K[rows].to(self.device)), taught(last_D[rows].to(self.device))
             problem.add(read, wanted, held=self._held(rows))
         guess_DK = self._solve(problem, self._selection(), "the head")
-        head, own = self.teacher.get_output_embeddings(), self.student.get_output_embeddings()
-        own.weight.copy_(head.weight.double() @ guess_DK)
+        head, student_head = self.teacher.get_output_embeddings(), self.student.get_output_embeddings()
+        student_head.weight.copy_(head.weight.double() @ guess_DK)
 
     def _solve(self, problem: Problem, prior: Tensor, what: str) -> Tensor:
         fit = problem.solve(prior, strength=self.strength, what=what)

@@ -38,14 +38,14 @@ class Choice:
 def choices(before: Arch, after: Arch, head_channels: int) -> dict[str, Choice]:
     """The structures to choose from, by axis."""
     per_group, kept = before.heads // before.kv_heads, after.heads // after.kv_heads
-    found = {}
+    axis_choices = {}
     if after.ffn < before.ffn:
-        found["ffn"] = Choice(1, after.ffn, (0,) * before.ffn)
+        axis_choices["ffn"] = Choice(1, after.ffn, (0,) * before.ffn)
     if per_group == 1 and after.heads < before.heads:
-        found["heads"] = Choice(head_channels, after.heads, (0,) * before.heads)
+        axis_choices["heads"] = Choice(head_channels, after.heads, (0,) * before.heads)
     elif kept < per_group:
-        found["heads"] = Choice(head_channels, kept, tuple(head // per_group for head in range(before.heads)))
-    return found
+        axis_choices["heads"] = Choice(head_channels, kept, tuple(head // per_group for head in range(before.heads)))
+    return axis_choices
 
 
 @torch.no_grad()
@@ -78,21 +78,23 @@ def score_by_refit(
             states[rows] = first_states(model, anatomy, ids_BS)
         for layer, module in enumerate(modules):
             named = {axis: dict(points[axis]) for axis in asked}
-            wanted = {axis: one for axis, one in asked.items() if layer in layers and layer in named[axis]}
+            wanted = {axis: choice for axis, choice in asked.items() if layer in layers and layer in named[axis]}
             names = {axis: named[axis][layer] for axis in wanted}
-            grams = {axis: Gram(len(one.cells) * one.size, device=model.device) for axis, one in wanted.items()}
+            grams = {
+                axis: Gram(len(choice.cells) * choice.size, device=model.device) for axis, choice in wanted.items()
+            }
             with ExitStack() as hooks:
                 for axis in wanted:
                     hooks.enter_context(on_input(model.get_submodule(names[axis]), grams[axis].add))
                 for rows in parts:
                     x_BSD = states[rows].to(model.device)
                     states[rows] = run_layer(module, calls[len(x_BSD)][layer], x_BSD)
-            for axis, one in wanted.items():
+            for axis, choice in wanted.items():
                 grams[axis].check(names[axis], scarce=strength is not None)
-                own = max(FIXED, shrinkage(grams[axis])) if strength is None else strength
+                ridge_strength = max(FIXED, shrinkage(grams[axis])) if strength is None else strength
                 weight = model.get_parameter(f"{names[axis]}.weight")
                 weight_YC = weight if input_dim(anatomy, names[axis]) == 1 else weight.T
-                scores[axis][layer] = _places(grams[axis], weight_YC, one, strength=own)
+                scores[axis][layer] = _places(grams[axis], weight_YC, choice, strength=ridge_strength)
             task.advance(samples_BS.numel())
     if "heads" in scores and before.heads == before.kv_heads:
         scores["kv_heads"] = scores["heads"]

@@ -101,11 +101,15 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
     If halve chooses the sizes, the anatomy also refuses what the proof refuses, so that a budget uses only proved axes.
     Sizes by hand are checked by `Proof.demand`. Raises `AnatomyError` for a model that looks ahead.
     """
-    own = untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+    student = untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
     if prune.params is None and prune.non_embedding_ratio is None:
-        return own
+        return student
     refused = prove(anatomy, reopen=False).refusals
-    return own if refused.keys() <= own.refusals.keys() else replace(own, refusals={**refused, **own.refusals})
+    return (
+        student
+        if refused.keys() <= student.refusals.keys()
+        else replace(student, refusals={**refused, **student.refusals})
+    )
 
 
 def rotates(anatomy: Anatomy, prune: Prune) -> bool:
@@ -205,11 +209,11 @@ def tie_head(
     config = copy.deepcopy(student.config)
     config.tie_word_embeddings = True
     result = build(config, device=str(student.device), dtype=student.dtype)
-    own = student.state_dict()
+    student_state = student.state_dict()
     names = {name for name, _ in result.named_parameters()}
     for name, value in result.state_dict().items():
-        if name in names or name in own:
-            value.copy_(own[name])
+        if name in names or name in student_state:
+            value.copy_(student_state[name])
     result.get_input_embeddings().weight.copy_(student.get_input_embeddings().weight)
     result.tie_weights()
     module = result.get_submodule(final_norm)

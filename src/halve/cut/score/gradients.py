@@ -61,14 +61,14 @@ def measure_gradients(calibration: Calibration) -> Gradients:
             ids_BS = part_BS.to(model.device)
             hidden_BSD = body(ids_BS)
             loss, into_hidden_BSD, into_head = _head_gradients(head, hidden_BSD.detach(), ids_BS, num_targets)
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 hidden_BSD, list(parameters.values()), into_hidden_BSD, allow_unused=True, materialize_grads=False
             )
-            for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
                 if gradient is not None:
                     sums[name] += gradient
-                for own, head_gradient in into_head:
-                    if own is parameter:
+                for head_parameter, head_gradient in into_head:
+                    if head_parameter is parameter:
                         sums[name] += head_gradient
             nll += loss
             task.advance(part_BS.numel(), loss=loss * num_targets / (part_BS.numel() - len(part_BS)))
@@ -98,21 +98,21 @@ def _head_gradients(
     """The loss over `num_targets`, its gradient in the hidden states, and in the head's own parameters."""
     rows_ND = hidden_BSD[:, :-1].flatten(0, 1).contiguous().requires_grad_()
     targets_N = ids_BS[:, 1:].flatten()
-    own = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+    parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     into_rows_ND = torch.empty_like(rows_ND)
-    into_own = [torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False) for parameter in own]
+    into_own = [torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False) for parameter in parameters]
     loss = 0.0
     for rows in row_chunks(len(targets_N), head.weight.shape[0]):
         part_ND = rows_ND[rows].detach().requires_grad_()
         nats = -token_log_probs(head.logits(part_ND), targets_N[rows]).sum() / num_targets
-        gradients = torch.autograd.grad(nats, [part_ND, *own])
+        gradients = torch.autograd.grad(nats, [part_ND, *parameters])
         into_rows_ND.data[rows] = gradients[0]
         for total, gradient in zip(into_own, gradients[1:], strict=True):
             total += gradient
         loss += float(nats.detach())
     into_hidden_BSD = torch.zeros_like(hidden_BSD)
     into_hidden_BSD[:, :-1] = into_rows_ND.detach().view(len(ids_BS), -1, hidden_BSD.shape[-1])
-    return loss, into_hidden_BSD, list(zip(own, into_own, strict=True))
+    return loss, into_hidden_BSD, list(zip(parameters, into_own, strict=True))
 
 
 def _check_finite(what: str, values: Mapping[str, Tensor]) -> None:

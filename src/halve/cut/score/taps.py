@@ -79,7 +79,7 @@ def measure_activations(calibration: Calibration, *, ffn_point: FfnPoint = "down
     heard = listen(calibration, taps, statistics)
     return Statistics(
         sums=heard.sums,
-        point_layers={axis: tuple(tap.layer for tap in found) for axis, found in taps.items()},
+        point_layers={axis: tuple(tap.layer for tap in axis_taps) for axis, axis_taps in taps.items()},
         block_sums=heard.block_sums,
         num_samples=len(calibration.samples_BS),
         head_dim=width(anatomy, "heads") // anatomy.sizes.heads,
@@ -108,14 +108,14 @@ def listen(calibration: Calibration, taps: Mapping[str, Sequence[Tap]], reduce: 
 
     def hear(axis: str, index: int) -> Hear:
         def add(act: Tensor) -> None:
-            found = reduce(act.reshape(batch, -1, act.shape[-1]))
-            sums[axis][index] = sums[axis][index].add_(found) if index in sums[axis] else found
+            reduced = reduce(act.reshape(batch, -1, act.shape[-1]))
+            sums[axis][index] = sums[axis][index].add_(reduced) if index in sums[axis] else reduced
 
         return add
 
     with ExitStack() as hooks, torch.inference_mode():
-        for axis, found in taps.items():
-            for index, tap in enumerate(found):
+        for axis, axis_taps in taps.items():
+            for index, tap in enumerate(axis_taps):
                 hooks.enter_context(tap.open(model.get_submodule(tap.module), hear(axis, index)))
         block_sums = hooks.enter_context(on_layers(model, calibration.anatomy))
         task = hooks.enter_context(calibration.progress.task("score", samples_BS.numel()))
@@ -154,12 +154,12 @@ def width(anatomy: Anatomy, axis: str) -> int:
 
 def _readers(anatomy: Anatomy, axis: str) -> list[tuple[str, ...]]:
     """By layer, every module that reads an axis. Routers and experts read `hidden` like the matrices."""
-    found = [*anatomy.readers(axis)]
+    readers = [*anatomy.readers(axis)]
     for name in anatomy.mixers if axis == "hidden" else ():
         layer = anatomy.layer_of(name)
         assert layer is not None
-        found[layer] = (*found[layer], name)
-    return found
+        readers[layer] = (*readers[layer], name)
+    return readers
 
 
 def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Point, ...]]:
@@ -167,8 +167,8 @@ def find_points(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Poi
 
     Raises what `find_readers` raises.
     """
-    found = find_readers(model, anatomy)
-    return {axis: tuple((layer, names[0]) for layer, names in points) for axis, points in found.items()}
+    readers = find_readers(model, anatomy)
+    return {axis: tuple((layer, names[0]) for layer, names in points) for axis, points in readers.items()}
 
 
 def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
@@ -184,20 +184,22 @@ def find_readers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[tu
             # The tensors are kept alive here, so that an address identifies a tensor.
             hooks.enter_context(on_input(model.get_submodule(name), read.setdefault(name, []).append))
         _two_tokens(model)
-    found = {}
+    readers = {}
     for axis in WIDTH_AXES:
         problem = _problem(anatomy, axis, read)
         if problem is None:
-            found[axis] = tuple(_distinct(anatomy, axis, read))
+            readers[axis] = tuple(_distinct(anatomy, axis, read))
         elif axis not in anatomy.refusals:
             raise _unscorable(anatomy, axis, problem)
-    return found
+    return readers
 
 
 def input_taps(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, tuple[Tap, ...]]:
     """A tap at every point of `find_points`."""
-    found = find_points(model, anatomy)
-    return {axis: tuple(Tap(layer, name, on_input) for layer, name in points) for axis, points in found.items()}
+    points_by_axis = find_points(model, anatomy)
+    return {
+        axis: tuple(Tap(layer, name, on_input) for layer, name in points) for axis, points in points_by_axis.items()
+    }
 
 
 def _as_read(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap]) -> tuple[Tap, ...]:
@@ -223,11 +225,11 @@ def first_outputs(model: PreTrainedModel, anatomy: Anatomy, taps: Sequence[Tap] 
         _two_tokens(model)
     if missing := [layer for layer in _layers_with(anatomy, "ffn") if layer not in called]:
         raise _unscorable(anatomy, "ffn", f"no module of layer {missing[0]} makes it")
-    sizes, found = anatomy.sizes.sizes, []
+    sizes, output_taps = anatomy.sizes.sizes, []
     for layer, name in sorted(called.items()):
         first_F = axis_positions(output_expr(anatomy, name), "ffn", sizes)[:, 0].to(model.device)
-        found.append(Tap(layer, name, partial(_on_entries, entries=first_F)))
-    return tuple(found)
+        output_taps.append(Tap(layer, name, partial(_on_entries, entries=first_F)))
+    return tuple(output_taps)
 
 
 FFN_POINTS: Final[Mapping[FfnPoint, Callable[..., tuple[Tap, ...]]]] = {
@@ -287,10 +289,10 @@ def _on_entries(module: nn.Module, call: Hear, *, entries: Tensor) -> AbstractCo
 
 def _check_finite(heard: Heard, taps: Mapping[str, Sequence[Tap]]) -> None:
     bad = []
-    for axis, found in taps.items():
+    for axis, axis_taps in taps.items():
         sums = heard.sums[axis]
-        finite_P = sums.isfinite().all(-1).reshape(-1, len(found)).all(0)
-        bad += [(tap.layer, tap.module) for tap, finite in zip(found, finite_P.tolist(), strict=True) if not finite]
+        finite_P = sums.isfinite().all(-1).reshape(-1, len(axis_taps)).all(0)
+        bad += [(tap.layer, tap.module) for tap, finite in zip(axis_taps, finite_P.tolist(), strict=True) if not finite]
     turns = heard.block_sums.isfinite().tolist()
     bad += [(layer, f"layer {layer}") for layer, finite in enumerate(turns) if not finite]
     if bad:

@@ -67,8 +67,8 @@ def record_calls(
 
     with ExitStack() as replaced:
         for module in layer_modules(model, anatomy):
-            own = module.__dict__.get("forward")
-            replaced.callback(_restore, module, own)
+            forward = module.__dict__.get("forward")
+            replaced.callback(_restore, module, forward)
             module.forward = partial(note, module, module.forward)
         model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
     return calls, inputs[0]

@@ -104,16 +104,16 @@ def _magnitude(job: _Job) -> Scores:
 
 
 def _taylor(job: _Job) -> Scores:
-    found = gradients.measure_gradients(job.calibration)
+    weight_gradients = gradients.measure_gradients(job.calibration)
     parameters = dict(job.calibration.model.named_parameters())
 
     @torch.no_grad()
     def weigh(place: AxisPlace) -> Tensor:
-        weight, gradient = parameters[place.name], found.by_name[place.name]
+        weight, gradient = parameters[place.name], weight_gradients.by_name[place.name]
         return row_scores(baselines.taylor_element, weight, gradient, dim=place.dim, positions_NP=place.positions)
 
-    scores = _by_weights(job, weigh, (found.block_sums / len(job.calibration.samples_BS)).float())
-    return replace(scores, layer_scores=_layer_taylor(job.calibration, found))
+    scores = _by_weights(job, weigh, (weight_gradients.block_sums / len(job.calibration.samples_BS)).float())
+    return replace(scores, layer_scores=_layer_taylor(job.calibration, weight_gradients))
 
 
 def _layer_taylor(calibration: Calibration, found: gradients.Gradients) -> Tensor:
@@ -169,7 +169,7 @@ def _by_weights(job: _Job, weigh: Callable[[AxisPlace], Tensor], layers_L: Tenso
     """Sum a score of rows over every parameter that carries an axis."""
     anatomy = job.calibration.anatomy
     sums = {axis: totals(anatomy, axis, weigh) for axis in WIDTH_AXES if axis not in anatomy.refusals}
-    by_layer = {axis: found.layers for axis, found in sums.items()}
+    by_layer = {axis: total.layers for axis, total in sums.items()}
     groups_LG = totals(anatomy, "kv_heads", weigh).layers if "heads" in sums else None
     outside_D = sums["hidden"].outside if "hidden" in sums else None
     return _scores(job, by_layer, layers_L, own_groups_LG=groups_LG, outside_D=outside_D)
@@ -190,14 +190,17 @@ def _by_inputs(
             fix="score.method: activation, magnitude or taylor",
         )
     readers = taps.find_readers(model, anatomy)
-    points = {axis: [taps.Tap(layer, names[0], on_input) for layer, names in found] for axis, found in readers.items()}
+    points = {
+        axis: [taps.Tap(layer, names[0], on_input) for layer, names in axis_readers]
+        for axis, axis_readers in readers.items()
+    }
     heard = taps.listen(job.calibration, points, reduce)
     parameters = dict(model.named_parameters())
     by_layer = {}
-    for axis, found in readers.items():
+    for axis, axis_readers in readers.items():
         numbers_PC = finish(heard.sums[axis])
         channels_LC = numbers_PC.new_zeros(anatomy.sizes.layers, numbers_PC.shape[1])
-        for numbers_C, (layer, names) in zip(numbers_PC, found, strict=True):
+        for numbers_C, (layer, names) in zip(numbers_PC, axis_readers, strict=True):
             for name in names:
                 weight_YC = parameters[f"{name}.weight"].detach().movedim(input_dim(anatomy, name), -1)
                 channels_LC[layer] += weigh(numbers_C.to(weight_YC.device), weight_YC).cpu()

@@ -145,8 +145,8 @@ def _by_parts(header: GgufHeader, config: PretrainedConfig) -> dict[str, Any]:
     width = int(_head_dim(config) * plain.get("partial_rotary_factor", 1.0)) // 2
     if divisors.shape == (width,) and (divisors == 1).all():
         return plain
-    found = {**plain, "rope_type": _BY_PARTS, "factor": float(divisors.max(initial=1.0)), **_PUBLISHED}
-    trial = type(config).from_dict({**config.to_dict(), "rope_parameters": found})
+    settings = {**plain, "rope_type": _BY_PARTS, "factor": float(divisors.max(initial=1.0)), **_PUBLISHED}
+    trial = type(config).from_dict({**config.to_dict(), "rope_parameters": settings})
     stretched, _ = ROPE_INIT_FUNCTIONS[_BY_PARTS](trial, device=torch.device("cpu"))
     frequencies = plain["rope_theta"] ** -(np.arange(width) / width)
     if divisors.shape != (width,) or not np.allclose(frequencies / divisors, stretched.numpy(), rtol=1e-4, atol=0):
@@ -156,14 +156,14 @@ def _by_parts(header: GgufHeader, config: PretrainedConfig) -> dict[str, Any]:
             f" {', '.join(f'{key} {value:g}' for key, value in _PUBLISHED.items())}",
             fix=OWN_FOLDER,
         )
-    return found
+    return settings
 
 
 def _floats(header: GgufHeader, name: str) -> NDArray[np.float64]:
     tensor = header.tensors[name]
     place = header.data_start + tensor.offset
-    found = np.fromfile(header.path, "<f4", tensor.shape[0], offset=place) if place < header.size else np.zeros(0)
-    return found.astype(np.float64)
+    values = np.fromfile(header.path, "<f4", tensor.shape[0], offset=place) if place < header.size else np.zeros(0)
+    return values.astype(np.float64)
 
 
 def _require_read(header: GgufHeader, config: PretrainedConfig, mapping: Mapping[str, str | None]) -> None:
@@ -204,12 +204,12 @@ def _require_attention_scale(header: GgufHeader, config: PretrainedConfig) -> No
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None)
+    return int(head_dim or config.hidden_size // config.num_attention_heads)
 
 
 def _rope(config: PretrainedConfig, kind: str = "full_attention") -> dict[str, Any]:
     """The rotary settings, in families with several kinds of layers those of one kind."""
-    found = getattr(config, "rope_parameters", None) or {}
-    assert isinstance(found, dict)
-    return dict(found.get(kind, found))
+    settings = getattr(config, "rope_parameters", None) or {}
+    assert isinstance(settings, dict)
+    return dict(settings.get(kind, settings))

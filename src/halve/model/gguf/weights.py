@@ -77,8 +77,8 @@ def dequantized(header: GgufHeader, config: PretrainedConfig) -> PreTrainedModel
     try:
         empty = model.state_dict()
         filled = places.fill(GGUFReader(header.path))
-        found = {name: _like(empty[name], value).to(torch.bfloat16) for name, value in filled}
-        odd = model.load_state_dict(found, strict=False, assign=True)
+        weights = {name: _like(empty[name], value).to(torch.bfloat16) for name, value in filled}
+        odd = model.load_state_dict(weights, strict=False, assign=True)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"the tensors of {header.path} do not fit its model", why=str(error), fix=OWN_FOLDER
@@ -103,8 +103,8 @@ class _Places:
         self.names: dict[str, str] = {}
         number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
         table = get_tensor_name_map(number, num_layers(model.config))
-        for own in model.state_dict():
-            name = self.processor.preprocess_name(own)
+        for state_key in model.state_dict():
+            name = self.processor.preprocess_name(state_key)
             stem, dot, last = name.rpartition(".")
             ending = dot + last if last in ("weight", "bias") else ""
             if (theirs := table.get_name(stem if ending else name)) is not None:
@@ -148,8 +148,10 @@ def _like(wanted: Tensor, value: Tensor) -> Tensor:
 
 def _require_shape(header: GgufHeader, name: str, tensor: GgufTensor, wanted: Tensor) -> None:
     """Dimensions of length one come and go, and some matrices lie the other way round."""
-    one, other = (sorted(size for size in shape if size != 1) for shape in (tensor.shape, tuple(wanted.shape)))
-    if one != other:
+    stored_sizes, wanted_sizes = (
+        sorted(size for size in shape if size != 1) for shape in (tensor.shape, tuple(wanted.shape))
+    )
+    if stored_sizes != wanted_sizes:
         raise CheckpointError(
             f"{header.path} has {name} in shape {tensor.shape}",
             why=f"by its header the shape is {tuple(wanted.shape)}",
@@ -176,9 +178,9 @@ def _require_end(header: GgufHeader, name: str, tensor: GgufTensor) -> None:
 
 def _known(header: GgufHeader, kind: int) -> GGMLQuantizationType:
     try:
-        found = GGMLQuantizationType(kind)
-        if found not in _VALUES:  # a block of zeros shows whether there is code for it
-            gguf_quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[found][1]), dtype=np.uint8), found)
+        quantization = GGMLQuantizationType(kind)
+        if quantization not in _VALUES:  # a block of zeros shows whether there is code for it
+            gguf_quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[quantization][1]), dtype=np.uint8), quantization)
     except (ValueError, KeyError, NotImplementedError) as error:
         of = next(name for name, tensor in header.tensors.items() if tensor.kind == kind)
         named = GGMLQuantizationType(kind).name if kind in {known.value for known in GGMLQuantizationType} else kind
@@ -187,4 +189,4 @@ def _known(header: GgufHeader, kind: int) -> GGMLQuantizationType:
             why=f"{of} is stored so, and the package gguf here cannot unpack it",
             fix="pip install -U gguf if a newer one can, or give another file of the model, such as its Q8_0",
         ) from error
-    return found
+    return quantization

@@ -113,12 +113,12 @@ class Keeper:
         """
         self.wait()
         damaged: list[str] = []
-        for found in self.ranks.lead(self._known):
-            why = self._load(found) if found["why"] is None else found["why"]
+        for checkpoint in self.ranks.lead(self._known):
+            why = self._load(checkpoint) if checkpoint["why"] is None else checkpoint["why"]
             if not self.ranks.any(why is not None):
-                self.last = self.work / found["folder"]
-                return Restored(found["step"], found["notes"])
-            damaged.append(f"{found['folder']}: {why or 'another rank cannot read its part'}")
+                self.last = self.work / checkpoint["folder"]
+                return Restored(checkpoint["step"], checkpoint["notes"])
+            damaged.append(f"{checkpoint['folder']}: {why or 'another rank cannot read its part'}")
             warnings.warn(f"a checkpoint in {self.work} cannot be read, {damaged[-1]}", stacklevel=2)
         if damaged:
             raise RunError(
@@ -170,10 +170,10 @@ def parameters(folder: Path, module: str) -> dict[str, Tensor]:
     prefix = f"param.{module}."
     with _quiet():
         reader = HuggingFaceStorageReader(str(folder))
-        found = reader.read_metadata().state_dict_metadata
+        entries = reader.read_metadata().state_dict_metadata
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in found.items()
+            for name, entry in entries.items()
             if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
         load(tensors, storage_reader=reader, no_dist=True)

@@ -58,19 +58,19 @@ def open_journal(path: Path, *, step: int, loggers: Sequence[str] = (), name: st
     require_loggers(loggers)
     _truncate(path, step)
     with ExitStack() as open_ones, disk_guard(path), path.open("a", encoding="utf-8") as file:
-        logs = tuple(open_ones.enter_context(_opened(one, path.parent, name)) for one in loggers)
+        logs = tuple(open_ones.enter_context(_opened(logger, path.parent, name)) for logger in loggers)
         yield Journal(file, logs)
 
 
 def flat(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line without `step`. Nested numbers are named `outer/inner`."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
-            found |= {f"{key}/{inner}": number for inner, number in flat(value).items()}
+            numbers |= {f"{key}/{inner}": number for inner, number in flat(value).items()}
         elif isinstance(value, int | float) and key != "step":
-            found[key] = float(value)
-    return found
+            numbers[key] = float(value)
+    return numbers
 
 
 def require_loggers(loggers: Sequence[str]) -> None:

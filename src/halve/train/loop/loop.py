@@ -201,16 +201,16 @@ class _UnderWay:
         batch = self.course.batch(step)
         waited = time.perf_counter() - began
         parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
-        found = self._gradients(parts)
+        step_gradients = self._gradients(parts)
         line: dict[str, Any] = {"step": step, "tokens": self.course.tokens(step)}
-        spike = self.running.objection(found.loss, found.norm, factor=training.spike_factor)
+        spike = self.running.objection(step_gradients.loss, step_gradients.norm, factor=training.spike_factor)
         if spike is not None:
             drop(self.trained)
             return line | self._leave_out(step, spike, batch)
-        self.loss, self.running = found.loss, self.running.accept(found.loss)
+        self.loss, self.running = step_gradients.loss, self.running.accept(step_gradients.loss)
         lr = self.course.lr(step)
-        apply(self.trained, found, lr=lr, clip=training.clip)
-        line |= {"loss": found.loss, "grad_norm": found.norm, "lr": lr}
+        apply(self.trained, step_gradients, lr=lr, clip=training.clip)
+        line |= {"loss": step_gradients.loss, "grad_norm": step_gradients.norm, "lr": lr}
         if self.lesson.beside is not None:
             line |= self.lesson.beside.step(parts, step=step)
         tokens = self.course.tokens(step) - self.course.tokens(step - 1)

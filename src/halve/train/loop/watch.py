@@ -65,7 +65,7 @@ class Running:
 
     def leave_out(self, step: int) -> Running:
         """Add a skipped step."""
-        return replace(self, spikes=(*(one for one in self.spikes if one > step - WITHIN), step))
+        return replace(self, spikes=(*(spike for spike in self.spikes if spike > step - WITHIN), step))
 
     @property
     def exhausted(self) -> bool:

@@ -185,8 +185,8 @@ class _Factors(NamedTuple):
     def of(cls, hidden_ND: Tensor, head: Head, vocab: int, operand: torch.dtype | None) -> _Factors:
         weight_VD = head.weight.detach()[:vocab]
         bias_V = None if head.bias is None else head.bias.detach()[:vocab]
-        own = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-        whole = own if hidden_ND.is_cuda else torch.promote_types(own, torch.float32)
+        promoted = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
+        whole = promoted if hidden_ND.is_cuda else torch.promote_types(promoted, torch.float32)
         operand = whole if operand is None else operand
         dtype = operand if hidden_ND.is_cuda else whole
         return cls(hidden_ND.detach().to(dtype), weight_VD.to(dtype).t(), bias_V, head.scale, operand)

@@ -44,8 +44,8 @@ def weighted(terms: Sequence[tuple[float, Rows[Other]]]) -> Rows[Other]:
     assert terms
 
     def rows(student: Tensor, other: Other) -> tuple[Tensor, Tensor]:
-        (first, one), *more = terms
-        loss_R, grad_RV = one(student, other)
+        (first, first_term), *more = terms
+        loss_R, grad_RV = first_term(student, other)
         if first != 1.0:
             loss_R, grad_RV = loss_R * first, grad_RV.mul_(first)
         for weight, term in more:

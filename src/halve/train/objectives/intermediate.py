@@ -250,14 +250,14 @@ def _kinds(expr: Expr) -> int:
 
 def _vectors(made_BSC: Tensor, expr: Expr, sizes: Mapping[str, int]) -> list[Tensor]:
     """Split a projection's output, in any layout, into [batch, seq, heads, head_dim] of each kind."""
-    found: list[Tensor] = []
+    vectors: list[Tensor] = []
     lengths = [[factor if isinstance(factor, int) else sizes[factor] for factor in term] for term in expr.terms]
     blocks = torch.split(made_BSC, [prod(dims) for dims in lengths], dim=-1)
     for term, dims, block in zip(expr.terms, lengths, blocks, strict=True):
         kinds = [2 + place for place, factor in enumerate(term) if isinstance(factor, int)]
         apart = torch.unflatten(block, -1, dims).movedim(kinds, list(range(len(kinds))))
-        found += apart.reshape(-1, *apart.shape[len(kinds) :]).unbind(0)
-    return found
+        vectors += apart.reshape(-1, *apart.shape[len(kinds) :]).unbind(0)
+    return vectors
 
 
 def _mapping(student: int, teacher: int, *, like: PreTrainedModel, seed: int) -> nn.Linear:

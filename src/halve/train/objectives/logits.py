@@ -164,22 +164,22 @@ def check_teacher(
     It must be clearly below ln(vocab), which is that of uniform guessing, and the divergence of the teacher from itself
     must be zero. Raises `TrainError`.
     """
-    found = heldout_divergence(teacher, samples, vocab=vocab, micro_batch=micro_batch)(body, head)
+    measured = heldout_divergence(teacher, samples, vocab=vocab, micro_batch=micro_batch)(body, head)
     even = math.log(vocab)
-    if not found["ce"] < _SANE * even:
+    if not measured["ce"] < _SANE * even:
         raise TrainError(
             "the teacher teaches nothing",
-            why=f"its cross-entropy on the held-out text is {found['ce']:.3f} nats per token,"
+            why=f"its cross-entropy on the held-out text is {measured['ce']:.3f} nats per token,"
             f" uniform guessing gives {even:.3f}",
             fix="check that model: has trained weights, and that the tokenizer and data.valid suit it",
         )
-    if not abs(found["kl"]) < 1e-4:
+    if not abs(measured["kl"]) < 1e-4:
         raise TrainError(
             "the teacher disagrees with itself",
-            why=f"KL(teacher, teacher) is {found['kl']:.3g} on the held-out text, it must be 0",
+            why=f"KL(teacher, teacher) is {measured['kl']:.3g} on the held-out text, it must be 0",
             fix="try precision: float32 in the section distill, and check the model's dropout",
         )
-    return found["ce"]
+    return measured["ce"]
 
 
 @torch.no_grad()

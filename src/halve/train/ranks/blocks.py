@@ -92,14 +92,14 @@ def shard(model: PreTrainedModel, body: nn.Module, mesh: DeviceMesh, *, half: bo
 
 def _shared_with(model: nn.Module, body: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """Parameters outside the body that are shared with it: module, name in the module, name in the body."""
-    own = {id(parameter): name for name, parameter in body.named_parameters()}
+    body_names = {id(parameter): name for name, parameter in body.named_parameters()}
     inside = set(body.modules())
     return [
-        (module, name, own[id(parameter)])
+        (module, name, body_names[id(parameter)])
         for module in model.modules()
         if module not in inside
         for name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in own
+        if id(parameter) in body_names
     ]
 
 

@@ -53,11 +53,11 @@ class Learner:
 
     def settle(self, head: Head) -> None:
         """Reduce the gradients of a gathered head over the ranks, into those of the shards."""
-        for own, whole in ((self.own.weight, head.weight), (self.own.bias, head.bias)):
-            if isinstance(own, DTensor) and whole is not None and whole.grad is not None:
-                summed = DTensor.from_local(whole.grad, own.device_mesh, [Partial()] * own.device_mesh.ndim)
-                mine = summed.redistribute(placements=own.placements)
-                own.grad = mine if own.grad is None else own.grad + mine
+        for shard, whole in ((self.own.weight, head.weight), (self.own.bias, head.bias)):
+            if isinstance(shard, DTensor) and whole is not None and whole.grad is not None:
+                summed = DTensor.from_local(whole.grad, shard.device_mesh, [Partial()] * shard.device_mesh.ndim)
+                mine = summed.redistribute(placements=shard.placements)
+                shard.grad = mine if shard.grad is None else shard.grad + mine
                 whole.grad = None
 
 

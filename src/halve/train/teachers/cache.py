@@ -147,11 +147,11 @@ class Store:
     def require(self, bound: Bound) -> None:
         """Raise `TrainError` naming the first difference between what these answers belong to and what is needed."""
         for key, wanted in asdict(bound).items():
-            found = asdict(self.bound)[key]
-            if found != wanted:
+            stored = asdict(self.bound)[key]
+            if stored != wanted:
                 raise TrainError(
                     f"the cache in {self.folder} is of another {_WORDS.get(key, key)}",
-                    why=f"it was made for {_short(found)}, this training has {_short(wanted)}",
+                    why=f"it was made for {_short(stored)}, this training has {_short(wanted)}",
                     fix=_AGAIN,
                 )
 
@@ -235,8 +235,8 @@ class CachedDraws:
     def answer(self, batch: Batch) -> Sampled:
         """Read the draws of the batch's samples. Raises `TrainError` for one that is missing."""
         assert self.store.bound.draws is not None
-        found = [Packed(**self.store.answers(number, TRAIN)) for number in batch.numbers]
-        sampled = draws.unpack(Packed(*map(torch.cat, zip(*found, strict=True))), draws=self.store.bound.draws)
+        packed = [Packed(**self.store.answers(number, TRAIN)) for number in batch.numbers]
+        sampled = draws.unpack(Packed(*map(torch.cat, zip(*packed, strict=True))), draws=self.store.bound.draws)
         assert len(sampled.entropy) == batch.labels().numel()
         return Sampled(*(part.to(batch.ids.device) for part in sampled))
 

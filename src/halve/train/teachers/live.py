@@ -173,8 +173,8 @@ def _place(training: Distill, device: str) -> str:
 
 
 def _same(place: str, device: str) -> bool:
-    one, other = (torch.empty(0, device=name).device for name in (place, device))
-    return one == other
+    first, second = (torch.empty(0, device=name).device for name in (place, device))
+    return first == second
 
 
 def _moved(head: Head, device: str) -> Head:
