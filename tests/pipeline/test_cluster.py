@@ -120,7 +120,8 @@ def test_an_error_of_the_first_rank_is_said_once(recipe: Recipe, tmp_path: Path)
     uneven = recipe.model_copy(update={"distill": recipe.distill and recipe.distill.model_copy(update={"batch": 3})})
     path.write_text(yaml.safe_dump(uneven.model_dump(mode="json", exclude_none=True)))
     answers = forked.in_ranks(["run", str(path), "--out", str(tmp_path / "run")], 2, folder=tmp_path, limit=LIMIT_S)
-    assert [answer.code for answer in answers] == [2, 2], answers
+    assert answers[0].code == 2, answers
+    assert answers[1].code in (1, 2), answers  # 1: the first was gone before the second had heard of the error
     said = [answer.err.count("error: a batch of 3 samples cannot be split into 2 equal shares") for answer in answers]
     assert said == [1, 0]
 
