@@ -16,8 +16,8 @@ from halve.anatomy import Anatomy, Arch
 from halve.cut import apply, trial
 from halve.cut.layers import depth, layer_merge
 from halve.cut.plan.plan import select
-from halve.cut.plan.shapes import list_shapes
-from halve.cut.plan.sizes import budget_of, target
+from halve.cut.plan.shapes import to_try
+from halve.cut.plan.sizes import target
 from halve.cut.repair import refit_scores, ridge
 from halve.cut.repair.rotate import student_anatomy
 from halve.cut.score import width
@@ -144,11 +144,7 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
     own = student_anatomy(setting.anatomy, prune)
     after, kept = (_inner(own, ratio), None) if method.keep_hidden else target(own, prune)
     scores = _scores(method.method, setting, timed)
-    listed = []
-    if prune.shape == "trial":
-        budget = budget_of(own, prune)
-        assert budget is not None
-        listed = list_shapes(own, budget[0], total=budget[1])
+    listed = to_try(own, prune)
     sizes = [arch for family in listed for arch in family] or [after]
     calibration = setting.calibration
     turned = apply.turn(calibration, prune, sizes=sizes)

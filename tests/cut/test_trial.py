@@ -18,12 +18,12 @@ from rich.console import Console
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import trial
 from halve.cut.apply import cut_once, turn
-from halve.cut.plan.shapes import list_shapes
+from halve.cut.plan.shapes import list_shapes, thinned, to_try
 from halve.cut.plan.sizes import budget_of, require_sizes
 from halve.cut.proof.twins import random_twin
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import random_scores
-from halve.cut.trial import HOPELESS, Tried, _descend, best, thinned, try_shapes
+from halve.cut.trial import HOPELESS, Tried, _descend, best, try_shapes
 from halve.errors import CorpusError
 from halve.progress import RichProgress
 from halve.recipe.schema import Prune
@@ -213,6 +213,15 @@ def test_of_a_deep_model_every_second_depth_is_looked_at() -> None:
     family = [SIZES.at(layers=n) for n in range(30, 0, -1)]
     assert [arch.layers for arch in thinned(family)] == list(range(29, 0, -2))
     assert thinned(family[:10]) == family[:10]
+
+
+def test_what_is_listed_before_a_run_is_what_a_trial_goes_through() -> None:
+    anatomy = discover(config("llama", **{**LLAMA, "num_hidden_layers": 96}))
+    prune = Prune(non_embedding_ratio=0.5)
+    budget = budget_of(anatomy, prune)
+    assert budget is not None
+    whole = list_shapes(anatomy, budget[0], total=budget[1])
+    assert to_try(anatomy, prune) == [thinned(family) for family in whole] != whole
 
 
 def test_too_few_samples_are_refused() -> None:

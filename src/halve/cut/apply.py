@@ -73,12 +73,13 @@ class Repair:
 
     def lesson(self, source: Calibration, *, turned: bool) -> Taught:
         """The teacher's side of a refit; kept for the next cut where there is one and memory allows."""
+        if self.taught is not None and turned in self.taught:
+            return self.taught[turned]
         rows = micro_batches(len(source.samples_BS), source.micro_batch, held=self.held)
-        if self.taught is None or Taught(source, rows).whole_bytes > IN_MEMORY_BYTES:
-            return Taught(source, rows)
-        if turned not in self.taught:
-            self.taught[turned] = Taught(source, rows, keep=True)
-        return self.taught[turned]
+        lesson = Taught(source, rows, most_bytes=0 if self.taught is None else IN_MEMORY_BYTES)
+        if self.taught is not None and lesson.keep:
+            self.taught[turned] = lesson
+        return lesson
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,7 @@ def cut(
     `turned` is the result of `turn`; a cut that keeps hidden does not use it. `planned` receives the plan before any
     weight is cut. `rescore` is needed for `prune.steps` above 1.
 
-    The refit student is compared with the plain cut of the same sizes, on samples that neither has seen. The closer one
+    The refit student is compared with the plain cut of the same sizes, on samples that are not fitted. The closer one
     is kept. If that is the plain cut, `planned` receives its plan as well.
 
     Raises `PlanError` and `CheckpointError`.

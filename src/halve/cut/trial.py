@@ -25,6 +25,7 @@ from halve.cut.repair.budget import trial_budget
 from halve.cut.repair.taught import Taught
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
+from halve.disk.files import atomic_file
 from halve.errors import CorpusError
 from halve.model.reference import Reference
 from halve.recipe.schema import Prune
@@ -36,11 +37,6 @@ NOISE = 0.03
 HOPELESS = 1.25
 """A list whose middle exceeds this times the lowest KL so far is skipped. On the demo's teacher, a list that beats the
 others is at most 19 % lower than its middle (docs/decisions/0011-shape.md)."""
-
-
-COARSEST = 16
-"""Shapes of a list that are looked at, about: of 30 layers every second number, of 10 every one. Neighbors of a deep
-model differ by less than the samples can tell."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +66,27 @@ class Tried:
 
 
 class Tries:
-    """The shapes that were tried, in memory and, line by line, in a file that outlives a kill."""
+    """The shapes that were tried, in memory and, line by line, in a file that outlives a kill.
+
+    From the first line that is not whole, as the last is after a kill, shapes are measured again.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.found: dict[Arch, Tried] = {}
-        lines = path.read_text(encoding="utf-8").split("\n") if path is not None and path.exists() else [""]
-        for line in lines[:-1]:  # a line without an end was being written when the run was killed
-            tried_shape = Tried.from_json(json.loads(line))
+        kept = ""
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path and path.exists() else ():
+            try:
+                tried_shape = Tried.from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith("\n"):
+                break
             self.found[tried_shape.arch] = tried_shape
+            kept += line
         if path is not None:
-            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+            with atomic_file(path) as draft:
+                draft.write_text(kept, encoding="utf-8")
 
     def add(self, one: Tried) -> None:
         """Keep one more."""
@@ -123,8 +129,7 @@ def try_shapes(
     """
     require_tried(len(calibration.samples_BS))
     bench = _Bench(calibration, scores, prune, turned)
-    tries, lists = Tries(path), [thinned(family) for family in shapes]
-    distinct = {arch for family in lists for arch in family}
+    tries, distinct = Tries(path), {arch for family in shapes for arch in family}
 
     def measured(arch: Arch) -> float:
         if arch not in tries.found:
@@ -134,8 +139,8 @@ def try_shapes(
         return tries.found[arch].kl
 
     with calibration.progress.task("try shapes", len(distinct) * bench.cost) as task:
-        begun = [measured(family[len(family) // 2]) for family in lists]
-        for kl, family in sorted(zip(begun, lists, strict=True), key=lambda entry: entry[0]):
+        begun = [measured(family[len(family) // 2]) for family in shapes]
+        for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
             if kl <= HOPELESS * min(tried_shape.kl for tried_shape in tries.found.values()):
                 _descend(family, kl, measured)
     tried = tuple(tries.found.values())
@@ -177,17 +182,6 @@ def without_extras(prune: Prune) -> Prune:
     usual = Prune(hidden=1)
     merged = {"head_merge": usual.head_merge, "layer_merge": usual.layer_merge}
     return prune.model_copy(update={"selection": "rank", "steps": 1, **merged})
-
-
-def thinned(family: Sequence[Arch]) -> list[Arch]:
-    """Every second, third, ... shape of a long list, its middle always among them.
-
-    >>> sizes = Arch(layers=1, hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
-    >>> [arch.layers for arch in thinned([sizes.at(layers=n) for n in range(40, 0, -1)])][:4]
-    [40, 38, 36, 34]
-    """
-    step, middle = max(1, round(len(family) / COARSEST)), len(family) // 2
-    return list(family[middle % step :: step])
 
 
 def _descend(family: Sequence[Arch], begun: float, measured: Callable[[Arch], float]) -> None:

@@ -198,7 +198,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
 def test_a_teacher_that_is_kept_teaches_many_students_the_same() -> None:
     model, anatomy = _twin("llama")
     samples = Calibration(model, anatomy, _samples(anatomy), 8)
-    kept = taught.Taught(samples, taught.micro_batches(24, 8), keep=True)
+    kept = taught.Taught(samples, taught.micro_batches(24, 8), most_bytes=2**30)
     for layers in (range(anatomy.sizes.layers), (1,), (0,)):
         plan = _plan(anatomy, tuple(layers), layers=len(layers), ffn=anatomy.sizes.ffn - 16)
         student = trim(model, plan, anatomy)

@@ -7,7 +7,7 @@ Legend: W widths, L layers, K kinds of layers, F choices of ffn, A axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,10 @@ from halve.recipe.schema import Prune
 
 _Integers = npt.NDArray[np.int64]
 
+COARSEST = 16
+"""Shapes of a list that are looked at, about: of 30 layers every second number, of 10 every one. Neighbors of a deep
+model differ by less than the samples can tell."""
+
 
 def to_try(anatomy: Anatomy, prune: Prune, *, refused: Mapping[str, str] | None = None) -> list[list[Arch]]:
     """The shapes that `prune` leaves to a trial. Empty if sizes are given or `shape` is not trial.
@@ -29,7 +33,18 @@ def to_try(anatomy: Anatomy, prune: Prune, *, refused: Mapping[str, str] | None 
     if budget is None or prune.shape != "trial":
         return []
     allowed = replace(anatomy, refusals={**anatomy.refusals, **(refused or {})})
-    return list_shapes(allowed, budget[0], total=budget[1])
+    return [thinned(family) for family in list_shapes(allowed, budget[0], total=budget[1])]
+
+
+def thinned(family: Sequence[Arch]) -> list[Arch]:
+    """Every second, third, ... shape of a long list, its middle always among them.
+
+    >>> sizes = Arch(layers=1, hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
+    >>> [arch.layers for arch in thinned([sizes.at(layers=n) for n in range(40, 0, -1)])][:4]
+    [40, 38, 36, 34]
+    """
+    step, middle = max(1, round(len(family) / COARSEST)), len(family) // 2
+    return list(family[middle % step :: step])
 
 
 def list_shapes(anatomy: Anatomy, budget: int, *, total: bool = True) -> list[list[Arch]]:

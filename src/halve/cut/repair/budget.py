@@ -31,7 +31,7 @@ BY_HAND: Final = 8
 
 @dataclass(frozen=True)
 class Budget:
-    """Samples, one after another: those that are fitted, those that choose the ridges, those that neither saw."""
+    """Samples, one after another: those that are fitted, those that choose the ridges, those that compare."""
 
     fitted: int
     held: int = 0

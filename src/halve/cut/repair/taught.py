@@ -24,12 +24,14 @@ from halve.model.hooks import on_input, on_output
 class Taught:
     """The teacher's side of a refit on these samples, in micro-batches of these rows.
 
-    With `keep`, whatever was run stays; otherwise what lies in front of the layer that is asked for is let go.
+    If everything fits into `most_bytes`, whatever was run stays (`keep`). Otherwise what lies in front of the layer
+    that is asked for is let go.
     """
 
-    def __init__(self, teacher: Calibration, parts: Sequence[slice], *, keep: bool = False) -> None:
-        self.teacher, self.parts, self.keep = teacher, tuple(parts), keep
+    def __init__(self, teacher: Calibration, parts: Sequence[slice], *, most_bytes: int = 0) -> None:
+        self.teacher, self.parts = teacher, tuple(parts)
         self.sites = find_sites(teacher.model, teacher.anatomy)
+        self.keep = self.whole_bytes <= most_bytes
         self._layers = layer_modules(teacher.model, teacher.anatomy)
         self._calls: dict[int, list[Call]] = {}
         self._streams: dict[int, States] = {}
