@@ -326,11 +326,11 @@ def parse_count(text: str) -> int:
 def format_count(count: int) -> str:
     """Three significant digits with a unit.
 
-    >>> format_count(4512700000), format_count(1900)
-    ('4.51B', '1.9k')
+    >>> format_count(4512700000), format_count(999885952), format_count(1900)
+    ('4.51B', '1B', '1.9k')
     """
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:
             return f"{count / size:.3g}{unit}"
     return str(count)
 
