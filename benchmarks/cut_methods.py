@@ -25,8 +25,6 @@ from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.cut.surgery.trim import trim
 from halve.recipe.schema import DepthCriterion, DepthPattern, Method, Prune
-from halve.text.batch import Batch
-from halve.text.corpus import Samples
 
 MICRO_BATCH = 16
 PLAIN, RANDOM, RANDOM_DEPTH, OURS = "minitron", "random", "random-depth", "halve"
@@ -103,30 +101,27 @@ METHODS: dict[str, Width | Depth] = {
     "shortened-ppl": Depth("2402.02834: perplexity", "nll", "single"),
     "shortened-taylor": Depth("2402.02834: Taylor", "taylor", "single"),
     "sleb": Depth("2402.09025: greedy", "nll", "greedy"),
-    "laco": Depth("2402.11187: layer merge, three layers at a time", "angular", "single", laco=True),
+    "laco": Depth("2402.11187: layer merge", "angular", "single", laco=True),
     RANDOM_DEPTH: Depth("uniform random layers", "random", "single"),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all methods share under one seed. Scores that several methods use are taken once, and timed."""
 
     model: PreTrainedModel
     anatomy: Anatomy
     calibration_BS: Tensor
-    heldout: Batch
-    choosing: Batch
-    """Other held-out samples, that learning rates are chosen on."""
-    train: Samples
     seed: int
     refit_samples: int
+    micro_batch: int = MICRO_BATCH
     scored: dict[Method, tuple[Scores, float]] = field(default_factory=dict)
 
     @property
     def calibration(self) -> Calibration:
         """The teacher with its calibration samples."""
-        return Calibration(self.model, self.anatomy, self.calibration_BS, MICRO_BATCH)
+        return Calibration(self.model, self.anatomy, self.calibration_BS, self.micro_batch)
 
 
 def make_student(method: Width | Depth, ratio: float, setting: Setting) -> tuple[PreTrainedModel, dict[str, float]]:
@@ -143,7 +138,7 @@ def _by_width(method: Width, ratio: float, setting: Setting, timed: dict[str, fl
     prune = Prune(non_embedding_ratio=ratio, refit_samples=setting.refit_samples, **method.prune)
     own = student_anatomy(setting.anatomy, prune)
     after, kept = (_inner(own, ratio), None) if method.keep_hidden else target(own, prune)
-    scores = _scores(method.method, setting, timed)
+    scores = scores_of(method.method, setting, timed)
     listed = to_try(own, prune)
     sizes = [arch for family in listed for arch in family] or [after]
     calibration = setting.calibration
@@ -168,15 +163,12 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
     after = depth_arch(anatomy, ratio)
     source = setting.model
     if method.laco:
-        found = layer_merge.laco_search(
-            setting.calibration.first(16),
-            layers=after.layers,
-            combine=3,  # its default of four at a time, two apart, is for models of 30 layers and more; two is removal
-            interval=1,
-        )
+        combine, interval = layer_merge.search_setting(total)
+        few = setting.calibration.first(16)
+        found = layer_merge.laco_search(few, layers=after.layers, combine=combine, interval=interval)
         source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
     else:
-        scores = _scores("taylor", setting, timed) if method.criterion == "taylor" else None
+        scores = scores_of("taylor", setting, timed) if method.criterion == "taylor" else None
         kept = depth.choose(
             setting.calibration.first(setting.refit_samples),
             criterion=method.criterion,
@@ -196,7 +188,7 @@ def depth_arch(anatomy: Anatomy, ratio: float) -> Arch:
     return min(sizes, key=lambda arch: abs(anatomy.ledger.count(arch).non_embedding - goal))
 
 
-def _scores(method: Method, setting: Setting, timed: dict[str, float]) -> Scores:
+def scores_of(method: Method, setting: Setting, timed: dict[str, float]) -> Scores:
     """Scores of a method; their seconds count for everyone who asks."""
     if (known := setting.scored.get(method)) is not None:
         timed["seconds"] += known[1]

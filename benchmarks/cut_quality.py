@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from halve.model.head import split
 from halve.recipe.schema import Data, Distill, Prune, Recipe
 from halve.text import corpus
 from halve.text.batch import Batch
+from halve.text.corpus import Samples
 from halve.text.course import Course
 from halve.train.loop import loop
 from halve.train.objectives import logits as objectives
@@ -65,16 +67,27 @@ from halve.train.teachers.live import Live
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 CONTROLS = (OURS, PLAIN, PLAIN + INNER, RANDOM, RANDOM_DEPTH)
 
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSetting(Setting):
+    """A seed's setting with the samples that students are measured and retrained on."""
+
+    heldout: Batch
+    choosing: Batch
+    """Other held-out samples, that learning rates are chosen on."""
+    train: Samples
+
+
 # ---- measuring
 
 
-def kl(student: PreTrainedModel, setting: Setting, heldout: Batch) -> float:
+def kl(student: PreTrainedModel, setting: SeedSetting, heldout: Batch) -> float:
     """Mean KL(teacher || student) on held-out text."""
     found = measure.divergence(student, setting.model, heldout.ids, micro_batch=MICRO_BATCH)
     return float(found.kl.mean())
 
 
-def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: int) -> list[tuple[int, float]]:
+def retrain(student: PreTrainedModel, setting: SeedSetting, *, lr: float, tokens: int) -> list[tuple[int, float]]:
     """KL on held-out text by tokens of distillation."""
     teacher = Live(*split(setting.model))
     training = Distill(
@@ -99,7 +112,7 @@ def retrain(student: PreTrainedModel, setting: Setting, *, lr: float, tokens: in
     return [(line["tokens"], line["heldout"]["kl"]) for line in lines if "heldout" in line]
 
 
-def forward_seconds(setting: Setting) -> float:
+def forward_seconds(setting: SeedSetting) -> float:
     """Processor seconds of one plain forward pass of the body over the calibration samples; median of three."""
 
     def once() -> float:
@@ -119,7 +132,7 @@ Students = dict[tuple[str, float, int], PreTrainedModel]
 
 
 def run_one(
-    book: Book, students: Students, setting: Setting, name: str, ratio: float, lr: float | None, tokens: int
+    book: Book, students: Students, setting: SeedSetting, name: str, ratio: float, lr: float | None, tokens: int
 ) -> dict[str, Any]:
     """One method at one size and seed, with retraining where a rate is given."""
     kind = "start" if lr is None else "retrained"
@@ -144,7 +157,9 @@ def run_one(
     return line
 
 
-def carry_out(book: Book, settings: Sequence[Setting], tokens: int, *, starts_alone: bool, leading_alone: bool) -> None:
+def carry_out(
+    book: Book, settings: Sequence[SeedSetting], tokens: int, *, starts_alone: bool, leading_alone: bool
+) -> None:
     """Everything, the cheapest first; `starts_alone` leaves out what trains, `leading_alone` who does not lead before.
 
     Leading are the best four starts at 50 % on the first seed, and the controls.
@@ -225,7 +240,7 @@ def main() -> None:
     print(text)
 
 
-def make_setting(args: argparse.Namespace, seed: int) -> Setting:
+def make_setting(args: argparse.Namespace, seed: int) -> SeedSetting:
     """Load the teacher and the samples of one seed."""
     train, valid = args.train, args.valid
     if train is None:
@@ -246,7 +261,7 @@ def make_setting(args: argparse.Namespace, seed: int) -> Setting:
     heldout = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer)
     samples = corpus.Samples(tokens, args.context, seed)
     spread = corpus.Samples(heldout, args.context, 0).heldout(64)
-    return Setting(
+    return SeedSetting(
         model=model,
         anatomy=teacher.anatomy,
         calibration_BS=samples.calibration(args.samples),
@@ -258,7 +273,7 @@ def make_setting(args: argparse.Namespace, seed: int) -> Setting:
     )
 
 
-def describe(args: argparse.Namespace, book: Book, setting: Setting) -> str:
+def describe(args: argparse.Namespace, book: Book, setting: SeedSetting) -> str:
     """What was run, where and for how long."""
     anatomy = setting.anatomy
     archs = []

@@ -1,9 +1,11 @@
 """The text and the model of the benchmarks on a real model: six kinds of text as files, and held-out documents.
 
     python benchmarks/real_text.py DATA OUT
+    python benchmarks/real_text.py --docstrings OUT
 
 DATA holds the data sets that are named below, as their owners publish them (JSON lines, compressed). OUT gets a
-training file and a held-out file of each kind; a recipe reads the training files as a mixture.
+training file and a held-out file of each kind; a recipe reads the training files as a mixture. With `--docstrings` the
+kinds are parts of the standard library's docstrings, to try the benchmarks on a tiny model.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from halve.demo.corpus import documents as prose
+from halve.demo.corpus import read_modules, standard_library
+
 KINDS = ("web", "encyclopedia", "stories", "books", "instructions", "maths")
 TRAIN_CHARACTERS, HELD_CHARACTERS, BOOK_CHARACTERS = 3_000_000, 350_000, 200_000
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
@@ -31,14 +36,25 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
 def main() -> None:
     """Write all files."""
     parser = argparse.ArgumentParser(description="The text of the benchmarks on a real model.")
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--docstrings", action="store_true", help="no data sets: the standard library's docstrings")
     args = parser.parse_args()
+    if (args.data is None) != args.docstrings:
+        parser.error("give DATA, or --docstrings")
     args.out.mkdir(parents=True, exist_ok=True)
-    for kind, (train, held) in texts(args.data).items():
+    for kind, (train, held) in (docstrings() if args.docstrings else texts(args.data)).items():
         for split, documents, most in (("train", train, TRAIN_CHARACTERS), ("held", held, HELD_CHARACTERS)):
             count = write(args.out / f"{kind}-{split}.jsonl", documents, most)
             print(f"{kind}, {split}: {count} documents")
+
+
+def docstrings() -> dict[str, tuple[Iterable[str], Iterable[str]]]:
+    """Of each kind every sixth document of the standard library."""
+    modules = list(read_modules(standard_library()))
+    train, held = ([row["text"] for row in prose(modules, held_out=held_out)] for held_out in (False, True))
+    count = len(KINDS)
+    return {kind: (train[i::count], held[i::count] or held) for i, kind in enumerate(KINDS)}
 
 
 def texts(data: Path) -> dict[str, tuple[Iterable[str], Iterable[str]]]:

@@ -1,0 +1,108 @@
+"""The cuts that `real_model.py` compares: each method with the calibration samples of its paper, and its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cut_methods import METHODS, NOTHING, PLAIN, Depth, Setting, Width, scores_of
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, Arch
+from halve.cut import apply
+from halve.cut.plan.shapes import list_shapes
+from halve.cut.plan.sizes import budget_of, target
+from halve.cut.repair.rotate import student_anatomy
+from halve.recipe.schema import Prune
+
+INNER = ("ffn", "ffn and heads")
+EVERY = (*INNER, "hidden, ffn and heads", "hidden and ffn")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of cutting, and the samples that it sees."""
+
+    method: Width | Depth
+    samples: int
+    length: int
+    paper: str
+    """Number and length of the paper's calibration samples, and where the row departs from them."""
+    shapes: tuple[str, ...] = ()
+    """Of a width method: the shapes of full depth among which the one that starts closest is taken."""
+
+
+DEFAULT = "default"
+_LONG = "128 x 2,048; here the same tokens in samples of 512"
+ROWS: dict[str, Row] = {
+    "plain ffn": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("ffn",)),
+    "plain Minitron width": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("even",)),
+    "plain depth, block": Row(Depth("2407.14679: BI of a block", "bi", "block"), 128, 512, "none given"),
+    "plain depth, greedy": Row(
+        Depth("2402.09025: SLEB, greedy by loss", "nll", "greedy"), 8, 512, "128 x 2,048; here 8 x 512"
+    ),
+    "ShortGPT": Row(METHODS["shortgpt"], 128, 512, "none given"),
+    "Shortened LLaMA, PPL": Row(METHODS["shortened-ppl"], 10, 128, "10 x 128"),
+    "Shortened LLaMA, Taylor": Row(METHODS["shortened-taylor"], 10, 128, "10 x 128"),
+    "LaCo": Row(METHODS["laco"], 10, 128, "10 sentences"),
+    "FLAP": Row(METHODS["flap"], 1024, 128, "1,024 x 128", EVERY),
+    "Wanda": Row(METHODS["wanda"], 512, 512, _LONG, EVERY),
+    "LLM-Pruner": Row(METHODS["taylor"], 10, 128, "10 x 128", EVERY),
+    "OSSCAR": Row(METHODS["osscar"], 512, 512, _LONG, INNER),
+    "SliceGPT": Row(METHODS["slicegpt"], 1024, 512, "1,024 x 2,048; here 1,024 x 512", ("hidden", "hidden and ffn")),
+}
+"""All rows but halve's default, which is the run of a recipe."""
+BASELINES = tuple(name for name in ROWS if not name.startswith("plain"))
+FEW = 64
+"""Samples on which a method that solves is tried in each of its shapes."""
+
+
+def shapes_of(row: Row, anatomy: Anatomy, ratio: float) -> dict[str, Arch]:
+    """The shapes of full depth that a width method is tried in, by name."""
+    assert isinstance(row.method, Width)
+    prune = prune_of(row.method, ratio, None)
+    own = student_anatomy(anatomy, prune)
+    budget = budget_of(own, prune)
+    assert budget is not None
+    before = own.sizes
+    full = [arch for family in list_shapes(own, budget[0], total=False) for arch in family[:1]]
+    named = {_name(before, arch): arch for arch in full if arch.layers == before.layers}
+    named["hidden"] = min(
+        (before.at(hidden=hidden) for hidden in range(before.heads, before.hidden, before.heads)),
+        key=lambda arch: abs(own.ledger.count(arch).non_embedding - budget[0]),
+    )
+    named["even"] = target(own, prune)[0]
+    return {name: named[name] for name in row.shapes if name in named}
+
+
+def _name(before: Arch, after: Arch) -> str:
+    axes = [axis for axis in ("hidden", "ffn", "heads") if getattr(before, axis) != getattr(after, axis)]
+    return " and ".join([*([", ".join(axes[:-1])] if axes[:-1] else []), axes[-1]]) if axes else "nothing"
+
+
+def prune_of(method: Width, ratio: float, samples: int | None) -> Prune:
+    """The settings of a width method that solves on so many samples; none: by halve's own rule."""
+    return Prune(non_embedding_ratio=ratio, refit_samples=samples, **method.prune)
+
+
+def width_student(
+    row: Row, ratio: float, after: Arch, setting: Setting, timed: dict[str, float], *, few: bool
+) -> PreTrainedModel:
+    """A student of these sizes; `few` solves on the first `FEW` samples alone."""
+    assert isinstance(row.method, Width)
+    samples = min(FEW, setting.refit_samples) if few else setting.refit_samples
+    prune = prune_of(row.method, ratio, samples)
+    scores = scores_of(row.method.method, setting, timed)
+    calibration = setting.calibration
+    turned = apply.turn(calibration, prune, sizes=[after])
+    return apply.cut(calibration, scores, prune, apply.Goal(after), turned=turned).student
+
+
+def solves(row: Row) -> bool:
+    """Whether the cut itself reads the samples, so that trying a shape is not for free."""
+    return isinstance(row.method, Width) and row.method.prune != NOTHING
+
+
+def names(wanted: Sequence[str]) -> list[str]:
+    """Rows by name; nothing: all."""
+    return list(wanted) or [DEFAULT, *ROWS]

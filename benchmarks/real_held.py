@@ -1,0 +1,93 @@
+"""Held-out documents that students of a real model are measured on, with the teacher's states kept.
+
+Legend: N predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.model import measure
+from halve.model.head import split
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of every document the mean over its predictions."""
+
+    kl: Float64[Tensor, " documents"]
+    """KL(teacher || student) in nats."""
+    nll: Float64[Tensor, " documents"]
+    """The student's nats."""
+    agreement: Float64[Tensor, " documents"]
+    """The share of predictions in which both rank the same token first."""
+
+
+class Held:
+    """Documents and what the teacher's body makes of them, computed once for all students."""
+
+    def __init__(self, teacher: PreTrainedModel, documents: Sequence[tuple[str, Int64[Tensor, "1 tokens"]]]) -> None:
+        self.kinds = [kind for kind, _ in documents]
+        self.ids = [ids for _, ids in documents]
+        self.predictions_D = torch.tensor([ids.shape[1] - 1 for ids in self.ids])
+        body, self.head = split(teacher)
+        with torch.no_grad():
+            self.states = [body(ids)[0, :-1] for ids in self.ids]
+            self.teacher_nll_D = torch.tensor(
+                [
+                    -measure.token_log_probs(self.head.logits(states_ND), ids[0, 1:]).double().mean()
+                    for states_ND, ids in zip(self.states, self.ids, strict=True)
+                ]
+            )
+
+    @torch.no_grad()
+    def measured(self, student: PreTrainedModel) -> Measured:
+        """A student on every document; log-softmax is float32 over the whole vocabulary."""
+        body, head = split(student)
+        figures = torch.empty(3, len(self.ids), dtype=torch.float64)
+        for i, (ids, states_ND) in enumerate(zip(self.ids, self.states, strict=True)):
+            log_s = head.logits(body(ids)[0, :-1]).log_softmax(-1)
+            log_t = self.head.logits(states_ND).log_softmax(-1)
+            figures[0, i] = (log_t.exp() * (log_t - log_s)).sum(-1).double().mean()
+            figures[1, i] = -log_s.gather(-1, ids[0, 1:, None]).double().mean()
+            figures[2, i] = (log_t.argmax(-1) == log_s.argmax(-1)).double().mean()
+        return Measured(*figures)
+
+    def line(self, student: Measured) -> dict[str, Any]:
+        """Means over all predictions with standard errors over documents, by kind of text, and KL by document."""
+        kl, nll = (measure.average(values, self.predictions_D) for values in (student.kl, student.nll))
+        perplexity = measure.perplexity(student.nll, self.predictions_D)
+        by_kind = {
+            kind: round(measure.average(student.kl[which], self.predictions_D[which]).value, 4)
+            for kind in dict.fromkeys(self.kinds)
+            for which in [torch.tensor([one == kind for one in self.kinds])]
+        }
+        return {
+            "kl": [kl.value, kl.stderr],
+            "nll": [nll.value, nll.stderr],
+            "perplexity": [perplexity.value, perplexity.stderr],
+            "agreement": measure.average(student.agreement, self.predictions_D).value,
+            "kl_by_kind": by_kind,
+            "kl_by_document": [round(value, 5) for value in student.kl.tolist()],
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What the page needs of the documents, and the teacher's own figures."""
+        perplexity = measure.perplexity(self.teacher_nll_D, self.predictions_D)
+        return {
+            "documents": len(self.ids),
+            "predictions": int(self.predictions_D.sum()),
+            "predictions_by_document": self.predictions_D.tolist(),
+            "perplexity": [perplexity.value, perplexity.stderr],
+        }
+
+    def mean_kl(self, student: PreTrainedModel) -> float:
+        """The mean KL over all predictions."""
+        return measure.average(self.measured(student).kl, self.predictions_D).value

@@ -1,0 +1,123 @@
+"""The page of `real_model.py`: a table for each ratio, and whether the goals are met.
+
+    python benchmarks/real_page.py RESULTS --out PAGE
+
+Differences are paired over documents: a row's KL less the default's, prediction by prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_cuts import BASELINES, DEFAULT, ROWS
+
+from halve.model import measure
+
+GOAL = 0.5
+"""The default's KL as a share of the best plain cut's."""
+
+Line = Mapping[str, Any]
+
+
+def main() -> None:
+    """Read the results and write the page."""
+    parser = argparse.ArgumentParser(description="The page of real_model.py.")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.results.read_text().splitlines()]
+    args.out.write_text("\n".join(page(lines)) + "\n", encoding="utf-8")
+
+
+def page(lines: Sequence[Line]) -> list[str]:
+    """The whole page."""
+    teacher = next(line for line in lines if line["row"] == "teacher")
+    weights_D = torch.tensor(teacher["predictions_by_document"])
+    text = [
+        "# A real model, straight after the cut",
+        "",
+        f"KL to the teacher in nats and perplexity on {teacher['predictions']:,} predictions of {teacher['documents']}"
+        " held-out stretches of six kinds of text. Errors are standard errors over stretches, and differences are"
+        f" paired over them. The teacher's perplexity is {spelled(teacher['perplexity'], 1)}."
+        f" Torch {teacher['torch']}, {teacher['machine']}.",
+        "",
+    ]
+    for ratio in sorted({line["ratio"] for line in lines if "ratio" in line}, reverse=True):
+        text += table([line for line in lines if line.get("ratio") == ratio], ratio, weights_D)
+    return text
+
+
+def table(lines: Sequence[Line], ratio: float, weights_D: torch.Tensor) -> list[str]:
+    """One ratio: its rows, the closest first, and the goals."""
+    lines = sorted(lines, key=lambda line: float(line["kl"][0]))
+    ours = next((line for line in lines if line["row"] == DEFAULT), None)
+    text = [
+        f"## {ratio:.0%} of the non-embedding parameters",
+        "",
+        "| cut | sizes | share | calibration | in its paper | KL | less the default's | perplexity | CPU seconds |",
+        "|---|---|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        gap = "" if ours is None or line is ours else spelled(paired(line, ours, weights_D))
+        text.append(
+            f"| {line['row']} | {sized(line['sizes'])} | {line['share']:.1%} | {line['calibration']} |"
+            f" {line.get('paper', '')} | {spelled(line['kl'])} | {gap} | {spelled(line['perplexity'], 1)} |"
+            f" {seconds(line):.0f} |"
+        )
+    return [*text, "", *(goals(lines, ours, weights_D) if ours is not None else []), ""]
+
+
+def goals(lines: Sequence[Line], ours: Line, weights_D: torch.Tensor) -> list[str]:
+    """Whether the default is at half of the best plain cut, and below every baseline."""
+    text = []
+    plain = [line for line in lines if line["row"].startswith("plain")]
+    if plain:
+        share = ours["kl"][0] / plain[0]["kl"][0]
+        text.append(
+            f"- The default starts at {share:.2f} of the best plain cut ({plain[0]['row']}; asked: at most {GOAL})."
+        )
+    for line in lines:
+        if line["row"] in BASELINES:
+            gap, error = paired(line, ours, weights_D)
+            verdict = "above it" if gap > 2 * error else "below it" if gap < -2 * error else "too near to tell"
+            text.append(f"- {line['row']}: {verdict}.")
+    missing = [name for name in ROWS if name not in {line["row"] for line in lines}]
+    return [*text, *([f"- Not measured: {', '.join(missing)}."] if missing else [])]
+
+
+def paired(line: Line, ours: Line, weights_D: torch.Tensor) -> tuple[float, float]:
+    """How far a row's KL is above another's, and the standard error of that."""
+    theirs_D, ours_D = (torch.tensor(one["kl_by_document"]) for one in (line, ours))
+    gap = measure.difference(theirs_D, ours_D, weights_D)
+    return gap.value, gap.stderr
+
+
+def seconds(line: Line) -> float:
+    """Processor seconds of scores and cut, without the shapes that were tried and not taken."""
+    spent = line["seconds"]
+    if "score" in spent:
+        return float(spent["score"]["cpu"] + spent["prune"]["cpu"])
+    return float(spent.get("scores_cpu", 0.0) + spent.get("last_cut_cpu", spent["cut_cpu"]))
+
+
+def sized(sizes: Mapping[str, int]) -> str:
+    """Layers x hidden x ffn, heads/groups.
+
+    >>> sized(dict(layers=30, hidden=576, ffn=928, heads=9, kv_heads=3))
+    '30 x 576 x 928, 9/3'
+    """
+    return f"{sizes['layers']} x {sizes['hidden']} x {sizes['ffn']}, {sizes['heads']}/{sizes['kv_heads']}"
+
+
+def spelled(pair: Sequence[float], digits: int = 3) -> str:
+    """A value and its error."""
+    return f"{pair[0]:,.{digits}f} ± {pair[1]:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
