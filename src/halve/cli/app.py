@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from halve.cli import flags
+from halve.cli.cost import cost
 from halve.cli.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
 from halve.cli.hints import say_next
 from halve.cli.study import study
@@ -243,6 +244,7 @@ def export(
         say_next(f"halve inspect {folder}")
 
 
+app.command()(cost)
 app.command()(study)
 
 

@@ -8,6 +8,7 @@ from typing import Final
 import psutil
 import torch
 
+from halve.errors import PlanError
 from halve.recipe import schema as recipe
 from halve.train.loop import watch
 
@@ -47,6 +48,18 @@ class PlannedDevice:
 def card(memory_bytes: float = CARD_BYTES, mfu: float = GPU_MFU) -> PlannedDevice:
     """An H100 with this much memory, which need not be in this machine."""
     return PlannedDevice("an H100", True, memory_bytes, watch.GPU_FLOPS["H100"], mfu)
+
+
+def gpu(name: str, mfu: float = GPU_MFU) -> PlannedDevice:
+    """A GPU by a part of its name, with the rate in its data sheet. Raises `PlanError` for one that is not known."""
+    rate = watch.GPU_FLOPS.get(name.upper().replace(" PCIE", " PCIe"))
+    if rate is None:
+        raise PlanError(
+            f"no rate is known for a {name}",
+            why=f"known are {', '.join(watch.GPU_FLOPS)}",
+            fix="take the one whose speed is nearest, and set --mfu",
+        )
+    return PlannedDevice(f"one {name.upper()}", True, CARD_BYTES, rate, mfu)
 
 
 def device_name(gigabytes: float | None, mfu: float | None, ranks: int | None) -> PlannedDevice | None:

@@ -1,0 +1,82 @@
+"""The verb `halve cost`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halve.cli import flags
+from halve.cli.flags import AsJson
+from halve.cli.hints import say_next
+from halve.errors import PlanError
+from halve.recipe.read import load_recipe
+
+
+def cost(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML recipe. Without one, give --sizes and --tokens.", callback=flags.place
+        ),
+    ] = None,
+    scratch: Annotated[
+        str, typer.Option(help="Tokens that training from scratch takes for each size, such as 8T.")
+    ] = ...,  # type: ignore[assignment]
+    sizes: Annotated[
+        str | None, typer.Option(help="Without a recipe: parameters, largest first, such as 15.6B,8.3B,4.2B.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Without a recipe: training tokens of each smaller size, such as 94B.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="The GPU, such as H100, A100 or B200.")] = "H100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, callback=flags.finite, help="Share of its peak FLOP/s.")
+    ] = 0.4,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0.0, callback=flags.finite, help="Price of an hour of one such GPU, in any currency."),
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Compare the cost of a family of sizes with training each from scratch.
+
+    The family is the teacher of a recipe and all its students, or a list of sizes. No weights are read.
+    """
+    from halve.cut.plan.sizes import parse_count
+    from halve.model.checkpoint import Checkpoint
+    from halve.preflight.device import gpu
+    from halve.preflight.family_cost import cost_of_recipe, cost_of_sizes
+    from halve.report.costs import cost_tables
+    from halve.report.tables import as_json
+
+    planned, from_scratch = gpu(device, mfu), parse_count(scratch)
+    if recipe is not None:
+        if sizes is not None or tokens is not None:
+            raise _unclear("a recipe has its own sizes and tokens", "leave out --sizes and --tokens")
+        loaded = load_recipe(recipe)
+        teacher = Checkpoint.open(loaded.model)
+        family = cost_of_recipe(loaded, teacher, scratch_tokens=from_scratch, device=planned, price=price)
+    else:
+        counts = [parse_count(size.strip()) for size in (sizes or "").split(",") if size.strip()]
+        if len(counts) < 2 or tokens is None:
+            raise _unclear(
+                "without a recipe it takes at least two sizes, and the tokens of the smaller ones",
+                "halve cost --sizes 15.6B,8.3B,4.2B --tokens 94B --scratch 3.8T",
+            )
+        if counts != sorted(counts, reverse=True):
+            raise _unclear("the teacher, which is the largest, comes first", "order --sizes from large to small")
+        family = cost_of_sizes(
+            counts, tokens=parse_count(tokens), scratch_tokens=from_scratch, device=planned, price=price
+        )
+    if json_:
+        as_json(family.to_json())
+        return
+    cost_tables(family)
+    if recipe is not None:
+        say_next(f"halve run {recipe} --dry-run")
+
+
+def _unclear(why: str, fix: str) -> PlanError:
+    return PlanError("cannot tell the family that is meant", why=why, fix=fix)

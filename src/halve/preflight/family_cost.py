@@ -1,0 +1,168 @@
+"""What a family of sizes costs: the largest trained and the others cut from it, against each size trained from scratch.
+
+2407.14679 (Sec. 4.1, "Cost Savings for Training a Model Family") counts three times the forward pass for each size and
+leaves out the teacher's passes of a distillation. Its ratio is `saving_by_tokens`. In the other figures these passes
+count, and so do scoring and cutting.
+
+Tokens are training tokens. Calibration adds to FLOPs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halve.anatomy.work import Costed, learning
+from halve.cut.cost import Work
+from halve.errors import RecipeError
+from halve.model.checkpoint import Checkpoint
+from halve.preflight.device import PlannedDevice
+from halve.preflight.sizes import planned_rounds
+from halve.preflight.work import planned_work
+from halve.recipe.rounds import parsed, rounds
+from halve.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Member:
+    """One size of a family: its training from scratch, and how the family makes it."""
+
+    name: str
+    params: int
+    scratch: Work
+    made: Work
+
+    @property
+    def fewer_tokens(self) -> float:
+        """How many times fewer tokens the family takes for this size."""
+        return self.scratch.tokens / self.made.tokens
+
+
+@dataclass(frozen=True)
+class FamilyCost:
+    """The cost of a family, its largest model first, which is trained from scratch in both cases."""
+
+    members: tuple[Member, ...]
+    device: PlannedDevice
+    price: float | None
+    """The price of an hour of the device, in any currency."""
+
+    @property
+    def scratch_flops(self) -> float:
+        """FLOPs of training every size from scratch."""
+        return sum(member.scratch.flops for member in self.members)
+
+    @property
+    def made_flops(self) -> float:
+        """FLOPs of training the largest from scratch and making the others from it."""
+        return sum(member.made.flops for member in self.members)
+
+    @property
+    def saving(self) -> float:
+        """How many times less compute the whole family takes."""
+        return self.scratch_flops / self.made_flops
+
+    @property
+    def saving_by_tokens(self) -> float:
+        """The same if only tokens are saved, as the paper computes it: without teachers' passes and cuts."""
+        return self.scratch_flops / sum(member.scratch.flops / member.fewer_tokens for member in self.members)
+
+    @property
+    def saving_of_others(self) -> float:
+        """The same where the largest model is there already."""
+        scratch, made = (sum(getattr(member, way).flops for member in self.members[1:]) for way in ("scratch", "made"))
+        return scratch / made
+
+    def hours(self, flops: float) -> float:
+        """Hours of one device."""
+        hours = self.device.hours(flops)
+        assert hours is not None, "a family is planned for a device of known speed"
+        return hours
+
+    def money(self, flops: float) -> float | None:
+        """The price of these hours."""
+        return None if self.price is None else self.price * self.hours(flops)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+
+        def told(work: Work) -> dict[str, Any]:
+            return {**asdict(work), "hours": self.hours(work.flops), "money": self.money(work.flops)}
+
+        return {
+            "device": self.device.name,
+            "mfu": self.device.mfu,
+            "price": self.price,
+            "members": [
+                {
+                    "name": member.name,
+                    "params": member.params,
+                    "scratch": told(member.scratch),
+                    "made": told(member.made),
+                    "fewer_tokens": member.fewer_tokens,
+                }
+                for member in self.members
+            ],
+            "scratch": {"flops": self.scratch_flops, "hours": self.hours(self.scratch_flops)},
+            "made": {"flops": self.made_flops, "hours": self.hours(self.made_flops)},
+            "saving": self.saving,
+            "saving_by_tokens": self.saving_by_tokens,
+            "saving_of_others": self.saving_of_others,
+        }
+
+
+def cost_of_recipe(
+    recipe: Recipe, teacher: Checkpoint, *, scratch_tokens: int, device: PlannedDevice, price: float | None = None
+) -> FamilyCost:
+    """The family of a recipe: its teacher and the student of every round. Reads no weights.
+
+    A size takes the `learning` FLOPs of `scratch_tokens` tokens from scratch, with samples of `data.context` tokens. In
+    the family it takes what the dry run counts for its round, without the baselines. A correction of the teacher counts
+    for the first student. Raises `RecipeError` if a round has no distillation, and what `planned_rounds` raises.
+    """
+    shapes, context = planned_rounds(recipe, teacher), recipe.data.context
+    if any(part.distill is None for part in rounds(recipe)):
+        raise RecipeError(
+            f"recipe {recipe.name} makes a student that is not trained",
+            why="a round without the section distill has no tokens to compare with training from scratch",
+            fix="add distill: to every round",
+        )
+
+    def scratch(model: Costed) -> Work:
+        return Work(scratch_tokens, float(scratch_tokens * learning(model)))
+
+    whole = Costed.of(shapes[0].before, context)
+    first = scratch(whole)
+    members = [Member("teacher", whole.anatomy.ledger.count(whole.arch).params, first, first)]
+    work = planned_work(recipe, shapes, teacher)
+    for number, (part, shape) in enumerate(zip(rounds(recipe), shapes, strict=True), 1):
+        assert part.distill is not None
+        mine = [done.flops for name, done in work.items() if " (" not in name and parsed(name)[1] == number]
+        tokens = part.distill.tokens + (recipe.correct.tokens if recipe.correct and number == 1 else 0)
+        student = Costed(shape.student, shape.after, context, shape.kept_layers)
+        name = "student" if not recipe.then else f"student {number}"
+        members.append(Member(name, shape.counts().params, scratch(student), Work(tokens, sum(mine))))
+    return FamilyCost(tuple(members), device, price)
+
+
+def cost_of_sizes(
+    sizes: Sequence[int], *, tokens: int, scratch_tokens: int, device: PlannedDevice, price: float | None = None
+) -> FamilyCost:
+    """A family given by parameter counts, the largest first.
+
+    A token takes 6 N FLOPs from scratch and 6 N + 2 N_T in the family. N_T is the largest model, which teaches all
+    others. Attention and the cut are left out.
+    """
+    largest = sizes[0]
+    first = Work(scratch_tokens, 6.0 * largest * scratch_tokens)
+    others = [
+        Member(
+            f"student {number}" if len(sizes) > 2 else "student",
+            params,
+            Work(scratch_tokens, 6.0 * params * scratch_tokens),
+            Work(tokens, (6.0 * params + 2.0 * largest) * tokens),
+        )
+        for number, params in enumerate(sizes[1:], 1)
+    ]
+    return FamilyCost((Member("teacher", largest, first, first), *others), device, price)
