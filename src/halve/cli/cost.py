@@ -40,7 +40,7 @@ def cost(
     ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Compare the cost of a family of sizes with training each from scratch.
+    """Compare what a family costs with training from scratch.
 
     The family is the teacher of a recipe and all its students, or a list of sizes. No weights are read.
     """

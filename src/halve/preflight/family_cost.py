@@ -71,8 +71,8 @@ class FamilyCost:
     @property
     def saving_of_others(self) -> float:
         """The same where the largest model is there already."""
-        scratch, made = (sum(getattr(member, way).flops for member in self.members[1:]) for way in ("scratch", "made"))
-        return scratch / made
+        others = self.members[1:]
+        return sum(member.scratch.flops for member in others) / sum(member.made.flops for member in others)
 
     def hours(self, flops: float) -> float:
         """Hours of one device."""
