@@ -149,7 +149,7 @@ def _inner(section: type[BaseModel]) -> list[type[BaseModel]]:
 
     for field in section.model_fields.values():
         look(field.annotation)
-    return found
+    return [*found, *(deeper for inner in dict.fromkeys(found) for deeper in _inner(inner))]
 
 
 def _fields(section: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
@@ -192,7 +192,9 @@ def _limit(rule: Any) -> str:
 
 
 def _value(default: Any) -> str:
-    if default is None or default == ():
+    if isinstance(default, BaseModel):
+        return "its defaults"
+    if default is None or default in ((), {}):
         return "none"
     if isinstance(default, tuple):
         return f"`[{', '.join(map(str, default))}]`"

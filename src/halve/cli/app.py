@@ -26,6 +26,7 @@ from halve.errors import HalveError, PlanError, Stopped, of_the_system
 from halve.process.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
 from halve.process.rank import leads
 from halve.process.waits import heard
+from halve.recipe.cutting import ONE_SIZE
 from halve.recipe.read import load_recipe, on_spikes
 from halve.recipe.schema import Prune, Recipe
 
@@ -307,7 +308,10 @@ def _folder(recipe: Recipe, out: Path | None) -> Path:
 
 def _prune(wishes: dict[str, Any]) -> Prune:
     try:
-        return Prune.model_validate(wishes)
+        prune = Prune.model_validate(wishes)
+        if not any(prune.sized_by.values()):
+            raise ValueError(ONE_SIZE)
+        return prune
     except ValueError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         key = f"{lines[1].replace('_', '-')}: " if lines[1] in wishes else ""

@@ -83,6 +83,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(check_conversations, recipe, teacher)
+    yield partial(_check_search, recipe)
     yield partial(_check_plan, recipe, teacher)
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
@@ -117,6 +118,15 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
     if recipe.data.reads_text:
         marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
         teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")
+
+
+def _check_search(recipe: Recipe) -> None:
+    if recipe.search is not None:
+        raise RecipeError(
+            "no stage reads the section search yet",
+            why="the sizes that it finds would not be used",
+            fix="leave the section out, and give prune.params or sizes by hand",
+        )
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:

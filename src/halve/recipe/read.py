@@ -71,7 +71,7 @@ def _explain(error: ValidationError, source: str) -> RecipeError:
         return RecipeError(f"unknown key {place} in {source}", why="no stage would read it", fix=hint)
     if first["type"] == "missing":
         return RecipeError(f"{source} lacks {place}", why="it has no default", fix=f"add {place}:")
-    value = "" if isinstance(first["input"], dict) else f" (given: {_short.repr(first['input'])})"
+    value = "" if isinstance(first["input"], dict | BaseModel) else f" (given: {_short.repr(first['input'])})"
     message = first["msg"].removeprefix("Value error, ")
     return RecipeError(f"bad value for {place or 'the recipe'} in {source}", why=message + value, fix="change it there")
 
