@@ -40,7 +40,7 @@ FLAGS = {
     ],
     "run": ["recipe", "--out", "--dry-run", "--ranks", "--mfu", "--card", "--on-spike", "--quiet", "--json"],
     "check": ["recipe", "--out", "--json"],
-    "export": ["source", "--out", "--json"],
+    "export": ["source", "--out", "--student", "--json"],
     "cost": ["recipe", "--scratch", "--sizes", "--tokens", "--device", "--mfu", "--price", "--json"],
     "study": [
         *("name", "--list", "--out", "--model", "--train", "--valid", "--choices"),

@@ -298,6 +298,31 @@ def test_a_round_gets_its_own_sizes_and_an_uncorrected_teacher(
     assert list(got["evaluate"]["models"]) == ["teacher", "pruned", "pruned-2", "distilled-2"]
 
 
+def test_students_of_one_teacher_are_cut_from_it_by_the_same_scores(
+    calls: list[tuple[str, dict[str, Any]]], rounds: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    siblings = [{"prune": {"ffn": 32}, "distill": DISTILL, "cut": "original"}, THEN[0]]
+    run = pipeline.run(rounds(then=siblings), tmp_path / "run")
+    got = dict(calls)
+    assert "score-2" not in got
+    assert (got["prune-2"]["teacher"], got["prune-2"]["scores"]) == (
+        run / "correct" / "model",
+        run / "score" / "scores.safetensors",
+    )
+    assert (got["distill-2"]["teacher"], got["distill-2"]["student"]) == (
+        run / "correct" / "model",
+        run / "prune-2" / "model",
+    )
+    assert got["score-3"]["teacher"] == got["prune-3"]["teacher"] == run / "distill-2" / "model"
+    calls.clear()
+    pipeline.run(rounds(then=[{**siblings[0], "prune": {"ffn": 24}}, siblings[1]]), run)
+    assert "distill" not in dict(calls), "a sibling does not depend on the others"
+    calls.clear()
+    by_sets = rounds(then=siblings, score={"depth": "nll"})
+    pipeline.run(by_sets, tmp_path / "sets")
+    assert "score-2" in dict(calls), "which layers are compared depends on how many are dropped"
+
+
 def test_a_finished_run_of_rounds_is_left_as_it_is(
     calls: list[tuple[str, dict[str, Any]]], rounds: Callable[..., Recipe], tmp_path: Path
 ) -> None:

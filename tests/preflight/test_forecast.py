@@ -64,6 +64,10 @@ def test_rounds_and_random_cuts_have_their_own_rows(tmp_path: Path) -> None:
     rows = ["score", "prune", "prune (random)", "distill", "distill (random_prune)", "score-2", "prune-2", "refit-2"]
     assert list(found.flops) == list(found.tokens) == rows
     assert found.flops["score-2"] < found.flops["score"], "the second round scores the first student"
+    sibling = {**raw, "then": [{"prune": {"ffn": 32, "refit": "outputs"}, "cut": "original"}]}
+    beside = forecast(parse(sibling, folder=tmp_path, source="test"))
+    assert list(beside.flops) == [row for row in rows if row != "score-2"], "both are ranked by the same scores"
+    assert beside.flops["prune-2"] > found.flops["prune-2"], "the teacher is larger than the first student"
     trial = forecast(parse({**raw, "prune": {"non_embedding_ratio": 0.5}, "then": []}, folder=tmp_path, source="test"))
     by_hand = forecast(parse({**raw, "then": []}, folder=tmp_path, source="test"))
     assert "trial" not in by_hand.flops

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from halve.errors import RunError
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
+from halve.pipeline.export import export
 from halve.preflight.sizes import planned_rounds
-from halve.recipe.rounds import rounds, trainings
+from halve.recipe.rounds import cuts_original, rounds, scored_in, trainings
 from halve.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -58,6 +60,17 @@ def test_the_sizes_of_a_round_follow_from_those_before(recipe: Recipe) -> None:
     assert second.after == first.after.at(hidden=24)
 
 
+def test_the_sizes_of_siblings_follow_from_the_teacher(make_recipe: MakeRecipe) -> None:
+    then = [{"prune": {"hidden": 24}, "distill": DISTILL, "cut": "original"}, {"prune": {"ffn": 16}}]
+    asked = make_recipe(distill=DISTILL, then=then)
+    first, second, third = planned_rounds(asked, Checkpoint.open(asked.model))
+    assert second.before.sizes == first.before.sizes
+    assert second.after == first.before.sizes.at(hidden=24)
+    assert third.before.sizes == second.after
+    assert [cuts_original(asked, number) for number in (1, 2, 3)] == [True, True, False]
+    assert [scored_in(asked, number) for number in (1, 2, 3)] == [1, 1, 3]
+
+
 def test_the_last_student_is_what_two_rounds_leave(run: Path) -> None:
     config = AutoModelForCausalLM.from_pretrained(run / "distill-2" / "model").config
     assert (config.num_hidden_layers, config.intermediate_size, config.hidden_size) == (3, 40, 24)
@@ -68,6 +81,25 @@ def test_the_last_student_is_what_two_rounds_leave(run: Path) -> None:
     assert results["differences"]["subject"] == "distilled-2"
     params = {name: one["params"] for name, one in results["models"].items()}
     assert params["distilled-2"] < params["distilled"] < params["teacher"]
+
+
+def test_each_student_can_be_exported_by_its_name(run: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for student in ("distilled", "distilled-2", None):
+        config = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / str(student), student=student)).config
+        sizes[student] = config.hidden_size
+    assert sizes == {"distilled": 32, "distilled-2": 24, None: 24}
+    with pytest.raises(RunError, match="it trains distilled, distilled-2"):
+        export(run, tmp_path / "other", student="distilled-3")
+
+
+def test_a_student_beside_the_last_one_does_not_learn_from_it(make_recipe: MakeRecipe) -> None:
+    step = {"prune": {"hidden": 24}, "distill": DISTILL, "cut": "original"}
+    (error,) = pipeline.check(make_recipe(distill=DISTILL, then=[{**step, "teacher": "previous"}]))
+    assert (error.what, error.fix) == (
+        "round 2 learns from the last student and cuts the run's teacher",
+        "teacher: original or cut: previous in round 2",
+    )
 
 
 def test_the_report_shows_every_round(run: Path) -> None:

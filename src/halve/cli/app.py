@@ -228,6 +228,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
 def export(
     source: flags.Exported,
     out: flags.NewFolder,
+    student: flags.StudentFlag = None,
     json_: AsJson = False,
 ) -> None:
     """Write the student of a run as an ordinary model folder.
@@ -237,7 +238,7 @@ def export(
     from halve.pipeline.export import export as write
     from halve.report import tables as show
 
-    folder = write(source, out)
+    folder = write(source, out, student=student)
     if json_:
         show.as_json({"model": str(folder)})
     else:

@@ -73,6 +73,10 @@ Card = Annotated[
 Exported = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A run folder, or one of its checkpoints.", callback=place)
 ]
+StudentFlag = Annotated[
+    str | None,
+    typer.Option(help="Of a run: another student, by its name in the report, such as distilled-2. Default: the last."),
+]
 NewFolder = Annotated[Path, typer.Option(help="The new model folder.", callback=new_folder)]
 DemoOut = Annotated[Path, typer.Option(help="The run folder.", callback=new_folder)]
 Corpus = Annotated[

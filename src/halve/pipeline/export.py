@@ -18,6 +18,7 @@ from halve.model import saving
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline.run import Stage, stages
+from halve.recipe.rounds import named
 from halve.recipe.schema import Recipe
 from halve.train.loop import checkpoints
 
@@ -25,16 +26,16 @@ _SCRATCH = ".checkpoints"
 _TRIES = 5
 
 
-def export(source: str | Path, out: str | Path) -> Path:
+def export(source: str | Path, out: str | Path, *, student: str | None = None) -> Path:
     """Write the model of a run folder or of a checkpoint to the folder `out`, as safetensors, and return it.
 
     For a run this is its last distilled student, or the newest checkpoint if that student is being trained. A
     checkpoint is in the folder of an unfinished stage, such as `run/.distill.work/.checkpoints/step-00000200`. It holds
     float32 masters; the exported model has the precision of the model from which the training started. The run may
-    continue meanwhile.
+    continue meanwhile. `student` names another student of a run as the report does, such as distilled-2.
 
-    Raises `RunError` if there is nothing to export or `out` is not empty, and `DiskError` if the disk is full. Then
-    nothing is left behind.
+    Raises `RunError` if there is nothing to export, for an unknown student, or if `out` is not empty, and `DiskError`
+    if the disk is full. Then nothing is left behind.
     """
     source, out = Path(source).absolute(), Path(out)
     place = out.resolve()
@@ -49,7 +50,16 @@ def export(source: str | Path, out: str | Path) -> Path:
             why=f"it has no {MARKER} and no {checkpoints.FACTS}",
             fix="give the folder of a run, or one such as run/.distill.work/.checkpoints/step-00000200 in it",
         )
-    for stage in reversed([s for s in stages(_recipe(source)) if _is_student(s)]):
+    students = {named("distilled", s.number): s for s in stages(_recipe(source)) if _is_student(s)}
+    if student is not None and student not in students:
+        raise RunError(
+            f"{source} has no student {student}",
+            why=f"it trains {', '.join(students) or 'none'}",
+            fix="give one of these with --student, or leave it out for the last one",
+        )
+    for name, stage in reversed(students.items()):
+        if student not in (None, name):
+            continue
         for _ in range(_TRIES):
             if not (kept := checkpoints.complete(source / f".{stage.name}.work" / _SCRATCH)):
                 break
@@ -64,7 +74,7 @@ def export(source: str | Path, out: str | Path) -> Path:
                 run.verify(stage.name)
             return _copied(source / stage.name / "model", out)
     raise RunError(
-        f"{source} has no trained student",
+        f"{source} has no trained student{'' if student is None else f' {student}'}",
         why="no distillation of it has finished or left a checkpoint",
         fix="let halve run continue until the first checkpoint (distill.checkpoint_every)",
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from halve.disk.files import content_hashes
 from halve.disk.gguf_header import SUFFIX
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES
+from halve.recipe.rounds import compares
 from halve.recipe.schema import Recipe
 from halve.text import sources
 
@@ -59,7 +60,7 @@ def keys_of(recipe: Recipe, teacher: Checkpoint, stages: Sequence[Keyed], *, mem
 
 def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
     """For each round, how its scores depend on the number of dropped layers. Empty if they do not."""
-    from halve.cut.layers.chosen import compares, read_of
+    from halve.cut.layers.chosen import read_of
     from halve.preflight.sizes import planned_rounds
 
     if not compares(recipe.score):

@@ -2,7 +2,8 @@
 
     teacher + corpus -> correct -> score -> prune -> cache -> distill (and its baselines) -> evaluate -> report
 
-If a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow for the last student, and so on.
+If a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow for the last student, and so on. A round
+that cuts the teacher again uses the scores of the first.
 
 `stages` lists the stages of a recipe. Every stage is a function from artifacts to one artifact. Only this file knows
 the order. `halve.pipeline.run` runs the stages and skips those that are done.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from halve.disk.rundir import RunDir
 from halve.pipeline.keys import Keyed
 from halve.progress import Progress
-from halve.recipe.rounds import learns_from_previous, named, rounds
+from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import CHAT_PROMPTS, HOW, Distill, Recipe
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     last = original
     for number, part in enumerate(rounds(recipe), 1):
         teacher = last if learns_from_previous(recipe, number) else original
-        made, students = _round(part, number, cut=last, teacher=teacher)
+        cut = original if cuts_original(recipe, number) else last
+        made, students = _round(part, number, scored_in(recipe, number), cut=cut, teacher=teacher)
         listed += made
         models |= students
         last = models.get(named("distilled", number), named("prune", number))
@@ -108,13 +110,16 @@ def _everywhere(recipe: Recipe) -> _Names:
     return _EVERYWHERE if recipe.data.messages_field is None else (*_EVERYWHERE, *_OF_CONVERSATIONS)
 
 
-def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None) -> tuple[list[Stage], dict[str, str]]:
+def _round(
+    recipe: Recipe, number: int, scored: int, *, cut: str | None, teacher: str | None
+) -> tuple[list[Stage], dict[str, str]]:
     """The stages of one round, and their models by the names of the evaluation.
 
-    `cut` and `teacher` are the stages of the model to cut and of the teacher. None means the recipe's model.
+    `scored` is the round whose scores it uses. `cut` and `teacher` are the stages of the model to cut and of the
+    teacher. None means the recipe's model.
     """
     listed: list[Stage] = []
-    score, prune, at_random = named("score", number), named("prune", number), named("prune", number, "random")
+    score, prune, at_random = named("score", scored), named("prune", number), named("prune", number, "random")
     whole: _Names = () if cut is None else (cut,)
     taught: _Names = () if teacher is None else (teacher,)
 
@@ -124,7 +129,8 @@ def _round(recipe: Recipe, number: int, *, cut: str | None, teacher: str | None)
 
     # aggregators are applied when scores are used: the file holds raw statistics for all of them
     reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task")
-    add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
+    if scored == number:
+        add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
     reads = ("prune", "score", "-score.depth_task")
     add(prune, "prune", _prune(cut, score), reads, (*whole, score))
     models = {named("pruned", number): prune}

@@ -15,7 +15,7 @@ from halve.preflight import bounds as preflight_bounds
 from halve.preflight import samples as preflight_text
 from halve.preflight.chat import check_conversations
 from halve.process.waits import bytes_in_words
-from halve.recipe.rounds import learns_from_previous, rounds, trainings
+from halve.recipe.rounds import cuts_original, learns_from_previous, rounds, trainings
 from halve.recipe.schema import Distill, Phase, Recipe, Training
 from halve.text import sources
 from halve.text.rows import Wanted
@@ -134,6 +134,12 @@ def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
 
     _check_states(recipe, planned_rounds(recipe, teacher))
     for number in range(2, 2 + len(recipe.then)):
+        if learns_from_previous(recipe, number) and cuts_original(recipe, number):
+            raise RecipeError(
+                f"round {number} learns from the last student and cuts the run's teacher",
+                why="a student with cut: original stands beside the last one, which may be smaller",
+                fix=f"teacher: original or cut: previous in round {number}",
+            )
         if learns_from_previous(recipe, number) and rounds(recipe)[number - 2].distill is None:
             raise RecipeError(
                 f"round {number} learns from the last student, which is not trained",

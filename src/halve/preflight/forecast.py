@@ -14,7 +14,7 @@ from halve.preflight.device import GPU_MFU, PlannedDevice, at_hand, card
 from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
-from halve.recipe.rounds import learns_from_previous, named, rounds, trainings
+from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, trainings
 from halve.recipe.schema import Recipe, Training
 from halve.text.schedule import spans
 from halve.train.ranks.group import require_shares
@@ -130,7 +130,7 @@ def forecast(
         student_counts=made[-1].counts,
         dropped_layers=made[-1].dropped_layers,
         rounds=made,
-        runtimes=_opened(shapes),
+        runtimes=_opened(shapes[max(n for n in range(len(shapes)) if cuts_original(recipe, n + 1)) :]),
         tokens={stage: round(stage_work.tokens) for stage, stage_work in done.items()},
         flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
         memory=memory,
@@ -151,7 +151,7 @@ def _made(shape: PlannedRound, context: int) -> Round:
 
 
 def _opened(found: Sequence[PlannedRound]) -> tuple[tuple[str, str, str], ...]:
-    """Which runtimes open the last student. Layers that a round moves stay moved in later rounds."""
+    """Which runtimes open the last of students that were cut from each other. Layers that one moves stay moved."""
     rounds = [runtimes(shape.before, shape.after, shape.kept_layers) for shape in found]
     return tuple(
         (told[0].name, worst(r.opens for r in told), next((r.remedy for r in told if r.remedy), ""))

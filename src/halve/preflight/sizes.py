@@ -13,7 +13,7 @@ from halve.cut.plan.sizes import config_sizes, target
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
 from halve.model.checkpoint import Checkpoint
-from halve.recipe.rounds import rounds
+from halve.recipe.rounds import cuts_original, rounds
 from halve.recipe.schema import Recipe
 
 
@@ -49,12 +49,10 @@ def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, .
     Which layers a round drops may be known only after scoring. Until then, the first layers are taken as the kept ones.
     Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
-    anatomy = teacher.anatomy
     planned: list[PlannedRound] = []
-    for part in rounds(recipe):
+    for number, part in enumerate(rounds(recipe), 1):
+        anatomy = teacher.anatomy if cuts_original(recipe, number) else discover(planned[-1].config())
         student = student_anatomy(anatomy, part.prune)
         after, kept = target(student, part.prune)
         planned.append(PlannedRound(anatomy, student, after, kept))
-        if len(planned) <= len(recipe.then):
-            anatomy = discover(planned[-1].config())
     return tuple(planned)

@@ -9,12 +9,11 @@ from halve.anatomy import Arch
 from halve.anatomy.work import Costed, by_context, correcting, distilling, learning
 from halve.cut import cost
 from halve.cut.cost import Work
-from halve.cut.layers.chosen import compares
 from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
 from halve.preflight.sizes import PlannedRound
-from halve.recipe.rounds import learns_from_previous, named, rounds
+from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Distill, Recipe, Training
 from halve.stages.prune import CHECK_SAMPLES
 from halve.text import boundary
@@ -40,6 +39,8 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         add("correct", recipe.correct, by_context(partial(correcting, section=recipe.correct), found[0].before))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         cut = _cut(part, shape)
+        if scored_in(recipe, number) != number:
+            del cut["score"]
         done |= {named(stage, number): work for stage, work in cut.items() if work.flops}
         if part.distill is None:
             continue

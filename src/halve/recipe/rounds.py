@@ -1,12 +1,12 @@
-"""Rounds of iterative compression: prune, distill, prune the student again (2407.14679: 15B to 8B to 4B).
+"""Rounds: prune, distill, prune the student or the teacher again (2407.14679: 15B to 8B to 4B).
 
-Each round is like a recipe of its own for the last student. From the second round on, the names of its stages and
+Each round is like a recipe of its own for the model that it cuts. From the second round on, the names of its stages and
 models have the number of the round: prune-2, distill-2-ce; pruned-2, ce-2.
 """
 
 from __future__ import annotations
 
-from halve.recipe.schema import Recipe, Training
+from halve.recipe.schema import Recipe, Score, Training
 
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -35,6 +35,25 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
 def learns_from_previous(recipe: Recipe, number: int) -> bool:
     """Whether the student of round `number` (from 1) learns from the last student instead of the run's teacher."""
     return number > 1 and recipe.then[number - 2].teacher == "previous"
+
+
+def cuts_original(recipe: Recipe, number: int) -> bool:
+    """Whether round `number` (from 1) cuts the run's teacher instead of the last student."""
+    return number == 1 or recipe.then[number - 2].cut == "original"
+
+
+def scored_in(recipe: Recipe, number: int) -> int:
+    """The round whose scores rank the parts that round `number` cuts.
+
+    All rounds that cut the run's teacher share those of the first, unless these compare sets of layers: such a
+    comparison depends on how many layers are dropped.
+    """
+    return 1 if cuts_original(recipe, number) and not compares(recipe.score) else number
+
+
+def compares(score: Score) -> bool:
+    """Whether layers are chosen by more than the block importance of single layers."""
+    return (score.depth, score.depth_pattern) != ("bi", "single")
 
 
 def named(base: str, number: int, variant: str = "") -> str:

@@ -192,13 +192,16 @@ class Evaluate(Section):
 
 
 class Step(Section):
-    """A further round of iterative compression: prune the last student again and distill it (as in 15B to 8B to 4B)."""
+    """A further student: by default the last one is pruned again and distilled (as in 15B to 8B to 4B)."""
 
     prune: Prune = Field(description="the size of this round's student")
     distill: Distill | None = Field(None, description="the training of this round's student")
     teacher: Literal["original", "previous"] = Field(
         "original",
         description="teacher of this round: the run's teacher (corrected, if the run corrects it) or the last student",
+    )
+    cut: Literal["original", "previous"] = Field(
+        "previous", description="the model that this round cuts: the last student, or the run's teacher"
     )
 
     @field_validator("prune")
@@ -236,7 +239,7 @@ class Recipe(Section):
     search: Search | None = Field(None, description="without this section, prune gives the size of the student")
     prune: Prune = Field(Prune(), validate_default=True)
     distill: Distill | None = None
-    then: tuple[Step, ...] = Field((), description="further rounds of prune and distill, each from the last student")
+    then: tuple[Step, ...] = Field((), description="further rounds of prune and distill")
     evaluate: Evaluate = Evaluate()
 
     @property

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.anatomy import Anatomy, Arch
 from halve.cut.apply import Cut, Goal, Rescore, cut, turn
-from halve.cut.layers.chosen import DEPTH, choose_layers, compares
+from halve.cut.layers.chosen import DEPTH, choose_layers
 from halve.cut.layers.depth import DepthChoice
 from halve.cut.layers.layer_merge import laco_search, search_setting
 from halve.cut.plan.plan import Plan
@@ -36,6 +36,7 @@ from halve.model.finite import require_finite
 from halve.process import fresh
 from halve.process.waits import wait
 from halve.progress import SILENT, Progress
+from halve.recipe.rounds import compares
 from halve.recipe.schema import Prune, Recipe
 from halve.text import corpus
 from halve.text.conversation_samples import samples_of

@@ -8,14 +8,10 @@ from halve.cut.layers.depth import DepthChoice, choose
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
 from halve.model.choices import load_items
+from halve.recipe.rounds import compares
 from halve.recipe.schema import Recipe, Score
 
 DEPTH = "depth.json"
-
-
-def compares(score: Score) -> bool:
-    """Whether layers are chosen by more than the block importance of single layers."""
-    return (score.depth, score.depth_pattern) != ("bi", "single")
 
 
 def read_of(score: Score, remove: int) -> int | bool | None:
