@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A file's tests share what they set up; the files that take longest come first (tests/conftest.py).
 WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint quick quick-tests long fuzz docs families gpu-check
+.PHONY: demo test lint quick quick-tests long fuzz shapes docs families gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/halve demo $(DEMO)
@@ -34,12 +34,16 @@ quick-tests: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quick $(WORKERS)
 
 # Longer proofs, by hand before something is called resolved: bad inputs at size, and every family's proof.
-long: fuzz families
+long: fuzz families shapes
 
 # Many more of the bad inputs of which the tests try a few; CASES of each kind.
 CASES ?= 100
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/fuzz --cases $(CASES)
+
+# Counts of random shapes against built models, of every family; the tests look at ten of them.
+shapes: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/search/test_shapes_built.py --every-family
 
 # Pages that are generated from the code, and the site of all pages in docs/_build, where a warning is an error.
 docs: $(VENV)/.installed-dev $(VENV)/.installed-docs

@@ -37,6 +37,7 @@ SLOW = Path(__file__).with_name("slow.txt")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=3, help="spoiled worlds of each area in tests/fuzz")
+    parser.addoption("--every-family", action="store_true", help="tests that draw some families look at all of them")
     parser.addoption("--quick", action="store_true", help="leave out the tests that tests/slow.txt names")
     parser.addoption("--note-slow", action="store_true", help="write tests/slow.txt: who has a case of over a second")
 

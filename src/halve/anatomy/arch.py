@@ -76,18 +76,32 @@ Polynomial = tuple[tuple[int, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
+class TokenCache:
+    """What a layer caches for a token, and for how many tokens at most."""
+
+    entries: Expr
+    """How many numbers."""
+    window: int | None = None
+    """How many of the latest tokens a layer with a sliding window attends to; None if it attends to all."""
+
+    def tokens(self, context: int) -> int:
+        """To how many tokens the last one of a context attends."""
+        return context if self.window is None else min(context, self.window)
+
+
+@dataclass(frozen=True)
 class Layer:
     """The weights of one layer: each distinct shape and how often it occurs, also for matrices and routed experts."""
 
     shapes: tuple[tuple[Shape, int], ...]
     matrices: tuple[tuple[Shape, int], ...]
     experts: tuple[tuple[Shape, int], ...] = ()
-    cache: Expr | None = None
-    """How many numbers it caches for a token."""
+    cache: TokenCache | None = None
+    """What it caches for a token; None if the code does not show it."""
 
     @classmethod
     def of(
-        cls, shapes: Sequence[Shape], *, matrices: Sequence[Shape], experts: Sequence[Shape], cache: Expr | None
+        cls, shapes: Sequence[Shape], *, matrices: Sequence[Shape], experts: Sequence[Shape], cache: TokenCache | None
     ) -> Layer:
         """Count equal shapes once."""
         all_of, products, routed = (tuple(Counter(part).items()) for part in (shapes, matrices, experts))
@@ -108,19 +122,19 @@ class Ledger:
     """The share of the experts' weights that a token goes through."""
 
     @cached_property
-    def _kinds(self) -> tuple[int, ...]:
+    def kinds(self) -> tuple[int, ...]:
         """For every layer the first that counts alike: to compare layers takes longer than to count them."""
         firsts: dict[Layer, int] = {}
         return tuple(firsts.setdefault(layer, number) for number, layer in enumerate(self.layers))
 
     @cached_property
-    def _layers(self) -> dict[int, tuple[Polynomial, Polynomial, Polynomial]]:
+    def of_kinds(self) -> dict[int, tuple[Polynomial, Polynomial, Polynomial]]:
         """Of each kind of layer all weights, matrices and routed experts."""
-        kinds = {number: self.layers[number] for number in self._kinds}
+        kinds = {number: self.layers[number] for number in self.kinds}
         return {n: (_expanded(k.shapes), _expanded(k.matrices), _expanded(k.experts)) for n, k in kinds.items()}
 
     @cached_property
-    def _others(self) -> tuple[Polynomial, Polynomial, Polynomial]:
+    def of_others(self) -> tuple[Polynomial, Polynomial, Polynomial]:
         """What is outside of layers: norms and the like, embeddings, the head."""
         outside, embeddings = (_expanded([(shape, 1) for shape in part]) for part in (self.outside, self.embeddings))
         return outside, embeddings, _expanded([(self.head, 1)])
@@ -142,15 +156,16 @@ class Ledger:
         6738415616
         """
         sizes = arch.sizes
-        numbers = self._kinds[: arch.layers] if kept_layers is None else [self._kinds[i] for i in kept_layers]
+        numbers = self.kinds[: arch.layers] if kept_layers is None else [self.kinds[i] for i in kept_layers]
         kinds = list(Counter(numbers).items())
-        expanded = [(self._layers[number], times) for number, times in kinds]
+        expanded = [(self.of_kinds[number], times) for number, times in kinds]
         in_layers, matrices, expert = (
             sum(times * _value(of_layer[part], sizes) for of_layer, times in expanded) for part in range(3)
         )
-        outside, embedding, head = (_value(part, sizes) for part in self._others)
+        outside, embedding, head = (_value(part, sizes) for part in self.of_others)
         caches = [
-            (cache.size(sizes) if (cache := self.layers[number].cache) else None, times) for number, times in kinds
+            (cache.entries.size(sizes) if (cache := self.layers[number].cache) else None, times)
+            for number, times in kinds
         ]
         attending = sum(times for entries, times in caches if entries != 0)
         attention = 2 * attending * context * arch.heads * arch.head_dim

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from halve.anatomy.arch import Arch, Shape
+from halve.anatomy.arch import Arch, Shape, TokenCache
 from halve.anatomy.axes import Expr
 from halve.anatomy.configs import build, quiet, resized
 from halve.anatomy.solve import expression, small, system
@@ -32,36 +32,41 @@ class Cached:
     width: int
     names: frozenset[str]
     """The tensors of the layer's cache that grow with the text."""
+    window: int | None = None
+    """How many of the latest tokens it attends to, if not all."""
 
     @classmethod
-    def of(cls, short: Seen, long: Seen) -> Cached:
+    def of(cls, short: Seen, long: Seen, window: int | None) -> Cached:
         """From the shapes of a layer's cache after one token less, and after one more."""
         names = frozenset(name for name in long if name in short and long[name] != short[name])
         keys = long["keys"] if "keys" in names and len(long["keys"]) == 4 else (0, 0, 0, 0)
-        return cls(_entries(long, names), keys[1], keys[3], names)
+        return cls(_entries(long, names), keys[1], keys[3], names, window)
 
 
 def cached(config: PretrainedConfig, layers: Sequence[int]) -> tuple[Cached, ...] | None:
     """What each of these layers caches for a token; None if the code has no cache that can be read.
 
-    A sliding window counts as if it were not full yet. States that do not grow with the text are not counted.
+    A sliding window is not full after these few tokens; its length is noted. States that do not grow with the text are
+    not counted.
     """
     try:
         model = build(resized(config, {}, kept_layers=layers), device="meta")
-        short, long = (_shapes(model, len(layers), seq) for seq in (_SEQ - 1, _SEQ))
+        short, long = (_after(model, len(layers), seq) for seq in (_SEQ - 1, _SEQ))
     except Exception:  # the family's own code may raise anything on tensors without values
         return None
-    return tuple(Cached.of(before, after) for before, after in zip(short, long, strict=True))
+    return tuple(
+        Cached.of(_tensors(before), _tensors(after), _window(after)) for before, after in zip(short, long, strict=True)
+    )
 
 
 def cache_exprs(
     config: PretrainedConfig, layers: Sequence[int], found: Sequence[Cached], sizes: Arch, *, coupled: bool
-) -> list[Expr]:
+) -> list[TokenCache]:
     """The same as sums of products of axes, one for each layer. A number that no sum explains stays a number."""
     points, monomials, matrix = system(config, coupled=coupled)
     try:
         twins = [build(small(config, point, tuple(layers)), device="meta") for point in points]
-        shapes = [_shapes(twin, len(layers), _SEQ) for twin in twins]
+        shapes = [[_tensors(layer) for layer in _after(twin, len(layers), _SEQ)] for twin in twins]
     except Exception:
         shapes = []
     exprs = []
@@ -69,7 +74,8 @@ def cache_exprs(
         lengths = tuple(_entries(twin[index], cache.names) for twin in shapes)
         solved = expression(lengths, matrix, monomials) if shapes else None
         same = solved is not None and solved.size(sizes.sizes) == cache.entries
-        exprs.append(solved if solved is not None and same else Expr(((cache.entries,),)))
+        entries = solved if solved is not None and same else Expr(((cache.entries,),))
+        exprs.append(TokenCache(entries, cache.window))
     return exprs
 
 
@@ -85,8 +91,8 @@ def _entries(shapes: Seen, names: frozenset[str]) -> int:
     return sum(prod(shapes.get(name, (0,))) for name in names) // _SEQ
 
 
-def _shapes(model: PreTrainedModel, layers: int, seq: int) -> list[Seen]:
-    """The shapes of what each layer has cached after so many tokens; layers without a cache have none."""
+def _after(model: PreTrainedModel, layers: int, seq: int) -> list[Mapping[str, object]]:
+    """What each layer's cache holds after so many tokens; layers without a cache hold nothing."""
     ids = torch.zeros(1, seq, dtype=torch.int64, device="meta")
     model.config._attn_implementation = "eager"
     model.config._experts_implementation = "batched_mm"  # the one that needs no values
@@ -94,4 +100,13 @@ def _shapes(model: PreTrainedModel, layers: int, seq: int) -> list[Seen]:
         cache = model(input_ids=ids, use_cache=True).past_key_values
     caches = [vars(layer) for layer in cache.layers] + [{}] * (layers - len(cache.layers))
     assert len(caches) == layers, "one entry a layer"
-    return [{n: tuple(v.shape) for n, v in layer.items() if isinstance(v, Tensor)} for layer in caches]
+    return caches
+
+
+def _tensors(layer: Mapping[str, object]) -> Seen:
+    return {name: tuple(value.shape) for name, value in layer.items() if isinstance(value, Tensor)}
+
+
+def _window(layer: Mapping[str, object]) -> int | None:
+    window = layer.get("sliding_window")
+    return window if isinstance(window, int) else None

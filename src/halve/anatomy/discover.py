@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halve.anatomy import caches, configs, kinds
-from halve.anatomy.arch import Arch, Layer, Ledger, Shape
+from halve.anatomy.arch import Arch, Layer, Ledger, Shape, TokenCache
 from halve.anatomy.axes import CUT_AXES, Expr
 from halve.anatomy.quirks import COUPLED, MULTI_QUERY, Quirk, quirk
 from halve.anatomy.solve import TWIN_POINT, alike, parse_shape, small, solve, solve_twin, tied_point
@@ -54,8 +54,8 @@ class Anatomy:
     """One layer of each kind (and a few more); the twin consists of these."""
     unknown: tuple[str, ...] = ()
     """Parameters made of no known axes. They count with their size, and axes that could change them are refused."""
-    cache: tuple[Expr, ...] = ()
-    """For every layer, how many numbers it caches for a token; empty if the code does not show it."""
+    cache: tuple[TokenCache, ...] = ()
+    """For every layer, what it caches for a token; empty if the code does not show it."""
 
     @property
     def tied(self) -> bool:

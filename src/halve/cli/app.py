@@ -120,42 +120,32 @@ def plan(
     context: Annotated[
         int, typer.Option(min=1, max=10**9, help="Context length at which FLOPs per token are counted.")
     ] = 4096,
-    most: Annotated[int, typer.Option(min=1, help="Number of candidates to list.")] = 10,
+    budget: flags.BudgetFlag = None,
+    axis: flags.AxisFlag = None,
+    timings: flags.Timings = None,
+    most: Annotated[int, typer.Option(min=1, max=10**4, help="Number of candidates to list.")] = 10,
     json_: AsJson = False,
 ) -> None:
-    """List valid sizes near a parameter budget, with exact counts.
+    """List valid sizes within a budget, with exact counts.
 
     Sizes can also be given by hand. No weights are read.
     """
-    from halve.anatomy.runtimes import runtimes
-    from halve.cut.plan.sizes import Candidate, near
-    from halve.cut.proof.prove import prove
+    from halve.cli import planned
+    from halve.cut.plan.sizes import near
     from halve.cut.repair.rotate import student_anatomy
     from halve.model.checkpoint import Checkpoint
-    from halve.report import tables as show
 
     asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads}
     wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
-    prune = _prune({**wishes, "layers": layers, "drop_layers": drop_layers})
+    wishes |= {"layers": layers, "drop_layers": drop_layers}
+    if budget or axis:
+        given = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
+        planned.budget(model, budget or (), axis or (), given=given, most=most, timings=timings, json_=json_)
+        return
+    prune = _prune(wishes)
     anatomy = Checkpoint.open(model).anatomy
-    candidates: list[Candidate] = near(student_anatomy(anatomy, prune), prune, context=context)[:most]
-    for candidate in candidates:
-        prove(anatomy, reopen=False).demand(anatomy.sizes, candidate.arch)
-    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, c.arch, c.kept_layers)] for c in candidates]
-    if json_:
-        listed = [
-            {
-                "arch": c.arch.sizes,
-                "counts": vars(c.counts),
-                "kept_layers": c.kept_layers,
-                "runtimes": [{"name": name, "opens": opens, "remedy": remedy} for name, opens, remedy in verdict],
-            }
-            for c, verdict in zip(candidates, verdicts, strict=True)
-        ]
-        show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
-    else:
-        show.candidates_table(anatomy, candidates, verdicts)
-        say_next("put these sizes under prune: in a recipe, then halve run")
+    shapes = near(student_anatomy(anatomy, prune), prune, context=context)[:most]
+    planned.show_shapes(anatomy, shapes, title="candidates, best guess first", json_=json_)
 
 
 @app.command()

@@ -45,6 +45,21 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recip
 Out = Annotated[
     Path | None, typer.Option(help="The run folder. Default: runs/NAME, with the recipe's name.", callback=new_folder)
 ]
+BudgetFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="BUDGET",
+        help='What a shape may cost, such as "memory<=8GB@8192", "total=4.5B" or "flops<=70%"; may be repeated.',
+    ),
+]
+AxisFlag = Annotated[
+    list[str] | None,
+    typer.Option(metavar="AXIS", help="With --budget: hidden=64 (steps), ffn=frozen or layers=12,16; may be repeated."),
+]
+Timings = Annotated[
+    Path | None,
+    typer.Option(help="With --budget: file that keeps measured times for the next call.", callback=place),
+]
 OnSpike = Annotated[
     Literal["stop", "skip", "rewind"] | None,
     typer.Option(help="Reaction to a loss spike; overrides the recipe's on_spike."),

@@ -48,7 +48,7 @@ def compare_speed(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
-            timing = _time(model, prompt, num_new_tokens)
+            timing = prefill_and_decode(model, prompt, num_new_tokens)
             if repeat:
                 seconds[name].append(timing)
     num_prompt, num_new = prompt.numel(), len(prompt) * num_new_tokens
@@ -78,13 +78,13 @@ def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> i
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
-        _time(model, prompt, 4)
+        prefill_and_decode(model, prompt, 4)
         return torch.cuda.max_memory_allocated(model.device) - before
     with (
         _quiet_stderr(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
-        _time(model, prompt, 4)
+        prefill_and_decode(model, prompt, 4)
     with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
@@ -98,7 +98,7 @@ def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> i
 
 
 @torch.no_grad()
-def _time(model: PreTrainedModel, prompt_BS: Tensor, num_new_tokens: int) -> tuple[float, float]:
+def prefill_and_decode(model: PreTrainedModel, prompt_BS: Tensor, num_new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of this many decode steps."""
     prompt_BS = prompt_BS.to(model.device)
     # like generation, ask only for the logits of the last position, if the model's class can do that

@@ -83,7 +83,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(check_conversations, recipe, teacher)
-    yield partial(_check_search, recipe)
+    yield partial(_check_search, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
@@ -120,8 +120,11 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
         teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")
 
 
-def _check_search(recipe: Recipe) -> None:
+def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
     if recipe.search is not None:
+        from halve.preflight.sizes import require_met
+
+        require_met(recipe, teacher)
         raise RecipeError(
             "no stage reads the section search yet",
             why="the sizes that it finds would not be used",

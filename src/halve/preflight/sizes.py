@@ -43,6 +43,20 @@ def require_proved(found: Iterable[PlannedRound]) -> None:
         prove(shape.before, reopen=False).demand(shape.before.sizes, shape.after)
 
 
+def require_met(recipe: Recipe, teacher: Checkpoint) -> None:
+    """Raise `PlanError` for a budget of `search` that no legal shape of proved axes meets; it names the nearest shapes.
+
+    Times are not measured here: their bounds are left out.
+    """
+    from halve.search.candidates import look
+
+    assert recipe.search is not None
+    anatomy = student_anatomy(teacher.anatomy, recipe.prune)
+    refused = prove(teacher.anatomy, reopen=False).refusals
+    for budget in filter(None, (recipe.search.budget, *recipe.search.targets)):
+        look(anatomy, budget, recipe.search, refused=refused, timed=False)
+
+
 def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, ...]:
     """The sizes before and after every round, from the teacher's config alone.
 

@@ -124,21 +124,27 @@ def _first_of_kind(anatomy: Anatomy) -> list[int]:
 
 
 def candidates_table(
-    anatomy: Anatomy, found: Sequence[Candidate], verdicts: Sequence[Sequence[tuple[str, str, str]]]
+    anatomy: Anatomy,
+    found: Sequence[Candidate],
+    verdicts: Sequence[Sequence[tuple[str, str, str]]],
+    *,
+    title: str,
+    costs: Mapping[str, Sequence[str]],
 ) -> None:
-    """The table of `halve plan`."""
+    """The table of `halve plan`; `costs` are further columns."""
     from halve.cut.plan.sizes import format_count
 
     before = anatomy.ledger.count(anatomy.sizes)
     print(f"teacher: {anatomy.family}, {anatomy.sizes}: {format_count(before.params)} parameters")
     rows: list[tuple[object, ...]] = []
-    for candidate, verdict in zip(found, verdicts, strict=True):
+    for number, (candidate, verdict) in enumerate(zip(found, verdicts, strict=True)):
         a, c = candidate.arch, candidate.counts
         heads, cache = f"{a.heads}/{a.kv_heads}", cache_(c.kv_cache_bytes_per_token)
-        costs = (f"{c.params:,}", f"{c.non_embedding:,}", cache, f"{c.flops_per_token / 1e9:.3g}")
-        rows.append((a.layers, a.hidden, a.ffn, heads, *costs, _opened_by(verdict)))
-    columns = ("layers", "hidden", "ffn", "heads/kv", "params", "non-embedding", "KV/token", "GFLOP/token", "opens in")
-    table("candidates, best guess first", columns, rows)
+        counted = (f"{c.params:,}", f"{c.non_embedding:,}", cache, f"{c.flops_per_token / 1e9:.3g}")
+        more = (column[number] for column in costs.values())
+        rows.append((a.layers, a.hidden, a.ffn, heads, *counted, *more, _opened_by(verdict)))
+    columns = ("layers", "hidden", "ffn", "heads/kv", "params", "non-embedding", "KV/token", "GFLOP/token")
+    table(title, (*columns, *costs, "opens in"), rows)
     remedies = {(name, remedy) for verdict in verdicts for name, opens, remedy in verdict if opens != "yes" and remedy}
     for name, remedy in sorted(remedies)[:4]:
         print(f"{name} would open it with: {remedy}")

@@ -1,0 +1,70 @@
+"""A budget and axes as flags say them: `memory<=8GB@8192`, `total=4.5B`, `ffn=frozen`. Does not import torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from halve.errors import RecipeError
+from halve.recipe.searching import Quantity, Search, SearchedAxis, StoredAs
+
+_KEYS = {"<=": "max", ">=": "min", "=": "about", "<": "max", ">": "min"}
+_BUDGET = re.compile(
+    r"\s*(?P<quantity>\w+)\s*(?P<sign><=|>=|=|<|>)\s*(?P<amount>[^@]*?)\s*"
+    r"(?:@\s*(?:(?P<batch>[0-9]{1,12})\s*x\s*)?(?P<context>[0-9]{1,12})\s*(?P<dtype>\w+)?\s*)?"
+)
+
+
+def spoken_search(budget: Sequence[str], axes: Sequence[str], *, candidates: int) -> Search:
+    """The section `search` that such flags stand for. Two flags of one quantity give a range.
+
+    After `@` comes the context, before it perhaps the batch (`@4x8192`), behind it perhaps a type (`@8192 float32`).
+    Raises `RecipeError`.
+
+    >>> search = spoken_search(["memory<=8GB@4x8192", "total=50%"], ["hidden=64", "ffn=frozen"], candidates=8)
+    >>> search.budget.memory.max, search.budget.memory.batch, search.budget.total.about, search.axes
+    ('8GB', 4, '50%', {'hidden': 64, 'ffn': 'frozen'})
+    """
+    bounds: dict[str, dict[str, Any]] = {}
+    for text in budget:
+        match = _BUDGET.fullmatch(text)
+        if match is None or match["quantity"] not in get_args(Quantity):
+            raise RecipeError(
+                f"cannot read --budget {text[:80]!r}",
+                why=f"a budget is a quantity ({', '.join(get_args(Quantity))}), a sign (<=, >= or =) and an amount",
+                fix='write --budget "memory<=8GB@8192" or --budget "total=4.5B"',
+            )
+        said = bounds.setdefault(match["quantity"], {})
+        said[_KEYS[match["sign"]]] = match["amount"]
+        said |= {key: int(match[key]) for key in ("batch", "context") if match[key]}
+        said |= {"dtype": match["dtype"]} if match["dtype"] else {}
+    try:
+        return Search.model_validate(
+            {"budget": bounds, "axes": dict(_axis(text) for text in axes), "candidates": candidates}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+        unknown = first["type"] == "extra_forbidden"
+        raise RecipeError(
+            f"these flags make no search: {place}",
+            why="this quantity has no such condition" if unknown else first["msg"].removeprefix("Value error, "),
+            fix="halve plan MODEL --budget 'memory<=8GB@4x8192 bfloat16' --axis hidden=64;"
+            f" types are {', '.join(get_args(StoredAs))}",
+        ) from None
+
+
+def _axis(text: str) -> tuple[str, Any]:
+    axis, sign, freedom = (part.strip() for part in text.partition("="))
+    if not sign or axis not in get_args(SearchedAxis):
+        raise RecipeError(
+            f"cannot read --axis {text[:80]!r}",
+            why=f"an axis is one of {', '.join(get_args(SearchedAxis))}, then = and how it may change",
+            fix="write --axis hidden=64, --axis ffn=frozen or --axis layers=12,16,20",
+        )
+    if "," in freedom:
+        return axis, tuple(int(part) if part.strip().isdigit() else part for part in freedom.split(","))
+    return axis, int(freedom) if freedom.isdigit() else freedom

@@ -1,0 +1,249 @@
+"""Legal shapes, the front and the candidates of a budget, and what is said where there are none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from halve.anatomy import Anatomy, Arch, discover
+from halve.cut.plan.sizes import is_legal
+from halve.errors import HalveError
+from halve.recipe.searching import MemoryLimits, Search
+from halve.recipe.spoken import spoken_search
+from halve.search.budgets import resolve
+from halve.search.candidates import Found, candidates_of, look
+from halve.search.quantities import Prices, price
+from halve.search.space import Space, legal_shapes
+
+
+@cache
+def anatomy() -> Anatomy:
+    """A llama of the size of the demo's teacher, with heads of 16 in four groups."""
+    return discover(
+        LlamaConfig(
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=16,
+            vocab_size=512,
+            pad_token_id=None,
+        )
+    )
+
+
+def search(budget: dict[str, Any], **more: Any) -> Search:
+    return Search.model_validate({"budget": budget, **more})
+
+
+def looked(budget: dict[str, Any], **more: Any) -> Found:
+    asked = search(budget, **more)
+    assert asked.budget is not None
+    return look(anatomy(), asked.budget, asked)
+
+
+def archs(budget: dict[str, Any], count: int = 8, **more: Any) -> list[Arch]:
+    asked = search(budget, **more)
+    assert asked.budget is not None
+    return [shape.arch for shape in candidates_of(look(anatomy(), asked.budget, asked), count)]
+
+
+# ---- legal shapes
+
+
+def widths_of(**axes: Any) -> Space:
+    return legal_shapes(anatomy(), search({"total": "50%"}, axes=axes))
+
+
+def test_groups_go_with_all_their_query_heads_unless_heads_are_allowed() -> None:
+    assert {(h, g) for _, h, g in widths_of().widths} == {(8, 4), (6, 3), (4, 2), (2, 1)}
+    pairs = {(h, g) for _, h, g in widths_of(heads="allowed").widths}
+    assert pairs == {(g * n, g) for g in (1, 2, 3, 4) for n in (1, 2)}
+    assert {(h, g) for _, h, g in widths_of(kv_heads="frozen", heads=[4, 8]).widths} == {(8, 4), (4, 4)}
+
+
+def test_an_axis_is_frozen_stepped_or_listed() -> None:
+    space = widths_of(hidden="frozen", ffn=100, kv_heads=[4], layers=[2, 5])
+    assert ([*space.widths], space.ffns, space.depths) == ([(96, 8, 4)], (256, 200, 100), (5, 2))
+    assert len(space) == 6
+
+
+def test_coupled_widths_move_together() -> None:
+    from families import config
+
+    coupled = discover(config("gpt_neox"))
+    space = legal_shapes(coupled, search({"total": "50%"}))
+    assert len(space.widths) == 6
+    assert all(hidden == heads * 16 for hidden, heads, _ in space.widths)
+
+
+def test_layers_that_stay_bound_the_depth() -> None:
+    space = legal_shapes(anatomy(), search({"total": "50%"}, layers={"max": 5, "keep": [0, 1, 7]}))
+    assert space.depths == (5, 4, 3)
+
+
+# ---- the front
+
+BUDGETS: list[dict[str, Any]] = [
+    {"non_embedding": "50%"},
+    {"total": {"min": "40%", "max": "60%"}, "flops": "55%"},
+    {"memory": {"max": "50%", "context": 8192}, "non_embedding": {"max": "70%"}},
+    {"weight_bytes": {"min": "60%"}},
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: "+".join(budget))
+def test_no_legal_shape_as_deep_is_nearer_to_every_goal(budget: dict[str, Any]) -> None:
+    found = looked(budget)
+    prices = Prices(legal_shapes(anatomy(), search(budget)))
+    assert found.front
+    for layers in {shape.arch.layers for shape in found.front}:
+        values = [prices.values(r.quantity, r.limits, layers) for r in found.ranges]
+        fits = np.all([r.holds(of) for r, of in zip(found.ranges, values, strict=True)], axis=0)
+        away = np.stack([np.floor(r.away(of)[fits] * 100) for r, of in zip(found.ranges, values, strict=True)])
+        for shape in (shape for shape in found.front if shape.arch.layers == layers):
+            at = [price(anatomy(), shape.arch, r.quantity, r.limits) for r in found.ranges]
+            assert all(r.low <= value <= r.high for r, value in zip(found.ranges, at, strict=True))
+            own = [np.floor(abs(value / r.goal - 1) * 100) for r, value in zip(found.ranges, at, strict=True)]
+            nearer = (away <= np.array(own)[:, None]).all(0) & (away < np.array(own)[:, None]).any(0)
+            places = np.argwhere(fits)[nearer]
+            better = [prices.space.arch(layers, int(w), int(f)) for w, f in places]
+            assert not any(is_legal(anatomy(), arch) and arch != anatomy().sizes for arch in better)
+
+
+def test_a_part_of_another_shape_is_left_out() -> None:
+    found = [shape.arch for shape in looked({"memory": {"max": "60%", "context": 8192}, "total": {"max": "80%"}}).front]
+    axes = ("layers", "hidden", "ffn", "heads", "kv_heads")
+    for arch in found:
+        assert not any(
+            other != arch and all(getattr(other, axis) >= getattr(arch, axis) for axis in axes) for other in found
+        )
+
+
+def test_the_whole_space_is_counted() -> None:
+    found = looked({"non_embedding": "50%"})
+    assert len(found.prices.space) == 8 * 12 * 4 * 64
+
+
+# ---- candidates
+
+
+@pytest.mark.parametrize("budget", BUDGETS[:3], ids=lambda budget: "+".join(budget))
+def test_candidates_are_of_three_depths_and_always_the_same(budget: dict[str, Any]) -> None:
+    found = archs(budget)
+    assert len(set(found)) == len(found) == 8
+    assert len({arch.layers for arch in found}) >= 3
+    assert [arch.layers for arch in found] == sorted((arch.layers for arch in found), reverse=True)
+    assert found == archs(budget)
+    assert len({arch.layers for arch in archs(budget, 3)}) == 3
+
+
+def test_candidates_differ_in_which_axes_they_cut() -> None:
+    whole = anatomy().sizes
+    cut = {
+        tuple(getattr(arch, axis) < getattr(whole, axis) for axis in ("hidden", "ffn", "kv_heads"))
+        for arch in archs({"non_embedding": "50%"})
+    }
+    assert len(cut) >= 4
+
+
+def test_memory_of_a_long_context_is_met_by_groups_and_depth() -> None:
+    whole = anatomy().sizes
+    found = archs({"memory": {"max": "40%", "context": 100_000, "batch": 4}})
+    assert all(arch.kv_heads * arch.layers <= 0.4 * whole.kv_heads * whole.layers for arch in found)
+    assert {arch.kv_heads < whole.kv_heads for arch in found} == {True, False}
+    assert all(arch.heads / arch.kv_heads == 2 and arch.head_dim == 16 for arch in found), "uniform, groups kept whole"
+
+
+def test_a_share_is_of_the_teachers_own_cost() -> None:
+    asked = search({"throughput": {"min": "150%", "batch": 2}, "memory": {"max": "50%", "context": 64}})
+    assert asked.budget is not None
+
+    class Steady:
+        """Ten seconds of a token for the teacher, less for fewer layers."""
+
+        def prefill_seconds(self, space: Space, layers: int, *, batch: int, context: int) -> Any:
+            return np.full((len(space.widths), len(space.ffns)), float(layers))
+
+        decode_seconds = prefill_seconds
+
+    memory, throughput = resolve(anatomy(), asked.budget, clock=Steady())
+    params = anatomy().ledger.count(anatomy().sizes).params
+    assert memory.high == (2 * params + 2 * 64 * 8 * 2 * 4 * 16) / 2
+    assert throughput.low == 1.5 * 2 / 8
+    found = look(anatomy(), asked.budget, asked, clock=Steady()).front
+    assert {shape.arch.layers for shape in found} <= {1, 2, 3, 4, 5}
+    assert max(shape.arch.layers for shape in found) == 5
+
+
+# ---- budgets that cannot be met
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: looked({"total": "1k"}), r"the embeddings alone have 8\.19k parameters at hidden 8, the narrowest"),
+        (lambda: looked({"total": "1k"}), r"fix: nearest: total 9\.08k \(layers 1, hidden 8, ffn 4, heads 2/1\);"),
+        (
+            lambda: looked({"total": {"min": "2B"}}),
+            r"total >= 2B\n  why: total of legal shapes is between 9.08k and 985k",
+        ),
+        (lambda: looked({"total": {"min": "60%"}, "flops": {"max": "20%"}}), "each bound can be met alone, but no"),
+        (
+            lambda: looked({"total": {"min": "60%", "max": "100k"}}),
+            r"min 60% is above max 100k\n.*the teacher has",
+        ),
+        (lambda: looked({"total": "50%"}, axes={"hidden": 200}), "search.axes.hidden in steps of 200 leaves nothing"),
+        (lambda: looked({"total": "50%"}, axes={"ffn": [512]}), r"lists 512, this llama has 256"),
+        (lambda: looked({"total": "50%"}, layers={"keep": [8]}), r"keeps layer 8, this llama has 8"),
+        (lambda: looked({"total": "50%"}, layers={"min": 9}), r"wants at least 9 layers, this llama has 8"),
+        (lambda: looked({"total": "50%"}, layers={"max": 3}, axes={"layers": [6]}), "allows no number of layers"),
+        (
+            lambda: looked({"total": "50%"}, axes=dict.fromkeys(("hidden", "ffn", "kv_heads", "layers"), "frozen")),
+            "no legal shape has total about",
+        ),
+        (lambda: spoken_search(["params<=1B"], [], candidates=1), r"cannot read --budget 'params<=1B'"),
+        (lambda: spoken_search(["total<=1B@4096"], [], candidates=1), "this quantity has no such condition"),
+        (lambda: spoken_search(["total<=1X"], [], candidates=1), "no amount of parameters"),
+        (lambda: spoken_search(["total<=1B"], ["depth=3"], candidates=1), "cannot read --axis 'depth=3'"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_says_why_and_what_can(ask: Callable[[], Any], message: str) -> None:
+    with pytest.raises(HalveError, match=message):
+        ask()
+
+
+def test_a_refused_axis_stays_whole_and_is_refused_where_it_is_asked_for() -> None:
+    asked = search({"non_embedding": "50%"})
+    assert asked.budget is not None
+    found = look(anatomy(), asked.budget, asked, refused={"hidden": "not proved"}).front
+    assert {shape.arch.hidden for shape in found} == {96}
+    asked = search({"non_embedding": "50%"}, axes={"hidden": 8})
+    assert asked.budget is not None
+    with pytest.raises(HalveError, match=r"search\.axes\.hidden cannot be cut in llama\n  why: not proved"):
+        look(anatomy(), asked.budget, asked, refused={"hidden": "not proved"})
+
+
+def test_plan_reads_a_budget_in_words(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from halve.cli.app import main
+
+    anatomy().config.save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--budget", "memory<=60%@2x4096 float32", "--axis", "ffn=64", "--most", "4"]
+    assert main([*words, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["candidates"]
+    assert len(listed) == 4
+    limits = MemoryLimits(max="60%", batch=2, context=4096, dtype="float32")
+    most = 0.6 * price(anatomy(), anatomy().sizes, "memory", limits)
+    for shape in listed:
+        arch = Arch.of(shape["arch"])
+        assert arch.ffn % 64 == 0
+        assert shape["costs"]["memory"] == price(anatomy(), arch, "memory", limits) <= most
+    assert main([*words, "--params", "1M"]) == 2
+    assert "--params and --budget are two ways" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""The counts of a search against models that are built: random shapes of random families, on the meta device."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from families import ALSO, PROVED, config
+from transformers import PreTrainedModel
+
+from halve.anatomy import Anatomy, Arch, discover
+from halve.anatomy.configs import build, quiet, resized
+from halve.cut.plan.sizes import config_sizes, is_legal
+from halve.recipe.searching import ByteLimits, FlopsLimits, Limits, MemoryLimits, Search
+from halve.search.quantities import Prices
+from halve.search.space import Space, legal_shapes
+
+EVERY = [*PROVED, *ALSO]
+RANDOM = random.Random(15).sample(EVERY, 10)
+WINDOW, CONTEXT, BATCH = 8, 13, 3
+FREE = Search.model_validate({"budget": {"total": 1}, "axes": {"heads": "allowed", "hidden": 4, "ffn": 4}})
+FREE_TOGETHER = FREE.model_copy(update={"axes": {}})
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if name not in RANDOM and not request.config.getoption("--every-family"):
+        pytest.skip("make long looks at every family")
+    return name
+
+
+@cache
+def anatomy_of(family: str) -> Anatomy:
+    plain = config(family)
+    windowed = hasattr(plain, "sliding_window") and getattr(plain, "sliding_window", None) is not None
+    return discover(config(family, sliding_window=WINDOW) if windowed else plain)
+
+
+def built(anatomy: Anatomy, arch: Arch) -> PreTrainedModel:
+    kept = tuple(range(arch.layers))
+    return build(resized(anatomy.config, config_sizes(anatomy, arch), kept_layers=kept), device="meta")
+
+
+def drawn(anatomy: Anatomy, space: Space, count: int) -> list[tuple[int, int, int, Arch]]:
+    """Places and sizes of random shapes that the family accepts."""
+    chance, found = random.Random(anatomy.family), []
+    for _ in range(40 * count):
+        layers = chance.choice(space.depths)
+        width, ffn = chance.randrange(len(space.widths)), chance.randrange(len(space.ffns))
+        arch = space.arch(layers, width, ffn)
+        if is_legal(anatomy, arch):
+            found.append((layers, width, ffn, arch))
+        if len(found) == count:
+            break
+    return found
+
+
+def cached_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the cache of one sequence in 16 bits while the last of the context's tokens is computed."""
+    model.config._attn_implementation = "eager"
+    ids = torch.zeros(1, CONTEXT - 1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), quiet():
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(2 * tensor.numel() // tensor.shape[-2] * (tensor.shape[-2] + 1) for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", EVERY, indirect=True)
+def test_counts_are_those_of_the_built_model(family: str) -> None:
+    anatomy = anatomy_of(family)
+    space = legal_shapes(anatomy, FREE_TOGETHER if anatomy.coupled else FREE)
+    prices, some = Prices(space), Limits(max="1B")
+    shapes = drawn(anatomy, space, 4)
+    assert len({arch for *_, arch in shapes}) > 2
+    for layers, width, ffn, arch in shapes:
+        model = built(anatomy, arch)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        total = sum(sizes.values())
+
+        def priced(quantity: str, limits: Limits, layers: int = layers, place: tuple[int, int] = (width, ffn)) -> float:
+            return float(prices.values(quantity, limits, layers)[place])  # type: ignore[arg-type]
+
+        assert priced("total", some) == priced("active", some) == total
+        assert priced("non_embedding", some) == total - sum(sizes.get(name, 0) for name in anatomy.embeddings)
+        assert priced("weight_bytes", ByteLimits(max="1GB", dtype="float32")) == 4 * total
+        memory = priced("memory", MemoryLimits(max="1GB", batch=BATCH, context=CONTEXT))
+        assert memory == 2 * total + BATCH * cached_bytes(model)
+        counts = anatomy.ledger.count(arch, context=CONTEXT)
+        assert priced("flops", FlopsLimits(max="1G", context=CONTEXT)) == counts.flops_per_token
+
+
+def test_a_window_bounds_the_cache() -> None:
+    """Of six layers of Gemma 2 every second one has a window: three hold eight tokens, three the whole context."""
+    anatomy = anatomy_of("gemma2")
+    sizes = anatomy.sizes
+    cached = Space.whole(anatomy).tabulated.cached_numbers(6, context=1000)
+    assert cached is not None
+    assert np.all(cached == 3 * (WINDOW + 1000) * 2 * sizes.kv_heads * sizes.head_dim)
