@@ -174,4 +174,4 @@ def test_what_ends_a_text_are_tokens(tiny_llama: Path, given: Any, found: list[i
     teacher = Checkpoint.open(tiny_llama)
     model = teacher.load()
     model.generation_config.eos_token_id = given
-    assert evaluate.end_tokens(model, teacher.tokenizer) == found
+    assert measure.end_tokens(model, teacher.tokenizer) == found

@@ -283,3 +283,13 @@ def generate_greedily(
     finally:
         model.generation_config = checkpoint_config
     return made
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end a text: those of generation_config.json if they are valid, otherwise the tokenizer's."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    for given in (named, tokenizer.eos_token_id):
+        ids = [token for token in (given if isinstance(given, list) else [given]) if type(token) is int]
+        if ids:
+            return ids
+    return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from halve.disk.files import content_hashes
 from halve.disk.gguf_header import SUFFIX
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES
+from halve.evaluation.rows import split_files
 from halve.recipe.rounds import compares
 from halve.recipe.schema import Recipe
 from halve.text import sources
@@ -34,7 +35,7 @@ class Keyed:
     after: tuple[str, ...]
     """The stages whose artifacts it reads."""
     outside: tuple[str, ...]
-    """Its other inputs: teacher, train, valid, choices, depth_task."""
+    """Its other inputs: teacher, train, valid, choices, task_data, depth_task."""
     number: int
     """Its round. Stages that read the whole run belong to the first."""
 
@@ -101,6 +102,8 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
         files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]
     elif name == "choices":
         files = [Path(path) for path in recipe.evaluate.choices]
+    elif name == "task_data":
+        return _task_data(recipe, memo)
     elif name == "depth_task":
         files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
     elif name == "train" and isinstance(recipe.data.train, dict):
@@ -109,6 +112,15 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
     else:
         return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
     return _hashed(files, memo)
+
+
+def _task_data(recipe: Recipe, memo: Path) -> list[Any]:
+    """The rows of every task, by its name and by the splits of its files."""
+    data: list[Any] = []
+    for task, path in sorted(recipe.evaluate.data.items()):
+        files = split_files(Path(path))
+        data.append([task, [*files], _hashed([*files.values()], memo)])
+    return data
 
 
 def _texts(listed: Sequence[str], memo: Path) -> list[Any]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from halve.disk.rundir import RunDir
 from halve.pipeline.keys import Keyed
 from halve.progress import Progress
+from halve.recipe.evaluations import OF_TASKS
 from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import CHAT_PROMPTS, HOW, Distill, Recipe
 
@@ -96,8 +97,10 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         if part.corrects_beside
     }
     usual = ("-evaluate.chat_prompts",) if recipe.evaluate.chat_prompts == CHAT_PROMPTS else ()
-    reads = (*_everywhere(recipe), "evaluate", "-evaluate.choices", *usual)
-    measured = ("teacher", "valid", "choices")
+    # without tasks, a key does not depend on how they would be asked; with tasks, on the content of their data
+    tasks = ("-evaluate.data",) if recipe.evaluate.asks_tasks else tuple(f"-evaluate.{key}" for key in OF_TASKS)
+    reads = (*_everywhere(recipe), "evaluate", "-evaluate.choices", *usual, *tasks)
+    measured = ("teacher", "valid", "choices", *(("task_data",) if recipe.evaluate.asks_tasks else ()))
     act = _evaluate(models, beside, subject=subject)
     listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
     everything = tuple(stage.name for stage in listed)

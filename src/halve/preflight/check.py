@@ -101,20 +101,33 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
 
 
 def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
+    from halve.evaluation.asking import errors_of
+    from halve.evaluation.sandbox import Sandbox
     from halve.model.choices import load_items
 
     for source, wanted in preflight_text.read_as(recipe):
         yield partial(_check_corpus, source, wanted)
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
         yield partial(load_items, path)
+    for error in errors_of(recipe.evaluate):
+        yield partial(_tell, error)
+    if recipe.evaluate.run_untrusted_code:
+        yield Sandbox.open
+
+
+def _tell(error: HalveError) -> None:
+    raise error
 
 
 def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
     from halve.model import measure
     from halve.text import tokenize
+    from halve.text.rendering import template_of
 
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     teacher.require_tokenizer()
+    if recipe.evaluate.asks_tasks and recipe.evaluate.chat_template:
+        template_of(teacher.tokenizer)
     if recipe.data.reads_text:
         marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
         teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")

@@ -109,7 +109,8 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     else:
         splits = {"train": anchored(train), "valid": anchored(recipe.data.valid)}
     data = recipe.data.model_copy(update=splits)
-    evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices)})
+    local = {task: str(folder / Path(path).expanduser()) for task, path in recipe.evaluate.data.items()}
+    evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices), "data": local})
     task = None if recipe.score.depth_task is None else anchored((recipe.score.depth_task,))[0]
     score = recipe.score.model_copy(update={"depth_task": task})
     update = {"model": absolute(recipe.model), "data": data, "score": score, "evaluate": evaluate}

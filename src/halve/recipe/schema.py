@@ -25,6 +25,7 @@ from halve.recipe.cutting import (
     Selection,
     ShapeChoice,
 )
+from halve.recipe.evaluations import CHAT_PROMPTS, Evaluate
 from halve.recipe.searching import Search
 from halve.recipe.trainings import (
     HOW,
@@ -42,6 +43,7 @@ from halve.recipe.trainings import (
 from halve.recipe.values import Context, Count, PathOrName, Scale, Section, Seed, Switch, TextSource
 
 __all__ = [
+    "CHAT_PROMPTS",
     "HOW",
     "Aggregator",
     "Baseline",
@@ -81,11 +83,6 @@ Boundary = Literal["auto", "bos", "eos", "both", "none"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-CHAT_PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a short, friendly message to a colleague who starts today.",
-)
 _OF_DISTILLATION = (
     "batch",
     "micro_batch",
@@ -171,24 +168,6 @@ class Data(Section):
         if self.messages_field is None and isinstance(self.train, dict) and any(p.plain for p in self.train.values()):
             raise ValueError("plain says which part is no conversations: set messages_field as well")
         return self
-
-
-class Evaluate(Section):
-    """What is measured for every model of the run."""
-
-    samples: Count = Field(64, description="packed held-out samples for perplexity, KL and agreement")
-    choices: tuple[PathOrName, ...] = Field(
-        (),
-        description="multiple-choice files: JSON lines with the keys context, choices and answer, or contexts, ending"
-        " and answer",
-    )
-    prompts: tuple[str, ...] = Field((), description="prompts whose completions the report shows")
-    chat_prompts: tuple[str, ...] = Field(
-        CHAT_PROMPTS,
-        description="what a user asks; the report shows the answers of models with a chat template, given through it",
-    )
-    completion_tokens: Annotated[Count, Field(le=100_000)] = Field(48, description="tokens generated for each prompt")
-    speed: Switch = Field(True, description="measure prefill speed, decode speed and peak memory")
 
 
 class Step(Section):

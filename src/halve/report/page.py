@@ -22,14 +22,19 @@ from halve.model.card import CARD, DEQUANTIZED, license_of
 from halve.recipe import strict_yaml
 from halve.recipe.rounds import named, parsed
 from halve.report import charts, sections, written
+from halve.report.paper_numbers import paper_models
 from halve.report.plots import figure
 from halve.report.sections import PageSection, Table
+from halve.report.task_tables import task_sections
 
 STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
 READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
 """The files of a stage from which the page is made."""
+
+_SHORT = ("Quality",)
+"""Sections whose differences the card leaves to the page."""
 
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("halve", "templates"),
@@ -132,9 +137,12 @@ def _view(run: Run) -> dict[str, Any]:
     """What the templates show."""
     pair = sections.first_and_last(run.results)
     name = str(run.recipe["name"])
+    plans = tuple(cut.plan for cut in run.cuts if cut.plan is not None)
+    of_tasks = task_sections(run.results, paper_models(str(run.recipe["model"]), plans))
     page_sections = (
         sections.quality(run.results),
-        sections.sizes_section([cut.plan for cut in run.cuts if cut.plan is not None], run.results),
+        *of_tasks,
+        sections.sizes_section(plans, run.results),
         sections.speed(run.results),
         charts.learning_curves(run.logs),
         *(
@@ -165,7 +173,11 @@ def _view(run: Run) -> dict[str, Any]:
         "base_model": model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else "",
         "dequantized": DEQUANTIZED.format(_short(model)) if is_gguf(model) else "",
         "license": strict_yaml.dump(dict(run.license)).rstrip() if run.license else "",
-        "tables": [_markdown(section) for section in page_sections[:3] if section is not None and section.table],
+        "tables": [
+            _markdown(section)
+            for section in page_sections[: 3 + len(of_tasks)]
+            if section is not None and section.table
+        ],
     }
 
 
@@ -233,6 +245,8 @@ def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):
         if key in shown.get(section, {}):
             shown[section][key] = [_short(path) for path in shown[section][key]]
+    if data := shown.get("evaluate", {}).get("data"):
+        shown["evaluate"]["data"] = {task: _short(path) for task, path in data.items()}
     return shown
 
 
@@ -248,7 +262,10 @@ def _short(text: str) -> str:
 
 def _markdown(section: PageSection) -> dict[str, str]:
     assert section.table is not None
-    return {"title": section.title, "note": section.note, "text": _markdown_table(section.table)}
+    text = _markdown_table(section.table)
+    if section.second is not None and section.title not in _SHORT:
+        text += f"\n\n{section.between}\n\n{_markdown_table(section.second)}"
+    return {"title": section.title, "note": section.note, "text": text}
 
 
 def _markdown_table(table: Table) -> str:

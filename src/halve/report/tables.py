@@ -310,6 +310,32 @@ def results(found: Mapping[str, Any]) -> None:
         "agreement",
     )
     table("held-out text (± standard error)", (*columns, *tasks), rows)
+    if found.get("tasks"):
+        _task_scores(found["tasks"], list(models))
+
+
+def _task_scores(tasks: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Scores of every model, and the differences of the student on the same items."""
+    asked = [entry for entry in tasks["listed"] if entry["status"] == "asked"]
+    rows = []
+    for entry in tasks["listed"]:
+        scores = [tasks["scores"][name].get(entry["key"], {}) for name in names]
+        cells = [_estimate(score.get(entry.get("metric"))) or entry["status"] for score in scores]
+        rows.append((entry["key"], entry.get("metric", ""), *cells))
+    table(f"tasks of lm-evaluation-harness {tasks['harness']} (± standard error)", ("task", "metric", *names), rows)
+    for entry in tasks["listed"]:
+        if entry["status"] != "asked":
+            print(f"{entry['key']}: {entry['status']}, {entry['why']}")
+    if tasks["differences"] and asked:
+        pairs = [(entry["key"], [by[entry["key"]] for by in tasks["differences"].values()]) for entry in asked]
+        lines = [(key, *(_paired(difference) for difference in listed)) for key, listed in pairs]
+        columns = ("task", *(f"minus {name}" for name in tasks["differences"]))
+        table("the student on the same items (± standard error; p of McNemar's test)", columns, lines)
+
+
+def _paired(difference: Mapping[str, Any]) -> str:
+    test = difference.get("mcnemar")
+    return _estimate(difference) + ("" if test is None else f", p {test['p']:.2g}")
 
 
 def accuracies(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

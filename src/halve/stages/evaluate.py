@@ -13,6 +13,8 @@ Format of `results.json`. An estimate is {"value", "stderr"}. What was not measu
                   sample by sample (item by item), with the standard error of the pairs
     completions   [{"prompt", "texts": {name: text}}], greedy
     answers       the same for chat prompts, given through the chat template; left out without a template
+    tasks         tasks of lm-evaluation-harness (`evaluation.results.summary`); left out if the recipe names none.
+                  `task-items.jsonl` then holds every item
 
 Figures of conversations are means over all counted tokens, those of packed text means over samples, which are equally
 long.
@@ -33,6 +35,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.anatomy.configs import context_length
 from halve.disk.files import write_json
+from halve.evaluation.asking import read_exam
+from halve.evaluation.session import TaskSession
 from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.choices import Answers, Encoded, answer_encoded
@@ -92,6 +96,8 @@ def run(
     """
     tokenizer = next(iter(models.values())).tokenizer
     asked = _asked(recipe, models, tokenizer)
+    exam = read_exam(recipe.evaluate, context=_shortest_context(models))
+    session = TaskSession(exam, tokenizer, out, recipe.seed, progress)
     require_embedded(recipe, next(iter(models.values())), "valid", cache=cache, progress=progress)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     samples = samples_of(tokens, recipe.data.context, recipe.seed)
@@ -114,33 +120,38 @@ def run(
             texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
             against = None if name == reference else teacher
             measured[name] = _measure(model, against, heldout, num_bytes, asked.questions, texts)
+            session.ask(name, model, is_reference=name == reference)
             task.advance(samples_BS.numel(), perplexity=measured[name].facts["perplexity"]["value"])
             del model
     del teacher
     speeds = _speeds(measured, load, samples_BS) if recipe.evaluate.speed else {}
-    results = {
+    facts = {
         "reference": reference,
         **_circumstances(heldout, num_bytes, tokens.fingerprint, device),
         "models": {name: {**measurement.facts, "speed": speeds.get(name)} for name, measurement in measured.items()},
         "differences": None if subject is None else _differences(measured, subject, heldout.weights),
-        "completions": _texts(measured, recipe.evaluate.prompts, first=0),
+        **_written(measured, recipe, asked),
     }
-    if asked.chat:
-        results["answers"] = _texts(measured, tuple(asked.chat), first=len(asked.prompts))
-    write_json(out / "results.json", results)
+    if (tasks := session.write(subject=subject)) is not None:
+        facts["tasks"] = tasks
+    write_json(out / "results.json", facts)
     return {name: _headline(measurement.facts) for name, measurement in measured.items()}
 
 
 def _asked(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase) -> _Asked:
     """What every model is asked. Raises what the encoding of questions and prompts raises."""
-    limits = [context_length(model.config) for model in models.values()]
-    limit = min((limit for limit in limits if limit is not None), default=None)
+    limit = _shortest_context(models)
     vocab = next(iter(models.values())).config.get_text_config().vocab_size
     return _Asked(
         encoded_choices(recipe, tokenizer, limit),
         encoded_prompts(recipe, tokenizer, limit),
         encoded_chat(recipe, tokenizer, limit, num_tokens=vocab),
     )
+
+
+def _shortest_context(models: Mapping[str, Checkpoint]) -> int | None:
+    limits = [context_length(model.config) for model in models.values()]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _circumstances(
@@ -197,6 +208,14 @@ def _measure(
     return _Measured(facts, per_sample, choices, texts, shapes)
 
 
+def _written(measured: Mapping[str, _Measured], recipe: Recipe, asked: _Asked) -> dict[str, list[dict[str, Any]]]:
+    """What every model wrote after the prompts, and what it answered to those of chats."""
+    texts = {"completions": _texts(measured, recipe.evaluate.prompts, first=0)}
+    if asked.chat:
+        texts["answers"] = _texts(measured, tuple(asked.chat), first=len(asked.prompts))
+    return texts
+
+
 def _texts(measured: Mapping[str, _Measured], prompts: Sequence[str], *, first: int) -> list[dict[str, Any]]:
     """What every model wrote after these prompts, the first of which is the one numbered `first`."""
     return [
@@ -227,21 +246,11 @@ def _non_embedding(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int) -> str:
     """The model's greedy continuation of the prompt."""
-    end = end_tokens(model, tokenizer)
+    end = measure.end_tokens(model, tokenizer)
     ids_1S = torch.tensor([ids], device=model.device)
     written = measure.generate_greedily(model, ids_1S, num_new_tokens=num_new_tokens, end=end)[0].tolist()
     # decoded as a whole, because a tokenizer may drop the space before the first decoded token
     return _decode(tokenizer, written)[len(_decode(tokenizer, ids)) :]
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The tokens that end a text: those of generation_config.json if they are valid, otherwise the tokenizer's."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    for given in (named, tokenizer.eos_token_id):
-        ids = [token for token in (given if isinstance(given, list) else [given]) if type(token) is int]
-        if ids:
-            return ids
-    return None
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -1,0 +1,1 @@
+"""Which tasks does a model solve, and how sure is that?"""

@@ -1,0 +1,239 @@
+"""Ask a loaded model the tasks of a recipe, and keep the value of every item.
+
+The harness's own wrapper runs the model, in this process. Two things differ from its defaults. Logits are computed by
+halve's head in float32, also from bfloat16 weights. And the checkpoint's generation_config.json does not change how
+answers are generated; only its end-of-text tokens count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from halve.disk.files import plain, read_json, write_json
+from halve.errors import HalveError
+from halve.evaluation import harness, programs
+from halve.evaluation.harness import CODE, Built
+from halve.evaluation.rows import read_rows, split_files, wanted
+from halve.evaluation.sandbox import Sandbox
+from halve.evaluation.suites import Ask, asked
+from halve.model.head import split
+from halve.model.measure import end_tokens
+from halve.progress import SILENT, Progress
+from halve.recipe.evaluations import Evaluate
+
+_AVERAGED = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
+"""The metrics of ifeval. The papers show their mean (2408.11796, Table 2)."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A task that is not asked, and why."""
+
+    ask: Ask
+    status: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The tasks of a recipe with their rows, ready to be asked."""
+
+    section: Evaluate
+    built: tuple[Built, ...] = ()
+    left: tuple[Left, ...] = ()
+    sandbox: Sandbox | None = None
+
+
+@dataclass
+class Answered:
+    """What one model answered to one task: for every metric a value for each item, in the order of `items`."""
+
+    items: list[dict[str, Any]] = field(default_factory=list)
+    """Part, number and hash of the request of each item."""
+    values: dict[str, list[float]] = field(default_factory=dict)
+    answers: list[Any] = field(default_factory=list)
+    """The number of the likeliest choice, or the text."""
+
+
+def read_exam(section: Evaluate, *, context: int | None) -> Exam:
+    """Read the rows of every task of the recipe. `context` is the models' longest sequence.
+
+    A task without data, and one whose programs may not run, is left out and says so. Raises `CorpusError` for rows
+    that are not the task's, `RecipeError` for an unknown task or a missing package, and `RunError` where programs may
+    run but no sandbox can be had.
+    """
+    if not section.asks_tasks:
+        return Exam(section)
+    harness.require_harness()
+    built: list[Built] = []
+    left: list[Left] = []
+    sandbox = None
+    with harness.quiet_harness():
+        for ask in asked(section):
+            harness.require_task(ask)
+            path = section.data.get(ask.task)
+            if path is None:
+                left.append(Left(ask, "no data", f"it wants {wanted(ask.task)}"))
+            elif ask.task in CODE and not section.run_untrusted_code:
+                left.append(Left(ask, "not run", "its answers are programs, and evaluate.run_untrusted_code is off"))
+            else:
+                if ask.task in CODE:
+                    sandbox = sandbox or Sandbox.open()
+                rows = {name: read_rows(file, ask.task) for name, file in split_files(Path(path)).items()}
+                built.append(harness.build_task(ask, rows, limit=section.limit, context=context))
+    return Exam(section, tuple(built), tuple(left), sandbox)
+
+
+def answer(
+    exam: Exam,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    batch: int | None = None,
+    kept: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Answered]:
+    """What the model answers to each task, by the task's key. Finished tasks are kept in the folder `kept`.
+
+    `batch` overrides the section's.
+    """
+    done: dict[str, Answered] = {}
+    if not exam.built:
+        return done
+    with harness.quiet_harness() as lm_eval, _plain_generation(model, tokenizer), programs.running_in(exam.sandbox):
+        wrapped = _wrapped(lm_eval, model, tokenizer, exam.section, batch=batch or exam.section.task_batch)
+        for number, built in enumerate(exam.built):
+            file = None if kept is None else kept / f"{number}.json"
+            if file is not None and file.exists():
+                done[built.ask.key] = Answered(**read_json(file))
+                continue
+            torch.manual_seed(seed)
+            answered = _ask(lm_eval, wrapped, built, exam.section)
+            done[built.ask.key] = answered
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, plain(vars(answered)))
+            progress.say(f"{built.ask.key}: {len(answered.items)} items")
+    return done
+
+
+def _wrapped(
+    lm_eval: ModuleType, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Evaluate, *, batch: int
+) -> Any:
+    """The harness's wrapper of a loaded model, with halve's head. Answers end after `max_new_tokens`."""
+    # the wrapper gives the tokenizer a padding token
+    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch)
+    body, head = split(model)
+    generate, most = wrapped._model_generate, section.max_new_tokens
+
+    @torch.no_grad()
+    def logits(ids_BS: torch.Tensor, attn_mask: None = None, labels: None = None) -> torch.Tensor:
+        return head.logits(body(ids_BS))
+
+    def shorter(context: torch.Tensor, max_length: int, stop: list[str], **how: Any) -> torch.Tensor:
+        longest = max_length if most is None else min(max_length, context.shape[1] + most)
+        made: torch.Tensor = generate(context=context, max_length=longest, stop=stop, **how)
+        return made
+
+    wrapped._model_call, wrapped._model_generate = logits, shorter
+    return wrapped
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer))
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> Answered:
+    for part in built.parts.values():
+        part.set_fewshot_seed(harness.FEWSHOT_SEED)
+    with torch.no_grad():
+        found = lm_eval.evaluator.evaluate(
+            wrapped,
+            {"tasks": dict(built.parts)},
+            bootstrap_iters=0,
+            apply_chat_template=section.chat_template,
+            fewshot_as_multiturn=section.fewshot_as_turns,
+            confirm_run_unsafe_code=True,
+        )
+    answered = Answered()
+    for part, samples in found["samples"].items():
+        _gather(answered, part, samples)
+    _pool(answered.values)
+    return answered
+
+
+def _gather(answered: Answered, part: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Add the samples of a part, which the harness lists once for each of its filters."""
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    for sample in samples:
+        if sample["filter"] == filters[0]:
+            arguments = json.dumps(sample["arguments"], sort_keys=True, default=str)
+            request = hashlib.sha256(arguments.encode()).hexdigest()
+            answered.items.append({"part": part, "item": sample["doc_id"], "request": request})
+            answered.answers.append(_said(sample))
+        for metric in sample["metrics"]:
+            name = metric if len(filters) == 1 else f"{metric},{sample['filter']}"
+            answered.values.setdefault(name, []).append(plain(sample[metric]))
+
+
+def _said(sample: Mapping[str, Any]) -> Any:
+    first = sample["resps"][0][0]
+    if isinstance(first, str):
+        return first
+    likelihoods = [responses[0][0] for responses in sample["resps"]]
+    return max(range(len(likelihoods)), key=likelihoods.__getitem__)
+
+
+def _pool(values: dict[str, list[Any]]) -> None:
+    """Turn lists of verdicts into numbers whose mean is the share of all verdicts, and add ifeval's average."""
+    for name, listed in values.items():
+        if any(isinstance(value, list) for value in listed):
+            total = sum(len(value) for value in listed)
+            values[name] = [sum(value) * len(listed) / total for value in listed]
+        else:
+            values[name] = [float(value) for value in listed]
+    if all(name in values for name in _AVERAGED):
+        values["average"] = [sum(four) / 4 for four in zip(*(values[name] for name in _AVERAGED), strict=True)]
+
+
+def changed_items(one: Answered, other: Answered) -> list[dict[str, Any]]:
+    """The items of a task whose answers differ."""
+    pairs = zip(one.items, one.answers, other.answers, strict=True)
+    return [item for item, answer_1, answer_2 in pairs if answer_1 != answer_2]
+
+
+def errors_of(section: Evaluate) -> Iterator[HalveError]:
+    """What is wrong with the tasks of a recipe: unknown names, missing files, rows that are not the task's."""
+    if not section.asks_tasks:
+        return
+    try:
+        harness.require_harness()
+    except HalveError as error:
+        yield error
+        return
+    for ask in asked(section):
+        try:
+            harness.require_task(ask)
+            if ask.task in section.data:
+                for file in split_files(Path(section.data[ask.task])).values():
+                    read_rows(file, ask.task)
+        except HalveError as error:
+            yield error

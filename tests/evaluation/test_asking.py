@@ -1,0 +1,107 @@
+"""Models answer tasks: alike in batches of any size, as halve's own multiple choice, and once after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from task_rows import rows_of, small_model, write_data
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from halve.evaluation import asking
+from halve.evaluation.results import item_lines, summary
+from halve.model.checkpoint import Checkpoint
+from halve.model.choices import Item, answer_encoded, encode
+from halve.recipe.evaluations import Evaluate
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, with a BOS token at the beginning of every text."""
+    from copy import deepcopy
+
+    made = deepcopy(tokenizer)
+    end = made.eos_token
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, made.eos_token_id)]
+    )
+    return made
+
+
+@pytest.fixture(scope="module", params=["without BOS", "with BOS"])
+def model(request: Any, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    own = tokenizer if request.param == "without BOS" else with_bos(tokenizer)
+    return Checkpoint.open(small_model(tmp_path_factory.mktemp("models") / "small", own, layers=2))
+
+
+def test_halve_s_multiple_choice_gives_the_harness_s_accuracies(model: Checkpoint, tmp_path: Path) -> None:
+    place = write_data(tmp_path, "arc_easy", 40)
+    section = Evaluate(tasks={"arc_easy": 0}, data={"arc_easy": str(place)}, task_batch=16)
+    loaded = model.load()
+    found = asking.answer(asking.read_exam(section, context=4096), loaded, model.tokenizer, seed=0)
+    items = [
+        Item(
+            f"Question: {row['question']}\nAnswer:",
+            tuple(f" {choice}" for choice in row["choices"]["text"]),
+            "ABCD".index(row["answerKey"]),
+        )
+        for row in rows_of("arc_easy", 40)
+    ]
+    ours = answer_encoded(loaded, encode(model.tokenizer, items, max_tokens=4096))
+    theirs = found["arc_easy (0)"].values
+    assert theirs["acc"] == ours.acc.double().tolist()
+    assert ours.acc_norm is not None
+    assert theirs["acc_norm"] == ours.acc_norm.double().tolist()
+    assert 0 < sum(theirs["acc"]) < 40
+
+
+@pytest.fixture
+def exam(tmp_path: Path) -> asking.Exam:
+    tasks = {"arc_easy": 2, "gsm8k": 1, "ifeval": 0}
+    data = {task: str(write_data(tmp_path, task, 5)) for task in tasks}
+    return asking.read_exam(Evaluate(tasks=tasks, data=data, max_new_tokens=8), context=4096)
+
+
+def test_batches_of_one_and_of_eight_give_the_same_answers(model: Checkpoint, exam: asking.Exam) -> None:
+    loaded = model.load()
+    alone, together = (asking.answer(exam, loaded, model.tokenizer, seed=0, batch=batch) for batch in (1, 8))
+    assert {key: asking.changed_items(alone[key], together[key]) for key in alone} == {key: [] for key in alone}
+    assert any(len(set(map(str, found.answers))) > 1 for found in alone.values())
+
+
+def test_a_finished_task_is_not_asked_again(
+    model: Checkpoint, exam: asking.Exam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = model.load()
+    first = asking.answer(exam, loaded, model.tokenizer, seed=0, kept=tmp_path / "kept")
+    (tmp_path / "kept" / "1.json").unlink()
+    asked: list[str] = []
+    ask = asking._ask
+    monkeypatch.setattr(asking, "_ask", lambda *args: asked.append(args[2].ask.task) or ask(*args))
+    again = asking.answer(exam, loaded, model.tokenizer, seed=0, kept=tmp_path / "kept")
+    assert asked == ["gsm8k"]
+    assert again == first
+
+
+def test_the_summary_has_every_task_and_every_item(model: Checkpoint, exam: asking.Exam) -> None:
+    loaded = model.load()
+    before = loaded.generation_config, torch.random.get_rng_state()
+    answers = asking.answer(exam, loaded, model.tokenizer, seed=0)
+    assert loaded.generation_config is before[0]
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+    both = {"teacher": answers, "student": answers}
+    found = summary(exam, both, subject="student", bos="the tokenizer's own")
+    assert found is not None
+    assert [(entry["key"], entry["metric"], entry["items"]) for entry in found["listed"]] == [
+        ("arc_easy (2)", "acc_norm", 5),
+        ("gsm8k (1)", "exact_match,flexible-extract", 5),
+        ("ifeval (0)", "average", 5),
+    ]
+    assert found["differences"]["teacher"]["arc_easy (2)"]["mcnemar"] == {"only_ours": 0, "only_theirs": 0, "p": 1.0}
+    four = [found["scores"]["student"]["ifeval (0)"][name]["value"] for name in asking._AVERAGED]
+    assert found["scores"]["student"]["ifeval (0)"]["average"]["value"] == pytest.approx(sum(four) / 4)
+    lines = list(item_lines(both))
+    assert len(lines) == 15
+    assert lines[0]["values"]["teacher"] == lines[0]["values"]["student"]
