@@ -88,6 +88,8 @@ def test_the_default_comes_closer_than_a_plain_cut_and_is_as_large(family: str) 
     assert ours.student.config.tie_word_embeddings
     assert ours.figures["more_params_untied"] == 0
     assert 0 < ours.figures["energy_kept"] < 1
+    made = ours.made(Prune(**sizes))
+    assert made == {"cut": "refit", "compared": {}, "rotation": "pca", "unrotated": ""}
     assert ours.plan.hidden == tuple(range(sizes["hidden"]))
     assert _gap(ours.student, model, anatomy) < 0.8 * _gap(plain.student, model, anatomy)
     free = _cut(model, anatomy, sizes, rotation="auto", refit="all", untie=True)
@@ -101,6 +103,10 @@ def test_families_that_cannot_be_rotated_are_cut_in_their_own_basis() -> None:
     sizes = {"hidden": anatomy.sizes.hidden - 8}
     done = _cut(model, anatomy, sizes, rotation="auto")
     assert "energy_kept" not in done.figures
+    assert done.made(Prune(**sizes))["rotation"] == "none"
+    assert done.made(Prune(**sizes))["unrotated"] == "its norms allow no other"
+    assert done.made(Prune(**sizes, steps=2))["unrotated"] == "a cut in steps keeps it"
+    assert done.made(Prune(**sizes, rotation="none"))["unrotated"] == ""
     with pytest.raises(AnatomyError, match="cannot rotate"):
         _cut(model, anatomy, sizes, rotation="pca")
 
@@ -313,6 +319,10 @@ def test_of_the_refit_and_the_plain_cut_the_closer_one_on_unseen_samples_is_kept
     assert good.figures["kept"] == "refit"
     assert good.figures["refit_kl"] <= good.figures["plain_kl"]
     assert plans == [good.plan]
+    made = good.made(Prune(**sizes))
+    assert (made["cut"], made["rotation"], made["unrotated"]) == ("refit", "none", "")
+    assert made["compared"]["refit_kl"] == good.figures["refit_kl"]
+    assert 0 < made["compared"]["compared_tokens"] < calibration.samples_BS.numel()
     plain = cut_to(refit="none", selection="rank", gain="fitted")
 
     def spoiled(student: Any, *args: Any, **kwargs: Any) -> Any:
@@ -325,6 +335,13 @@ def test_of_the_refit_and_the_plain_cut_the_closer_one_on_unseen_samples_is_kept
     assert kept.figures["kept"] == "plain"
     assert kept.figures["refit_kl"] > kept.figures["plain_kl"]
     assert plans[-1] == kept.plan == plain.plan
+    assert kept.made(Prune(**sizes))["cut"] == "plain"
+    assert plain.made(Prune(**sizes, refit="none")) == {
+        "cut": "plain",
+        "compared": {},
+        "rotation": "none",
+        "unrotated": "",
+    }
     for ours, theirs in zip(kept.student.parameters(), plain.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

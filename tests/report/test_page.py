@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -169,6 +170,12 @@ def make_run(folder: Path) -> Path:
                 "heads": [list(range(8))] * 7 + [[0, 1, 2, 4, 5, 6, 7]],
                 "kv_heads": [[0, 1, 2, 3]] * 8,
                 "gain": "fitted",
+                "made": {
+                    "cut": "plain",
+                    "compared": {"refit_kl": 1.3149, "plain_kl": 1.2, "compared_tokens": 4096},
+                    "rotation": "none",
+                    "unrotated": "the plain cut keeps it",
+                },
             }
         },
         "distill": {"metrics.jsonl": metrics(2.6, 0.19, noise=1, ce=1.72)},
@@ -268,6 +275,15 @@ def test_the_figures_are_those_of_the_results(page: str) -> None:
     assert "0.1970 ± 0.0059" in re.sub(r"\s+", " ", text)
     assert "74.2 ± 2.1" in re.sub(r"\s+", " ", text)
     assert "Dropped layers 4, 7, counted from 0." in text
+
+
+def test_page_and_card_say_which_student_was_kept(run: Path, tmp_path: Path) -> None:
+    report.write_report(run, tmp_path)
+    for name in ("report.html", "README.md"):
+        text = " ".join(html.unescape((tmp_path / name).read_text()).split())
+        assert "The plain cut was kept: its KL to the teacher is 1.2 nats per token on 4,096 calibration tokens" in text
+        assert "that of the refit student of the same sizes 1.31." in text
+        assert "hidden was cut in the model's own basis: the plain cut keeps it." in text
 
 
 def test_models_and_text_cannot_write_html(page: str) -> None:

@@ -18,6 +18,7 @@ from halve.cut.plan.plan import Plan
 from halve.cut.score.scores import Scores
 from halve.errors import AnatomyError, CheckpointError, PlanError, RunError
 from halve.model import saving
+from halve.model.card import made_in_words
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.schema import Recipe
 from halve.stages import prune, score
@@ -106,6 +107,13 @@ def test_the_default_chooses_a_shape_and_the_control_takes_its_sizes(
     plan = Plan.load(tmp_path / "plan.json")
     tried = {tuple(shape["arch"].values()): shape["kl"] for shape in made["shapes"]}
     assert len(tried) == len(made["shapes"]) > 1
+    how = json.loads((tmp_path / "plan.json").read_text())["made"]
+    assert how["cut"] == made["kept"]
+    assert how["compared"] == {key: made[key] for key in ("refit_kl", "plain_kl", "compared_tokens")}
+    closer = min(how["compared"]["refit_kl"], how["compared"]["plain_kl"])
+    assert how["compared"][f"{how['cut']}_kl"] == closer
+    assert json.loads((tmp_path / "model" / "halve.json").read_text())["plan"]["made"] == how
+    assert made_in_words(how) in (tmp_path / "model" / "README.md").read_text()
     assert tried[tuple(asdict(plan.after).values())] <= 1.1 * min(tried.values())
     plain = make_recipe(prune={**_by_hand(plan), "rotation": "none", "refit": "none"})
     (tmp_path / "plain").mkdir()

@@ -92,6 +92,25 @@ class Cut:
     gains: dict[str, float]
     figures: dict[str, Any]
 
+    def made(self, prune: Prune) -> dict[str, Any]:
+        """For `plan.json`: which student `prune` led to, refit or plain, and in which basis hidden was cut.
+
+        `compared` has the KL of both in nats a token, if they were compared. `unrotated` says why a rotation that
+        `prune` allows was left out.
+        """
+        compared = {
+            key: self.figures[key] for key in ("refit_kl", "plain_kl", "compared_tokens") if key in self.figures
+        }
+        made = {"cut": self.figures.get("kept", "plain" if prune.refit == "none" else "refit"), "compared": compared}
+        rotated = "energy_kept" in self.figures
+        if rotated or prune.rotation == "none" or self.plan.after.hidden == self.plan.before.hidden:
+            why = ""
+        elif compared and made["cut"] == "plain":
+            why = "the plain cut keeps it"
+        else:
+            why = "a cut in steps keeps it" if prune.steps > 1 else "its norms allow no other"
+        return made | {"rotation": "pca" if rotated else "none", "unrotated": why}
+
 
 def turn(calibration: Calibration, prune: Prune, *, sizes: Sequence[Arch]) -> Turned:
     """Rotate the residual stream to its principal axes if `prune` asks for it and the family allows it.
@@ -141,7 +160,7 @@ def cut(
     unseen_BS = calibration.samples_BS[budget.used :][: budget.compared]
     reference = Reference(calibration.model, unseen_BS, micro_batch=calibration.micro_batch)
     refit_kl, plain_kl = (float(reference.divergences(contender.student).mean()) for contender in (made, rival))
-    figures = {"refit_kl": refit_kl, "plain_kl": plain_kl}
+    figures = {"refit_kl": refit_kl, "plain_kl": plain_kl, "compared_tokens": unseen_BS.numel()}
     kept, name = (made, "refit") if refit_kl <= plain_kl else (rival, "plain")
     calibration.progress.say(
         f"KL on {budget.compared} samples that were not fitted: refit {refit_kl:.4g}, plain cut {plain_kl:.4g};"

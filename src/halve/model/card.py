@@ -25,6 +25,28 @@ _DONE = {
 DEQUANTIZED = "The base model {} is a GGUF file. It was dequantized to bfloat16 first, so it has that file's rounding."
 
 
+def made_in_words(made: Mapping[str, Any]) -> str:
+    """Which student a cut kept, and in which basis hidden was cut, from the `made` of a plan.
+
+    >>> made_in_words({"cut": "refit", "compared": {}, "rotation": "pca", "unrotated": ""})
+    'The weights around the cut were refit. hidden was cut along the principal axes of the residual stream.'
+    """
+    words = "The weights around the cut were refit." if made["cut"] == "refit" else "The kept weights are unchanged."
+    if compared := made["compared"]:
+        kept, other = ("refit student", "plain cut") if made["cut"] == "refit" else ("plain cut", "refit student")
+        mine, its = (compared["plain_kl" if name == "plain cut" else "refit_kl"] for name in (kept, other))
+        words = (
+            f"The {kept} was kept: its KL to the teacher is {mine:.3g} nats per token on"
+            f" {compared['compared_tokens']:,} calibration tokens that were not fitted, and that of the {other}"
+            f" of the same sizes {its:.3g}."
+        )
+    if made["rotation"] == "pca":
+        words += " hidden was cut along the principal axes of the residual stream."
+    elif made["unrotated"]:
+        words += f" hidden was cut in the model's own basis: {made['unrotated']}."
+    return words
+
+
 def name_of(source: str | Path) -> str:
     """The name of a model outside this machine: a hub name, or the last part of a folder's path."""
     return Path(source).name if Path(source).exists() else str(source)
@@ -75,6 +97,8 @@ def model_card(record: Mapping[str, Any], *, license: Mapping[str, str] | None =
     if plan := record.get("plan"):
         lines += ["", "| axis | before | after |", "|---|---|---|"]
         lines += [f"| {axis} | {plan['before'][axis]} | {plan['after'][axis]} |" for axis in plan["before"]]
+        if made := plan.get("made"):
+            lines += ["", made_in_words(made)]
     lines += [
         "",
         "```python",

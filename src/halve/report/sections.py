@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halve.model.card import made_in_words
 from halve.recipe.rounds import parsed
 from halve.report import plots
 from halve.report.plots import Interval, Number, figure
@@ -226,6 +227,8 @@ def _cut_words(plan: Facts) -> str:
         words.append(f"Trimmed {', '.join(trimmed)}.")
     if "hidden" in trimmed:
         words.append(f"Norm gain: {plan['gain']}.")
+    if made := plan.get("made"):
+        words.append(made_in_words(made))
     return " ".join(words)
 
 

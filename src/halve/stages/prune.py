@@ -86,6 +86,7 @@ def run(
 ) -> dict[str, Any]:
     """Cut the teacher to the recipe's sizes. Writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
 
+    The plan is written before the cut. After it, `made` is added: which student was kept, and in which basis.
     Returns sizes, perplexities and the results of the checks. `scores` is the score stage's file, read with the
     recipe's aggregators. If sets of layers were compared, `depth.json` is next to it. Without `scores`, the cut is the
     random control: it ranks by random numbers from the recipe's seed and uses nothing of the teacher's activations. It
@@ -108,12 +109,14 @@ def run(
     calibration = Calibration(model, teacher.anatomy, samples, recipe.score.micro_batch, progress)
     done, tried = _student(recipe, wanted, _Source(calibration, text, tokenizer), out)
     del model, calibration
+    planned = {**done.plan.to_json(), "made": done.made(wanted.asked)}
+    write_json(out / "plan.json", planned)
     record = {
         "stage": "prune",
         "base_model": name_of(recipe.model),
         "teacher": teacher.fingerprint,
         "prune": wanted.asked.model_dump(mode="json"),
-        "plan": done.plan.to_json(),
+        "plan": planned,
         "gains": done.gains,
     }
     saving.save_model(done.student, out / "model", extra_from=teacher.files, record=record)
