@@ -6,6 +6,7 @@ Everything is drawn from fixed seeds and is read-only: a test that changes a fol
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -16,8 +17,16 @@ from typing import Any
 import checks  # noqa: F401  before anything of halve is imported
 import pytest
 import torch
+from chat import CHATML, small_talk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from halve.process import fresh, waits
 from halve.recipe import read as reading
@@ -38,6 +47,7 @@ SLOW = Path(__file__).with_name("slow.txt")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=3, help="spoiled worlds of each area in tests/fuzz")
     parser.addoption("--every-family", action="store_true", help="tests that draw some families look at all of them")
+    parser.addoption("--cuts", type=int, default=1, help="random cuts of the demo's teacher in tests/cut")
     parser.addoption("--quick", action="store_true", help="leave out the tests that tests/slow.txt names")
     parser.addoption("--note-slow", action="store_true", help="write tests/slow.txt: who has a case of over a second")
 
@@ -197,6 +207,25 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     GenerationConfig(bos_token_id=0, eos_token_id=0, max_new_tokens=17).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama with a ChatML template that it has read a little in."""
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = "".join(tokenizer.apply_chat_template(talk, tokenize=False) for talk in small_talk(60))
+    rows = torch.tensor(tokenizer(text)["input_ids"][: 64 * 60]).view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        batch = rows[torch.arange(8) + 7 * step % (len(rows) - 8)]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     return folder
 
 
