@@ -524,10 +524,12 @@ def test_a_cut_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"layers": 5, "hidden": 64}
     figures = {"teacher_params": 260032, "params": 217792}
     figures |= {"teacher_perplexity": {"value": 6.5112, "stderr": 0.74}, "perplexity": {"value": 20.12, "stderr": 2.5}}
-    show.pruned({"before": sizes, "after": {**sizes, "layers": 4}}, figures)
+    made = {"cut": "refit", "compared": {}, "rotation": "none", "unrotated": "its norms allow no other"}
+    show.pruned({"before": sizes, "after": {**sizes, "layers": 4}, "made": made}, figures)
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for row in ("layers 5 4", "hidden 64 64", "parameters 260,032 217,792", "perplexity 6.511 ± 0.74 20.12 ± 2.5"):
         assert row in said
+    assert "were refit. hidden was cut in the model's own basis: its norms allow no other." in said
 
 
 def test_an_extra_of_ours_says_nothing_at_its_import() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halve.cli.app import main
-from halve.preflight.device import GPU_MFU, at_hand, card, device_name
+from halve.preflight.device import GPU_MFU, GPU_RATES, at_hand, card, device_name
 from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
 from halve.report import tables as show
@@ -56,9 +56,12 @@ def test_the_plan_speaks_of_this_cpu(without_cuda: None, make_recipe: MakeRecipe
     assert (found.place.cuda, found.place.half) == (False, False)
     assert found.memory["distill"].teacher_bytes == 4 * found.teacher_counts.params
     assert found.memory["distill"].moment_bytes == 8 * found.student_counts.params
-    total = sum(found.flops.values())
-    assert found.hours == pytest.approx(total / (50e9 * 0.5) / 3600)
-    assert found.gpu_hours == pytest.approx(total / (989e12 * GPU_MFU) / 3600)
+    training = found.flops["distill"]
+    assert found.hours_by_stage["distill"] == pytest.approx(training / (50e9 * 0.5) / 3600)
+    assert found.gpu_hours_by_stage["distill"] == pytest.approx(training / (989e12 * GPU_MFU) / 3600)
+    assert found.hours == pytest.approx(sum(hours or 0.0 for hours in found.hours_by_stage.values()))
+    assert found.gpu_hours == pytest.approx(sum(found.gpu_hours_by_stage.values()))
+    assert found.hours_by_stage.keys() == found.gpu_hours_by_stage.keys() == found.flops.keys()
     assert found.settings == (), "they are ways to fit a card"
     said = found.to_json()
     assert said["device"]["name"] == "this CPU"
@@ -96,11 +99,12 @@ def test_the_plan_speaks_of_the_card_at_hand(make_recipe: MakeRecipe, monkeypatc
     found = forecast(recipe)
     assert found.place.half
     assert found.room_bytes == 150e9
-    assert found.hours == pytest.approx(found.gpu_hours * 989 / 2250)
+    assert found.hours_by_stage["distill"] == pytest.approx(found.gpu_hours_by_stage["distill"] * 989 / 2250)
     assert " on NVIDIA B200 at 40% MFU; about " in show.plan_in_a_line(found)
     with_card("Some GPU of tomorrow", monkeypatch)
     unknown = forecast(recipe)
     assert unknown.hours is None
+    assert set(unknown.hours_by_stage.values()) == {None}
     assert "40% MFU; the speed of Some GPU of tomorrow is not known; disk" in show.plan_in_a_line(unknown)
     assert forecast(make_recipe(distill=DISTILL), device=card()).device.name == "this CPU", "the recipe says so"
 
@@ -110,3 +114,7 @@ def test_flags_name_a_card() -> None:
     assert device_name(24.0, None, None) == card(24e9)
     assert device_name(None, 0.3, None) == card(mfu=0.3)
     assert device_name(None, None, 8) == card()
+
+
+def test_every_gpu_that_trains_at_a_known_rate_cuts_at_one() -> None:
+    assert list(GPU_RATES) == list(watch.GPU_FLOPS)

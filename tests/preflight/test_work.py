@@ -124,6 +124,7 @@ def counted(
         monkeypatch.setattr(prune, "_check_cache", lambda *_: None)
         if "non_embedding_ratio" not in sections["prune"]:  # a trial refits, too
             monkeypatch.setattr(apply, "refit", found.row("refit", apply.refit))
+            monkeypatch.setattr(apply, "score_by_refit", found.row("selection", apply.score_by_refit))
         monkeypatch.setattr(prune, "try_shapes", found.row("trial", trial.try_shapes))
         for stage in (score, prune):
             monkeypatch.setattr(stage, "choose_layers", found.row("layers", removal.choose_layers))
@@ -141,7 +142,7 @@ def counted(
 @pytest.mark.parametrize(
     ("asked", "how"),
     [
-        ({}, {"hidden": 36, "ffn": 96, "layers": 5}),
+        ({}, {"hidden": 36, "ffn": 96, "drop_layers": "3"}),  # with the last layer gone, the selection ends before it
         ({}, {"ffn": 80, "heads": 3, "refit": "outputs"}),
         ({}, {"hidden": 36, "ffn": 64, "steps": 3, "refit": "none"}),
         ({"method": "taylor"}, {"hidden": 36, "layers": 4, "rotation": "none", "refit": "none"}),

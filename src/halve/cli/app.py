@@ -192,8 +192,10 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     """Find every error that can be found without loading weights."""
     from halve.model.checkpoint import Checkpoint
     from halve.pipeline.run import check as preflight
+    from halve.preflight.device import at_hand
     from halve.preflight.sizes import planned_rounds
-    from halve.preflight.work import trials
+    from halve.preflight.times import a_card, hours_by_stage
+    from halve.preflight.work import planned_work, trials
     from halve.report import tables as show
     from halve.text import sources
 
@@ -210,7 +212,11 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         print(f"{recipe}: no errors found")
         for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
             print(line)
-        show.trial(trials(loaded, planned_rounds(loaded, Checkpoint.open(loaded.model))))
+        teacher, device = Checkpoint.open(loaded.model), at_hand(loaded.device)
+        shapes = planned_rounds(loaded, teacher)
+        show.trial(trials(loaded, shapes))
+        work = planned_work(loaded, shapes, teacher)
+        show.times_of_the_cut(device, *(hours_by_stage(work, place) for place in (device, a_card(device))))
         say_next(f"halve run {recipe}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Final
 
 from halve.anatomy import Anatomy, Arch
@@ -33,6 +33,11 @@ _STRENGTHS_TRIED: Final = 4
 _KEPT_A_LAYER: Final = 5
 """Tensors as wide as the residual stream: the stream, and what four sites read or write."""
 _KEPT_BYTES: Final = 2
+_FLOAT64_BYTES: Final = 8
+_UPDATE_PASSES: Final = 4
+"""Over a matrix that is updated: the product is written and read, the matrix read and written."""
+_COST_PASSES: Final = 3
+"""Over the refit, for the costs of the next removal: it is read, and its squares are written and read."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,20 @@ class Work:
 
     tokens: int | float = 0
     flops: int | float = 0
+    full: int | float = 0
+    """Those of the FLOPs that are sums and solutions in float32 and float64, whatever the models' own precision."""
+    thin: int | float = 0
+    """Those of them that are updates of rank one. They take as long as memory takes to read and write the matrices."""
+    moved_bytes: int | float = 0
+    """What the thin updates read and write."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.flops + other.flops)
+        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    @classmethod
+    def in_full(cls, flops: int | float) -> Work:
+        """Sums and solutions alone."""
+        return cls(0, flops, full=flops)
 
 
 # ---- scoring
@@ -94,28 +110,46 @@ def turning(model: Costed, prune: Prune) -> Work:
     tokens, hidden = float(budget_for(model, prune).used * model.context), model.arch.hidden
     moments = 2.0 * hidden**2 * len(model.anatomy.norms)
     matrices = 2.0 * hidden * model.anatomy.ledger.count(model.arch).params
-    return Work(tokens, tokens * (model.body + moments) + matrices)
+    return Work(tokens, tokens * model.body) + Work.in_full(tokens * moments + matrices)
+
+
+def rescoring(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
+    """New scores before each of several steps."""
+    if prune.steps == 1:
+        return Work()
+    on_the_way = [before.arch, *sizes_on_the_way(before.anatomy, after, prune.steps)]
+    scored = [scoring(before.at(arch), score) for arch in on_the_way[:-1]]
+    few = budget_for(before, prune).used
+    fitted = [gaining(before.at(a), b, prune, samples=few) for a, b in itertools.pairwise(on_the_way[:-1])]
+    return sum([*scored, *fitted], Work())
 
 
 def choosing(before: Costed, after: Arch, prune: Prune, score: Score) -> Work:
-    """The choice of entries: by what a refit cannot compensate for, or by new scores before each of several steps."""
-    if prune.steps > 1:
-        on_the_way = [before.arch, *sizes_on_the_way(before.anatomy, after, prune.steps)]
-        scored = [scoring(before.at(arch), score) for arch in on_the_way[:-1]]
-        few = budget_for(before, prune).used
-        fitted = [gaining(before.at(a), b, prune, samples=few) for a, b in itertools.pairwise(on_the_way[:-1])]
-        return sum([*scored, *fitted], Work())
+    """The choice of entries by what a refit cannot compensate for: a pass, Gram matrices, and one removal at a time.
+
+    A removal changes the inverse Gram matrix and the refit by products of a column and a row, in float64.
+    """
     if not selects_by_refit(prune, score.method):
         return Work()
     axis_choices = choices(before.arch, after, width(before.anatomy, "heads") // before.arch.heads).values()
-    tokens = float(budget_for(before, prune).used * before.context)
-    each = 0.0
+    tokens, hidden = float(budget_for(before, prune).used * before.context), before.arch.hidden
+    each = Work()
     for choice in axis_choices:
         channels, gone = len(choice.cells) * choice.size, len(choice.cells) - choice.keep * len(set(choice.cells))
-        costs = before.arch.hidden if choice.size > 1 else 0  # of single channels they are read off
-        removal = 2.0 * choice.size * channels * (channels + before.arch.hidden + costs)
-        each += tokens * 2 * channels**2 + channels**3 + gone * removal
-    return Work(tokens, tokens * before.body + after.layers * each) if axis_choices else Work()
+        costs = hidden if choice.size > 1 else 0  # of single channels they are read off
+        removals = gone * 2.0 * choice.size * channels * (channels + hidden + costs)
+        each += Work.in_full(tokens * 2 * channels**2 + channels**3)
+        each += Work(0, removals, thin=removals, moved_bytes=_moved(channels, gone * choice.size, hidden, choice.size))
+    layers = Work(*(after.layers * part for part in astuple(each)))
+    return Work(tokens, tokens * before.body) + layers if axis_choices else Work()
+
+
+def _moved(channels: int, gone: int, hidden: int, size: int) -> float:
+    """Bytes that removals read and write: of matrices from which removed single channels are left out now and then."""
+    left = channels - gone if size == 1 else channels
+    wide = (channels + left) / 2
+    squares = (channels**2 + channels * left + left**2) / 3  # the mean over the removals
+    return _FLOAT64_BYTES * gone / size * (_UPDATE_PASSES * (squares + hidden * wide) + _COST_PASSES * hidden * wide)
 
 
 def gaining(before: Costed, after: Arch, prune: Prune, *, samples: int) -> Work:
@@ -132,7 +166,8 @@ def tying(before: Costed, after: Costed, prune: Prune, *, samples: int, turned: 
         return Work()
     tokens = float(min(FEW_SAMPLES, samples) * before.context)
     grams = 2.0 * after.arch.hidden * (after.arch.hidden + before.arch.hidden)
-    return Work(tokens, tokens * (before.body + after.body + grams) + before.arch.vocab * grams)
+    passes = Work(tokens, tokens * (before.body + after.body))
+    return passes + Work.in_full(tokens * grams + before.arch.vocab * grams)
 
 
 def trying(
@@ -185,7 +220,7 @@ def refitting(before: Costed, after: Costed, prune: Prune, *, budget: Budget, tu
     wide, narrow = before.arch.hidden, after.arch.hidden
     reader = tokens * 2 * narrow * (narrow + wide) + solves * (narrow**3 / 3 + 4.0 * wide * narrow**2)
     attention = after.attention / max(after.arch.layers, 1)
-    in_layers = 0.0
+    run = solved = 0.0
     for layer in range(anatomy.sizes.layers):
         names = [name for name in anatomy.modules if anatomy.layer_of(name) == layer]
         passed = attention
@@ -194,19 +229,20 @@ def refitting(before: Costed, after: Costed, prune: Prune, *, budget: Budget, tu
             written = [name for name in group if writes(anatomy, name)]
             read = [name for name in group if name not in written]
             if everything and any(anatomy.modules[name] == _HIDDEN for name in read):
-                before_it = passed if neurons else 0.0
-                in_layers += tokens * before_it + reader
-                in_layers += sum(_outputs(anatomy, name, after.arch) * 2.0 * wide * narrow for name in read)
+                run += tokens * passed if neurons else 0.0
+                solved += reader + sum(_outputs(anatomy, name, after.arch) * 2.0 * wide * narrow for name in read)
             passed += sum(2.0 * _entries(anatomy, name, after.arch) for name in read)
             for name in written:
                 channels = anatomy.modules[name].size(after.arch.sizes)
-                in_layers += tokens * (passed + 2 * channels * (channels + narrow))
-                in_layers += solves * (channels**3 / 3 + 4.0 * narrow * channels**2)
+                run += tokens * passed
+                solved += tokens * 2 * channels * (channels + narrow)
+                solved += solves * (channels**3 / 3 + 4.0 * narrow * channels**2)
             passed += sum(2.0 * _entries(anatomy, name, after.arch) for name in written)
-    done = tokens * (before.body + after.body) + in_layers * after.arch.layers / anatomy.sizes.layers
+    kept = after.arch.layers / anatomy.sizes.layers
+    solved *= kept
     if everything and (not anatomy.tied or _untied(before, after, turned=turned)):
-        done += reader + 2.0 * before.arch.vocab * wide * narrow
-    return Work(tokens, done)
+        solved += reader + 2.0 * before.arch.vocab * wide * narrow
+    return Work(tokens, tokens * (before.body + after.body) + run * kept) + Work.in_full(solved)
 
 
 def _untied(before: Costed, after: Costed, *, turned: bool) -> bool:

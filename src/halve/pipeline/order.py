@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
 _OF_CONVERSATIONS = ("data.messages_field", "data.count")
-TOGETHER = ("correct", "distill")
-"""Sections whose stages run on several ranks together. Other stages run on one rank while the others wait."""
 _INPUTS = ("teacher", "train", "valid")
 
 

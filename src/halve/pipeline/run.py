@@ -18,11 +18,12 @@ from halve.disk.rundir import HASHES, RunDir
 from halve.errors import HalveError, RunError
 from halve.pipeline import reused
 from halve.pipeline.keys import keys_of
-from halve.pipeline.order import SECTIONS, TOGETHER, Stage, StageContext, stages
+from halve.pipeline.order import SECTIONS, Stage, StageContext, stages
 from halve.preflight import check as preflight
 from halve.process import fresh
 from halve.process.waits import heard
 from halve.progress import SILENT, RichProgress
+from halve.recipe.rounds import TOGETHER
 from halve.recipe.schema import Recipe
 
 if TYPE_CHECKING:

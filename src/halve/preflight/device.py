@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import psutil
 import torch
 
+from halve.cut.cost import Work
 from halve.errors import PlanError
 from halve.recipe import schema as recipe
 from halve.train.loop import watch
@@ -15,7 +18,20 @@ from halve.train.loop import watch
 GPU_MFU: Final = 0.4
 CPU_MFU: Final = 0.5
 """The share of the measured matrix rate that the demo's distillation reaches: 0.50 to 0.52 on two cores."""
+MEMORY_SHARE: Final = 0.7
+"""The share of its memory's rate that a GPU is planned with."""
 CARD_BYTES: Final = 80e9
+GPU_RATES: Final = {
+    "H100 PCIe": (51e12, 2.0e12),
+    "H100": (67e12, 3.35e12),
+    "H200": (67e12, 4.8e12),
+    "A100": (19.5e12, 2.0e12),
+    "L40S": (1.4e12, 0.86e12),
+    "B200": (40e12, 8e12),
+}
+"""FLOP/s in full precision, the lower of float32 and float64, and bytes a second of the memory, by data sheet. The
+names are those of `watch.GPU_FLOPS`."""
+_PROBE, _PROBES = 2048, 5
 
 
 @dataclass(frozen=True)
@@ -29,13 +45,20 @@ class PlannedDevice:
     flops: float | None
     """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's as measured. None if it is not known."""
     mfu: float
+    full_flops: float | None
+    """The same of sums and solutions in float32 and float64. A CPU's is that of float32; solutions take twice as long,
+    but are few."""
+    bytes_per_second: float | None
+    """How fast updates read and write memory. A CPU's is measured."""
     cores: int | None = None
 
-    def hours(self, flops: float, *, ranks: int = 1) -> float | None:
-        """How long this many FLOPs take. The ranks on one CPU share it."""
-        if self.flops is None:
+    def hours(self, work: Work, *, ranks: int = 1) -> float | None:
+        """How long this work takes, where ranks share it. The ranks on one CPU share the CPU as well."""
+        if self.flops is None or self.full_flops is None or self.bytes_per_second is None:
             return None
-        return flops / (self.flops * self.mfu) / 3600 / (ranks if self.cuda else 1)
+        of_models = (work.flops - work.full - work.thin) / self.flops
+        seconds = (of_models + work.full / self.full_flops) / self.mfu + work.moved_bytes / self.bytes_per_second
+        return seconds / 3600 / (ranks if self.cuda else 1)
 
     def __str__(self) -> str:
         if self.cores is None:
@@ -47,7 +70,7 @@ class PlannedDevice:
 
 def card(memory_bytes: float = CARD_BYTES, mfu: float = GPU_MFU) -> PlannedDevice:
     """An H100 with this much memory, which need not be in this machine."""
-    return PlannedDevice("an H100", True, memory_bytes, watch.GPU_FLOPS["H100"], mfu)
+    return PlannedDevice("an H100", True, memory_bytes, watch.GPU_FLOPS["H100"], mfu, *_rates("H100"))
 
 
 def gpu(name: str, mfu: float = GPU_MFU) -> PlannedDevice:
@@ -59,7 +82,7 @@ def gpu(name: str, mfu: float = GPU_MFU) -> PlannedDevice:
             why=f"known are {', '.join(watch.GPU_FLOPS)}",
             fix="take the one whose speed is nearest, and set --mfu",
         )
-    return PlannedDevice(f"one {name.upper()}", True, CARD_BYTES, rate, mfu)
+    return PlannedDevice(f"one {name.upper()}", True, CARD_BYTES, rate, mfu, *_rates(name.upper()))
 
 
 def device_name(gigabytes: float | None, mfu: float | None, ranks: int | None) -> PlannedDevice | None:
@@ -76,9 +99,31 @@ def at_hand(asked: recipe.Device) -> PlannedDevice:
     """
     if asked != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        return PlannedDevice(gpu.name, True, float(gpu.total_memory), watch.matrix_rate("cuda", True), GPU_MFU)
+        rate = watch.matrix_rate("cuda", True)
+        return PlannedDevice(gpu.name, True, float(gpu.total_memory), rate, GPU_MFU, *_rates(gpu.name))
     if asked == "cuda":
         return card()
     rate = watch.matrix_rate("cpu", False)
     there = float(psutil.virtual_memory().total)
-    return PlannedDevice("this CPU", False, there, rate, CPU_MFU, torch.get_num_threads())
+    return PlannedDevice("this CPU", False, there, rate, CPU_MFU, rate, _memory_rate(), torch.get_num_threads())
+
+
+def _rates(name: str) -> tuple[float | None, float | None]:
+    """A GPU's FLOP/s in full precision, and the rate at which it is planned to read and write memory."""
+    for part, (flops, memory) in GPU_RATES.items():
+        if part in name:
+            return flops, MEMORY_SHARE * memory
+    return None, None
+
+
+@cache
+@torch.no_grad()
+def _memory_rate() -> float:
+    """Bytes a second of this CPU when a matrix is subtracted from another, the fastest of a few tries."""
+    matrix, change = torch.ones(2, _PROBE, _PROBE, dtype=torch.float64).unbind()
+    seconds = []
+    for _ in range(_PROBES):
+        began = time.perf_counter()
+        matrix -= change
+        seconds.append(time.perf_counter() - began)
+    return 3.0 * matrix.nbytes / min(seconds)

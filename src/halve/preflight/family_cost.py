@@ -76,7 +76,7 @@ class FamilyCost:
 
     def hours(self, flops: float) -> float:
         """Hours of one device."""
-        hours = self.device.hours(flops)
+        hours = self.device.hours(Work(0, flops))
         assert hours is not None, "a family is planned for a device of known speed"
         return hours
 

@@ -10,10 +10,11 @@ from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
-from halve.preflight.device import GPU_MFU, PlannedDevice, at_hand, card
+from halve.preflight.device import PlannedDevice, at_hand
 from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
+from halve.preflight.times import a_card, hours_by_stage
 from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, trainings
 from halve.recipe.schema import Recipe, Training
 from halve.text.schedule import spans
@@ -43,6 +44,10 @@ class Forecast:
     runtimes: tuple[tuple[str, str, str], ...]
     tokens: dict[str, int]
     flops: dict[str, float]
+    hours_by_stage: dict[str, float | None]
+    """Hours on the device. Its ranks share trainings. None if its speed is not known."""
+    gpu_hours_by_stage: dict[str, float]
+    """Hours of one H100 at `gpu_mfu`."""
     memory: dict[str, Memory]
     """The memory of one rank in every training stage."""
     settings: tuple[DistillSetting, ...]
@@ -57,20 +62,19 @@ class Forecast:
 
     @property
     def hours(self) -> float | None:
-        """Hours on the device, split over its ranks. None if its speed is not known."""
-        return self.device.hours(sum(self.flops.values()), ranks=self.place.ranks)
+        """Hours on the device. None if its speed is not known."""
+        known = [hours for hours in self.hours_by_stage.values() if hours is not None]
+        return sum(known) if len(known) == len(self.hours_by_stage) else None
 
     @property
     def gpu_hours(self) -> float:
         """Hours of one H100 at `gpu_mfu`. Given for every device, because people plan on a laptop for a cluster."""
-        hours = card(mfu=self.gpu_mfu).hours(sum(self.flops.values()))
-        assert hours is not None
-        return hours
+        return sum(self.gpu_hours_by_stage.values())
 
     @property
     def gpu_mfu(self) -> float:
         """The share of its peak FLOP/s with which a card is planned."""
-        return self.device.mfu if self.device.cuda else GPU_MFU
+        return a_card(self.device).mfu
 
     @property
     def room_bytes(self) -> float:
@@ -133,6 +137,8 @@ def forecast(
         runtimes=_opened(shapes[max(n for n in range(len(shapes)) if cuts_original(recipe, n + 1)) :]),
         tokens={stage: round(stage_work.tokens) for stage, stage_work in done.items()},
         flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
+        hours_by_stage=hours_by_stage(done, device, ranks=ranks),
+        gpu_hours_by_stage={stage: hours or 0.0 for stage, hours in hours_by_stage(done, a_card(device)).items()},
         memory=memory,
         settings=settings,
         place=place,

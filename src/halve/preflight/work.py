@@ -23,7 +23,7 @@ _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from a
 
 
 def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint) -> dict[str, Work]:
-    """Work by stage, in order. For a trial this is an upper bound.
+    """Work by stage, in order. For a trial and the selection that follows it this is an upper bound.
 
     The forward pass is one unit and the backward pass two: 3 for a trained model, 1 for a teacher.
     """
@@ -84,6 +84,7 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
     narrower = any(arch.hidden < before.arch.hidden for arch in tried or (after.arch,))
     turned = rotates(shape.before, prune) and narrower
+    chosen = [cost.choosing(before, arch, prune, score) for arch in tried or (after.arch,)]
     refit, budget = Work(), cost.budget_for(before, prune)
     if prune.refit != "none":
         refit = cost.refitting(before, after, prune, budget=budget, turned=turned) + cost.doubting(before, after, prune)
@@ -91,8 +92,9 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
         "score": scored,
         "layers": max(layers, key=lambda work: work.flops, default=Work()),
         "trial": cost.trying(before, shape.student, prune, score, tried, turned=turned),
+        "selection": max(chosen, key=lambda work: (work.moved_bytes, work.flops)),
         "prune": (cost.turning(before, prune) if turned else Work())
-        + cost.choosing(before, after.arch, prune, score)
+        + cost.rescoring(before, after.arch, prune, score)
         + cost.gaining(before, after.arch, prune, samples=budget.used)
         + cost.tying(before, after, prune, samples=budget.used, turned=turned)
         + cost.measuring(before, after, samples=CHECK_SAMPLES),

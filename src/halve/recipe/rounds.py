@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from halve.recipe.schema import Recipe, Score, Training
 
+TOGETHER = ("correct", "distill")
+"""Sections whose stages run on several ranks together. Other stages run on one rank while the others wait."""
+
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
     """The recipe of each round: that of the run, with the `prune` and `distill` of the round and without `then`."""

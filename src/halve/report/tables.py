@@ -11,15 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from halve.errors import HalveError
+from halve.model.card import made_in_words
 from halve.process.waits import bytes_in_words
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
     from halve.cut.plan.sizes import Candidate
     from halve.cut.proof.prove import Proof
+    from halve.preflight.device import PlannedDevice
     from halve.preflight.forecast import Forecast
     from halve.preflight.memory import Memory
     from halve.recipe.schema import Recipe
+
+
+AN_H100 = "an H100"
+"""The name of the card that is planned beside every device."""
 
 
 def as_json(value: Any) -> None:
@@ -53,6 +59,8 @@ def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         ("perplexity", *(f"{perplexity['value']:.4g} ± {perplexity['stderr']:.2g}" for perplexity in (was, now)))
     )
     table("cut", ("", "before", "after"), rows)
+    if made := plan.get("made"):
+        print(made_in_words(made))
 
 
 def cache_(count: int | None) -> str:
@@ -178,8 +186,11 @@ def forecast_tables(found: Forecast) -> None:
         trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
-    work = [(_at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}") for stage, n in found.tokens.items()]
-    table("work", ("stage", "tokens", "FLOP"), work)
+    columns, times = _times(found.device, found.hours_by_stage, found.gpu_hours_by_stage)
+    work = [
+        (_at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}", *times[stage]) for stage, n in found.tokens.items()
+    ]
+    table("work", ("stage", "tokens", "FLOP", *columns), work)
     if "boundary" in found.tokens:
         print("boundary: data.boundary: auto checks whether the teacher has learned the end-of-sequence token")
     _memory(found)
@@ -194,8 +205,35 @@ def forecast_tables(found: Forecast) -> None:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
 
 
+def _times(
+    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The names of the devices, and for every stage its time on each of them."""
+    columns = {f"on {device.name}": hours, f"on {AN_H100}": gpu_hours}
+    return [*columns], {stage: [_time(by_stage[stage]) for by_stage in columns.values()] for stage in hours}
+
+
+def _time(hours: float | None) -> str:
+    return "?" if hours is None else duration(hours)
+
+
+def times_of_the_cut(
+    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
+) -> None:
+    """How long the parts of the cut take that can take long: a line for each of them."""
+    columns, times = _times(device, hours, gpu_hours)
+    for stage, told in times.items():
+        if stage.split("-")[0] in _LONG_PARTS:
+            print(
+                f"{_at_most(stage)}: {', '.join(f'{time} {where}' for where, time in zip(columns, told, strict=True))}"
+            )
+
+
+_LONG_PARTS = ("trial", "selection", "refit")
+
+
 def _at_most(stage: str) -> str:
-    return f"{stage}, at most" if stage.startswith("trial") else stage
+    return f"{stage}, at most" if stage.startswith(("trial", "selection")) else stage
 
 
 def trial(rounds: Sequence[Sequence[Arch]]) -> None:
@@ -232,8 +270,8 @@ def _hours(found: Forecast) -> str:
     device, ranks = found.device, found.place.ranks
     mfu = f"{found.gpu_mfu:.0%} MFU"
     card = f"about {duration(found.gpu_hours)} of an H100 at {mfu}"
-    if device.name == "an H100":
-        return card + (f", {duration(found.gpu_hours / ranks)} on {ranks} of them" if ranks > 1 else "")
+    if device.name == AN_H100 and found.hours is not None:
+        return card + (f", {duration(found.hours)} on {ranks} of them" if ranks > 1 else "")
     if found.hours is None:
         return f"{card}; the speed of {device} is not known"
     at = f" at {mfu}" if device.cuda else ""

@@ -59,14 +59,18 @@ def removal_order(
     assert all(count >= keep for count in left.values()), "cells have fewer structures than they must keep"
     order: list[int] = []
     places_M = torch.arange(num, device=gram_XX.device)
+    full_M = torch.tensor([left[cell] <= keep for cell in cells], device=gram_XX.device)
     while any(count > keep for count in left.values()):
-        full_M = torch.tensor([left[cell] <= keep for cell in cells], device=gram_XX.device)[places_M]
-        cost_M = _costs(inverse_XX, refit_YX, size).masked_fill(~alive_M[places_M] | full_M, torch.inf)
+        stays_M = (~alive_M | full_M)[places_M]
+        cost_M = _costs(inverse_XX, refit_YX, size).masked_fill(stays_M, torch.inf)
         worst = int(cost_M.argmin())
         structure = int(places_M[worst])
         _take_out(inverse_XX, refit_YX, slice(worst * size, (worst + 1) * size))
         alive_M[structure] = False
-        left[int(cell_M[structure])] -= 1
+        cell = int(cell_M[structure])
+        left[cell] -= 1
+        if left[cell] <= keep:
+            full_M |= cell_M == cell
         order.append(structure)
         if size == 1 and int(alive_M.sum()) < SPARSE * len(places_M):  # what is gone costs time, but changes nothing
             stay = alive_M[places_M].nonzero()[:, 0]
