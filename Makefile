@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A file's tests share what they set up; the files that take longest come first (tests/conftest.py).
 WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint quick quick-tests long fuzz shapes docs families gpu-check
+.PHONY: demo test lint quick quick-tests long fuzz shapes cuts docs families gpu-check
 
 demo: $(VENV)/.installed
 	$(BIN)/halve demo $(DEMO)
@@ -33,8 +33,8 @@ quick: $(VENV)/.installed-dev
 quick-tests: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quick $(WORKERS)
 
-# Longer proofs, by hand before something is called resolved: bad inputs at size, and every family's proof.
-long: fuzz families shapes
+# Longer proofs, by hand before something is called resolved: bad inputs at size, random cuts, every family's proof.
+long: fuzz cuts families shapes
 
 # Many more of the bad inputs of which the tests try a few; CASES of each kind.
 CASES ?= 100
@@ -44,6 +44,10 @@ fuzz: $(VENV)/.installed-dev
 # Counts of random shapes against built models, of every family; the tests look at ten of them.
 shapes: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/search/test_shapes_built.py --every-family
+
+# Random cuts of the demo's teacher on few tokens and many, each beside the plain cut: some minutes.
+cuts: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 tests/cut/test_any_number_of_tokens.py --cuts 20
 
 # Pages that are generated from the code, and the site of all pages in docs/_build, where a warning is an error.
 docs: $(VENV)/.installed-dev $(VENV)/.installed-docs

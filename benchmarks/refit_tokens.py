@@ -7,13 +7,21 @@ The model is cut to 70 % of its non-embedding parameters in one way each: ffn al
 the latter in the rotated basis. Entries are ranked by activations. KL is measured on held-out documents that no refit
 has seen, and every refit is paired with the plain cut over these documents. A line is appended to FILE as it comes, and
 what is already in FILE is not measured again.
+
+    python benchmarks/refit_tokens.py MODEL TEXT --results FILE --random 20
+
+makes cuts to random sizes on 64 to 65,536 random tokens instead, by the default. It ends with 1 if one of them is worse
+than the plain cut of the same sizes by more than two standard errors over the documents. `make cuts` does the same with
+the demo's teacher.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,7 +32,7 @@ from real_text import KINDS, held_documents
 from transformers import PreTrainedModel
 
 from halve.anatomy import Arch
-from halve.cut.apply import Goal, Repair, cut_once, turn
+from halve.cut.apply import Goal, Repair, Turned, cut, cut_once, plainly, turn
 from halve.cut.plan.sizes import target
 from halve.cut.repair.gram import SingularGramWarning
 from halve.cut.score import width
@@ -37,6 +45,7 @@ from halve.text.mixture import open_mixture
 
 RATIO, HELD_SHARE, MICRO_BATCH = 0.7, 0.2, 8
 SCORED_TOKENS = 65_536
+COMPARED_TOKENS = 4_096
 PLAIN: dict[str, Any] = {"refit": "none", "rotation": "none", "selection": "rank", "gain": "none"}
 
 
@@ -51,10 +60,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384, 65536])
     parser.add_argument("--cuts", nargs="+", choices=("ffn", "depth", "width", "rotated"), default=["ffn", "depth"])
     parser.add_argument("--of-each", type=int, default=6, help="held-out documents of each kind of text")
+    parser.add_argument("--random", type=int, default=0, help="so many random cuts, each beside the plain one")
     args = parser.parse_args()
     warnings.simplefilter("ignore", SingularGramWarning)
     known = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     bench = _Bench(args)
+    if args.random:
+        sys.exit(max(_random(bench, args.results, known, seed) for seed in range(args.random)))
     for name in args.cuts:
         settings = [(0, False), *((tokens, chosen) for tokens in args.tokens for chosen in (False, True))]
         for tokens, chosen in settings:
@@ -66,6 +78,21 @@ def main() -> None:
             plain = next(line for line in known if line["cut"] == name and line["tokens"] == 0)
             line = next(line for line in known if key.items() <= line.items())
             print(key, said(line["by_document"], plain["by_document"]), f"{line['seconds']:.0f} s", flush=True)
+
+
+def _random(bench: _Bench, results: Path, known: Sequence[dict[str, Any]], seed: int) -> bool:
+    """Whether a random cut is worse than the plain one by more than two standard errors."""
+    line = next((line for line in known if line.get("seed") == seed), None)
+    if line is None:
+        line = {"seed": seed, **bench.beside_plain(seed)}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    gaps = [a - b for a, b in zip(line["by_document"], line["plain"], strict=True)]
+    gap, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+    print(
+        f"{seed}: {line['sizes']}, {line['tokens']} tokens, {line['kept']} kept: {gap:+.4f} ± {error:.4f}", flush=True
+    )
+    return gap > 2 * error
 
 
 def said(found: Sequence[float], plain: Sequence[float]) -> str:
@@ -87,7 +114,8 @@ class _Bench:
         teacher = Checkpoint.open(args.model)
         self.model, self.anatomy = teacher.load().requires_grad_(False), teacher.anatomy
         mixture = open_mixture(recipe, cache=args.cache, tokenizer=teacher.tokenizer)
-        self.samples_BS = mixture.calibration(max(SCORED_TOKENS, *args.tokens) // args.context)
+        tokens = max(SCORED_TOKENS, *args.tokens) + (COMPARED_TOKENS if args.random else 0)
+        self.samples_BS = mixture.calibration(tokens // args.context)
         self.documents = held_documents(args.text, teacher.tokenizer, of_each=args.of_each, context=args.context)
         self.scores: Scores = width.score(
             self._on(SCORED_TOKENS // args.context),
@@ -112,6 +140,29 @@ class _Bench:
         on = self._on(max(samples, 1))
         student = cut_once(on, self.scores, prune, Goal(after), turned=turned, repair=Repair(held)).student
         return {"by_document": self._divergences(student), "seconds": time.perf_counter() - began}
+
+    def beside_plain(self, seed: int) -> dict[str, Any]:
+        """A cut to random sizes on a random number of tokens, by the default, and the plain cut."""
+        draw, before = random.Random(seed), self.anatomy.sizes
+        sizes = {
+            "ffn": before.ffn - 32 * draw.randint(1, before.ffn // 64),
+            "hidden": before.hidden - 32 * draw.randint(0, before.hidden // 128),
+            "layers": before.layers - draw.randint(0, before.layers // 4),
+        }
+        tokens = round(2 ** draw.uniform(6, 16))
+        prune, after = Prune(**sizes, refit_tokens=tokens), before.at(**sizes)
+        calibration = self._on(len(self.samples_BS))
+        turned = turn(calibration, prune, sizes=[after])
+        ours = cut(calibration, self.scores, prune, Goal(after), turned=turned)
+        unturned = Turned(self.model, self.anatomy, None)
+        plain = cut(calibration, self.scores, plainly(prune), Goal(after), turned=unturned)
+        return {
+            "sizes": sizes,
+            "tokens": tokens,
+            "kept": ours.figures["kept"],
+            "by_document": self._divergences(ours.student),
+            "plain": self._divergences(plain.student),
+        }
 
     def _sizes(self, name: str) -> Arch:
         before = self.anatomy.sizes
