@@ -92,7 +92,7 @@ def _random(bench: _Bench, results: Path, known: Sequence[dict[str, Any]], seed:
     print(
         f"{seed}: {line['sizes']}, {line['tokens']} tokens, {line['kept']} kept: {gap:+.4f} ± {error:.4f}", flush=True
     )
-    return gap > 2 * error
+    return bool(gap > 2 * error)
 
 
 def said(found: Sequence[float], plain: Sequence[float]) -> str:

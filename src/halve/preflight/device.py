@@ -75,14 +75,15 @@ def card(memory_bytes: float = CARD_BYTES, mfu: float = GPU_MFU) -> PlannedDevic
 
 def gpu(name: str, mfu: float = GPU_MFU) -> PlannedDevice:
     """A GPU by a part of its name, with the rate in its data sheet. Raises `PlanError` for one that is not known."""
-    rate = watch.GPU_FLOPS.get(name.upper().replace(" PCIE", " PCIe"))
+    known = name.upper().replace(" PCIE", " PCIe")
+    rate = watch.GPU_FLOPS.get(known)
     if rate is None:
         raise PlanError(
             f"no rate is known for a {name}",
             why=f"known are {', '.join(watch.GPU_FLOPS)}",
             fix="take the one whose speed is nearest, and set --mfu",
         )
-    return PlannedDevice(f"one {name.upper()}", True, CARD_BYTES, rate, mfu, *_rates(name.upper()))
+    return PlannedDevice(f"one {name.upper()}", True, CARD_BYTES, rate, mfu, *_rates(known))
 
 
 def device_name(gigabytes: float | None, mfu: float | None, ranks: int | None) -> PlannedDevice | None:

@@ -10,7 +10,7 @@ Tokens are training tokens. Calibration adds to FLOPs alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from halve.anatomy.work import Costed, learning
@@ -88,7 +88,12 @@ class FamilyCost:
         """As plain data."""
 
         def told(work: Work) -> dict[str, Any]:
-            return {**asdict(work), "hours": self.hours(work.flops), "money": self.money(work.flops)}
+            return {
+                "tokens": work.tokens,
+                "flops": work.flops,
+                "hours": self.hours(work.flops),
+                "money": self.money(work.flops),
+            }
 
         return {
             "device": self.device.name,
