@@ -94,7 +94,7 @@ def test_the_family_of_a_recipe_is_what_its_dry_run_counts(tmp_path: Path) -> No
     assert second.made.tokens == 2000
     rows = sum(done.flops for name, done in work.items() if name != "distill (ce)")
     assert first.made.flops + second.made.flops == pytest.approx(rows)
-    second_rows = [work[f"{row}-2"].flops for row in ("score", "prune", "refit", "distill")]
+    second_rows = [work[f"{row}-2"].flops for row in ("score", "selection", "prune", "refit", "distill")]
     assert second.made.flops == pytest.approx(sum(second_rows))
     assert [member.params for member in family.members[1:]] == [shape.counts().params for shape in planned]
     assert family.hours(family.made_flops) == pytest.approx(family.made_flops / (989e12 * 0.4) / 3600)

@@ -34,7 +34,7 @@ _KEPT_A_LAYER: Final = 5
 """Tensors as wide as the residual stream: the stream, and what four sites read or write."""
 _KEPT_BYTES: Final = 2
 _FLOAT64_BYTES: Final = 8
-_UPDATE_PASSES: Final = 4
+UPDATE_PASSES: Final = 4
 """Over a matrix that is updated: the product is written and read, the matrix read and written."""
 _COST_PASSES: Final = 3
 """Over the refit, for the costs of the next removal: it is read, and its squares are written and read."""
@@ -149,7 +149,7 @@ def _moved(channels: int, gone: int, hidden: int, size: int) -> float:
     left = channels - gone if size == 1 else channels
     wide = (channels + left) / 2
     squares = (channels**2 + channels * left + left**2) / 3  # the mean over the removals
-    return _FLOAT64_BYTES * gone / size * (_UPDATE_PASSES * (squares + hidden * wide) + _COST_PASSES * hidden * wide)
+    return _FLOAT64_BYTES * gone / size * (UPDATE_PASSES * (squares + hidden * wide) + _COST_PASSES * hidden * wide)
 
 
 def gaining(before: Costed, after: Arch, prune: Prune, *, samples: int) -> Work:

@@ -10,7 +10,7 @@ from typing import Final
 import psutil
 import torch
 
-from halve.cut.cost import Work
+from halve.cut.cost import UPDATE_PASSES, Work
 from halve.errors import PlanError
 from halve.recipe import schema as recipe
 from halve.train.loop import watch
@@ -120,11 +120,12 @@ def _rates(name: str) -> tuple[float | None, float | None]:
 @cache
 @torch.no_grad()
 def _memory_rate() -> float:
-    """Bytes a second of this CPU when a matrix is subtracted from another, the fastest of a few tries."""
+    """Bytes a second of this CPU in an update of rank one, the fastest of a few tries."""
     matrix, change = torch.ones(2, _PROBE, _PROBE, dtype=torch.float64).unbind()
     seconds = []
     for _ in range(_PROBES):
         began = time.perf_counter()
+        torch.mm(matrix[:, :1], matrix[:1], out=change)
         matrix -= change
         seconds.append(time.perf_counter() - began)
-    return 3.0 * matrix.nbytes / min(seconds)
+    return UPDATE_PASSES * matrix.nbytes / min(seconds)

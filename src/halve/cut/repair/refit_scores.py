@@ -58,11 +58,12 @@ def score_by_refit(
     so that only one layer's Gram matrices are in memory. Layers that are not listed score zero.
     """
     model, anatomy, samples_BS = calibration.model, calibration.anatomy, calibration.samples_BS
-    before, points = anatomy.sizes, find_points(model, anatomy)
+    before = anatomy.sizes
     asked = choices(before, after, width(anatomy, "heads") // before.heads)
     scores = {axis: torch.zeros(before.layers, len(choice.cells)) for axis, choice in asked.items()}
     if not asked:
         return scores
+    points = find_points(model, anatomy)
     states = States(len(samples_BS), samples_BS.shape[1], before.hidden, dtype=model.dtype)
     size = states_bytes(len(samples_BS), samples_BS.shape[1], [before.hidden], dtype=model.dtype)
     calls: dict[int, list[Call]] = {}

@@ -60,12 +60,13 @@ def removal_order(
     order: list[int] = []
     places_M = torch.arange(num, device=gram_XX.device)
     full_M = torch.tensor([left[cell] <= keep for cell in cells], device=gram_XX.device)
+    changes = torch.empty_like(inverse_XX), torch.empty_like(refit_YX)
     while any(count > keep for count in left.values()):
         stays_M = (~alive_M | full_M)[places_M]
         cost_M = _costs(inverse_XX, refit_YX, size).masked_fill(stays_M, torch.inf)
         worst = int(cost_M.argmin())
         structure = int(places_M[worst])
-        _take_out(inverse_XX, refit_YX, slice(worst * size, (worst + 1) * size))
+        _take_out(inverse_XX, refit_YX, slice(worst * size, (worst + 1) * size), changes)
         alive_M[structure] = False
         cell = int(cell_M[structure])
         left[cell] -= 1
@@ -75,6 +76,7 @@ def removal_order(
         if size == 1 and int(alive_M.sum()) < SPARSE * len(places_M):  # what is gone costs time, but changes nothing
             stay = alive_M[places_M].nonzero()[:, 0]
             places_M, inverse_XX, refit_YX = places_M[stay], inverse_XX[stay][:, stay], refit_YX[:, stay]
+            changes = torch.empty_like(inverse_XX), torch.empty_like(refit_YX)
     return tuple(order)
 
 
@@ -90,11 +92,15 @@ def _costs(inverse_XX: Tensor, refit_YX: Tensor, size: int) -> Tensor:
     return costs_M
 
 
-def _take_out(inverse_XX: Tensor, refit_YX: Tensor, gone: slice) -> None:
-    """Make them the inverse Gram matrix and the refit of those that remain, with rows and columns of `gone` zero."""
+def _take_out(inverse_XX: Tensor, refit_YX: Tensor, gone: slice, changes: tuple[Tensor, Tensor]) -> None:
+    """Make them the inverse Gram matrix and the refit of those that remain, with rows and columns of `gone` zero.
+
+    `changes` is memory for what is subtracted: most of the time would go to asking for it anew.
+    """
     pull_EX = torch.linalg.solve(inverse_XX[gone, gone], inverse_XX[gone])
-    refit_YX -= refit_YX[:, gone] @ pull_EX
-    inverse_XX -= inverse_XX[:, gone] @ pull_EX
+    for matrix, change in zip((inverse_XX, refit_YX), changes, strict=True):
+        torch.mm(matrix[:, gone], pull_EX, out=change)
+        matrix -= change
     refit_YX[:, gone] = 0
     inverse_XX[gone] = 0
     inverse_XX[:, gone] = 0
