@@ -49,6 +49,7 @@ FLAGS = {
     "correct": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "score": RUN,
     "prune": RUN,
+    "nest": RUN,
     "cache": RUN,
     "distill": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "evaluate": RUN,

@@ -108,6 +108,26 @@ def test_two_ranks_correct_a_teacher_beside(make_recipe: Callable[..., Recipe], 
     torch.testing.assert_close(dict(teachers[1].named_parameters()), dict(teachers[0].named_parameters()))
 
 
+def test_two_ranks_train_students_inside_the_student(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Both draw the same students, hold whole models, and end with the weights of one rank."""
+    nest = {"sizes": [{"ffn": 32, "hidden": 24}, {"ffn": 16, "layers": 2}], "draws": 2}
+    recipe = make_recipe(distill=TRAINING, nest=nest)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    runs = tmp_path / "one", tmp_path / "two"
+    for stage in ("score", "prune", "nest"):
+        pipeline.run(recipe, runs[0], only=stage)
+    shutil.copytree(*runs)
+    pipeline.run(recipe, runs[0], only="distill")
+    answers = forked.in_ranks(["distill", str(path), "--out", str(runs[1])], 2, folder=tmp_path, limit=LIMIT_S)
+    assert [answer.code for answer in answers] == [0, 0], answers
+    for mine, its in zip(*(course(run / "distill") for run in runs), strict=True):
+        assert mine == pytest.approx(its, rel=1e-5)
+    for part in ("model", "nested-2/model", "nested-3/model"):
+        models = [AutoModelForCausalLM.from_pretrained(run / "distill" / part) for run in runs]
+        torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
+
+
 def test_one_rank_speaks_and_all_leave_one_run_behind(done: tuple[Path, str]) -> None:
     results = json.loads(done[1])  # of two ranks that spoke, this were no JSON
     assert results == read_json(done[0] / "evaluate" / "results.json")

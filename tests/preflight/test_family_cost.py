@@ -101,6 +101,20 @@ def test_the_family_of_a_recipe_is_what_its_dry_run_counts(tmp_path: Path) -> No
     assert family.money(3.6e18) == pytest.approx(2.0 * 3.6e18 / (989e12 * 0.4) / 3600)
 
 
+def test_students_of_a_nest_share_their_training(tmp_path: Path) -> None:
+    inside = {"sizes": [{"ffn": 48}, {"ffn": 32, "layers": 3}], "draws": 2}
+    recipe = small(tmp_path, then=[], nest=inside, distill={"tokens": 3000})
+    opened = Checkpoint.open(recipe.model)
+    family = cost_of_recipe(recipe, opened, scratch_tokens=10**6, device=gpu("H100"))
+    assert [member.name for member in family.members] == ["teacher", "student", "nested 2", "nested 3"]
+    assert [member.made.tokens for member in family.members[1:]] == [2000, 2000, 2000]
+    work = planned_work(recipe, planned_rounds(recipe, opened), opened)
+    assert work["nest"].flops > 0
+    assert family.made_flops - family.members[0].made.flops == pytest.approx(sum(done.flops for done in work.values()))
+    alone = planned_work(small(tmp_path, then=[], distill={"tokens": 3000}), planned_rounds(recipe, opened), opened)
+    assert alone["distill"].flops < work["distill"].flops < 2 * alone["distill"].flops
+
+
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["cost", "--sizes", "15.6B,8.3B,4.2B", "--tokens", "94B", "--scratch", "3.8T", "--price", "2"]
     assert main(plain) == 0

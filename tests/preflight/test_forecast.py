@@ -15,6 +15,7 @@ from halve.preflight import rehearsal
 from halve.preflight.device import card
 from halve.preflight.forecast import Forecast, forecast
 from halve.recipe.read import parse
+from halve.report import tables as show
 from halve.text.batch import Batch
 from halve.train.objectives import logits as objectives
 from halve.train.teachers.live import Live
@@ -73,6 +74,37 @@ def test_rounds_and_random_cuts_have_their_own_rows(tmp_path: Path) -> None:
     by_hand = forecast(parse({**raw, "then": []}, folder=tmp_path, source="test"))
     assert "trial" not in by_hand.flops
     assert trial.flops["trial"] > 0
+
+
+def test_students_inside_the_student_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config("llama").save_pretrained(tmp_path / "teacher")
+    raw = {
+        "name": "nest",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": 100},
+        "prune": {"ffn": 64},
+        "distill": {"tokens": 1000, "batch": 4},
+        "nest": {"sizes": [{"ffn": 48}, {"hidden": 48, "layers": 3}]},
+    }
+    alone, one, two = (
+        forecast(parse(given, folder=tmp_path, source="test"))
+        for given in (
+            {**raw, "nest": None},
+            raw,
+            {**raw, "nest": {**raw["nest"], "draws": 2}},  # type: ignore[dict-item]
+        )
+    )
+    assert [(made.student.ffn, made.student.hidden, made.student.layers) for made in one.nested] == [
+        (48, 96, 6),
+        (48, 48, 3),
+    ]
+    assert list(one.flops)[-2:] == ["nest", "distill"]
+    assert one.flops["distill"] < alone.flops["distill"] < two.flops["distill"]
+    assert one.memory["distill"].passing_bytes > alone.memory["distill"].passing_bytes
+    assert two.memory["distill"].passing_bytes > one.memory["distill"].passing_bytes
+    assert one.disk.model_bytes > alone.disk.model_bytes
+    show.forecast_tables(one)
+    assert "nested 3" in capsys.readouterr().out
 
 
 def test_every_phase_costs_what_its_context_does(tmp_path: Path) -> None:

@@ -287,6 +287,7 @@ def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -
 _stage_command("correct", "Fine-tune the teacher on the corpus.", "score")
 _stage_command("score", "Score each channel, neuron, head and layer in one forward pass.", "prune")
 _stage_command("prune", "Cut the model to its new size and check the result.", "distill")
+_stage_command("nest", "Sort the student's axes for the students inside it.", "distill")
 _stage_command("cache", "Store the teacher's answers on disk (distill.cache).", "distill")
 _stage_command("distill", "Train the student on the teacher's distribution.", "evaluate")
 _stage_command("evaluate", "Measure every model of the run.", "report")

@@ -18,7 +18,7 @@ from halve.model import saving
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline.run import Stage, stages
-from halve.recipe.rounds import named
+from halve.recipe.rounds import named, nested_students
 from halve.recipe.schema import Recipe
 from halve.train.loop import checkpoints
 
@@ -50,11 +50,15 @@ def export(source: str | Path, out: str | Path, *, student: str | None = None) -
             why=f"it has no {MARKER} and no {checkpoints.FACTS}",
             fix="give the folder of a run, or one such as run/.distill.work/.checkpoints/step-00000200 in it",
         )
-    students = {named("distilled", s.number): s for s in stages(_recipe(source)) if _is_student(s)}
+    recipe = _recipe(source)
+    students = {named("distilled", s.number): s for s in stages(recipe) if _is_student(s)}
+    inside = nested_students(recipe)
+    if student in inside:
+        return _inside(source, student, out)
     if student is not None and student not in students:
         raise RunError(
             f"{source} has no student {student}",
-            why=f"it trains {', '.join(students) or 'none'}",
+            why=f"it trains {', '.join((*students, *inside)) or 'none'}",
             fix="give one of these with --student, or leave it out for the last one",
         )
     for name, stage in reversed(students.items()):
@@ -103,7 +107,7 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
             fix="give its path inside the run: run/.distill.work/.checkpoints/...",
         )
     recipe = stage.recipe
-    cut = [name for name in stage.after if name.partition("-")[0] == "prune"]
+    cut = [name for name in stage.after if name.partition("-")[0] in ("prune", "nest")]
     begun = Checkpoint.open(run / cut[-1] / "model" if cut else recipe.model, home=run / "data")
     model = begun.load(dtype=recipe.dtype)
     masters = checkpoints.parameters(folder, "student")
@@ -134,6 +138,19 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
     }
     saving.save_model(model, out, extra_from=begun.files, record=record)
     return out
+
+
+def _inside(run: Path, student: str, out: Path) -> Path:
+    """A student inside the student, which is a model of its own once the distillation has finished."""
+    if not (run / "distill" / student / "model").is_dir():
+        raise RunError(
+            f"{run} has no trained student {student}",
+            why="students inside the student are written when the distillation has finished",
+            fix="let halve run continue; the largest can be exported from a checkpoint",
+        )
+    with RunDir.follow(run) as folder:
+        folder.verify("distill")
+    return _copied(run / "distill" / student / "model", out)
 
 
 def _copied(model: Path, out: Path) -> Path:

@@ -1,6 +1,6 @@
 """Read this first: the stages of a run, in order, and what each depends on.
 
-    teacher + corpus -> correct -> score -> prune -> cache -> distill (and its baselines) -> evaluate -> report
+    teacher + corpus -> correct -> score -> prune -> nest -> cache -> distill (and its baselines) -> evaluate -> report
 
 If a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow for the last student, and so on. A round
 that cuts the teacher again uses the scores of the first.
@@ -20,13 +20,13 @@ from halve.disk.rundir import RunDir
 from halve.pipeline.keys import Keyed
 from halve.progress import Progress
 from halve.recipe.evaluations import OF_TASKS
-from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, scored_in
+from halve.recipe.rounds import cuts_original, learns_from_previous, named, nested_students, rounds, scored_in
 from halve.recipe.schema import CHAT_PROMPTS, HOW, Distill, Recipe
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
-SECTIONS = ("correct", "score", "prune", "cache", "distill", "evaluate", "report")
+SECTIONS = ("correct", "score", "prune", "nest", "cache", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
 _OF_CONVERSATIONS = ("data.messages_field", "data.count")
 _INPUTS = ("teacher", "train", "valid")
@@ -99,11 +99,17 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     tasks = ("-evaluate.data",) if recipe.evaluate.asks_tasks else tuple(f"-evaluate.{key}" for key in OF_TASKS)
     reads = (*_everywhere(recipe), "evaluate", "-evaluate.choices", *usual, *tasks)
     measured = ("teacher", "valid", "choices", *(("task_data",) if recipe.evaluate.asks_tasks else ()))
-    act = _evaluate(models, beside, subject=subject)
+    act = _evaluate(models, beside, _inside(recipe, models), subject=subject)
     listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
     everything = tuple(stage.name for stage in listed)
     listed.append(Stage("report", "report", recipe, (*_everywhere(recipe), "name"), everything, (), 1, _report))
     return tuple(listed)
+
+
+def _inside(recipe: Recipe, models: Mapping[str, str]) -> dict[str, str]:
+    """The students inside the student, by name and folder."""
+    trained = models.get("distilled")
+    return {} if trained is None else {name: f"{trained}/{name}" for name in nested_students(recipe)}
 
 
 def _everywhere(recipe: Recipe) -> _Names:
@@ -135,6 +141,11 @@ def _round(
     reads = ("prune", "score", "-score.depth_task")
     add(prune, "prune", _prune(cut, score), reads, (*whole, score))
     models = {named("pruned", number): prune}
+    begun = prune  # what the student is before its training
+    if recipe.nest is not None:
+        begun = "nest"
+        reads = ("nest", "-nest.draws", "prune.gain", "score", "-score.depth_task")
+        add(begun, "nest", _nest(prune), reads, (prune,), ("train",))
     if recipe.distill is None:
         return listed, models
 
@@ -145,7 +156,9 @@ def _round(
         taught = (*taught, answers)
     for variant in ("student", *recipe.distill.baselines):
         distill_reads: _Names = ("data.documents", "distill", "-distill.baselines", *_but_how("distill"))
-        start = prune
+        start = begun
+        if recipe.nest is not None:
+            distill_reads = (*distill_reads, "nest")
         if variant == "ce":  # it has its own objective
             distill_reads = (*distill_reads, "-distill.objective", "-distill.temperature")
         elif recipe.corrects_beside:  # the teacher is trained as well
@@ -197,6 +210,15 @@ def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act
     return act
 
 
+def _nest(cut: str) -> _Act:
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import nest
+
+        return nest.run(recipe, student=run.model(cut), cache=run.cache, out=out, progress=run.progress)
+
+    return act
+
+
 def _cached_by(training: Distill) -> _Names:
     """The fields on which a cache depends: the drawn samples and what is stored for them. Nothing of the student."""
     keys = ["tokens", "batch", "phases", "eval_samples", "precision", "cache"]
@@ -232,15 +254,20 @@ def _distill(variant: str, start: str, teacher: str | None, answers: str | None)
     return act
 
 
-def _evaluate(models: Mapping[str, str], beside: Mapping[str, str], *, subject: str | None) -> _Act:
-    """Evaluate models, and teachers that were corrected beside, given by name and stage."""
+def _evaluate(
+    models: Mapping[str, str], beside: Mapping[str, str], inside: Mapping[str, str], *, subject: str | None
+) -> _Act:
+    """Evaluate models, and teachers that were corrected beside, given by name and stage.
+
+    `inside` are students inside the student, by name and folder.
+    """
 
     def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.model.checkpoint import Checkpoint
         from halve.stages import evaluate
 
         taught = {name: Checkpoint.open(run.folder.stage(stage) / "teacher") for name, stage in beside.items()}
-        made = {name: run.model(stage) for name, stage in models.items()}
+        made = {name: run.model(stage) for name, stage in {**models, **inside}.items()}
         return evaluate.run(
             recipe,
             models={"teacher": run.teacher, **taught, **made},

@@ -85,6 +85,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     yield partial(check_conversations, recipe, teacher)
     yield partial(_check_search, recipe, teacher)
     yield partial(_check_plan, recipe, teacher)
+    yield partial(_check_nest, recipe, teacher)
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
     yield partial(_check_correction, recipe, teacher)
@@ -162,6 +163,12 @@ def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
                 why=f"round {number - 1} has no section distill, so its student stays as it was cut",
                 fix=f"add distill: to round {number - 1}, or teacher: original to round {number}",
             )
+
+
+def _check_nest(recipe: Recipe, teacher: Checkpoint) -> None:
+    from halve.preflight.nests import check_nest
+
+    check_nest(recipe, teacher)
 
 
 def _check_correction(recipe: Recipe, teacher: Checkpoint) -> None:

@@ -9,7 +9,7 @@ Tokens are training tokens. Calibration adds to FLOPs alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from halve.cut.cost import Work
 from halve.errors import RecipeError
 from halve.model.checkpoint import Checkpoint
 from halve.preflight.device import PlannedDevice
-from halve.preflight.sizes import planned_rounds
+from halve.preflight.nests import planned_nest
+from halve.preflight.sizes import PlannedRound, planned_rounds
 from halve.preflight.work import planned_work
 from halve.recipe.rounds import parsed, rounds
 from halve.recipe.schema import Recipe
@@ -124,7 +125,8 @@ def cost_of_recipe(
 
     A size takes the `learning` FLOPs of `scratch_tokens` tokens from scratch, with samples of `data.context` tokens. In
     the family it takes what the dry run counts for its round, without the baselines. A correction of the teacher counts
-    for the first student. Raises `RecipeError` if a round has no distillation, and what `planned_rounds` raises.
+    for the first student. Students of a nest share their training. Raises `RecipeError` if a round has no distillation,
+    and what `planned_rounds` raises.
     """
     shapes, context = planned_rounds(recipe, teacher), recipe.data.context
     if any(part.distill is None for part in rounds(recipe)):
@@ -148,7 +150,21 @@ def cost_of_recipe(
         student = Costed(shape.student, shape.after, context, shape.kept_layers)
         name = "student" if not recipe.then else f"student {number}"
         members.append(Member(name, shape.counts().params, scratch(student), Work(tokens, sum(mine))))
+    if recipe.nest is not None:
+        members = [*members[:-1], *_nested(recipe, shapes, members[-1], scratch)]
     return FamilyCost(tuple(members), device, price)
+
+
+def _nested(
+    recipe: Recipe, shapes: Sequence[PlannedRound], largest: Member, scratch: Callable[[Costed], Work]
+) -> Iterator[Member]:
+    """The student and those inside it. Each is drawn in its share of the steps; FLOPs are split evenly."""
+    assert recipe.nest is not None
+    anatomy, sizes = planned_nest(recipe, shapes)
+    made = Work(largest.made.tokens * recipe.nest.draws / len(sizes), largest.made.flops / len(sizes))
+    for number, arch in enumerate(sizes, 1):
+        name = largest.name if number == 1 else f"nested {number}"
+        yield Member(name, anatomy.ledger.count(arch).params, scratch(Costed(anatomy, arch, recipe.data.context)), made)
 
 
 def cost_of_sizes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from halve.anatomy import Arch, Counts
@@ -12,6 +12,7 @@ from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
 from halve.preflight.device import PlannedDevice, at_hand
 from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
+from halve.preflight.nests import planned_nest, with_smaller
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
 from halve.preflight.times import a_card, hours_by_stage
@@ -41,6 +42,8 @@ class Forecast:
     student_counts: Counts
     dropped_layers: tuple[int, ...]
     rounds: tuple[Round, ...]
+    nested: tuple[Round, ...]
+    """The smaller students inside the student, without the layers that they drop: scores choose them."""
     runtimes: tuple[tuple[str, str, str], ...]
     tokens: dict[str, int]
     flops: dict[str, float]
@@ -134,6 +137,7 @@ def forecast(
         student_counts=made[-1].counts,
         dropped_layers=made[-1].dropped_layers,
         rounds=made,
+        nested=_inside(recipe, shapes),
         runtimes=_opened(shapes[max(n for n in range(len(shapes)) if cuts_original(recipe, n + 1)) :]),
         tokens={stage: round(stage_work.tokens) for stage, stage_work in done.items()},
         flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
@@ -154,6 +158,13 @@ def _made(shape: PlannedRound, context: int) -> Round:
     return Round(
         shape.after, shape.counts(context=context), () if kept is None else tuple(i for i in layers if i not in kept)
     )
+
+
+def _inside(recipe: Recipe, shapes: Sequence[PlannedRound]) -> tuple[Round, ...]:
+    if recipe.nest is None:
+        return ()
+    student, sizes = planned_nest(recipe, shapes)
+    return tuple(Round(arch, student.ledger.count(arch, context=recipe.data.context), ()) for arch in sizes[1:])
 
 
 def _opened(found: Sequence[PlannedRound]) -> tuple[tuple[str, str, str], ...]:
@@ -188,6 +199,8 @@ def _memory(
         if part.distill is None:
             continue
         name = named("distill", number)
+        if recipe.nest is not None:  # every rank holds all of the student
+            place = replace(place, replicas=place.ranks)
         distillation = distillations[name] = Distillation(
             part.distill,
             _sized(shape, shape.after),
@@ -200,6 +213,8 @@ def _memory(
         memory[name] = (
             distillation.with_correction(recipe.correct) if corrects and recipe.correct else distillation.memory()
         )
+        if recipe.nest is not None:
+            memory[name] = with_smaller(memory[name], *planned_nest(recipe, found), recipe.nest.draws)
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from halve.disk.gguf_header import DEQUANTIZED_BYTES, is_gguf
 from halve.errors import HalveError
 from halve.preflight.memory import dtype_of, moments
+from halve.preflight.nests import planned_nest
 from halve.preflight.rehearsal import Learned, learned
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, rounds, trainings
@@ -79,6 +80,11 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
         student, training = shape.counts().params, part.distill
         student_bytes = student * itemsize
         line.make(student_bytes)
+        inside = 0
+        if recipe.nest is not None:
+            line.make(student_bytes)  # with its axes sorted
+            anatomy, sizes = planned_nest(recipe, found)
+            inside = sum(anatomy.ledger.count(arch).params for arch in sizes[1:]) * itemsize
         if training is None:
             continue
         state, beside = _state(training, learned(shape.config(), training), student), 0
@@ -87,7 +93,7 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
         for variant in ("student", *training.baselines):
             if variant == "random_prune":
                 line.make(student_bytes)  # its starting point is a separate model
-            made, states = student_bytes, state
+            made, states = student_bytes + inside, state
             if recipe.corrects_beside and variant != "ce":
                 made, states = made + whole, states + beside
             line.make(made, state=states, training=training, context=context)

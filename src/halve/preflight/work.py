@@ -12,6 +12,7 @@ from halve.cut.cost import Work
 from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
+from halve.preflight.nests import nesting, planned_nest, taught_in_turns
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Distill, Recipe, Training
@@ -19,6 +20,8 @@ from halve.stages.prune import CHECK_SAMPLES
 from halve.text import boundary
 from halve.text.schedule import spans
 
+_PerToken = Callable[[int], float]
+"""FLOPs per token, by the length of the context."""
 _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
 
 
@@ -29,7 +32,7 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
     """
     done: dict[str, Work] = {}
 
-    def add(name: str, training: Training, per_token: Callable[[int], float]) -> None:
+    def add(name: str, training: Training, per_token: _PerToken) -> None:
         done[name] = Work(training.tokens, _over_phases(training, recipe.data.context, per_token))
 
     if asked := boundary.asked_documents(recipe, teacher):
@@ -48,7 +51,12 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         if "random_prune" in part.distill.baselines:
             done[f"{named('prune', number)} (random)"] = _cut_at_random(part, shape)
         source = shape if learns_from_previous(recipe, number) else found[0]
-        alone, taught = partial(_alone, shape), partial(_taught, shape, source, part.distill)
+        alone: _PerToken = partial(_alone, shape)
+        taught: _PerToken = partial(_taught, shape, source, part.distill)
+        if recipe.nest is not None:
+            student, sizes = planned_nest(recipe, found)
+            done["nest"] = nesting(recipe, Costed.of(student, recipe.data.context), sizes)
+            taught = partial(taught_in_turns, student, sizes, source.before, part.distill, recipe.nest.draws)
         if part.distill.cache != "none":  # the teacher runs once for all students
             add(named("cache", number), part.distill, partial(_cached, source, part.distill))
         add(distill, part.distill, taught)

@@ -59,6 +59,11 @@ def compares(score: Score) -> bool:
     return (score.depth, score.depth_pattern) != ("bi", "single")
 
 
+def nested_students(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the students inside the student: nested-2 is the second largest."""
+    return tuple(named("nested", number) for number in range(2, 2 + (len(recipe.nest.sizes) if recipe.nest else 0)))
+
+
 def named(base: str, number: int, variant: str = "") -> str:
     """The name of a stage or a model in round `number`.
 

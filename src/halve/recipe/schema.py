@@ -26,6 +26,7 @@ from halve.recipe.cutting import (
     ShapeChoice,
 )
 from halve.recipe.evaluations import CHAT_PROMPTS, Evaluate
+from halve.recipe.nesting import Nest
 from halve.recipe.searching import Search
 from halve.recipe.trainings import (
     HOW,
@@ -219,6 +220,7 @@ class Recipe(Section):
     prune: Prune = Field(Prune(), validate_default=True)
     distill: Distill | None = None
     then: tuple[Step, ...] = Field((), description="further rounds of prune and distill")
+    nest: Nest | None = Field(None, description="without this section, there are no students inside the student")
     evaluate: Evaluate = Evaluate()
 
     @property

@@ -24,7 +24,7 @@ _RANKED_COLUMNS = 32
 def learning_curves(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     """Loss against tokens, for every model that was trained."""
     students = {name: log for name, log in logs.items() if name != "corrected"}
-    kl = _heldout(students, "kl")
+    kl = [*_heldout(students, "kl"), *_inside(students)]
     ce = _heldout(students, "ce")
     figures = []
     if kl:
@@ -62,6 +62,18 @@ def _heldout(logs: Mapping[str, Sequence[Facts]], metric: str) -> list[Series]:
         if len(points) > 1:
             curves.append(Series(label(name).split(",")[0], color(name), tuple(points)))
     return curves
+
+
+def _inside(logs: Mapping[str, Sequence[Facts]]) -> list[Series]:
+    """The curves of students inside the student, which its log has as kl-2, kl-3 and so on."""
+    log = logs.get(SUBJECT, [])
+    metrics = sorted({key for line in log for key in line.get("heldout") or {} if key.startswith("kl-")})
+    by_name = {f"nested-{metric.removeprefix('kl-')}": metric for metric in metrics}
+    return [curve for name, metric in by_name.items() for curve in _named(_heldout({SUBJECT: log}, metric), name)]
+
+
+def _named(curves: Sequence[Series], name: str) -> list[Series]:
+    return [Series(label(name), color(name), curve.points) for curve in curves]
 
 
 def _losses(name: str, log: Sequence[Facts]) -> Series | None:

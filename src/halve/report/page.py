@@ -27,7 +27,7 @@ from halve.report.plots import figure
 from halve.report.sections import PageSection, Table
 from halve.report.task_tables import task_sections
 
-STAGES = ("correct", "score", "prune", "cache", "distill", "evaluate")
+STAGES = ("correct", "score", "prune", "nest", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
 READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
@@ -237,6 +237,8 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
 def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without keys that are not set, and without folder names, which may be private."""
     shown: dict[str, Any] = {key: _set(part) for key, part in recipe.items() if part is not None}
+    if not shown.get("nest"):
+        shown.pop("nest", None)
     if not shown.get("then"):
         shown.pop("then", None)
     shown["model"] = _short(shown["model"])

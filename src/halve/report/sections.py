@@ -21,6 +21,7 @@ LABELS = {
     "corrected": "Corrected teacher",
     "pruned": "Pruned, untrained",
     "distilled": "Distilled student",
+    "nested": "Student inside",
     "ce": "Trained with CE",
     "random_init": "Random start",
     "random_prune": "Random cut",

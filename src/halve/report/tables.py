@@ -167,9 +167,10 @@ def forecast_tables(found: Forecast) -> None:
     """The tables of `halve run --dry-run`."""
     from halve.cut.plan.sizes import format_count
 
-    archs = [found.teacher, *(planned.student for planned in found.rounds)]
-    counts = [found.teacher_counts, *(planned.counts for planned in found.rounds)]
-    names = ["student"] if len(found.rounds) == 1 else [f"round {i}" for i in range(1, len(counts))]
+    archs = [found.teacher, *(planned.student for planned in (*found.rounds, *found.nested))]
+    counts = [found.teacher_counts, *(planned.counts for planned in (*found.rounds, *found.nested))]
+    names = ["student"] if len(found.rounds) == 1 else [f"round {i}" for i in range(1, 1 + len(found.rounds))]
+    names += [f"nested {i}" for i in range(2, 2 + len(found.nested))]
     rows: list[Sequence[object]] = [
         (axis, *(getattr(arch, axis) for arch in archs)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
     ]

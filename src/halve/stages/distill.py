@@ -28,10 +28,12 @@ from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.head import Head, split
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Distill, Recipe
+from halve.stages.smaller import NEST, flops_of, open_nest, save_nest, with_smaller
 from halve.text.documents import require_apart
 from halve.text.opened import Text, open_text
 from halve.train.beside import Correction, correction
 from halve.train.loop import adapters, loop
+from halve.train.nested import Nest, Once
 from halve.train.objectives import intermediate
 from halve.train.objectives import logits as objectives
 from halve.train.ranks import shards
@@ -121,6 +123,9 @@ def run(
     if how.corrects:
         taught = _corrected(how, taught)
     lesson, teacher_ce = _lesson(how, taught, model, vocab=vocab, work=_flops(how, teacher, student))
+    nest = _nest(how, model, student)
+    if nest is not None:
+        lesson = with_smaller(lesson, nest, recipe, flops=flops_of(nest, student.anatomy, teacher.anatomy, recipe))
     files = loop.TrainFiles(out / ".checkpoints", out / "metrics.jsonl", recipe.seed, how.name)
     result = loop.train(model, lesson, text.course, files, device=device, ranks=ranks, progress=progress)
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -134,6 +139,8 @@ def run(
         "training": training.model_dump(mode="json"),
         **metrics,
     }
+    if nest is not None:
+        save_nest(nest, recipe, out, dtype=own_dtype, student=student, record=record, ranks=ranks)
     if how.corrects:
         _save_teacher(how, taught, out / "teacher", source=teacher.files, record=record)
     shards.save(model, out / "model", dtype=own_dtype, extra_from=student.files, record=record, ranks=ranks)
@@ -275,7 +282,8 @@ def _objective(
             temperature = training.temperature
             return objectives.distillation_from_draws(draws, vocab=vocab, kl=kl, temperature=temperature, ce=ce), None
         return objectives.distillation(CachedHidden(taught.by, taught.head), vocab=vocab, terms=terms, ce=ce), None
-    logits = objectives.distillation(taught.by, vocab=vocab, terms=terms, ce=ce)
+    teacher = taught.by if how.recipe.nest is None else Once(taught.by)
+    logits = objectives.distillation(teacher, vocab=vocab, terms=terms, ce=ce)
     states = training.intermediate
     if states is None:
         return logits, None
@@ -284,6 +292,13 @@ def _objective(
         student, taught.model, states=states.states, layers=states.layers, seed=how.recipe.seed
     )
     return intermediate.with_states(logits, matching, alpha=states.alpha), matching.map
+
+
+def _nest(how: _Setting, model: PreTrainedModel, student: Checkpoint) -> Nest | None:
+    """The students inside the student, if the recipe has some. The nest stage wrote them beside its model."""
+    if how.recipe.nest is None:
+        return None
+    return open_nest(model, student.anatomy, student.files.parent / NEST)
 
 
 def _start(how: _Setting, checkpoint: Checkpoint) -> PreTrainedModel:

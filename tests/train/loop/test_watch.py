@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,17 @@ def test_one_policy_for_all_trainings() -> None:
     assert (changed.distill.on_spike, changed.then[0].distill.on_spike) == ("skip", "skip")
     assert (changed.correct, changed.then[1].distill) == (None, None)
     assert on_spikes(changed, "rewind") == recipe
+
+
+def test_losses_of_different_kinds_are_not_compared() -> None:
+    """A small student's loss is no spike of a large one's; a checkpoint keeps the statistics of every kind."""
+    running = Running()
+    for _ in range(20):
+        running = running.at("large").accept(0.02)
+        running = running.at("small").accept(2.0)
+    assert running.at("large").objection(2.0, 1.0, factor=3.0) is not None
+    assert running.at("small").objection(2.1, 1.0, factor=3.0) is None
+    again = Running.of(json.loads(json.dumps(running.notes())))
+    assert again == running
+    assert again.at("large") == running.at("large")
+    assert again.at("large").mean == pytest.approx(0.02)

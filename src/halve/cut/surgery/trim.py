@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -34,33 +35,65 @@ def trim(
     config = resized(model.config, config_sizes(anatomy, plan.after), kept_layers=plan.layers)
     student = build(config, device=str(model.device), dtype=model.dtype)
     old = dict(model.named_parameters())
+    kept = parts(anatomy, plan, [name for name, _ in student.named_parameters()])
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            source, kept = _origin(name, plan, anatomy)
-            value = take(old[source], anatomy, source, kept)
+            value = kept[name].of(old)
             assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
             parameter.data = value.to(parameter.device).clone()
         _copy_buffers(model, student, plan, anatomy)
     student.tie_weights()
     _scale_norms(student, gains or {}, plan, anatomy)
-    if (scale := _embedding_factor(plan, anatomy)) != 1.0:
-        with torch.no_grad():
-            student.get_input_embeddings().weight.mul_(scale)
-        if anatomy.tied and anatomy.final_norm is not None:
-            _scale_output(student.get_submodule(anatomy.final_norm), 1 / scale)
+    scale = _embedding_factor(plan, anatomy)
+    if scale != 1.0 and anatomy.tied and anatomy.final_norm is not None:
+        _scale_output(student.get_submodule(anatomy.final_norm), 1 / scale)
     student.generation_config = model.generation_config
     return student.eval()
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """How one parameter of a smaller model is taken from the larger one's."""
+
+    source: str
+    """Its name in the larger model."""
+    entries: tuple[tuple[int, Tensor], ...]
+    """Dimensions of which not all entries stay where they are, and the entries that are taken."""
+    scale: float
+
+    def of(self, old: Mapping[str, Tensor]) -> Tensor:
+        """Its value, from the larger model's parameters by name. Gradients flow back into them."""
+        value = _selected(old[self.source], self.entries)
+        return value if self.scale == 1.0 else value * self.scale
+
+
+def parts(anatomy: Anatomy, plan: Plan, names: Iterable[str]) -> dict[str, Part]:
+    """How `trim` takes parameters with these names, without the gains of norms. Embeddings are scaled as it says."""
+    scale, made = _embedding_factor(plan, anatomy), {}
+    for name in names:
+        source, kept = _origin(name, plan, anatomy)
+        entries = _entries(anatomy, source, kept)
+        made[name] = Part(source, entries, scale if source == anatomy.embeddings[0] else 1.0)
+    return made
+
+
 def take(value: Tensor, anatomy: Anatomy, name: str, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
     """The kept part of one parameter, of any shape that the anatomy knows."""
-    sizes = anatomy.sizes.sizes
-    for dim, expr in enumerate(anatomy.params[name]):
-        cut = [axis for axis in expr.axes if axis in kept and len(kept[axis]) != sizes[axis]]
-        moved = [axis for axis in expr.axes if axis in kept and tuple(kept[axis]) != tuple(range(sizes[axis]))]
-        if cut or moved:
-            value = value.index_select(dim, expr.indices(sizes, kept).to(value.device))
+    return _selected(value, _entries(anatomy, name, kept))
+
+
+def _selected(value: Tensor, entries: tuple[tuple[int, Tensor], ...]) -> Tensor:
+    for dim, chosen in entries:
+        value = value.index_select(dim, chosen.to(value.device))
     return value
+
+
+def _entries(anatomy: Anatomy, name: str, kept: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, Tensor], ...]:
+    sizes, entries = anatomy.sizes.sizes, []
+    for dim, expr in enumerate(anatomy.params[name]):
+        if any(axis in kept and tuple(kept[axis]) != tuple(range(sizes[axis])) for axis in expr.axes):
+            entries.append((dim, expr.indices(sizes, kept)))
+    return tuple(entries)
 
 
 def _origin(name: str, plan: Plan, anatomy: Anatomy) -> tuple[str, dict[str, tuple[int, ...]]]:

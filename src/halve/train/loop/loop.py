@@ -7,7 +7,7 @@ dropout is off, and nothing else is random. So from a checkpoint, a killed run e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,6 +57,15 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Steps that differ, by their number, counted from 1."""
+
+    objective: Callable[[int], Objective]
+    kind: Callable[[int], str]
+    """Equal for steps whose losses can be compared. Only these are looked at to find a spike."""
+
+
+@dataclass(frozen=True)
 class Lesson:
     """What a model is trained for, and what is measured during training."""
 
@@ -69,6 +78,8 @@ class Lesson:
     """Its metrics are written at step 0, every `eval_every` steps and at the end."""
     flops: FlopsPerToken | None = None
     """The FLOPs of a token."""
+    turns: Turns | None = None
+    """If steps differ in what learns. Every rank then holds all of the model."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,8 @@ def train(
     """
     training = course.training
     require_shares(training, ranks.size)
-    learner = shards.learner(student, training, device=device, half=is_half(training, device), ranks=ranks)
+    whole, half = lesson.turns is not None, is_half(training, device)
+    learner = shards.learner(student, training, device=device, half=half, ranks=ranks, whole=whole)
     trained = _trained(student, lesson.extra, training, device=device)
     groups = [trained] if lesson.beside is None else [trained, lesson.beside.trained]
     with (
@@ -201,8 +213,10 @@ class _UnderWay:
         batch = self.course.batch(step)
         waited = time.perf_counter() - began
         parts = list(ranks.share(batch).split(training.micro_batch or training.batch))
-        step_gradients = self._gradients(parts)
+        step_gradients = self._gradients(parts, step)
         line: dict[str, Any] = {"step": step, "tokens": self.course.tokens(step)}
+        if self.lesson.turns is not None:
+            self.running = self.running.at(self.lesson.turns.kind(step))
         spike = self.running.objection(step_gradients.loss, step_gradients.norm, factor=training.spike_factor)
         if spike is not None:
             drop(self.trained)
@@ -229,12 +243,14 @@ class _UnderWay:
         _require_finite(self.figures, step, self.keeper, training)
         return {"heldout": self.figures}
 
-    def _gradients(self, parts: Sequence[Batch]) -> StepGradients:
+    def _gradients(self, parts: Sequence[Batch], step: int) -> StepGradients:
+        turns = self.lesson.turns
+        objective = self.lesson.objective if turns is None else turns.objective(step)
         head, precision = self.learner.head(), autocast(self.course.training, self.device)
 
         def summed(part: Batch) -> tuple[Tensor, int]:
             with precision:
-                return self.lesson.objective(self.learner.body, head, part.to(self.device))
+                return objective(self.learner.body, head, part.to(self.device))
 
         settle, ranks = partial(self.learner.settle, head), self.learner.ranks
         return gradients(self.trained, summed, parts, settle=settle, ranks=ranks)

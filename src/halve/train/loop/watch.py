@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -55,13 +55,25 @@ class Running:
     count: int = 0
     spikes: tuple[int, ...] = ()
     variance: float = 0.0
+    kind: str = ""
+    """Of which kind of steps. Losses of different kinds, such as those of students of several sizes, differ anyway."""
+    others: Mapping[str, tuple[float, int, float]] = field(default_factory=dict)
+    """Mean, count and variance of the steps of other kinds."""
+
+    def at(self, kind: str) -> Running:
+        """The same for a step of a kind."""
+        if kind == self.kind:
+            return self
+        others = {**self.others, self.kind: (self.mean, self.count, self.variance)}
+        mean, count, variance = others.pop(kind, (0.0, 0, 0.0))
+        return Running(mean, count, self.spikes, variance, kind, others)
 
     def accept(self, loss: float) -> Running:
         """Add a loss: a plain mean over the first `HORIZON` losses, then an exponential one with this horizon."""
         count, off = self.count + 1, loss - self.mean
         mean = self.mean + off / min(count, HORIZON)
         variance = self.variance + (off * (loss - mean) - self.variance) / min(count, HORIZON)
-        return Running(mean, count, self.spikes, variance)
+        return replace(self, mean=mean, count=count, variance=variance)
 
     def leave_out(self, step: int) -> Running:
         """Add a skipped step."""
@@ -97,7 +109,9 @@ class Running:
         """Read from `notes`. Without notes, the initial state."""
         if not notes:
             return cls()
-        return cls(notes["mean"], notes["count"], tuple(notes["spikes"]), notes.get("variance", 0.0))
+        others = {kind: (float(mean), int(count), float(of)) for kind, (mean, count, of) in notes["others"].items()}
+        read = (notes["mean"], notes["count"], tuple(notes["spikes"]), notes["variance"])
+        return cls(*read, notes["kind"], others)
 
 
 def mfu(flops: float, seconds: float, *, device: str, half: bool, ranks: int) -> float | None:

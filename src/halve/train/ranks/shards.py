@@ -61,14 +61,23 @@ class Learner:
                 whole.grad = None
 
 
-def learner(model: PreTrainedModel, training: Training, *, device: str, half: bool, ranks: Ranks = ALONE) -> Learner:
+def learner(
+    model: PreTrainedModel,
+    training: Training,
+    *,
+    device: str,
+    half: bool,
+    ranks: Ranks = ALONE,
+    whole: bool = False,
+) -> Learner:
     """Prepare a model, in place, to be trained by `ranks`, as float32 masters on `device`.
 
     With several ranks, each takes its shards from a model that should be in main memory (`Ranks.home`). `half` says
-    whether products are computed in bfloat16. Make optimizers from the parameters that the model has afterwards.
+    whether products are computed in bfloat16. With `whole`, every rank holds all weights, and a step adds up their
+    gradients. Make optimizers from the parameters that the model has afterwards.
     """
     model.eval()  # not train(), because with dropout a step would depend on more than its number
-    if ranks.alone:
+    if ranks.alone or whole:
         model.to(device)
         if model.dtype in _HALF:
             model.float()
@@ -76,7 +85,7 @@ def learner(model: PreTrainedModel, training: Training, *, device: str, half: bo
     blocks.recompute(model, training.activation_checkpointing)
     if training.compile:
         blocks.compiled(model)
-    if not ranks.alone:
+    if not (ranks.alone or whole):
         blocks.shard(model, body.module, ranks.mesh(training.replicas), half=half, trains=True)
         output = model.get_output_embeddings()
         head = replace(head, weight=output.weight, bias=getattr(output, "bias", None))

@@ -1,0 +1,111 @@
+"""Students inside one student against separate runs with the same total of training tokens.
+
+    python benchmarks/nested.py WORK [--tokens 393216] [--seeds 0] [--arms ...] [--out FILE.jsonl]
+
+On the demo's teacher and texts, three sizes. All arms see the same number of training tokens over all three sizes:
+
+    nested          one run with a nest; the largest student is cut with halve's default refit
+    nested-plain    the same from a plain cut: no refit, no rotation
+    separate        three runs with a third of the tokens each, every cut with the default refit
+    separate-plain  the same from plain cuts
+
+A row for each student and seed: parameters, KL to the teacher, bits per byte and their standard errors, straight after
+the cut and after training (a nest's smaller students after the cut are on the samples of the training's measurements).
+Runs live in WORK and resume; a row that stands in the file is not made again. The teacher is not corrected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from halve.demo.run import make_recipe
+from halve.pipeline import run as pipeline
+from halve.recipe.schema import Recipe
+
+SIZES = (
+    {"hidden": 96, "ffn": 224, "layers": 10},
+    {"hidden": 80, "ffn": 160, "layers": 9},
+    {"hidden": 64, "ffn": 112, "layers": 8},
+)
+PLAIN = {"refit": "none", "rotation": "none", "selection": "rank"}
+ARMS = ("nested", "separate", "separate-plain", "nested-plain")
+STEP = 16 * 256
+
+
+def main() -> None:
+    """Run every arm that is missing and print its rows."""
+    parser = argparse.ArgumentParser(description="Students inside one student against separate runs.")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--tokens", type=int, default=393_216, help="of all three sizes together")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--draws", type=int, default=1, help="students that learn in one step of a nest")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nested" / "rows.jsonl")
+    args = parser.parse_args()
+    base = make_recipe(args.work / "texts", long=False, corpus=None)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for seed in args.seeds:
+        for arm in args.arms:
+            about = {"arm": arm, "seed": seed, "tokens": args.tokens, "draws": args.draws}
+            if any(about.items() <= row.items() for row in known):
+                continue
+            with args.out.open("a") as file:
+                for row in list(rows(base, arm, seed, args)):
+                    file.write(json.dumps(about | row) + "\n")
+                    print(json.dumps(about | row), flush=True)
+
+
+def rows(base: Recipe, arm: str, seed: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one arm: one for each size, from large to small."""
+    cut = PLAIN if arm.endswith("plain") else {}
+    place = args.work / f"{arm}-{args.tokens}-{args.draws}-seed{seed}"
+    if arm.startswith("nested"):
+        made = recipe(base, seed, SIZES[0] | cut, args.tokens, nest={"sizes": SIZES[1:], "draws": args.draws})
+        results = evaluated(made, place, args.work)
+        first = json.loads((place / "distill" / "metrics.jsonl").read_text().splitlines()[0])["heldout"]
+        for number, name in enumerate(("distilled", "nested-2", "nested-3")):
+            at_first = first["kl" if number == 0 else f"kl-{number + 1}"]
+            yield row(number, results["models"][name], kl_cut=at_first)
+        return
+    for number, size in enumerate(SIZES):
+        made = recipe(base, seed, size | cut, args.tokens // len(SIZES))
+        results = evaluated(made, place / str(number), args.work)
+        yield row(number, results["models"]["distilled"], kl_cut=results["models"]["pruned"]["kl"]["value"])
+
+
+def recipe(base: Recipe, seed: int, prune: dict[str, Any], tokens: int, **more: Any) -> Recipe:
+    """The demo's recipe with this seed, cut and number of training tokens, without correction and baselines."""
+    raw = base.model_dump(mode="json", exclude_unset=True)
+    raw["distill"] |= {"tokens": tokens // STEP * STEP, "baselines": []}
+    raw["evaluate"] |= {"speed": False, "choices": [], "prompts": [], "chat_prompts": []}
+    return Recipe.model_validate({**raw, "seed": seed, "correct": None, "prune": prune, **more})
+
+
+def evaluated(made: Recipe, place: Path, work: Path) -> dict[str, Any]:
+    """The evaluation of a run, which resumes or is done."""
+    pipeline.run(made, place, cache=work / "cache")
+    results: dict[str, Any] = json.loads((place / "evaluate" / "results.json").read_text())
+    return results
+
+
+def row(number: int, model: dict[str, Any], *, kl_cut: float) -> dict[str, Any]:
+    """What is told of one student."""
+    return {
+        "size": number + 1,
+        **SIZES[number],
+        "params": model["params"],
+        "kl_cut": kl_cut,
+        "kl": model["kl"]["value"],
+        "kl_stderr": model["kl"]["stderr"],
+        "bits_per_byte": model["bits_per_byte"]["value"],
+        "bits_per_byte_stderr": model["bits_per_byte"]["stderr"],
+    }
+
+
+if __name__ == "__main__":
+    main()
