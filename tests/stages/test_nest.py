@@ -24,7 +24,7 @@ from halve.recipe.schema import Recipe
 from halve.stages import distill
 from halve.stages.smaller import open_nest
 from halve.train.loop import checkpoints
-from halve.train.nested import Once, drawn
+from halve.train.nested import Once, students_of_step
 
 MakeRecipe = Callable[..., Recipe]
 DISTILL = {"tokens": 6 * 8 * 32, "batch": 8, "micro_batch": 4, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1}
@@ -160,15 +160,15 @@ class CountedOnce(Once[Any]):
 
 
 def test_the_same_seed_draws_the_same_students() -> None:
-    first = [drawn(0, step, students=3, draws=1) for step in range(1, 31)]
-    assert first == [drawn(0, step, students=3, draws=1) for step in range(1, 31)]
-    assert first != [drawn(1, step, students=3, draws=1) for step in range(1, 31)]
+    first = [students_of_step(0, step, students=3, draws=1) for step in range(1, 31)]
+    assert first == [students_of_step(0, step, students=3, draws=1) for step in range(1, 31)]
+    assert first != [students_of_step(1, step, students=3, draws=1) for step in range(1, 31)]
     assert Counter(number for numbers in first for number in numbers) == {0: 10, 1: 10, 2: 10}
 
 
 @pytest.mark.parametrize("draws", [1, 2, 3, 4])
 def test_every_student_is_drawn_equally_often_and_once_a_step(draws: int) -> None:
-    steps = [drawn(7, step, students=4, draws=draws) for step in range(1, 13)]
+    steps = [students_of_step(7, step, students=4, draws=draws) for step in range(1, 13)]
     assert all(len(set(numbers)) == draws for numbers in steps)
     assert set(Counter(number for numbers in steps for number in numbers).values()) == {3 * draws}
 

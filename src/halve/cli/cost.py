@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,9 @@ from halve.cli.flags import AsJson
 from halve.cli.hints import say_next
 from halve.errors import PlanError
 from halve.recipe.read import load_recipe
+
+if TYPE_CHECKING:
+    from halve.preflight.family_cost import FamilyCost
 
 
 def cost(
@@ -45,37 +50,40 @@ def cost(
     The family is the teacher of a recipe and all its students, or a list of sizes. No weights are read.
     """
     from halve.cut.plan.sizes import parse_count
-    from halve.model.checkpoint import Checkpoint
     from halve.preflight.device import gpu
-    from halve.preflight.family_cost import cost_of_recipe, cost_of_sizes
     from halve.report.costs import cost_tables
     from halve.report.tables import as_json
 
-    planned, from_scratch = gpu(device, mfu), parse_count(scratch)
+    family = _family(recipe, sizes, tokens)
+    found = family(scratch_tokens=parse_count(scratch), device=gpu(device, mfu), price=price)
+    if json_:
+        as_json(found.to_json())
+        return
+    cost_tables(found)
+    if recipe is not None:
+        say_next(f"halve run {recipe} --dry-run")
+
+
+def _family(recipe: Path | None, sizes: str | None, tokens: str | None) -> Callable[..., FamilyCost]:
+    """The family that is meant, for which only the circumstances are missing."""
+    from halve.cut.plan.sizes import parse_count
+    from halve.model.checkpoint import Checkpoint
+    from halve.preflight.family_cost import cost_of_recipe, cost_of_sizes
+
     if recipe is not None:
         if sizes is not None or tokens is not None:
             raise _unclear("a recipe has its own sizes and tokens", "leave out --sizes and --tokens")
         loaded = load_recipe(recipe)
-        teacher = Checkpoint.open(loaded.model)
-        family = cost_of_recipe(loaded, teacher, scratch_tokens=from_scratch, device=planned, price=price)
-    else:
-        counts = [parse_count(size.strip()) for size in (sizes or "").split(",") if size.strip()]
-        if len(counts) < 2 or tokens is None:
-            raise _unclear(
-                "without a recipe it takes at least two sizes, and the tokens of the smaller ones",
-                "halve cost --sizes 15.6B,8.3B,4.2B --tokens 94B --scratch 3.8T",
-            )
-        if counts != sorted(counts, reverse=True):
-            raise _unclear("the teacher, which is the largest, comes first", "order --sizes from large to small")
-        family = cost_of_sizes(
-            counts, tokens=parse_count(tokens), scratch_tokens=from_scratch, device=planned, price=price
+        return partial(cost_of_recipe, loaded, Checkpoint.open(loaded.model))
+    counts = [parse_count(size.strip()) for size in (sizes or "").split(",") if size.strip()]
+    if len(counts) < 2 or tokens is None:
+        raise _unclear(
+            "without a recipe it takes at least two sizes, and the tokens of the smaller ones",
+            "halve cost --sizes 15.6B,8.3B,4.2B --tokens 94B --scratch 3.8T",
         )
-    if json_:
-        as_json(family.to_json())
-        return
-    cost_tables(family)
-    if recipe is not None:
-        say_next(f"halve run {recipe} --dry-run")
+    if counts != sorted(counts, reverse=True):
+        raise _unclear("the teacher, which is the largest, comes first", "order --sizes from large to small")
+    return partial(cost_of_sizes, counts, tokens=parse_count(tokens))
 
 
 def _unclear(why: str, fix: str) -> PlanError:

@@ -12,7 +12,7 @@ from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
 from halve.preflight.device import PlannedDevice, at_hand
 from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
-from halve.preflight.nests import planned_nest, with_smaller
+from halve.preflight.nests import nest_memory, planned_nest
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
 from halve.preflight.times import a_card, hours_by_stage
@@ -214,7 +214,7 @@ def _memory(
             distillation.with_correction(recipe.correct) if corrects and recipe.correct else distillation.memory()
         )
         if recipe.nest is not None:
-            memory[name] = with_smaller(memory[name], *planned_nest(recipe, found), recipe.nest.draws)
+            memory[name] = nest_memory(memory[name], *planned_nest(recipe, found), recipe.nest.draws)
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()

@@ -54,7 +54,7 @@ def taught_in_turns(
     return answering(Costed.of(teacher, context), training) + draws * mean
 
 
-def with_smaller(memory: Memory, student: Anatomy, sizes: Sequence[Arch], draws: int) -> Memory:
+def nest_memory(memory: Memory, student: Anatomy, sizes: Sequence[Arch], draws: int) -> Memory:
     """The memory of the largest student's training with students inside it, at most.
 
     Each student that a step draws keeps what it passes through until the backward pass, a smaller one also a float32

@@ -33,7 +33,7 @@ from halve.text.documents import require_apart
 from halve.text.opened import Text, open_text
 from halve.train.beside import Correction, correction
 from halve.train.loop import adapters, loop
-from halve.train.nested import Nest, Once
+from halve.train.nested import NestedStudents, Once
 from halve.train.objectives import intermediate
 from halve.train.objectives import logits as objectives
 from halve.train.ranks import shards
@@ -294,7 +294,7 @@ def _objective(
     return intermediate.with_states(logits, matching, alpha=states.alpha), matching.map
 
 
-def _nest(how: _Setting, model: PreTrainedModel, student: Checkpoint) -> Nest | None:
+def _nest(how: _Setting, model: PreTrainedModel, student: Checkpoint) -> NestedStudents | None:
     """The students inside the student, if the recipe has some. The nest stage wrote them beside its model."""
     if how.recipe.nest is None:
         return None

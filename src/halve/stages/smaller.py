@@ -12,12 +12,12 @@ from torch import Tensor
 from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.work import Costed, FlopsPerToken, answering, learning
 from halve.cut.plan.nest import prefix_plan
-from halve.cut.surgery.trim import parts, trim
+from halve.cut.surgery.trim import cut_parts, trim
 from halve.disk.files import read_object
 from halve.recipe.rounds import nested_students
 from halve.recipe.schema import Recipe
 from halve.train.loop.loop import Lesson
-from halve.train.nested import Nest, Smaller, measuring_all, taking_turns
+from halve.train.nested import NestedStudents, Smaller, measuring_all, taking_turns
 from halve.train.ranks import shards
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ NEST = "nest.json"
 """Beside the sorted model: for each smaller student `arch`, `layers` and `gains`, from large to small."""
 
 
-def open_nest(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> Nest:
+def open_nest(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> NestedStudents:
     """The students inside a sorted model, by the file `path` of the nest stage."""
-    return Nest(model, [_smaller(model, anatomy, entry) for entry in read_object(path)["sizes"]])
+    return NestedStudents(model, [_smaller(model, anatomy, entry) for entry in read_object(path)["sizes"]])
 
 
 def _smaller(model: PreTrainedModel, anatomy: Anatomy, entry: Mapping[str, Any]) -> Smaller:
@@ -42,7 +42,7 @@ def _smaller(model: PreTrainedModel, anatomy: Anatomy, entry: Mapping[str, Any])
     cut = trim(model, plan, anatomy, gains=entry["gains"])
     norms, names = discover(cut.config).norms, [name for name, _ in cut.named_parameters()]
     own = tuple(name for name in names if name.rpartition(".")[0] in norms)
-    made_of = parts(anatomy, plan, [name for name in names if name not in own])
+    made_of = cut_parts(anatomy, plan, [name for name in names if name not in own])
 
     def shared(largest: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: part.of(largest) for name, part in made_of.items()}
@@ -50,7 +50,7 @@ def _smaller(model: PreTrainedModel, anatomy: Anatomy, entry: Mapping[str, Any])
     return Smaller(cut, own, shared)
 
 
-def with_smaller(lesson: Lesson, nest: Nest, recipe: Recipe, *, flops: FlopsPerToken) -> Lesson:
+def with_smaller(lesson: Lesson, nest: NestedStudents, recipe: Recipe, *, flops: FlopsPerToken) -> Lesson:
     """The lesson of the largest student, for all of them."""
     assert recipe.nest is not None
     turns = taking_turns(nest, lesson.objective, seed=recipe.seed, draws=recipe.nest.draws)
@@ -58,7 +58,7 @@ def with_smaller(lesson: Lesson, nest: Nest, recipe: Recipe, *, flops: FlopsPerT
     return replace(lesson, extra=nest, turns=turns, heldout=heldout, flops=flops)
 
 
-def flops_of(nest: Nest, student: Anatomy, teacher: Anatomy, recipe: Recipe) -> FlopsPerToken:
+def flops_of(nest: NestedStudents, student: Anatomy, teacher: Anatomy, recipe: Recipe) -> FlopsPerToken:
     """FLOPs per token of training: the teacher once, and as many students of mean size as a step draws."""
     assert recipe.nest is not None
     assert recipe.distill is not None
@@ -73,7 +73,7 @@ def flops_of(nest: Nest, student: Anatomy, teacher: Anatomy, recipe: Recipe) -> 
 
 
 def save_nest(
-    nest: Nest,
+    nest: NestedStudents,
     recipe: Recipe,
     out: Path,
     *,

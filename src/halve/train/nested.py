@@ -42,7 +42,7 @@ class Smaller:
     """All others, from the largest student's parameters by name."""
 
 
-class Nest(nn.Module):
+class NestedStudents(nn.Module):
     """The students inside one model, counted from 0, the largest. Its parameters are those that are their own.
 
     The models of the smaller students lose the values of their parameters: they are read from the largest.
@@ -148,10 +148,10 @@ def _key(name: str) -> str:
 # ---- drawing
 
 
-def drawn(seed: int, step: int, *, students: int, draws: int) -> tuple[int, ...]:
+def students_of_step(seed: int, step: int, *, students: int, draws: int) -> tuple[int, ...]:
     """The students that learn in a step, counted from 1. Of so many steps as there are students each draws them alike.
 
-    >>> sorted(drawn(0, 1, students=3, draws=1) + drawn(0, 2, students=3, draws=1) + drawn(0, 3, students=3, draws=1))
+    >>> sorted(student for step in (1, 2, 3) for student in students_of_step(0, step, students=3, draws=1))
     [0, 1, 2]
     """
     turn, place = divmod(step - 1, students)
@@ -159,11 +159,11 @@ def drawn(seed: int, step: int, *, students: int, draws: int) -> tuple[int, ...]
     return tuple(sorted(order[(place * draws + n) % students] for n in range(draws)))
 
 
-def taking_turns(nest: Nest, objective: Objective, *, seed: int, draws: int) -> Turns:
+def taking_turns(nest: NestedStudents, objective: Objective, *, seed: int, draws: int) -> Turns:
     """The steps of all students: the mean of the losses of those that a step draws."""
 
     def numbers_of(step: int) -> tuple[int, ...]:
-        return drawn(seed, step, students=len(nest), draws=draws)
+        return students_of_step(seed, step, students=len(nest), draws=draws)
 
     def of_step(step: int) -> Objective:
         numbers = numbers_of(step)
@@ -177,7 +177,7 @@ def taking_turns(nest: Nest, objective: Objective, *, seed: int, draws: int) -> 
     return Turns(of_step, lambda step: " ".join(map(str, numbers_of(step))))
 
 
-def measuring_all(nest: Nest, figures: Heldout) -> Heldout:
+def measuring_all(nest: NestedStudents, figures: Heldout) -> Heldout:
     """The figures of the largest student, and `kl-2`, `kl-3`, ... of the others, from the second largest on."""
 
     def measure(body: Body, head: Head) -> Mapping[str, float]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halve.anatomy import Anatomy, discover
 from halve.cut.plan.nest import nested_axes, nested_layers, nested_sizes, prefix_plan, sorting_plan
-from halve.cut.surgery.trim import parts, trim
+from halve.cut.surgery.trim import cut_parts, trim
 from halve.errors import PlanError
 from halve.recipe.nesting import Nest
 
@@ -109,7 +109,7 @@ def test_a_slice_is_the_physical_cut_of_the_unsorted_model(family: str) -> None:
     plan = prefix_plan(anatomy, after, layers=range(anatomy.sizes.layers))
     names = [name for name, _ in model.named_parameters()]
     gained = {name for norm in anatomy.norms for name in names if name.startswith(f"{norm}.")}
-    inside = {name: part.of(dict(ordered.named_parameters())) for name, part in parts(anatomy, plan, names).items()}
+    inside = {name: part.of(dict(ordered.named_parameters())) for name, part in cut_parts(anatomy, plan, names).items()}
     by_prefix = dict(trim(ordered, plan, anatomy).named_parameters())
     for name in set(names) - gained:
         assert torch.equal(inside[name], by_prefix[name]), name
@@ -125,7 +125,7 @@ def test_gradients_of_a_slice_reach_the_entries_that_it_has() -> None:
     plan = prefix_plan(anatomy, anatomy.sizes.at(heads=2, kv_heads=2), layers=range(6))
     name = "model.layers.0.self_attn.q_proj.weight"
     weight = torch.zeros(120, 96, requires_grad=True)
-    parts(anatomy, plan, [name])[name].of({name: weight}).sum().backward()
+    cut_parts(anatomy, plan, [name])[name].of({name: weight}).sum().backward()
     assert weight.grad is not None
     reached = weight.grad.view(6, 20, 96)[:, 0, 0]  # of each group of two heads the first, of the first two groups
     assert reached.tolist() == [1, 0, 1, 0, 0, 0]

@@ -35,7 +35,7 @@ def trim(
     config = resized(model.config, config_sizes(anatomy, plan.after), kept_layers=plan.layers)
     student = build(config, device=str(model.device), dtype=model.dtype)
     old = dict(model.named_parameters())
-    kept = parts(anatomy, plan, [name for name, _ in student.named_parameters()])
+    kept = cut_parts(anatomy, plan, [name for name, _ in student.named_parameters()])
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             value = kept[name].of(old)
@@ -67,7 +67,7 @@ class Part:
         return value if self.scale == 1.0 else value * self.scale
 
 
-def parts(anatomy: Anatomy, plan: Plan, names: Iterable[str]) -> dict[str, Part]:
+def cut_parts(anatomy: Anatomy, plan: Plan, names: Iterable[str]) -> dict[str, Part]:
     """How `trim` takes parameters with these names, without the gains of norms. Embeddings are scaled as it says."""
     scale, made = _embedding_factor(plan, anatomy), {}
     for name in names:

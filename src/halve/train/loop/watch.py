@@ -109,9 +109,11 @@ class Running:
         """Read from `notes`. Without notes, the initial state."""
         if not notes:
             return cls()
-        others = {kind: (float(mean), int(count), float(of)) for kind, (mean, count, of) in notes["others"].items()}
-        read = (notes["mean"], notes["count"], tuple(notes["spikes"]), notes["variance"])
-        return cls(*read, notes["kind"], others)
+        others = {
+            kind: (float(mean), int(count), float(of)) for kind, (mean, count, of) in notes.get("others", {}).items()
+        }
+        read = (notes["mean"], notes["count"], tuple(notes["spikes"]), notes.get("variance", 0.0))
+        return cls(*read, notes.get("kind", ""), others)
 
 
 def mfu(flops: float, seconds: float, *, device: str, half: bool, ranks: int) -> float | None:
