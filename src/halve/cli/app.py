@@ -307,18 +307,19 @@ def _folder(recipe: Recipe, out: Path | None) -> Path:
 def _prune(wishes: dict[str, Any]) -> Prune:
     try:
         prune = Prune.model_validate(wishes)
-        if not any(prune.sized_by.values()):
-            raise ValueError(ONE_SIZE)
-        return prune
+        lines = ["", ONE_SIZE, ""]
     except ValueError as error:
+        prune = Prune()
         lines = [line.strip() for line in str(error).splitlines()]
+    if not any(prune.sized_by.values()):
         key = f"{lines[1].replace('_', '-')}: " if lines[1] in wishes else ""
         message = key + lines[2 if key else -2].removeprefix("Value error, ").split(" [type")[0]
         raise PlanError(
             "these flags make no plan",
             why=message,
             fix="halve plan MODEL --params 4.5B, or --hidden 3072 --ffn 9216, or --drop-layers 16-31",
-        ) from None
+        )
+    return prune
 
 
 def _show_results(folder: Path, *, json_: bool) -> None:
