@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cut_methods import METHODS, NOTHING, PLAIN, Depth, Setting, Width, scores_of
-from transformers import PreTrainedModel
+from cut_methods import METHODS, NOTHING, PLAIN, Depth, Setting, Width, depth_arch, scores_of
 
 from halve.anatomy import Anatomy, Arch
 from halve.cut import apply
@@ -53,6 +52,31 @@ ROWS: dict[str, Row] = {
 }
 """All rows but halve's default, which is the run of a recipe."""
 BASELINES = tuple(name for name in ROWS if not name.startswith("plain"))
+
+
+def _ours(shape: str, **prune: Any) -> Row:
+    return Row(Width("halve's refit", prune=prune, ours=True), 1024, 512, "", (shape,))
+
+
+_RANKED = {"selection": "rank", "rotation": "none"}
+OWN: dict[str, Row] = {
+    **{
+        f"refit {shape}, {tokens:,} tokens": _ours(shape, **_RANKED, refit_tokens=tokens)
+        for tokens in (2_048, 16_384, 32_768, 49_152, 98_304)
+        for shape in ("ffn", "depth", "even")
+    },
+    **{
+        f"rotated and refit even, {tokens:,} tokens": _ours(
+            "even", selection="rank", rotation="pca", refit_tokens=tokens
+        )
+        for tokens in (2_048, 16_384, 49_152)
+    },
+    **{
+        f"refit ffn, {tokens:,} tokens, neurons by refit": _ours("ffn", selection="refit", refit_tokens=tokens)
+        for tokens in (32_768, 49_152)
+    },
+}
+"""halve's refit in one shape each: how many tokens it needs, and whether rotation and selection by refit pay."""
 FEW = 64
 """Samples on which a method that solves is tried in each of its shapes."""
 
@@ -72,6 +96,7 @@ def shapes_of(row: Row, anatomy: Anatomy, ratio: float) -> dict[str, Arch]:
         key=lambda arch: abs(own.ledger.count(arch).non_embedding - budget[0]),
     )
     named["even"] = target(own, prune)[0]
+    named["depth"] = depth_arch(own, ratio)
     return {name: named[name] for name in row.shapes if name in named}
 
 
@@ -81,28 +106,24 @@ def _name(before: Arch, after: Arch) -> str:
 
 
 def prune_of(method: Width, ratio: float, samples: int | None) -> Prune:
-    """The settings of a width method that solves on so many samples; none: by halve's own rule."""
-    return Prune(non_embedding_ratio=ratio, refit_samples=samples, **method.prune)
+    """The settings of a width method that solves on so many samples; halve's own count tokens."""
+    counted = {} if method.ours else {"refit_samples": samples}
+    return Prune(non_embedding_ratio=ratio, **counted, **method.prune)
 
 
-def width_student(
-    row: Row, ratio: float, after: Arch, setting: Setting, timed: dict[str, float], *, few: bool
-) -> PreTrainedModel:
-    """A student of these sizes; `few` solves on the first `FEW` samples alone."""
+def cut_to(
+    row: Row, ratio: float, after: Arch, setting: Setting, timed: dict[str, float], *, few: bool = False
+) -> apply.Cut:
+    """A cut to these sizes; `few` solves on the first `FEW` samples alone."""
     assert isinstance(row.method, Width)
     samples = min(FEW, setting.refit_samples) if few else setting.refit_samples
     prune = prune_of(row.method, ratio, samples)
     scores = scores_of(row.method.method, setting, timed)
     calibration = setting.calibration
     turned = apply.turn(calibration, prune, sizes=[after])
-    return apply.cut(calibration, scores, prune, apply.Goal(after), turned=turned).student
+    return apply.cut(calibration, scores, prune, apply.Goal(after), turned=turned)
 
 
 def solves(row: Row) -> bool:
     """Whether the cut itself reads the samples, so that trying a shape is not for free."""
     return isinstance(row.method, Width) and row.method.prune != NOTHING
-
-
-def names(wanted: Sequence[str]) -> list[str]:
-    """Rows by name; nothing: all."""
-    return list(wanted) or [DEFAULT, *ROWS]

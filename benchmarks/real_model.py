@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from cut_methods import Depth, Setting, scores_of
-from real_cuts import DEFAULT, ROWS, Row, names, shapes_of, solves, width_student
+from real_cuts import DEFAULT, OWN, ROWS, Row, cut_to, shapes_of, solves
 from real_held import Held
 from real_text import KINDS, held_documents
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="scores, token files and runs")
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=[DEFAULT, *ROWS], default=[])
+    parser.add_argument("--rows", nargs="+", choices=[DEFAULT, *ROWS, *OWN], default=[DEFAULT, *ROWS])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -80,7 +80,7 @@ def main() -> None:
     if book.find(row="teacher", seed=args.seed) is None:
         book.add({"row": "teacher", "seed": args.seed, **bench.held.about(), **where()})
     for ratio in args.ratios:
-        for name in names(args.rows):
+        for name in args.rows:
             key = {"row": name, "ratio": ratio, "seed": args.seed}
             if book.find(**key) is None:
                 book.add({**key, **bench.measure(name, ratio), **where()})
@@ -155,7 +155,7 @@ class Bench:
     def measure(self, name: str, ratio: float) -> dict[str, Any]:
         """One row at one ratio."""
         began, cpu = time.perf_counter(), time.process_time()
-        student, line = self._default(ratio) if name == DEFAULT else self._row(ROWS[name], ratio)
+        student, line = self._default(ratio) if name == DEFAULT else self._row((ROWS | OWN)[name], ratio)
         line["seconds"] = {
             **line.get("seconds", {}),
             "cut_wall": time.perf_counter() - began,
@@ -206,9 +206,9 @@ class Bench:
         shapes = shapes_of(row, self.anatomy, ratio)
         after, tried = self._best(row, ratio, shapes, setting)
         began = time.process_time()
-        student = width_student(row, ratio, after, setting, timed, few=False)
+        made = cut_to(row, ratio, after, setting, timed)
         line["seconds"]["last_cut_cpu"] = time.process_time() - began
-        return student, line | {"tried": tried}
+        return made.student, line | made.figures | {"tried": tried}
 
     def _best(
         self, row: Row, ratio: float, shapes: dict[str, Arch], setting: Setting
@@ -219,7 +219,7 @@ class Bench:
         timed = {"solves": 0.0, "seconds": 0.0}
         tried: list[dict[str, Any]] = []
         for shape, arch in shapes.items():
-            student = width_student(row, ratio, arch, setting, timed, few=solves(row))
+            student = cut_to(row, ratio, arch, setting, timed, few=solves(row)).student
             tried.append({"shape": shape, "sizes": arch.sizes, "kl": self.choosing.mean_kl(student)})
             print(tried[-1], flush=True)
         return shapes[min(tried, key=lambda one: one["kl"])["shape"]], tried

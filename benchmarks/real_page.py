@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_cuts import BASELINES, DEFAULT, ROWS
+from real_cuts import BASELINES, DEFAULT, OWN, ROWS
 
 from halve.model import measure
 
@@ -48,8 +48,26 @@ def page(lines: Sequence[Line]) -> list[str]:
         "",
     ]
     for ratio in sorted({line["ratio"] for line in lines if "ratio" in line}, reverse=True):
-        text += table([line for line in lines if line.get("ratio") == ratio], ratio, weights_D)
+        measured = [line for line in lines if line.get("ratio") == ratio]
+        text += table([line for line in measured if line["row"] not in OWN], ratio, weights_D)
+        text += own_table([line for line in measured if line["row"] in OWN])
     return text
+
+
+def own_table(lines: Sequence[Line]) -> list[str]:
+    """halve's refit by tokens, rotation and selection, shape by shape."""
+    if not lines:
+        return []
+    head = ["| refit | sizes | kept | KL | perplexity | CPU seconds of the cut |", "|---|---|---|---:|---:|---:|"]
+    return [
+        *head,
+        *(
+            f"| {line['row']} | {sized(line['sizes'])} | {line.get('kept', '')} | {spelled(line['kl'])} |"
+            f" {spelled(line['perplexity'], 1)} | {line['seconds']['last_cut_cpu']:.0f} |"
+            for line in lines
+        ),
+        "",
+    ]
 
 
 def table(lines: Sequence[Line], ratio: float, weights_D: torch.Tensor) -> list[str]:
