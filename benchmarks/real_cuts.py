@@ -32,7 +32,7 @@ class Row:
 
 
 DEFAULT = "default"
-_LONG = "128 x 2,048; here the same tokens in samples of 512"
+_LONG = "128 x 2,048; here 128 x 512"
 ROWS: dict[str, Row] = {
     "plain ffn": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("ffn",)),
     "plain Minitron width": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("even",)),
@@ -45,10 +45,10 @@ ROWS: dict[str, Row] = {
     "Shortened LLaMA, Taylor": Row(METHODS["shortened-taylor"], 10, 128, "10 x 128"),
     "LaCo": Row(METHODS["laco"], 10, 128, "10 sentences"),
     "FLAP": Row(METHODS["flap"], 1024, 128, "1,024 x 128", EVERY),
-    "Wanda": Row(METHODS["wanda"], 512, 512, _LONG, EVERY),
+    "Wanda": Row(METHODS["wanda"], 128, 512, _LONG, EVERY),
     "LLM-Pruner": Row(METHODS["taylor"], 10, 128, "10 x 128", EVERY),
-    "OSSCAR": Row(METHODS["osscar"], 512, 512, _LONG, INNER),
-    "SliceGPT": Row(METHODS["slicegpt"], 1024, 512, "1,024 x 2,048; here 1,024 x 512", ("hidden", "hidden and ffn")),
+    "OSSCAR": Row(METHODS["osscar"], 128, 512, _LONG, INNER),
+    "SliceGPT": Row(METHODS["slicegpt"], 256, 512, "1,024 x 2,048; here 256 x 512", ("hidden", "hidden and ffn")),
 }
 """All rows but halve's default, which is the run of a recipe."""
 BASELINES = tuple(name for name in ROWS if not name.startswith("plain"))
@@ -58,8 +58,15 @@ def _ours(shape: str, **prune: Any) -> Row:
     return Row(Width("halve's refit", prune=prune, ours=True), 1024, 512, "", (shape,))
 
 
+SCORED: dict[str, Row] = {
+    f"{name}, scores of {samples} samples": Row(METHODS[PLAIN], samples, 512, "", (shape,))
+    for samples in (64, 256)
+    for name, shape in (("plain ffn", "ffn"), ("plain Minitron width", "even"))
+}
+"""Plain cuts again by scores of fewer tokens."""
 _RANKED = {"selection": "rank", "rotation": "none"}
 OWN: dict[str, Row] = {
+    **SCORED,
     **{
         f"refit {shape}, {tokens:,} tokens": _ours(shape, **_RANKED, refit_tokens=tokens)
         for tokens in (2_048, 16_384, 32_768, 49_152, 98_304)
