@@ -38,7 +38,7 @@ ROWS: dict[str, Row] = {
     "plain Minitron width": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("even",)),
     "plain depth, block": Row(Depth("2407.14679: BI of a block", "bi", "block"), 128, 512, "none given"),
     "plain depth, greedy": Row(
-        Depth("2402.09025: SLEB, greedy by loss", "nll", "greedy"), 8, 512, "128 x 2,048; here 8 x 512"
+        Depth("2402.09025: SLEB, greedy by loss", "nll", "greedy"), 16, 128, "128 x 2,048; here 16 x 128"
     ),
     "ShortGPT": Row(METHODS["shortgpt"], 128, 512, "none given"),
     "Shortened LLaMA, PPL": Row(METHODS["shortened-ppl"], 10, 128, "10 x 128"),
@@ -84,7 +84,7 @@ OWN: dict[str, Row] = {
     },
 }
 """halve's refit in one shape each: how many tokens it needs, and whether rotation and selection by refit pay."""
-FEW = 64
+FEW = 16
 """Samples on which a method that solves is tried in each of its shapes."""
 
 
