@@ -36,11 +36,11 @@ _LONG = "128 x 2,048; here 128 x 512"
 ROWS: dict[str, Row] = {
     "plain ffn": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("ffn",)),
     "plain Minitron width": Row(METHODS[PLAIN], 1024, 512, "1,024; halve's length", ("even",)),
-    "plain depth, block": Row(Depth("2407.14679: BI of a block", "bi", "block"), 128, 512, "none given"),
+    "plain depth, block": Row(Depth("2407.14679: BI of a block", "bi", "block"), 64, 512, "none given"),
     "plain depth, greedy": Row(
         Depth("2402.09025: SLEB, greedy by loss", "nll", "greedy"), 16, 128, "128 x 2,048; here 16 x 128"
     ),
-    "ShortGPT": Row(METHODS["shortgpt"], 128, 512, "none given"),
+    "ShortGPT": Row(METHODS["shortgpt"], 64, 512, "none given"),
     "Shortened LLaMA, PPL": Row(METHODS["shortened-ppl"], 10, 128, "10 x 128"),
     "Shortened LLaMA, Taylor": Row(METHODS["shortened-taylor"], 10, 128, "10 x 128"),
     "LaCo": Row(METHODS["laco"], 10, 128, "10 sentences"),

@@ -1,6 +1,6 @@
-"""Held-out documents that students of a real model are measured on, with the teacher's states kept.
+"""Held-out documents that students of a real model are measured on, with the teacher's distributions kept.
 
-Legend: N predictions, V vocabulary.
+Legend: N predictions, D documents, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,33 +31,37 @@ class Measured:
 
 
 class Held:
-    """Documents and what the teacher's body makes of them, computed once for all students."""
+    """Documents and the teacher's distributions on them, computed once: four bytes an entry of the vocabulary."""
 
     def __init__(self, teacher: PreTrainedModel, documents: Sequence[tuple[str, Int64[Tensor, "1 tokens"]]]) -> None:
         self.kinds = [kind for kind, _ in documents]
         self.ids = [ids for _, ids in documents]
         self.predictions_D = torch.tensor([ids.shape[1] - 1 for ids in self.ids])
-        body, self.head = split(teacher)
+        self.probs: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+        nll = []
+        body, head = split(teacher)
         with torch.no_grad():
-            self.states = [body(ids)[0, :-1] for ids in self.ids]
-            self.teacher_nll_D = torch.tensor(
-                [
-                    -measure.token_log_probs(self.head.logits(states_ND), ids[0, 1:]).double().mean()
-                    for states_ND, ids in zip(self.states, self.ids, strict=True)
-                ]
-            )
+            for ids in self.ids:
+                logits_NV = head.logits(body(ids)[0, :-1])
+                nll.append(-measure.token_log_probs(logits_NV, ids[0, 1:]).double().mean())
+                self.probs.append(logits_NV.softmax(-1))
+                self.entropies.append(-torch.special.xlogy(self.probs[-1], self.probs[-1]).sum(-1).double())
+        self.teacher_nll_D = torch.stack(nll)
+        self.first = [probs_NV.argmax(-1) for probs_NV in self.probs]
 
     @torch.no_grad()
     def measured(self, student: PreTrainedModel) -> Measured:
-        """A student on every document; log-softmax is float32 over the whole vocabulary."""
+        """A student on every document. As in `halve.model.reference`, KL is the cross entropy less the entropy."""
         body, head = split(student)
         figures = torch.empty(3, len(self.ids), dtype=torch.float64)
-        for i, (ids, states_ND) in enumerate(zip(self.ids, self.states, strict=True)):
-            log_s = head.logits(body(ids)[0, :-1]).log_softmax(-1)
-            log_t = self.head.logits(states_ND).log_softmax(-1)
-            figures[0, i] = (log_t.exp() * (log_t - log_s)).sum(-1).double().mean()
-            figures[1, i] = -log_s.gather(-1, ids[0, 1:, None]).double().mean()
-            figures[2, i] = (log_t.argmax(-1) == log_s.argmax(-1)).double().mean()
+        for i, ids in enumerate(self.ids):
+            z_NV = head.logits(body(ids)[0, :-1])
+            logsumexp_N = z_NV.logsumexp(-1)
+            expected_N = torch.bmm(self.probs[i][:, None], z_NV[:, :, None])[:, 0, 0]
+            figures[0, i] = ((logsumexp_N - expected_N).double() - self.entropies[i]).mean()
+            figures[1, i] = (logsumexp_N - z_NV.gather(-1, ids[0, 1:, None])[:, 0]).double().mean()
+            figures[2, i] = (z_NV.argmax(-1) == self.first[i]).double().mean()
         return Measured(*figures)
 
     def line(self, student: Measured) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from halve.text.mixture import Mixture, open_mixture
 
 CONTEXT = 512
 """Of a sample of halve's default; a paper's longer samples are cut into such."""
-HELD_CONTEXT, OF_EACH, CHOOSING = 256, 18, 4
+HELD_CONTEXT, OF_EACH, CHOOSING = 256, 15, 3
 """Tokens read of a held-out document, and documents of each kind: those reported, and those that choose shapes."""
 MICRO_BATCH = 8
 
@@ -198,10 +198,10 @@ class Bench:
         }
         if isinstance(row.method, Depth):
             if row.method.criterion == "taylor":
-                self._scores("taylor", row, setting)
+                self._scores("taylor", setting)
             student = row.method.cut(ratio, setting, timed)
             return student, line
-        self._scores(row.method.method, row, setting)
+        self._scores(row.method.method, setting)
         line["seconds"] = {"scores_cpu": setting.scored[row.method.method][1]}
         shapes = shapes_of(row, self.anatomy, ratio)
         after, tried = self._best(row, ratio, shapes, setting)
@@ -236,7 +236,7 @@ class Bench:
             micro_batch=MICRO_BATCH,
         )
 
-    def _scores(self, method: Method, row: Row, setting: Setting) -> None:
+    def _scores(self, method: Method, setting: Setting) -> None:
         """Scores of these samples, from the work folder if they were taken before."""
         samples, length = setting.calibration_BS.shape
         path = self.work / f"scores-{method}-{samples}x{length}-{self.seed}.safetensors"

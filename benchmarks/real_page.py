@@ -118,6 +118,8 @@ def paired(line: Line, ours: Line, weights_D: torch.Tensor) -> tuple[float, floa
 def seconds(line: Line) -> float:
     """Processor seconds of scores and cut, without the shapes that were tried and not taken."""
     spent = line["seconds"]
+    if "run" in spent:
+        return float(spent["run"]["cpu"])
     if "score" in spent:
         return float(spent["score"]["cpu"] + spent["prune"]["cpu"])
     return float(spent.get("scores_cpu", 0.0) + spent.get("last_cut_cpu", spent["cut_cpu"]))
