@@ -79,6 +79,12 @@ OWN: dict[str, Row] = {
         for tokens in (2_048, 16_384, 49_152)
     },
     **{
+        f"default's {layers} layers, {tokens:,} tokens": _ours(f"{layers} layers", refit_tokens=tokens)
+        for layers in (24, 26, 28)
+        for tokens in (49_152, 98_304)
+    },
+    "default's 28 layers, 49,152 tokens, neurons by rank": _ours("28 layers", selection="rank", refit_tokens=49_152),
+    **{
         f"refit ffn, {tokens:,} tokens, neurons by refit": _ours("ffn", selection="refit", refit_tokens=tokens)
         for tokens in (32_768, 49_152)
     },
@@ -96,8 +102,10 @@ def shapes_of(row: Row, anatomy: Anatomy, ratio: float) -> dict[str, Arch]:
     budget = budget_of(own, prune)
     assert budget is not None
     before = own.sizes
-    full = [arch for family in list_shapes(own, budget[0], total=False) for arch in family[:1]]
-    named = {_name(before, arch): arch for arch in full if arch.layers == before.layers}
+    families = list_shapes(own, budget[0], total=False)
+    full = [arch for family in families for arch in family[:1]]
+    by_layers = {f"{arch.layers} layers": arch for arch in families[0]}
+    named = by_layers | {_name(before, arch): arch for arch in full if arch.layers == before.layers}
     named["hidden"] = min(
         (before.at(hidden=hidden) for hidden in range(before.heads, before.hidden, before.heads)),
         key=lambda arch: abs(own.ledger.count(arch).non_embedding - budget[0]),
