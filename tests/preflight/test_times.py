@@ -17,7 +17,7 @@ from halve.preflight.forecast import forecast
 from halve.preflight.times import hours_by_stage
 from halve.recipe.read import parse
 from halve.recipe.schema import Recipe
-from halve.report.tables import duration
+from halve.report.times import duration
 from halve.train.loop import watch
 
 MakeRecipe = Callable[..., Recipe]

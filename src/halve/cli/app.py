@@ -197,6 +197,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     from halve.preflight.times import a_card, hours_by_stage
     from halve.preflight.work import planned_work, trials
     from halve.report import tables as show
+    from halve.report.times import times_of_the_cut
     from halve.text import sources
 
     loaded = load_recipe(recipe)
@@ -216,7 +217,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         shapes = planned_rounds(loaded, teacher)
         show.trial(trials(loaded, shapes))
         work = planned_work(loaded, shapes, teacher)
-        show.times_of_the_cut(device, *(hours_by_stage(work, place) for place in (device, a_card(device))))
+        times_of_the_cut(device, *(hours_by_stage(work, place) for place in (device, a_card(device))))
         say_next(f"halve run {recipe}")
 
 

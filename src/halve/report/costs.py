@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from halve.report.tables import duration, table
+from halve.report.tables import table
+from halve.report.times import duration
 
 if TYPE_CHECKING:
     from halve.preflight.family_cost import FamilyCost

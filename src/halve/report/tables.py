@@ -13,19 +13,15 @@ from rich.table import Table
 from halve.errors import HalveError
 from halve.model.card import made_in_words
 from halve.process.waits import bytes_in_words
+from halve.report.times import at_most, time_of_a_run, times_on
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
     from halve.cut.plan.sizes import Candidate
     from halve.cut.proof.prove import Proof
-    from halve.preflight.device import PlannedDevice
     from halve.preflight.forecast import Forecast
     from halve.preflight.memory import Memory
     from halve.recipe.schema import Recipe
-
-
-AN_H100 = "an H100"
-"""The name of the card that is planned beside every device."""
 
 
 def as_json(value: Any) -> None:
@@ -187,10 +183,8 @@ def forecast_tables(found: Forecast) -> None:
         trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
-    columns, times = _times(found.device, found.hours_by_stage, found.gpu_hours_by_stage)
-    work = [
-        (_at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}", *times[stage]) for stage, n in found.tokens.items()
-    ]
+    columns, times = times_on(found.device, found.hours_by_stage, found.gpu_hours_by_stage)
+    work = [(at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}", *times[stage]) for stage, n in found.tokens.items()]
     table("work", ("stage", "tokens", "FLOP", *columns), work)
     if "boundary" in found.tokens:
         print("boundary: data.boundary: auto checks whether the teacher has learned the end-of-sequence token")
@@ -201,40 +195,9 @@ def forecast_tables(found: Forecast) -> None:
         f"text {bytes_in_words(disk.text_bytes)}",
     ]
     parts += [f"caches at most {bytes_in_words(disk.cache_bytes)}"] if disk.cache_bytes else []
-    print(f"{_hours(found)}; disk {bytes_in_words(disk.total_bytes)}: {', '.join(parts)}")
+    print(f"{time_of_a_run(found)}; disk {bytes_in_words(disk.total_bytes)}: {', '.join(parts)}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
-
-
-def _times(
-    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """The names of the devices, and for every stage its time on each of them."""
-    columns = {f"on {device.name}": hours, f"on {AN_H100}": gpu_hours}
-    return [*columns], {stage: [_time(by_stage[stage]) for by_stage in columns.values()] for stage in hours}
-
-
-def _time(hours: float | None) -> str:
-    return "?" if hours is None else duration(hours)
-
-
-def times_of_the_cut(
-    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
-) -> None:
-    """How long the parts of the cut take that can take long: a line for each of them."""
-    columns, times = _times(device, hours, gpu_hours)
-    for stage, told in times.items():
-        if stage.split("-")[0] in _LONG_PARTS:
-            print(
-                f"{_at_most(stage)}: {', '.join(f'{time} {where}' for where, time in zip(columns, told, strict=True))}"
-            )
-
-
-_LONG_PARTS = ("trial", "selection", "refit")
-
-
-def _at_most(stage: str) -> str:
-    return f"{stage}, at most" if stage.startswith(("trial", "selection")) else stage
 
 
 def trial(rounds: Sequence[Sequence[Arch]]) -> None:
@@ -250,7 +213,7 @@ def plan_in_a_line(found: Forecast) -> str:
     """The forecast in one line, as it is printed before a run."""
     most = max(found.memory.items(), key=lambda entry: entry[1].total_bytes, default=None)
     parts = [] if most is None else [f"{most[0]} takes {_held(most[1])} per rank"]
-    parts += [f"{sum(found.flops.values()):.3g} FLOP, {_hours(found)}"]
+    parts += [f"{sum(found.flops.values()):.3g} FLOP, {time_of_a_run(found)}"]
     return f"plan: {'; '.join(parts)}; disk {bytes_in_words(found.disk.total_bytes)}"
 
 
@@ -264,30 +227,6 @@ def plan_before(recipe: Recipe, *, ranks: int) -> str:
         return ""
     except Exception as error:
         return f"no plan could be made: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
-
-
-def _hours(found: Forecast) -> str:
-    """The time that the run takes on the device, and on an H100 for comparison."""
-    device, ranks = found.device, found.place.ranks
-    mfu = f"{found.gpu_mfu:.0%} MFU"
-    card = f"about {duration(found.gpu_hours)} of an H100 at {mfu}"
-    if device.name == AN_H100 and found.hours is not None:
-        return card + (f", {duration(found.hours)} on {ranks} of them" if ranks > 1 else "")
-    if found.hours is None:
-        return f"{card}; the speed of {device} is not known"
-    at = f" at {mfu}" if device.cuda else ""
-    return f"about {duration(found.hours)} on {f'{ranks} of ' if device.cuda and ranks > 1 else ''}{device}{at}; {card}"
-
-
-def duration(hours: float) -> str:
-    """A duration in a unit that suits its length.
-
-    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 6e4)]
-    ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
-    """
-    units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
-    unit, each = next((candidate for candidate in units if hours >= 2 * candidate[1]), units[-1])
-    return f"{hours / each:,.0f} {unit}" if hours >= 10 * each else f"{hours / each:.2g} {unit}"
 
 
 def _held(memory: Memory) -> str:

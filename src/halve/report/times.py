@@ -1,0 +1,69 @@
+"""Times in words: of a run, of its stages, and of the parts of a cut that can take long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halve.preflight.device import PlannedDevice
+    from halve.preflight.forecast import Forecast
+
+AN_H100 = "an H100"
+"""The name of the card that is planned beside every device."""
+
+
+def times_on(
+    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The names of the devices, and for every stage its time on each of them."""
+    columns = {f"on {device.name}": hours, f"on {AN_H100}": gpu_hours}
+    return [*columns], {stage: [_time(by_stage[stage]) for by_stage in columns.values()] for stage in hours}
+
+
+def _time(hours: float | None) -> str:
+    return "?" if hours is None else duration(hours)
+
+
+def times_of_the_cut(
+    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
+) -> None:
+    """How long the parts of the cut take that can take long: a line for each of them."""
+    columns, times = times_on(device, hours, gpu_hours)
+    for stage, told in times.items():
+        if stage.split("-")[0] in _LONG_PARTS:
+            print(
+                f"{at_most(stage)}: {', '.join(f'{time} {where}' for where, time in zip(columns, told, strict=True))}"
+            )
+
+
+_LONG_PARTS = ("trial", "selection", "refit")
+
+
+def at_most(stage: str) -> str:
+    """The name of a stage, with a word where its work is an upper bound."""
+    return f"{stage}, at most" if stage.startswith(("trial", "selection")) else stage
+
+
+def time_of_a_run(found: Forecast) -> str:
+    """The time that the run takes on the device, and on an H100 for comparison."""
+    device, ranks = found.device, found.place.ranks
+    mfu = f"{found.gpu_mfu:.0%} MFU"
+    card = f"about {duration(found.gpu_hours)} of an H100 at {mfu}"
+    if device.name == AN_H100 and found.hours is not None:
+        return card + (f", {duration(found.hours)} on {ranks} of them" if ranks > 1 else "")
+    if found.hours is None:
+        return f"{card}; the speed of {device} is not known"
+    at = f" at {mfu}" if device.cuda else ""
+    return f"about {duration(found.hours)} on {f'{ranks} of ' if device.cuda and ranks > 1 else ''}{device}{at}; {card}"
+
+
+def duration(hours: float) -> str:
+    """A duration in a unit that suits its length.
+
+    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 6e4)]
+    ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
+    """
+    units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
+    unit, each = next((candidate for candidate in units if hours >= 2 * candidate[1]), units[-1])
+    return f"{hours / each:,.0f} {unit}" if hours >= 10 * each else f"{hours / each:.2g} {unit}"
