@@ -83,3 +83,6 @@ def test_check_says_the_time_of_the_cut(
     for name, row in (("trial, at most", "trial"), ("selection, at most", "selection"), ("refit", "refit")):
         on_card = duration(planned.gpu_hours_by_stage[row])
         assert re.search(rf"^{name}: \S+ (seconds|minutes) on this CPU, {re.escape(on_card)} on an H100$", said, re.M)
+    monkeypatch.setattr("halve.preflight.work.planned_work", lambda *_: [][0])
+    assert main(["check", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "no times are known: IndexError: list index out of range\n" in capsys.readouterr().out

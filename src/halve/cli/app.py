@@ -192,10 +192,8 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     """Find every error that can be found without loading weights."""
     from halve.model.checkpoint import Checkpoint
     from halve.pipeline.run import check as preflight
-    from halve.preflight.device import at_hand
     from halve.preflight.sizes import planned_rounds
-    from halve.preflight.times import a_card, hours_by_stage
-    from halve.preflight.work import planned_work, trials
+    from halve.preflight.work import trials
     from halve.report import tables as show
     from halve.report.times import times_of_the_cut
     from halve.text import sources
@@ -213,11 +211,11 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         print(f"{recipe}: no errors found")
         for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
             print(line)
-        teacher, device = Checkpoint.open(loaded.model), at_hand(loaded.device)
+        teacher = Checkpoint.open(loaded.model)
         shapes = planned_rounds(loaded, teacher)
         show.trial(trials(loaded, shapes))
-        work = planned_work(loaded, shapes, teacher)
-        times_of_the_cut(device, *(hours_by_stage(work, place) for place in (device, a_card(device))))
+        for line in times_of_the_cut(loaded, teacher, shapes):
+            print(line)
         say_next(f"halve run {recipe}")
 
 

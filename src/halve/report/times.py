@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from halve.model.checkpoint import Checkpoint
     from halve.preflight.device import PlannedDevice
     from halve.preflight.forecast import Forecast
+    from halve.preflight.sizes import PlannedRound
+    from halve.recipe.schema import Recipe
 
 AN_H100 = "an H100"
 """The name of the card that is planned beside every device."""
@@ -25,16 +28,23 @@ def _time(hours: float | None) -> str:
     return "?" if hours is None else duration(hours)
 
 
-def times_of_the_cut(
-    device: PlannedDevice, hours: Mapping[str, float | None], gpu_hours: Mapping[str, float | None]
-) -> None:
-    """How long the parts of the cut take that can take long: a line for each of them."""
-    columns, times = times_on(device, hours, gpu_hours)
-    for stage, told in times.items():
-        if stage.split("-")[0] in _LONG_PARTS:
-            print(
-                f"{at_most(stage)}: {', '.join(f'{time} {where}' for where, time in zip(columns, told, strict=True))}"
-            )
+def times_of_the_cut(recipe: Recipe, teacher: Checkpoint, shapes: Sequence[PlannedRound]) -> list[str]:
+    """A line for each part of the cut that can take long. If its work cannot be counted, a line says why."""
+    from halve.preflight.device import at_hand
+    from halve.preflight.times import a_card, hours_by_stage
+    from halve.preflight.work import planned_work
+
+    device = at_hand(recipe.device)
+    try:
+        work = planned_work(recipe, shapes, teacher)
+    except Exception as error:  # a run may still work, and check has found no error
+        return [f"no times are known: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"]
+    columns, times = times_on(device, *(hours_by_stage(work, place) for place in (device, a_card(device))))
+    return [
+        f"{at_most(stage)}: {', '.join(f'{time} {where}' for where, time in zip(columns, told, strict=True))}"
+        for stage, told in times.items()
+        if stage.split("-")[0] in _LONG_PARTS
+    ]
 
 
 _LONG_PARTS = ("trial", "selection", "refit")
