@@ -30,6 +30,7 @@ from halve.evaluation import programs, sentences
 from halve.evaluation.rows import Row
 from halve.evaluation.suites import SAMPLING, Ask
 from halve.evaluation.summaries import rouge_of_summary
+from halve.evaluation.verdicts import ifeval_verdicts
 
 PACKAGE = "lm_eval"
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -54,7 +55,7 @@ _FOLDERS = {
     "piqa": "piqa",
 }
 """Where the tasks of the suites are, so that the 14,000 files of the harness need not be read."""
-_SCORERS = {"xlsum_en": rouge_of_summary}
+_SCORERS = {"xlsum_en": rouge_of_summary, "ifeval": ifeval_verdicts}
 _NAME = re.compile(r"""^["']?task["']?:\s*["']?([\w.+:-]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
 GROUPS = {"mmlu": "mmlu_"}
 """Tasks of several parts, and how the names of their parts begin; what follows is the row's `subject`."""
