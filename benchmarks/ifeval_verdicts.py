@@ -24,9 +24,8 @@ def main(folder: Path) -> None:
     """Print the four figures of the paper, ours and the stored, and every verdict that differs."""
     rows = read_rows(folder / "input_data.jsonl.gz", "ifeval")
     answers = {row["prompt"]: row["response"] for row in _lines(folder, "*_responses.jsonl.gz")}
-    stored = {
-        kind: {r["prompt"]: r for r in _lines(folder, f"*_expected_{kind}.jsonl.gz")} for kind in ("strict", "loose")
-    }
+    kinds = ("strict", "loose")
+    stored = {kind: {row["prompt"]: row for row in _lines(folder, f"*_expected_{kind}.jsonl.gz")} for kind in kinds}
     with harness.quiet_harness():
         verdicts = {row["prompt"]: ifeval_verdicts(row, [answers[row["prompt"]]]) for row in rows}
     for kind in kinds:

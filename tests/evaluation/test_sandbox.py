@@ -22,12 +22,13 @@ HOSTILE = {
     "an endless loop": "while True:\n    pass",
     "a sleep": "import time\ntime.sleep(1000)",
     "a sleep that ignores signals": (
-        "import signal, time\nfor s in set(signal.Signals) - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\ntime.sleep(99)"
+        "import signal, time\nfor s in set(signal.Signals) - {9, 19}:\n    signal.signal(s, signal.SIG_IGN)\n"
+        "time.sleep(99)"
     ),
     "memory": "held = [bytearray(1 << 26) for _ in range(1000)]",
     "memory of several processes": (
-        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        b = bytearray(200 << 20)\n        b[::4096] ="
-        " b'x' * len(b[::4096])\n        time.sleep(99)\ntime.sleep(99)"
+        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        b = bytearray(200 << 20)\n"
+        "        b[::4096] = b'x' * len(b[::4096])\n        time.sleep(99)\ntime.sleep(99)"
     ),
     "shared memory": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1666) >= 0",
     "memory files": "import os\nos.memfd_create('held')",
@@ -40,7 +41,8 @@ HOSTILE = {
     "a huge file": "with open('big', 'wb') as file:\n    while True:\n        file.write(bytes(1 << 20))",
     "huge output": "while True:\n    print('x' * 100000, flush=True)",
     "output to every descriptor": (
-        "import os\nfor fd in range(3, 64):\n    try:\n        os.write(fd, b'0' * 32)\n    except OSError:\n        pass\n"
+        "import os\nfor fd in range(3, 64):\n    try:\n        os.write(fd, b'0' * 32)\n"
+        "    except OSError:\n        pass\n"
         "while True:\n    for fd in range(64):\n        try:\n            os.write(fd, b'x' * 4096)\n"
         "        except OSError:\n            pass"
     ),
