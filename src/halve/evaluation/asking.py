@@ -214,6 +214,29 @@ def _pool(values: dict[str, list[Any]]) -> None:
         values["average"] = [sum(four) / 4 for four in zip(*(values[name] for name in _AVERAGED), strict=True)]
 
 
+def by_neighbors(built: Built, answered: Answered) -> Answered:
+    """The values that the answers would get if each were given to the next item of its part.
+
+    The model must have answered this task last. A part with a single item keeps its own answer.
+    """
+    moved = Answered()
+    with harness.quiet_harness():
+        for name, part in built.parts.items():
+            texts = [text for item, text in zip(answered.items, answered.answers, strict=True) if item["part"] == name]
+            for instance, text in zip(part.instances, [*texts[-1:], *texts[:-1]], strict=True):
+                instance.resps, instance.filtered_resps = [text], {}
+            part.apply_filters()
+            samples = []
+            for chosen in part.instances[0].filtered_resps:
+                for instance in part.instances:
+                    metrics = part.process_results(instance.doc, [instance.filtered_resps[chosen]])
+                    about = {"filter": chosen, "doc_id": instance.doc_id, "arguments": [], "resps": [instance.resps]}
+                    samples.append({**about, "metrics": list(metrics), **metrics})
+            _gather(moved, name, samples)
+    _pool(moved.values)
+    return moved
+
+
 def changed_items(one: Answered, other: Answered) -> list[dict[str, Any]]:
     """The items of a task whose answers differ."""
     pairs = zip(one.items, one.answers, other.answers, strict=True)

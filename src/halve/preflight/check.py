@@ -14,6 +14,7 @@ from halve.errors import DiskError, HalveError, RecipeError
 from halve.preflight import bounds as preflight_bounds
 from halve.preflight import samples as preflight_text
 from halve.preflight.chat import check_conversations
+from halve.preflight.tasks import check_gates, of_the_tasks
 from halve.process.waits import bytes_in_words
 from halve.recipe.rounds import cuts_original, learns_from_previous, rounds, trainings
 from halve.recipe.schema import Distill, Phase, Recipe, Training
@@ -92,6 +93,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     for name, training in trainings(recipe).items():
         if ranks is not None:
             yield partial(_check_shares, training, ranks)
+            yield partial(check_gates, training, ranks)
         yield partial(_check_place, training)
         yield partial(_check_packages, training)
         for phase in training.phases:
@@ -102,22 +104,13 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
 
 
 def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
-    from halve.evaluation.asking import errors_of
-    from halve.evaluation.sandbox import Sandbox
     from halve.model.choices import load_items
 
     for source, wanted in preflight_text.read_as(recipe):
         yield partial(_check_corpus, source, wanted)
     for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
         yield partial(load_items, path)
-    for error in errors_of(recipe.evaluate):
-        yield partial(_tell, error)
-    if recipe.evaluate.run_untrusted_code:
-        yield Sandbox.open
-
-
-def _tell(error: HalveError) -> None:
-    raise error
+    yield from of_the_tasks(recipe)
 
 
 def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:

@@ -84,3 +84,17 @@ class Evaluate(Section):
         if self.fewshot_as_turns and not self.chat_template:
             raise ValueError("fewshot_as_turns makes turns of a conversation: set chat_template as well")
         return self
+
+
+class Gates(Section):
+    """A few generative items during a distillation, with a warning when they collapse while KL falls."""
+
+    every: Count = Field(description="tokens between measurements")
+    tasks: dict[TaskName, CountFromZero] = Field(
+        {"gsm8k": 5, "ifeval": 0},
+        min_length=1,
+        description="tasks with their shots; their data is in evaluate.data. Only those count that the teacher solves"
+        " better than chance by three standard errors",
+    )
+    items: Count = Field(32, description="items of each task")
+    max_new_tokens: Count = Field(256, description="cut answers after this many tokens")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from halve.recipe.evaluations import Gates
 from halve.recipe.values import Context, Count, CountFromZero, Rate, Real, Scale, Section, Switch, Whole
 
 LossTerm = Literal["kl", "reverse_kl", "jsd", "mse", "cosine", "ce"]
@@ -28,6 +29,7 @@ HOW = (
     "on_spike",
     "spike_factor",
     "loggers",
+    "gates",
 )
 """Keys that affect how a training runs but not its result: a run may resume with other values of them."""
 
@@ -173,6 +175,9 @@ class Distill(Training):
     )
     shard_teacher: Switch = Field(
         True, description="with several ranks: shard the teacher; false: a whole copy on each rank"
+    )
+    gates: Gates | None = Field(
+        None, description="generative items that are asked during the training; without this section there are none"
     )
     baselines: tuple[Baseline, ...] = Field(
         (),

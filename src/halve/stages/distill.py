@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from halve.anatomy.configs import context_length
 from halve.anatomy.work import FlopsPerToken, by_context, distilling, learning
+from halve.evaluation.gates import TaskGate
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.head import Head, split
@@ -126,6 +128,7 @@ def run(
     nest = _nest(how, model, student)
     if nest is not None:
         lesson = with_smaller(lesson, nest, recipe, flops=flops_of(nest, student.anatomy, teacher.anatomy, recipe))
+    lesson = replace(lesson, gate=_gate(how, taught, teacher, file=out / ".gates.json", progress=progress))
     files = loop.TrainFiles(out / ".checkpoints", out / "metrics.jsonl", recipe.seed, how.name)
     result = loop.train(model, lesson, text.course, files, device=device, ranks=ranks, progress=progress)
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
@@ -145,6 +148,22 @@ def run(
         _save_teacher(how, taught, out / "teacher", source=teacher.files, record=record)
     shards.save(model, out / "model", dtype=own_dtype, extra_from=student.files, record=record, ranks=ranks)
     return metrics
+
+
+def _gate(how: _Setting, taught: _Taught, teacher: Checkpoint, *, file: Path, progress: Progress) -> TaskGate | None:
+    """The gates of the student's training, armed by the teacher. Controls have none."""
+    gates, recipe = how.training.gates, how.recipe
+    if gates is None or how.variant != "student":
+        return None
+    context = context_length(teacher.config)
+    gate = TaskGate.of(
+        gates, recipe.evaluate, how.text.tokenizer, context=context, file=file, seed=recipe.seed, progress=progress
+    )
+    if gate.needs_teacher:
+        model = taught.model if taught.model is not None else teacher.load(dtype=recipe.dtype, device=how.device)
+        with loop.autocast(how.training, how.device):
+            gate.arm(model)
+    return gate
 
 
 def _teacher(how: _Setting, teacher: Checkpoint, digest: str, answers_in: Path | None) -> _Taught:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,18 @@ class Lesson:
     """The FLOPs of a token."""
     turns: Turns | None = None
     """If steps differ in what learns. Every rank then holds all of the model."""
+    gate: Gate | None = None
+    """Measures what the held-out metrics do not show, now and then; its result is part of the step's line."""
+
+
+class Gate(Protocol):
+    """A measurement of the trained model that is due now and then."""
+
+    def due(self, before: int, tokens: int, *, last: bool) -> bool:
+        """Whether it is due after the step between these numbers of tokens."""
+
+    def measure(self, student: PreTrainedModel, figures: Mapping[str, float]) -> dict[str, Any]:
+        """Measure; `figures` are the last held-out metrics. Returns part of a journal's line."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +204,18 @@ class _UnderWay:
         line = self.step(step)
         if step == self.course.steps or step % self.course.training.eval_every == 0:
             line |= self.measure(step)
+        gate, tokens = self.lesson.gate, self.course.tokens
+        if gate is not None and gate.due(tokens(step - 1), tokens(step), last=step == self.course.steps):
+            with torch.no_grad(), autocast(self.course.training, self.device):
+                line |= gate.measure(self.student, self.figures)
+            self.learner.rest()
         return line
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The trained model itself."""
+        model: PreTrainedModel = self.trained.modules["student"]
+        return model
 
     def shown(self) -> dict[str, float]:
         """The figures of the progress bar."""

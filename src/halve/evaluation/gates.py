@@ -1,0 +1,132 @@
+"""Gates: a few generative items during a distillation, and a warning when they collapse while KL falls.
+
+A student can come closer to its teacher on the training text and lose what that text does not ask for, such as
+following instructions. A task is armed only where the teacher solves it: its answers must score better on their own
+items than on the next ones by three standard errors of the pairs. What they score on the next items is chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halve.disk.files import plain, read_json, write_json
+from halve.evaluation.asking import Exam, answer, by_neighbors, read_exam
+from halve.evaluation.harness import main_metric
+from halve.evaluation.results import mean_score, paired
+from halve.progress import SILENT, Progress
+from halve.recipe.evaluations import Evaluate, Gates
+
+SURE = 3.0
+"""Standard errors above chance for a gate to be armed, and below the best score for a warning."""
+
+
+def gate_section(gates: Gates, evaluate: Evaluate) -> Evaluate:
+    """The section that asks the gates' tasks, on the data of the evaluation."""
+    asked = {"tasks": gates.tasks, "limit": gates.items, "max_new_tokens": gates.max_new_tokens, "suites": ()}
+    return evaluate.model_copy(update={**asked, "run_untrusted_code": False, "check_batch": False})
+
+
+@dataclass
+class TaskGate:
+    """The gates of one training. `file` keeps the teacher's scores and the student's best ones through a kill."""
+
+    exam: Exam
+    tokenizer: PreTrainedTokenizerBase
+    every: int
+    file: Path
+    seed: int = 0
+    progress: Progress = SILENT
+    _notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        gates: Gates,
+        evaluate: Evaluate,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context: int | None,
+        file: Path,
+        seed: int,
+        progress: Progress = SILENT,
+    ) -> TaskGate:
+        """Read the items. Raises the errors of `asking.read_exam`."""
+        exam = read_exam(gate_section(gates, evaluate), context=context)
+        for left in exam.left:
+            progress.say(f"gate {left.ask.key}: {left.status}, {left.why}")
+        made = cls(exam, tokenizer, gates.every, file, seed, progress)
+        if file.exists():
+            made._notes = read_json(file)
+        return made
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has not answered yet."""
+        return bool(self.exam.built) and "teacher" not in self._notes
+
+    def arm(self, teacher: PreTrainedModel) -> None:
+        """Ask the teacher, and arm the tasks that it solves better than chance."""
+        found = answer(self.exam, teacher, self.tokenizer, seed=self.seed)
+        notes = {}
+        for built in self.exam.built:
+            key = built.ask.key
+            metric = main_metric(built.ask, list(found[key].values))
+            own = found[key].values[metric]
+            above = paired(own, by_neighbors(built, found[key]).values[metric])
+            armed = above["stderr"] is not None and above["value"] > SURE * above["stderr"]
+            notes[key] = {"metric": metric, "score": mean_score(own).value, "above_chance": above, "armed": armed}
+            words = "armed" if armed else "not armed: the teacher is not above chance by three standard errors"
+            self.progress.say(f"gate {key}: the teacher scores {notes[key]['score']:.3f}, {words}")
+        self._keep({"teacher": notes, "best": {}})
+
+    def due(self, before: int, tokens: int, *, last: bool) -> bool:
+        """Whether the items are asked between these numbers of tokens."""
+        return any(self._armed()) and (last or before // self.every < tokens // self.every)
+
+    def measure(self, student: PreTrainedModel, figures: Mapping[str, float]) -> dict[str, Any]:
+        """Ask the student the armed tasks. Returns a part of the journal's line: scores, and warnings if there are any.
+
+        `figures` are the last held-out figures of the training, `kl` among them.
+        """
+        armed = set(self._armed())
+        exam = Exam(self.exam.section, tuple(built for built in self.exam.built if built.ask.key in armed))
+        found = answer(exam, student, self.tokenizer, seed=self.seed)
+        best: dict[str, Any] = {**self._notes["best"]}
+        scores, warnings = {}, {}
+        for key, answered in found.items():
+            values = answered.values[self._notes["teacher"][key]["metric"]]
+            scores[key] = mean_score(values).value
+            before = best.get(key)
+            if before is None or scores[key] > mean_score(before["values"]).value:
+                best[key] = {"values": values, "kl": figures.get("kl")}
+            elif (words := _collapse(key, values, before, figures.get("kl"))) is not None:
+                warnings[key] = words
+                self.progress.say(f"warning: {words}")
+        self._keep({**self._notes, "best": best})
+        return {"gates": scores} | ({"gate_warnings": warnings} if warnings else {})
+
+    def _armed(self) -> list[str]:
+        return [key for key, note in self._notes.get("teacher", {}).items() if note["armed"]]
+
+    def _keep(self, notes: dict[str, Any]) -> None:
+        self._notes = notes
+        write_json(self.file, plain(notes))
+
+
+def _collapse(key: str, values: list[float], best: Mapping[str, Any], kl: float | None) -> str | None:
+    """What a warning says: the score is clearly below the best, and KL is lower than it was then."""
+    lost = paired(values, best["values"])
+    if kl is None or best["kl"] is None or kl >= best["kl"] or lost["stderr"] is None:
+        return None
+    if lost["value"] >= 0 or -lost["value"] <= SURE * lost["stderr"]:
+        return None
+    was, now = mean_score(best["values"]).value, mean_score(values).value
+    return (
+        f"{key} fell from {was:.3f} to {now:.3f} while KL fell from {best['kl']:.4g} to {kl:.4g}: the student comes"
+        " closer to its teacher on the training text and loses this task"
+    )
