@@ -6,7 +6,7 @@ for the gradient of the inputs and one for the gradient of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from halve.anatomy.arch import Arch
@@ -86,6 +86,11 @@ def answering(teacher: Costed, training: Distill) -> int:
 def distilling(student: Costed, teacher: Costed, training: Distill) -> int:
     """Distillation: `(2N_T + a_T) + 3 (2N_S + a_S) + V (6 H_S + 2 H_T)`, less what a cache saves the teacher."""
     return learning(student) + answering(teacher, training)
+
+
+def taught_in_turns(students: Sequence[Costed], teacher: Costed, training: Distill, *, draws: int) -> float:
+    """Distillation of students inside a student: the teacher once, and as many of mean size as a step draws."""
+    return answering(teacher, training) + draws * sum(map(learning, students)) / len(students)
 
 
 def by_context(work: Callable[..., int], *anatomies: Anatomy) -> FlopsPerToken:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from halve.anatomy import Anatomy, Arch, discover
-from halve.anatomy.work import Costed, answering, learning
+from halve.anatomy.work import Costed
 from halve.cut import cost
 from halve.cut.apply import FEW_SAMPLES
 from halve.cut.cost import Work
@@ -17,7 +17,7 @@ from halve.errors import RecipeError
 from halve.model.checkpoint import Checkpoint
 from halve.preflight.memory import Memory
 from halve.preflight.sizes import PlannedRound, planned_rounds
-from halve.recipe.schema import Distill, Recipe
+from halve.recipe.schema import Recipe
 
 
 def planned_nest(recipe: Recipe, shapes: Sequence[PlannedRound]) -> tuple[Anatomy, tuple[Arch, ...]]:
@@ -44,14 +44,6 @@ def nesting(recipe: Recipe, student: Costed, sizes: Sequence[Arch]) -> Work:
     """The work of the nest stage: the student's scores, and the gains of each smaller one's norms."""
     gains = (cost.gaining(student, arch, recipe.prune, samples=FEW_SAMPLES) for arch in sizes[1:])
     return sum(gains, cost.scoring(student, recipe.score))
-
-
-def taught_in_turns(
-    student: Anatomy, sizes: Sequence[Arch], teacher: Anatomy, training: Distill, draws: int, context: int
-) -> float:
-    """FLOPs per token of training: the teacher once, and as many students of mean size as a step draws."""
-    mean = sum(learning(Costed(student, arch, context)) for arch in sizes) / len(sizes)
-    return answering(Costed.of(teacher, context), training) + draws * mean
 
 
 def nest_memory(memory: Memory, student: Anatomy, sizes: Sequence[Arch], draws: int) -> Memory:

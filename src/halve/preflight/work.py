@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from halve.anatomy import Arch
-from halve.anatomy.work import Costed, by_context, correcting, distilling, learning
+from halve.anatomy import Anatomy, Arch
+from halve.anatomy.work import Costed, by_context, correcting, distilling, learning, taught_in_turns
 from halve.cut import cost
 from halve.cut.cost import Work
 from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
-from halve.preflight.nests import nesting, planned_nest, taught_in_turns
+from halve.preflight.nests import nesting, planned_nest
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Distill, Recipe, Training
@@ -56,7 +56,7 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
         if recipe.nest is not None:
             student, sizes = planned_nest(recipe, found)
             done["nest"] = nesting(recipe, Costed.of(student, recipe.data.context), sizes)
-            taught = partial(taught_in_turns, student, sizes, source.before, part.distill, recipe.nest.draws)
+            taught = partial(_in_turns, student, sizes, source, part.distill, recipe.nest.draws)
         if part.distill.cache != "none":  # the teacher runs once for all students
             add(named("cache", number), part.distill, partial(_cached, source, part.distill))
         add(distill, part.distill, taught)
@@ -141,6 +141,14 @@ def _alone(shape: PlannedRound, context: int) -> int:
 def _taught(shape: PlannedRound, teacher: PlannedRound, training: Distill, context: int) -> int:
     """The same with a teacher: the model that `teacher`, this or another round, cuts."""
     return distilling(_student(shape, context), Costed.of(teacher.before, context), training)
+
+
+def _in_turns(
+    student: Anatomy, sizes: Sequence[Arch], teacher: PlannedRound, training: Distill, draws: int, context: int
+) -> float:
+    """The same for students inside the student."""
+    students = [Costed(student, arch, context) for arch in sizes]
+    return taught_in_turns(students, Costed.of(teacher.before, context), training, draws=draws)
 
 
 def _cached(teacher: PlannedRound, training: Distill, context: int) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from halve.anatomy import Anatomy, Arch, discover
-from halve.anatomy.work import Costed, FlopsPerToken, answering, learning
+from halve.anatomy.work import Costed, FlopsPerToken, taught_in_turns
 from halve.cut.plan.nest import prefix_plan
 from halve.cut.surgery.trim import cut_parts, trim
 from halve.disk.files import read_object
@@ -66,8 +66,8 @@ def flops_of(nest: NestedStudents, student: Anatomy, teacher: Anatomy, recipe: R
     students = [student, *(discover(config) for config in nest.configs)]
 
     def of(context: int) -> float:
-        mean = sum(learning(Costed.of(one, context)) for one in students) / len(students)
-        return answering(Costed.of(teacher, context), training) + draws * mean
+        costed = [Costed.of(one, context) for one in students]
+        return taught_in_turns(costed, Costed.of(teacher, context), training, draws=draws)
 
     return of
 

@@ -56,6 +56,7 @@ class NestedStudents(nn.Module):
             nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in part.first.items()})
             for part in self._inside
         )
+        self._device = largest.device
         for part in self._inside:
             for parameter in part.model.parameters():
                 parameter.data = parameter.data.new_empty(0)
@@ -83,9 +84,17 @@ class NestedStudents(nn.Module):
         if number == 0:
             return body, replace(head, accumulates=False)
         part, values = self._inside[number - 1], self.values(number)
+        self._follow(values[part.weight_name].device)
         inner = {short: values[name] for short, name in part.body_names.items()}
         bias = None if part.bias_name is None else values[part.bias_name]
         return Body(_With(part.body.module, inner)), replace(part.head, weight=values[part.weight_name], bias=bias)
+
+    def _follow(self, device: torch.device) -> None:
+        """Bring what the models compute by themselves, such as rotary frequencies, to the weights' device."""
+        if device != self._device:
+            for part in self._inside:
+                part.model.to(device)
+            self._device = device
 
     @torch.no_grad()
     def filled(self, number: int) -> PreTrainedModel:
