@@ -283,6 +283,17 @@ def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -
     return recipe if policy is None else on_spikes(recipe, policy)
 
 
+@app.command()
+def search(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
+    """Find the shape to train: run the recipe's search and what it needs."""
+    from halve.cli.searching import show_search
+
+    loaded = load_recipe(recipe)
+    show_search(_run(loaded, out, only="search", needed=True, quiet=quiet), loaded, json_=json_)
+    if not json_:
+        say_next(f"halve run {recipe}")
+
+
 _stage_command("correct", "Fine-tune the teacher on the corpus.", "score")
 _stage_command("score", "Score each channel, neuron, head and layer in one forward pass.", "prune")
 _stage_command("prune", "Cut the model to its new size and check the result.", "distill")
@@ -293,10 +304,11 @@ _stage_command("evaluate", "Measure every model of the run.", "report")
 _stage_command("report", "Write the HTML page and the model card.", "")
 
 
-def _run(recipe: Recipe, out: Path | None, *, only: str | None, quiet: bool) -> Path:
+def _run(recipe: Recipe, out: Path | None, *, only: str | None, quiet: bool, needed: bool = False) -> Path:
     from halve.pipeline import run as pipeline
 
-    return pipeline.run(recipe, _folder(recipe, out), only=only, console=None if quiet else Console(stderr=True))
+    console = None if quiet else Console(stderr=True)
+    return pipeline.run(recipe, _folder(recipe, out), only=only, needed=needed, console=console)
 
 
 def _folder(recipe: Recipe, out: Path | None) -> Path:

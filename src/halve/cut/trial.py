@@ -7,7 +7,6 @@ small teachers, and how well it predicts the loss after retraining, is in docs/d
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from halve.cut.repair.budget import trial_budget
 from halve.cut.repair.taught import Taught
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores
-from halve.disk.files import atomic_file
+from halve.disk.lines import JsonLines
 from halve.errors import CorpusError
 from halve.model.reference import Reference
 from halve.recipe.schema import Prune
@@ -66,34 +65,17 @@ class Tried:
 
 
 class Tries:
-    """The shapes that were tried, in memory and, line by line, in a file that outlives a kill.
-
-    From the first line that is not whole, as the last is after a kill, shapes are measured again.
-    """
+    """The shapes that were tried, in memory and, where a path is given, in a file that outlives a kill."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.found: dict[Arch, Tried] = {}
-        kept = ""
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path and path.exists() else ():
-            try:
-                tried_shape = Tried.from_json(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith("\n"):
-                break
-            self.found[tried_shape.arch] = tried_shape
-            kept += line
-        if path is not None:
-            with atomic_file(path) as draft:
-                draft.write_text(kept, encoding="utf-8")
+        self.lines = None if path is None else JsonLines(path, Tried.from_json)
+        self.found = {one.arch: one for one in (self.lines.kept if self.lines else ())}
 
     def add(self, one: Tried) -> None:
         """Keep one more."""
         self.found[one.arch] = one
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(one.to_json()) + "\n")
+        if self.lines is not None:
+            self.lines.add(one, one.to_json())
 
 
 def require_tried(num_samples: int) -> None:
@@ -114,6 +96,7 @@ def try_shapes(
     *,
     turned: Turned,
     path: Path | None = None,
+    kept_layers: Mapping[int, tuple[int, ...]] | None = None,
 ) -> tuple[Tried, ...]:
     """Cut to shapes as `prune` says, on few samples, and measure each on samples that the refit did not see.
 
@@ -122,13 +105,14 @@ def try_shapes(
     begin too high are left. A shape that stands in two lists is cut once. What is measured is kept in `path`, where
     that is given, and a second call does not measure it again.
 
-    Layers go by `scores.layers`; `budget.trial_budget` says how many samples are for what. Neurons are ranked, not
-    selected by refit, and whatever merges heads or layers is left out. The teacher runs once for all shapes.
+    `kept_layers` says which layers stay, by their number; without it they go by `scores.layers`. How many samples are
+    for what is in `budget.trial_budget`. Neurons are ranked, not selected by refit, and whatever merges heads or layers
+    is left out. The teacher runs once for all shapes.
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
     require_tried(len(calibration.samples_BS))
-    bench = _Bench(calibration, scores, prune, turned)
+    bench = _Bench(calibration, scores, prune, turned, kept_layers or {})
     tries, distinct = Tries(path), {arch for family in shapes for arch in family}
 
     def measured(arch: Arch) -> float:
@@ -144,14 +128,22 @@ def try_shapes(
             if kl <= HOPELESS * min(tried_shape.kl for tried_shape in tries.found.values()):
                 _descend(family, kl, measured)
     tried = tuple(tries.found.values())
-    calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {outcome(tried)}")
+    calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {outcome_of_trial(tried)}")
     return tried
 
 
 class _Bench:
     """Cuts shapes and measures them, all on the same samples."""
 
-    def __init__(self, calibration: Calibration, scores: Scores, prune: Prune, turned: Turned) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        scores: Scores,
+        prune: Prune,
+        turned: Turned,
+        kept_layers: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        self.kept_layers = kept_layers
         samples_BS, sizes = calibration.samples_BS, calibration.anatomy.sizes
         self.budget = trial_budget(prune, sizes, context=samples_BS.shape[1], available=len(samples_BS))
         measured_BS, fit_BS = _apart(samples_BS, self.budget.compared)
@@ -164,7 +156,9 @@ class _Bench:
     def tried(self, arch: Arch) -> Tried:
         """Cut, refit and measured."""
         anatomy = self.fitting.anatomy
-        kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), self.scores, gain="none").layers
+        kept = self.kept_layers.get(arch.layers)
+        if kept is None:
+            kept = select(anatomy, anatomy.sizes.at(layers=arch.layers), self.scores, gain="none").layers
         made = cut_once(
             self.fitting,
             self.scores,
@@ -218,7 +212,7 @@ def _ties(tried: Sequence[Tried], lowest: Tried) -> list[Tried]:
     return ties
 
 
-def outcome(tried: Sequence[Tried]) -> str:
+def outcome_of_trial(tried: Sequence[Tried]) -> str:
     """Which shape was chosen, how far it is from the teacher, and who is too near to tell."""
     chosen, lowest = best(tried), min(tried, key=lambda one: one.kl)
     gap, error = chosen.behind(lowest)

@@ -13,7 +13,7 @@ from halve.disk.files import content_hashes
 from halve.disk.gguf_header import SUFFIX
 from halve.disk.soundness import CONFIG, TOKENIZER_FILES
 from halve.evaluation.rows import split_files
-from halve.recipe.rounds import compares
+from halve.recipe.rounds import compares, rounds
 from halve.recipe.schema import Recipe
 from halve.text import sources
 
@@ -35,7 +35,7 @@ class Keyed:
     after: tuple[str, ...]
     """The stages whose artifacts it reads."""
     outside: tuple[str, ...]
-    """Its other inputs: teacher, train, valid, choices, task_data, depth_task."""
+    """Its other inputs: teacher, train, valid, choices, task_data, depth_task, tournament_choices."""
     number: int
     """Its round. Stages that read the whole run belong to the first."""
 
@@ -67,8 +67,8 @@ def _removed(recipe: Recipe, teacher: Checkpoint) -> list[int | bool | None]:
     if not compares(recipe.score):
         return []
     numbers = [
-        0 if shape.kept_layers is not None else shape.before.sizes.layers - shape.after.layers
-        for shape in planned_rounds(recipe, teacher)
+        0 if shape.kept_layers is not None or part.search else shape.before.sizes.layers - shape.after.layers
+        for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True)
     ]
     return [read_of(recipe.score, number) for number in numbers]
 
@@ -104,6 +104,9 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
         files = [Path(path) for path in recipe.evaluate.choices]
     elif name == "task_data":
         return _task_data(recipe, memo)
+    elif name == "tournament_choices":
+        choices = None if recipe.search is None else recipe.search.tournament.choices
+        files = [Path(choices)] if choices else []
     elif name == "depth_task":
         files = [Path(recipe.score.depth_task)] if recipe.score.depth_task else []
     elif name == "train" and isinstance(recipe.data.train, dict):

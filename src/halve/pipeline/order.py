@@ -1,7 +1,8 @@
 """Read this first: the stages of a run, in order, and what each depends on.
 
-    teacher + corpus -> correct -> score -> prune -> nest -> cache -> distill (and its baselines) -> evaluate -> report
+    teacher + corpus -> correct -> score -> search -> prune -> nest -> cache -> distill, baselines -> evaluate -> report
 
+With a section `search`, cache-search and search choose the size that prune then cuts to. Otherwise they are left out.
 If a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow for the last student, and so on. A round
 that cuts the teacher again uses the scores of the first.
 
@@ -22,11 +23,12 @@ from halve.progress import Progress
 from halve.recipe.evaluations import OF_TASKS
 from halve.recipe.rounds import cuts_original, learns_from_previous, named, nested_students, rounds, scored_in
 from halve.recipe.schema import CHAT_PROMPTS, HOW, Distill, Recipe
+from halve.recipe.tournaments import tournament_training
 
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
-SECTIONS = ("correct", "score", "prune", "nest", "cache", "distill", "evaluate", "report")
+SECTIONS = ("correct", "score", "search", "prune", "nest", "cache", "distill", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
 _OF_CONVERSATIONS = ("data.messages_field", "data.count")
 _INPUTS = ("teacher", "train", "valid")
@@ -138,8 +140,13 @@ def _round(
     reads: _Names = ("score", "-score.batch_agg", "-score.seq_agg", "-score.depth_task")
     if scored == number:
         add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
+    searched: _Names = ()
+    if recipe.search is not None:
+        found = _search(recipe, number, score, cut=cut, teacher=teacher)
+        listed += found
+        searched = (found[-1].name,)
     reads = ("prune", "score", "-score.depth_task")
-    add(prune, "prune", _prune(cut, score), reads, (*whole, score))
+    add(prune, "prune", _prune(cut, score, searched=searched), reads, (*whole, score, *searched))
     models = {named("pruned", number): prune}
     begun = prune  # what the student is before its training
     if recipe.nest is not None:
@@ -172,6 +179,28 @@ def _round(
     return listed, models
 
 
+def _search(recipe: Recipe, number: int, score: str, *, cut: str | None, teacher: str | None) -> list[Stage]:
+    """The stages that find the size of a round's student: for a tournament, first the teacher's answers."""
+    assert recipe.search is not None
+    listed: list[Stage] = []
+    whole = tuple(stage for stage in (cut, teacher) if stage is not None)
+    reads: _Names = (*_everywhere(recipe), "search", "prune", "score", "-score.depth_task", "evaluate.samples")
+    answers = None
+    if recipe.search.method == "tournament":
+        training = tournament_training(recipe)
+        trained = recipe.model_copy(update={"distill": training})
+        answers = named("cache", number, "search")
+        cached = (*_everywhere(recipe), *_cached_by(training))
+        taught = () if teacher is None else (teacher,)
+        listed.append(Stage(answers, "cache", trained, cached, taught, _INPUTS, number, _cache(teacher)))
+        if recipe.distill is not None:
+            reads = (*reads, "data.documents", "distill", "-distill.baselines", *_but_how("distill"))
+    after = tuple(dict.fromkeys((*whole, score, *(() if answers is None else (answers,)))))
+    outside = (*_INPUTS, "depth_task", "tournament_choices")
+    act = _searching(cut, score, answers)
+    return [*listed, Stage(named("search", number), "search", recipe, reads, after, outside, number, act)]
+
+
 def _but_how(section: str) -> _Names:
     return tuple(f"-{section}.{key}" for key in HOW)
 
@@ -191,8 +220,28 @@ def _score(cut: str | None) -> _Act:
     return act
 
 
-def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act:
-    """Cut by the scores of a stage. None means a random cut, to the sizes of the cut `like`."""
+def _searching(cut: str | None, scored: str, answers: str | None) -> _Act:
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import search
+
+        return search.run(
+            recipe,
+            teacher=run.model(cut),
+            scores=run.scores(scored),
+            answers_in=None if answers is None else run.folder.stage(answers),
+            cache=run.cache,
+            out=out,
+            progress=run.progress,
+        )
+
+    return act
+
+
+def _prune(cut: str | None, scored: str | None, like: str | None = None, searched: _Names = ()) -> _Act:
+    """Cut by the scores of a stage, to the size that a search found, if there is one.
+
+    Without scores it is a random cut, to the sizes of the cut `like`.
+    """
 
     def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
         from halve.stages import prune
@@ -204,6 +253,7 @@ def _prune(cut: str | None, scored: str | None, like: str | None = None) -> _Act
             cache=run.cache,
             out=out,
             like=None if like is None else run.folder.stage(like) / "plan.json",
+            searched=run.folder.stage(searched[0]) if searched else None,
             progress=run.progress,
         )
 

@@ -56,6 +56,7 @@ def run(
     out: str | Path,
     *,
     only: str | None = None,
+    needed: bool = False,
     cache: Path | None = None,
     console: Console | None = None,
 ) -> Path:
@@ -64,9 +65,10 @@ def run(
     Processes that were started by torchrun run it together, in one folder that all of them can read (see
     `train.ranks.group`).
 
-    `only` names one of `SECTIONS` and runs only its stages; in later rounds, only those whose inputs exist. `cache`
-    holds token files and hashes of inputs, by default in `out/data`. Several runs may share it. Without a `console`
-    there are no messages. A killed run resumes where it stopped. A finished run changes nothing.
+    `only` names one of `SECTIONS` and runs only its stages; in later rounds, only those whose inputs exist. `needed`
+    adds the stages that these need. `cache` holds token files and hashes of inputs, by default in `out/data`. Several
+    runs may share it. Without a `console` there are no messages. A killed run resumes where it stopped. A finished run
+    changes nothing.
 
     Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are missing, and every
     error of `check` before the first stage.
@@ -89,7 +91,7 @@ def run(
         here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
         folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
         teacher = Checkpoint.open(recipe.model, home=cache)
-        ask = partial(_what_to_do, recipe, teacher, folder, listed, only, cache, ranks=here.size)
+        ask = partial(_what_to_do, recipe, teacher, folder, listed, only, cache, needed=needed, ranks=here.size)
         wanted, done, keys = here.lead(ask)
         this = StageContext(folder, cache, progress, teacher)
         if len(done) < len(wanted):
@@ -125,12 +127,15 @@ def _what_to_do(
     only: str | None,
     cache: Path,
     *,
+    needed: bool,
     ranks: int,
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """The names of the requested stages, of those that are done, and the keys of all stages."""
     keys = keys_of(recipe, teacher, listed, memo=cache / HASHES)
     wanted = [stage for stage in listed if only in (None, stage.section)]
-    if only is not None:
+    if needed:
+        wanted = _with_needed(listed, wanted)
+    elif only is not None:
         wanted = _possible(folder, wanted, keys)
     done = [stage.name for stage in wanted if folder.is_done(stage.name, keys[stage.name])]
     if len(done) < len(wanted):
@@ -176,6 +181,15 @@ def _carry_out(stage: Stage, run: StageContext, keys: Mapping[str, str], here: R
         metrics = here.lead(lambda: stage.act(run, stage.recipe, work))
     inputs = {name: keys[name] for name in stage.after}
     here.lead(lambda: str(folder.commit(stage.name, key, metrics, seed=stage.recipe.seed, inputs=inputs)))
+
+
+def _with_needed(listed: Sequence[Stage], wanted: Sequence[Stage]) -> list[Stage]:
+    """These stages and all that they need, in order."""
+    names = {stage.name for stage in wanted}
+    for stage in reversed(listed):  # each comes after those that it needs
+        if stage.name in names:
+            names |= set(stage.after)
+    return [stage for stage in listed if stage.name in names]
 
 
 def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> list[Stage]:

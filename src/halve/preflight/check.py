@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,8 @@ def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:
 
     for source, wanted in preflight_text.read_as(recipe):
         yield partial(_check_corpus, source, wanted)
-    for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task)):
+    searched = None if recipe.search is None else recipe.search.tournament.choices
+    for path in filter(None, (*recipe.evaluate.choices, recipe.score.depth_task, searched)):
         yield partial(load_items, path)
     yield from of_the_tasks(recipe)
 
@@ -128,15 +130,24 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
-    if recipe.search is not None:
-        from halve.preflight.sizes import require_met
+    """Check that there are candidates, that the tournament has tokens for its rungs, and that adapters can be added."""
+    if recipe.search is None:
+        return
+    from halve.preflight.sizes import require_met
+    from halve.search.searched import planned_rungs, shapes_to_try
+    from halve.train.loop import adapters
 
-        require_met(recipe, teacher)
-        raise RecipeError(
-            "no stage reads the section search yet",
-            why="the sizes that it finds would not be used",
-            fix="leave the section out, and give prune.params or sizes by hand",
-        )
+    require_met(recipe, teacher)
+    candidates = shapes_to_try(recipe, teacher.anatomy)
+    if recipe.search.method != "tournament":
+        return
+    planned_rungs(recipe, min(recipe.search.candidates, len(candidates)))
+    asked = recipe.search.tournament
+    if asked.train == "lora":
+        keys = {"key": "search.tournament.train", "rank_key": "search.tournament.lora_rank", "instead": "train: full"}
+        for candidate in candidates:
+            narrow = replace(teacher.anatomy, sizes=candidate.arch)
+            adapters.require_lora(narrow, asked.lora_rank, **keys)
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
@@ -18,8 +18,12 @@ from halve.preflight.space import Disk, planned_disk
 from halve.preflight.times import a_card, hours_by_stage
 from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, trainings
 from halve.recipe.schema import Recipe, Training
+from halve.recipe.tournaments import tournament_training
 from halve.text.schedule import spans
 from halve.train.ranks.group import require_shares
+
+_SEARCHES: Final = ("search", "finalists", "cache-search", "trial", "layers")
+"""What a search is made of."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,15 @@ class Forecast:
     """The device for which memory and hours are planned."""
     disk: Disk
     schedule: dict[str, Any]
+    searched: bool
+    """Whether a search chooses the shape."""
     trial: tuple[tuple[Arch, ...], ...]
     """For every round, the sizes from which its trial chooses. The sizes above then cut only width."""
+
+    @property
+    def searches(self) -> tuple[str, ...]:
+        """The stages that choose a shape by a search. Empty without one."""
+        return tuple(stage for stage in self.flops if stage in _SEARCHES) if self.searched else ()
 
     @property
     def hours(self) -> float | None:
@@ -149,6 +160,7 @@ def forecast(
         device=device,
         disk=planned_disk(recipe, shapes, cuda=place.cuda),
         schedule=_schedule(recipe),
+        searched=recipe.search is not None,
         trial=work.trials(recipe, shapes),
     )
 
@@ -196,6 +208,11 @@ def _memory(
     if recipe.correct is not None and recipe.corrects_before:
         memory["correct"] = correction_memory(recipe.correct, teacher, place, context=_longest(recipe.correct, recipe))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        if part.search is not None and part.search.method == "tournament":
+            trained, kind = tournament_training(part), dtype_of(recipe, teacher.config)
+            memory["search"] = Distillation(
+                trained, _sized(shape, shape.after), teacher, place, recipe.data.context, kind
+            ).memory()
         if part.distill is None:
             continue
         name = named("distill", number)

@@ -15,6 +15,7 @@ from halve.cut.repair.rotate import student_anatomy
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.rounds import cuts_original, rounds
 from halve.recipe.schema import Recipe
+from halve.search.searched import shapes_to_try
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,16 @@ def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, .
     """The sizes before and after every round, from the teacher's config alone.
 
     Which layers a round drops may be known only after scoring. Until then, the first layers are taken as the kept ones.
+    The size that a search chooses is known only after it. Until then, its first candidate stands for it.
     Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     planned: list[PlannedRound] = []
     for number, part in enumerate(rounds(recipe), 1):
         anatomy = teacher.anatomy if cuts_original(recipe, number) else discover(planned[-1].config())
         student = student_anatomy(anatomy, part.prune)
-        after, kept = target(student, part.prune)
+        if part.search is not None:
+            after, kept = shapes_to_try(part, anatomy)[0].arch, None
+        else:
+            after, kept = target(student, part.prune)
         planned.append(PlannedRound(anatomy, student, after, kept))
     return tuple(planned)

@@ -22,6 +22,7 @@ from halve.preflight.rehearsal import Learned, learned
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, rounds, trainings
 from halve.recipe.schema import Recipe, Training
+from halve.recipe.tournaments import tournament_training
 from halve.text import sources
 from halve.text.schedule import spans
 from halve.train.teachers.answers import answer_bytes
@@ -48,6 +49,10 @@ class _Timeline:
             written = min(written, keep)
         self.held += num_bytes
         self.peak = max(self.peak, self.held + written * state)
+
+    def pass_through(self, num_bytes: int) -> None:
+        """A stage that holds so many bytes while it works and leaves none."""
+        self.peak = max(self.peak, self.held + num_bytes)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
         state = _state(recipe.correct, changed, changed.trained)
         line.make(whole, state=state, training=recipe.correct, context=context)
     for part, shape in zip(rounds(recipe), found, strict=True):
+        line.pass_through(_tournament_bytes(part, shape, itemsize))
         student, training = shape.counts().params, part.distill
         student_bytes = student * itemsize
         line.make(student_bytes)
@@ -100,6 +106,16 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
     return Disk(line.peak, _cache_bytes(recipe, found, cuda=cuda), _text_bytes(recipe, teacher.sizes.vocab))
 
 
+def _tournament_bytes(part: Recipe, shape: PlannedRound, itemsize: int) -> int:
+    """The finalists of a tournament: each as it was cut and trained, its state, and one state that is being written."""
+    if part.search is None or part.search.method != "tournament":
+        return 0
+    training = tournament_training(part)
+    state = _state(training, learned(shape.config(), training), shape.counts().params)
+    models = 2 if part.search.tournament.choices else 1
+    return part.search.candidates * (models * shape.counts().params * itemsize + state) + state
+
+
 def _state(training: Training, changed: Learned, weights: int) -> int:
     """One checkpoint of a training: float32 weights, and moments of the trained ones."""
     return round(_FLOAT32_BYTES * weights + moments(training, changed))
@@ -109,6 +125,9 @@ def _cache_bytes(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
     """Upper bound of caches. Samples that are drawn several times are stored once, in the compute precision."""
     total = 0
     for number, part in enumerate(rounds(recipe), 1):
+        if part.search is not None and part.search.method == "tournament":
+            cached = part.model_copy(update={"search": None, "distill": tournament_training(part)})
+            total += _cache_bytes(cached, found[:1], cuda=cuda)
         if part.distill is not None:
             teacher = found[number - 1 if learns_from_previous(recipe, number) else 0].before.sizes
             total += part.distill.tokens * answer_bytes(

@@ -16,6 +16,8 @@ from halve.preflight.nests import nesting, planned_nest
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Distill, Recipe, Training
+from halve.recipe.tournaments import tournament_training
+from halve.search.searched import joint_comparison, planned_rungs, shapes_to_try
 from halve.stages.prune import CHECK_SAMPLES
 from halve.text import boundary
 from halve.text.schedule import spans
@@ -41,6 +43,8 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
     if recipe.correct and recipe.corrects_before:
         add("correct", recipe.correct, by_context(partial(correcting, section=recipe.correct), found[0].before))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
+        if part.search is not None and part.search.method == "tournament":
+            done |= tournament_work(part, shape)
         cut = _cut(part, shape)
         if scored_in(recipe, number) != number:
             del cut["score"]
@@ -71,11 +75,14 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
 
 
 def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, ...], ...]:
-    """For every round, the sizes from which its trial chooses, each once. Empty without a trial."""
+    """For every round, the sizes from which its trial or its search chooses, each once. Empty without one."""
     return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
 
 
 def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
+    if part.search is not None:
+        additive = part.search.method == "additive"
+        return () if additive else tuple(candidate.arch for candidate in shapes_to_try(part, shape.before))
     families = to_try(shape.student, part.prune, refused=_UNMARKED.get(part.score.method))
     return tuple(dict.fromkeys(arch for family in families for arch in family))
 
@@ -83,11 +90,14 @@ def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
 def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     """The work of scoring and pruning in one round."""
     before, after = _models(part, shape)
-    prune, score = part.prune, part.score
+    prune, score = part.prune, part.score if part.search is None else joint_comparison(part.score)
     scored = cost.scoring(before, score) + _checked_boundaries(before, score.samples)
     tried = _tried(part, shape)
     removals = {before.arch.layers - arch.layers for arch in tried} if tried and compares(score) else set()
-    if not tried and shape.kept_layers is None:
+    if part.search is not None:
+        removals -= {0}
+        removals = {max(removals, default=0)} if score.depth_pattern == "greedy" else removals
+    elif not tried and shape.kept_layers is None:
         removals = {before.arch.layers - after.arch.layers}
     layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
     narrower = any(arch.hidden < before.arch.hidden for arch in tried or (after.arch,))
@@ -108,6 +118,27 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
         + cost.measuring(before, after, samples=CHECK_SAMPLES),
         "refit": refit,
     }
+
+
+def tournament_work(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
+    """The teacher's answers for a tournament, the cuts of its finalists, and their training. The last two at most."""
+    assert part.search is not None
+    training, before = tournament_training(part), Costed.of(shape.before, part.data.context)
+    archs = _tried(part, shape)
+    count = min(part.search.candidates, len(archs))
+    dearest = max((Costed(shape.student, arch, before.context) for arch in archs), key=lambda model: model.whole)
+    budget = planned_rungs(part, count).budget
+    per_token = before.body if training.cache == "hidden" else before.whole
+    work = {"cache-search": Work(training.tokens, training.tokens * per_token)}
+    turned = rotates(shape.before, part.prune) and any(arch.hidden < before.arch.hidden for arch in archs)
+    cut = cost.choosing(before, dearest.arch, part.prune, part.score)
+    if part.prune.refit != "none":
+        budget_of_cut = cost.budget_for(before, part.prune)
+        cut += cost.refitting(before, dearest, part.prune, budget=budget_of_cut, turned=turned)
+        cut += cost.doubting(before, dearest, part.prune)
+    work["finalists"] = sum([cut] * count, Work())
+    work["search"] = Work(budget, budget * distilling(dearest, before, training))
+    return work
 
 
 def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:

@@ -113,7 +113,11 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices), "data": local})
     task = None if recipe.score.depth_task is None else anchored((recipe.score.depth_task,))[0]
     score = recipe.score.model_copy(update={"depth_task": task})
-    update = {"model": absolute(recipe.model), "data": data, "score": score, "evaluate": evaluate}
+    update: dict[str, Any] = {"model": absolute(recipe.model), "data": data, "score": score, "evaluate": evaluate}
+    if recipe.search is not None and recipe.search.tournament.choices is not None:
+        (choices,) = anchored((recipe.search.tournament.choices,))
+        tournament = recipe.search.tournament.model_copy(update={"choices": choices})
+        update["search"] = recipe.search.model_copy(update={"tournament": tournament})
     return recipe.model_copy(update=update)
 
 

@@ -6,18 +6,23 @@ models have the number of the round: prune-2, distill-2-ce; pruned-2, ce-2.
 
 from __future__ import annotations
 
-from halve.recipe.schema import Recipe, Score, Training
+from contextlib import suppress
 
-TOGETHER = ("correct", "distill")
+from halve.errors import RecipeError
+from halve.recipe.schema import Recipe, Score, Training
+from halve.recipe.tournaments import tournament_training
+
+TOGETHER = ("correct", "search", "distill")
 """Sections whose stages run on several ranks together. Other stages run on one rank while the others wait."""
 
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
     """The recipe of each round: that of the run, with the `prune` and `distill` of the round and without `then`."""
     first = recipe.model_copy(update={"then": ()})
+    later = first.model_copy(update={"search": None})
     return (
         first,
-        *(first.model_copy(update={"prune": step.prune, "distill": step.distill}) for step in recipe.then),
+        *(later.model_copy(update={"prune": step.prune, "distill": step.distill}) for step in recipe.then),
     )
 
 
@@ -29,6 +34,9 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
     by_name: dict[str, Training] = {}
     if recipe.correct is not None and recipe.corrects_before:
         by_name["correct"] = recipe.correct
+    if recipe.search is not None and recipe.search.method == "tournament":
+        with suppress(RecipeError):  # `check` reports it once
+            by_name["search"] = tournament_training(recipe)
     for number, part in enumerate(rounds(recipe), 1):
         if part.distill is not None:
             by_name["distill" if number == 1 else f"distill of round {number}"] = part.distill

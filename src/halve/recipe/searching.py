@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from halve.recipe.amounts import Amount, Unit, parse_amount
-from halve.recipe.values import Count, CountFromZero, PathOrName, Rate, Real, Section, Written
+from halve.recipe.values import Count, CountFromZero, PathOrName, Rate, Real, Scale, Section, Written
 
 Quantity = Literal[
     "total",
@@ -195,11 +195,13 @@ class Tournament(Section):
     """Short distillations of all finalists, of which the better ones go on (successive halving)."""
 
     tokens: Count | None = Field(
-        None, description="tokens on which a winner has trained at the end; default: a share of distill.tokens"
+        None, description="tokens on which a winner has trained at the end; default: two fifths of distill.tokens"
     )
     rungs: Count = Field(3, description="number of rounds; after each only the better finalists go on")
     keep: Real = Field(0.5, gt=0, lt=1, description="share of the finalists that goes on after a round")
     train: Literal["full", "lora"] = Field("full", description="what is trained; lora: adapters only")
+    lora_rank: Count = Field(16, description="rank of the LoRA adapters")
+    lora_alpha: Scale = Field(32.0, description="LoRA scale: an adapter is multiplied by lora_alpha / lora_rank")
     lr: Rate | None = Field(None, description="peak learning rate; default: that of distill")
     batch: Count | None = Field(None, description="samples in one optimizer step; default: that of distill")
     micro_batch: Count | None = Field(None, description="samples in one forward pass; default: that of distill")

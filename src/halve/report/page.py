@@ -24,10 +24,11 @@ from halve.recipe.rounds import named, parsed
 from halve.report import charts, sections, written
 from halve.report.paper_numbers import paper_models
 from halve.report.plots import figure
+from halve.report.searched import searched
 from halve.report.sections import PageSection, Table
 from halve.report.task_tables import task_sections
 
-STAGES = ("correct", "score", "prune", "nest", "cache", "distill", "evaluate")
+STAGES = ("correct", "score", "search", "prune", "nest", "cache", "distill", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
 READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
@@ -36,6 +37,7 @@ READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"m
 _SHORT = ("Quality",)
 """Sections whose differences the card leaves to the page."""
 
+_PAGE = "report.html.j2"
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("halve", "templates"),
     autoescape=jinja2.select_autoescape(("html.j2",)),
@@ -61,6 +63,7 @@ class Run:
     manifests: Mapping[str, Mapping[str, Any]]
     cuts: tuple[RoundCut, ...]
     results: Mapping[str, Any] | None
+    search: Mapping[str, Any] | None
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
     license: Mapping[str, str]
 
@@ -70,11 +73,20 @@ def write_report(run: Path, out: Path) -> None:
 
     Raises `RunError` if `run` holds no recipe or a file that cannot be read, and names the file.
     """
-    facts = read_run(run)
-    for template, name in (("report.html.j2", "report.html"), ("card.md.j2", "README.md")):
-        text = _PAGES.get_template(template).render(_view(facts))
-        with atomic_file(Path(out) / name) as draft:
-            draft.write_text(text, encoding="utf-8")
+    view = _view(read_run(run))
+    for template, name in ((_PAGE, "report.html"), ("card.md.j2", "README.md")):
+        _write(template, view, Path(out) / name)
+
+
+def write_page(run: Path, path: Path) -> None:
+    """Write only the page, of what has finished so far. Raises what `write_report` raises."""
+    _write(_PAGE, _view(read_run(run)), path)
+
+
+def _write(template: str, view: Mapping[str, Any], path: Path) -> None:
+    text = _PAGES.get_template(template).render(view)
+    with atomic_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def read_run(run: Path) -> Run:
@@ -106,7 +118,8 @@ def read_run(run: Path) -> Run:
     cards = [card for stage in manifests if (card := file(stage, f"model/{CARD}")) is not None]
     license = license_of(cards[0].parent) if cards else {}
     cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
-    return Run(recipe, manifests, cuts, part("evaluate", "results.json"), logs, license)
+    found = {stage: part(stage, "results.json") for stage in ("evaluate", "search")}
+    return Run(recipe, manifests, cuts, found["evaluate"], found["search"], logs, license)
 
 
 def _order(stage: str) -> tuple[bool, int, int, str]:
@@ -144,6 +157,7 @@ def _view(run: Run) -> dict[str, Any]:
         *of_tasks,
         sections.sizes_section(plans, run.results),
         sections.speed(run.results),
+        searched(run.search, run.recipe),
         charts.learning_curves(run.logs),
         *(
             charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))

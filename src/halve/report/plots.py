@@ -74,6 +74,35 @@ def curves(
     return _svg(height, title, parts)
 
 
+def tracks(series: Sequence[Series], *, title: str, x_label: str, marks: Sequence[Number]) -> str:
+    """Curves on a logarithmic y axis that may end early, each with its label at its last point.
+
+    `marks` are values of x with a vertical line, such as the rungs of a tournament. Series are drawn in order, so that
+    the last one lies on top.
+    """
+    height, left, right, top, bottom = 300, 50, 34, 12, 40
+    xs = [x for curve in series for x, _ in curve.points]
+    y_low, y_high, y_ticks = _y_range([y for curve in series for _, y in curve.points], log=True)
+    to_x = _scale(0, max(xs), left, WIDTH - right)
+    to_y = _scale(y_low, y_high, height - bottom, top, log=True)
+    parts = [_grid_y(y_ticks, to_y, left, WIDTH - right), _axis_x(ticks(0, max(xs)), to_x, height - bottom, x_label)]
+    parts += [f'<path class="level" d="M{_n(to_x(mark))} {top}V{height - bottom}"/>' for mark in marks]
+    ends: dict[Number, list[tuple[Number, str, str]]] = {}
+    for curve in series:
+        path = "L".join(f"{_n(to_x(x))} {_n(to_y(y))}" for x, y in curve.points)
+        parts.append(f'<path class="curve {curve.color}" d="M{path}"/>')
+        for x, y in curve.points:
+            name = f"{curve.label}: {figure(y)} at {figure(x)}"
+            dot = f'<circle class="dot {curve.color}" cx="{_n(to_x(x))}" cy="{_n(to_y(y))}" r="3">'
+            parts.append(f"{dot}<title>{escape(name)}</title></circle>")
+        last_x, last_y = curve.points[-1]
+        ends.setdefault(to_x(last_x), []).append((to_y(last_y), curve.label, curve.color))
+    for x, labels in ends.items():
+        spread = _spread(labels, low=top, high=height - bottom)
+        parts += [_text(x + 8, y + 4, text, f"label {color}") for y, text, color in spread]
+    return _svg(height, title, parts)
+
+
 def dots(rows: Sequence[Interval], *, title: str) -> str:
     """One row per model: a dot at its value, and a whisker of two standard errors to either side."""
     left, right, top, step = 132, 74, 8, 27

@@ -178,14 +178,18 @@ def forecast_tables(found: Forecast) -> None:
         ("GFLOP per token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
     table(f"{found.name}: plan", ("", "teacher", *names), rows)
-    if any(found.trial):
+    if found.searched:
+        print("the student of this plan is the search's first candidate; another may be chosen")
+    elif any(found.trial):
         print("this plan cuts only width; prune.shape: trial may also drop layers within the same budget")
-        trial(found.trial)
+    trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
     columns, times = times_on(found.device, found.hours_by_stage, found.gpu_hours_by_stage)
     work = [(at_most(stage), f"{n:,}", f"{found.flops[stage]:.3g}", *times[stage]) for stage, n in found.tokens.items()]
     table("work", ("stage", "tokens", "FLOP", *columns), work)
+    if found.searches:
+        print(_search_in_a_line(found))
     if "boundary" in found.tokens:
         print("boundary: data.boundary: auto checks whether the teacher has learned the end-of-sequence token")
     _memory(found)
@@ -198,6 +202,12 @@ def forecast_tables(found: Forecast) -> None:
     print(f"{time_of_a_run(found)}; disk {bytes_in_words(disk.total_bytes)}: {', '.join(parts)}")
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
+
+
+def _search_in_a_line(found: Forecast) -> str:
+    flops, hours = (sum(by[stage] or 0.0 for stage in found.searches) for by in (found.flops, found.hours_by_stage))
+    took = f", about {duration(hours)}" if hours else ""
+    return f"the search takes at most {flops / sum(found.flops.values()):.0%} of the FLOP{took}"
 
 
 def trial(rounds: Sequence[Sequence[Arch]]) -> None:

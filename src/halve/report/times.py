@@ -52,7 +52,7 @@ _LONG_PARTS = ("trial", "selection", "refit")
 
 def at_most(stage: str) -> str:
     """The name of a stage, with a word where its work is an upper bound."""
-    return f"{stage}, at most" if stage.startswith(("trial", "selection")) else stage
+    return f"{stage}, at most" if stage.startswith(("trial", "selection", "finalists", "search")) else stage
 
 
 def time_of_a_run(found: Forecast) -> str:

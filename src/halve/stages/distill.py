@@ -38,11 +38,12 @@ from halve.train.loop import adapters, loop
 from halve.train.nested import NestedStudents, Once
 from halve.train.objectives import intermediate
 from halve.train.objectives import logits as objectives
+from halve.train.objectives.stored import from_store
 from halve.train.ranks import shards
 from halve.train.ranks.group import Ranks, here
 from halve.train.teachers import answers
 from halve.train.teachers import live as teachers
-from halve.train.teachers.cache import HELDOUT, CachedDraws, CachedHidden, Store
+from halve.train.teachers.cache import HELDOUT, CachedHidden, Store
 from halve.train.teachers.live import Hidden, Live, Teacher
 
 VARIANTS = ("student", "ce", "random_init", "random_prune")
@@ -267,22 +268,7 @@ def _save_teacher(how: _Setting, taught: _Taught, folder: Path, *, source: Path,
 
 
 def _by_cache(how: _Setting, folder: Path, teacher: str) -> _Taught:
-    """Open a cache that belongs to this teacher and this text, and has all of the course's samples."""
-    store, text = Store.open(folder), how.text
-    vocab = store.bound.vocab  # of the teacher's head, which the fingerprint of the teacher covers
-    store.require(
-        answers.bound_to(
-            how.recipe,
-            how.training,
-            teacher=teacher,
-            tokenizer=text.tokenizer,
-            course=text.course,
-            heldout=text.heldout,
-            vocab=vocab,
-        )
-    )
-    if store.facts.drawn != answers.drawn(how.recipe, how.training):
-        store.require_samples(answers.Needed.by(text.course).steps)
+    store = answers.open_store(folder, how.recipe, how.training, teacher=teacher, text=how.text)
     head = store.head(how.device)
     return _Taught(store, head, CachedHidden(store, head, HELDOUT))
 
@@ -296,11 +282,7 @@ def _objective(
     if how.variant == "ce" or not terms:
         return objectives.cross_entropy(), None
     if isinstance(taught.by, Store):
-        if training.cache == "logits":
-            draws, kl = CachedDraws(taught.by), training.terms["kl"]
-            temperature = training.temperature
-            return objectives.distillation_from_draws(draws, vocab=vocab, kl=kl, temperature=temperature, ce=ce), None
-        return objectives.distillation(CachedHidden(taught.by, taught.head), vocab=vocab, terms=terms, ce=ce), None
+        return from_store(taught.by, taught.head, training, vocab=vocab), None
     teacher = taught.by if how.recipe.nest is None else Once(taught.by)
     logits = objectives.distillation(teacher, vocab=vocab, terms=terms, ce=ce)
     states = training.intermediate

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.anatomy import Anatomy, Arch
-from halve.cut.apply import Cut, Goal, Rescore, cut, turn
+from halve.cut.apply import Cut, Goal, cut, turn
+from halve.cut.given import calibration_samples, read_scores, rescoring
 from halve.cut.layers.chosen import DEPTH, choose_layers
 from halve.cut.layers.depth import DepthChoice
 from halve.cut.layers.layer_merge import laco_search, search_setting
@@ -21,9 +22,7 @@ from halve.cut.plan.plan import Plan
 from halve.cut.plan.shapes import to_try
 from halve.cut.plan.sizes import target
 from halve.cut.proof.prove import Proof, prove
-from halve.cut.repair.budget import samples_needed
 from halve.cut.repair.rotate import rotates, student_anatomy
-from halve.cut.score import width
 from halve.cut.score.calibration import Calibration, require_calibration
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.trial import Tried, best, try_shapes
@@ -38,6 +37,7 @@ from halve.process.waits import wait
 from halve.progress import SILENT, Progress
 from halve.recipe.rounds import compares
 from halve.recipe.schema import Prune, Recipe
+from halve.search.choice import Choice
 from halve.text import corpus
 from halve.text.conversation_samples import samples_of
 from halve.text.mixture import Mixture, open_mixture
@@ -82,6 +82,7 @@ def run(
     cache: Path,
     out: Path,
     like: Path | None = None,
+    searched: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Cut the teacher to the recipe's sizes. Writes `out/plan.json`, `out/scores.safetensors` and `out/model`.
@@ -90,13 +91,14 @@ def run(
     Returns sizes, perplexities and the results of the checks. `scores` is the score stage's file, read with the
     recipe's aggregators. If sets of layers were compared, `depth.json` is next to it. Without `scores`, the cut is the
     random control: it ranks by random numbers from the recipe's seed and uses nothing of the teacher's activations. It
-    gets the sizes of the plan `like`, if that is given.
+    gets the sizes of the plan `like`, if that is given. `searched` is the folder of the search stage, which chose sizes
+    and layers.
 
     Raises `PlanError` for invalid sizes and `AnatomyError` for an axis whose proof fails, both before weights are read.
     Raises `CorpusError` for unsuitable calibration samples, and `CheckpointError` if the result does not match the
     plan.
     """
-    wanted = _wanted(recipe, teacher, scores, like)
+    wanted = _wanted(recipe, teacher, scores, like=like, searched=searched)
     model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
     tokenizer = teacher.tokenizer
     valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
@@ -104,7 +106,7 @@ def run(
     nll = partial(measure.language_modeling, samples=heldout.ids, predicted=heldout.predicted, micro_batch=MICRO_BATCH)
     before_nll = nll(model)
     text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
-    samples = _samples(recipe, wanted, teacher.anatomy.sizes, text)
+    samples = calibration_samples(recipe, wanted.asked, teacher.anatomy.sizes, text)
     require_calibration(samples, vocab=teacher.anatomy.sizes.vocab)
     calibration = Calibration(model, teacher.anatomy, samples, recipe.score.micro_batch, progress)
     done, tried = _student(recipe, wanted, _Source(calibration, text, tokenizer), out)
@@ -135,27 +137,26 @@ def run(
     }
 
 
-def _samples(recipe: Recipe, wanted: _Wanted, sizes: Arch, text: Mixture) -> Tensor:
-    """The calibration samples. Those of conversations may be shorter than the context, and then there are more."""
-    length = recipe.data.context
-    while True:
-        samples_BS = text.calibration(max(samples_needed(wanted.asked, sizes, length), recipe.score.samples))
-        if samples_BS.shape[1] >= length:
-            return samples_BS
-        length = samples_BS.shape[1]
-
-
-def _wanted(recipe: Recipe, teacher: Checkpoint, scores: Path | None, like: Path | None) -> _Wanted:
+def _wanted(
+    recipe: Recipe, teacher: Checkpoint, scores: Path | None, *, like: Path | None, searched: Path | None
+) -> _Wanted:
     """Check that the model allows the sizes, axes and rotation, and read the scores."""
     asked = recipe.prune if scores is not None else _blind(recipe.prune)
     anatomy = teacher.anatomy
-    after, kept_layers = target(student_anatomy(anatomy, asked), asked)
+    if searched is not None:
+        choice = Choice.load(searched)
+        after, kept_layers = choice.arch, choice.kept_layers
+    elif recipe.search is not None:  # the random control of such a cut
+        assert like is not None
+        after, kept_layers = anatomy.sizes, None
+    else:
+        after, kept_layers = target(student_anatomy(anatomy, asked), asked)
     if like is not None:
         after = Plan.load(like).after
     proof = prove(anatomy)
     proof.demand(anatomy.sizes, after)
     rotates(anatomy, asked)  # refuses a rotation that the family does not allow
-    ranking = _ranking(anatomy, recipe, teacher, scores)
+    ranking = random_scores(anatomy, recipe.seed) if scores is None else read_scores(recipe, teacher, scores)
     return _Wanted(asked, after, kept_layers, proof, ranking, None if scores is None else scores.with_name(DEPTH))
 
 
@@ -184,7 +185,7 @@ def _student(recipe: Recipe, wanted: _Wanted, source: _Source, out: Path) -> tup
         write_json(out / "plan.json", plan.to_json())
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
-    rescore = _rescore(recipe, calibration.samples_BS)
+    rescore = rescoring(recipe, calibration.samples_BS)
     return cut(calibration, ranking, asked, goal, turned=turned, rescore=rescore, planned=planned), tried
 
 
@@ -223,36 +224,6 @@ def _blind(asked: Prune) -> Prune:
         "shape": "width",
     }
     return asked.model_copy(update=off)
-
-
-def _ranking(anatomy: Anatomy, recipe: Recipe, teacher: Checkpoint, scores: Path | None) -> Scores:
-    if scores is None:
-        return random_scores(anatomy, recipe.seed)
-    return Scores.load(
-        scores,
-        batch_agg=recipe.score.batch_agg,
-        seq_agg=recipe.score.seq_agg,
-        model=teacher.fingerprint,
-    )
-
-
-def _rescore(recipe: Recipe, samples: Tensor) -> Rescore:
-    """Score a partly cut model the way the recipe scored the teacher."""
-
-    def rescore(model: PreTrainedModel, anatomy: Anatomy) -> Scores:
-        asked = recipe.score
-        return width.score(
-            Calibration(model, anatomy, samples[: asked.samples], asked.micro_batch),
-            method=asked.method,
-            ffn_point=asked.ffn_point,
-            batch_agg=asked.batch_agg,
-            seq_agg=asked.seq_agg,
-            seed=recipe.seed,
-            model_fingerprint="",
-            samples_fingerprint="",
-        )
-
-    return rescore
 
 
 def _check(student: PreTrainedModel, params: int, folder: Path, ids: Tensor, nll: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from halve.anatomy import Anatomy
 from halve.cut.layers.chosen import DEPTH, choose_layers, read_of
 from halve.cut.plan.sizes import target
 from halve.cut.repair.rotate import student_anatomy
@@ -32,7 +33,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     If the recipe drops layers by a criterion other than single block importance, `out/depth.json` has every set that
     was compared (`halve.cut.layers.depth.DepthChoice`), measured on `score.depth_samples` samples. A comparison of
     single layers is valid for any number of layers, so another size needs no new scores. If a trial decides how many
-    layers are dropped, the prune stage makes the comparison.
+    layers are dropped, the prune stage makes the comparison, and the search stage if the recipe searches.
 
     The samples are spread evenly over the training text, at places that depend on the seed. They contain a mixture's
     parts in their shares, have `data.context` tokens, and documents are joined. A corpus with fewer than
@@ -45,8 +46,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     """
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     anatomy = teacher.anatomy
-    after, named = target(student_anatomy(anatomy, recipe.prune), recipe.prune)
-    remove = 0 if named is not None else anatomy.sizes.layers - after.layers
+    remove = 0 if recipe.search is not None else _removed(recipe, anatomy)
     tokenizer = teacher.tokenizer
     require_embedded(recipe, teacher, "train", cache=cache, progress=progress)
     samples = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
@@ -76,6 +76,12 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
         write_json(out / DEPTH, choice.to_json())
         figures["depth"] = {key: choice.to_json()[key] for key in ("criterion", "pattern", "passes", "whole")}
     return figures
+
+
+def _removed(recipe: Recipe, anatomy: Anatomy) -> int:
+    """How many layers the recipe drops without naming them."""
+    after, named = target(student_anatomy(anatomy, recipe.prune), recipe.prune)
+    return 0 if named is not None else anatomy.sizes.layers - after.layers
 
 
 def _figures(asked: Score, scores: Scores, samples_BS: Tensor, seconds: float) -> dict[str, Any]:

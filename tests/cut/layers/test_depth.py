@@ -189,6 +189,15 @@ def test_states_of_one_pass(made: Made, samples: Tensor, criterion: Any, distanc
         assert found.whole is None
 
 
+def test_a_greedy_choice_holds_those_of_fewer_layers(llama: Made, samples: Tensor) -> None:
+    asked = {"criterion": "logit_mse", "pattern": "greedy", "micro_batch": 2, "seed": 0}
+    most = choose(*llama, samples, remove=4, **asked)
+    assert most.of(4).kept == most.kept
+    assert most.of(0).kept == tuple(range(LAYERS))
+    for remove in (1, 2, 3):
+        assert most.of(remove).kept == choose(*llama, samples, remove=remove, **asked).kept
+
+
 @pytest.mark.parametrize(("criterion", "distance"), [("bi", turn), ("angular", angle)])
 def test_greedy_states_are_those_of_the_model_that_is_left(
     llama: Made, samples: Tensor, criterion: Any, distance: Any

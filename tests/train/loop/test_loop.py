@@ -88,8 +88,9 @@ def run(
     folder.mkdir(exist_ok=True)
     recipe = options.pop("recipe", training())
     files = loop.TrainFiles(folder / "work", folder / "metrics.jsonl", seed=0, name=options.pop("name", "train"))
+    until = options.pop("until", None)
     lesson = loop.Lesson(objective or taught(tiny(seed=1)), **options)
-    return loop.train(model, lesson, Course(recipe, Fake()), files, device="cpu")
+    return loop.train(model, lesson, Course(recipe, Fake()), files, device="cpu", until=until)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -212,6 +213,25 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, after: int, resume
         for name in ("whole", "killed")
     ]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("pauses", [[0, 3], [1, 5], [4], [6], [2, 2]])
+def test_pauses_change_no_bit(tmp_path: Path, pauses: list[int]) -> None:
+    """6 steps, a checkpoint after 2 and 4. A pause after step 0 trains nothing, one after the last is the end."""
+    heldout = objectives.heldout_loss(Fake().batch(99, 4), micro_batch=4)
+    whole, model = tiny(), tiny()
+    told = run(tmp_path / "whole", whole, heldout=heldout)
+    for pause in pauses:
+        model = tiny()
+        result = run(tmp_path / "paused", model, heldout=heldout, until=pause)
+        assert (result.steps, result.tokens) == (pause, pause * 8 * CONTEXT)
+        assert result.heldout == heldout(*split(model))
+    model = tiny()
+    result = run(tmp_path / "paused", model, heldout=heldout)
+    assert same(weights(model), weights(whole))
+    assert result.as_dict() == told.as_dict()
+    steps = [line["step"] for line in lines(tmp_path / "paused")]
+    assert steps == list(range(7))
 
 
 def test_a_checkpoint_holds_what_is_trained_and_its_state(tmp_path: Path) -> None:

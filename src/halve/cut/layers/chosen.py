@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from transformers import PreTrainedTokenizerBase
 
 from halve.cut.layers.depth import DepthChoice, choose
@@ -25,15 +27,25 @@ def read_of(score: Score, remove: int) -> int | bool | None:
 
 
 def choose_layers(
-    recipe: Recipe, calibration: Calibration, *, remove: int, tokenizer: PreTrainedTokenizerBase, scores: Scores
+    recipe: Recipe,
+    calibration: Calibration,
+    *,
+    remove: int,
+    tokenizer: PreTrainedTokenizerBase,
+    scores: Scores,
+    keep: Collection[int] = (),
 ) -> DepthChoice:
-    """Compare sets of `remove` layers as the section `score` says (see `halve.cut.layers.depth.choose`)."""
+    """Compare sets of `remove` layers as the section `score` says (see `halve.cut.layers.depth.choose`).
+
+    None of `keep` is removed.
+    """
     task = recipe.score.depth_task
     return choose(
         calibration,
         criterion=recipe.score.depth,
         pattern=recipe.score.depth_pattern,
         remove=remove,
+        keep=keep,
         items=load_items(task) if task is not None and recipe.score.depth == "task" else (),
         tokenizer=tokenizer,
         seed=recipe.seed,

@@ -16,7 +16,8 @@ No layer is protected from removal, not even the first and the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -61,16 +62,25 @@ class DepthChoice:
         return asdict(self)
 
     def of(self, remove: int) -> DepthChoice:
-        """The choice for another number of layers. Only a comparison of single layers is valid for any number.
+        """The choice for another number of layers.
+
+        A comparison of single layers is valid for any number, a greedy one for any up to the compared number, because
+        each of its sets holds the one before. That of blocks is valid only for its own.
 
         >>> removals = (Removal((0,), 3.0), Removal((1,), 1.0), Removal((2,), 2.0))
         >>> DepthChoice("bi", "single", (0, 2), removals, 1.0, None).of(2).kept
         (0,)
         """
-        if self.pattern != "single":
+        if self.pattern == "single":
+            removed = _union(sorted(self.removals, key=_least)[:remove])
+            return replace(self, kept=tuple(layer for layer in range(len(self.removals)) if layer not in removed))
+        if self.pattern != "greedy":
             return self
-        removed = _union(sorted(self.removals, key=_least)[:remove])
-        return replace(self, kept=tuple(layer for layer in range(len(self.removals)) if layer not in removed))
+        removed, total = (), sum(len(removal.layers) == 1 for removal in self.removals)
+        for size in range(1, remove + 1):
+            compared = [removal for removal in self.removals if len(removal.layers) == size]
+            removed = min(compared, key=_least_beside(removed)).layers
+        return replace(self, kept=tuple(layer for layer in range(total) if layer not in removed))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DepthChoice:
@@ -175,33 +185,63 @@ def choose(
     criterion: DepthCriterion,
     pattern: DepthPattern,
     remove: int,
+    keep: Collection[int] = (),
+    **given: Any,
+) -> DepthChoice:
+    """Choose `remove` layers to drop, none of `keep`, by one criterion and pattern. The model is not changed.
+
+    `given` are a `seed`, and `items`, `tokenizer` and `scores` where there are some. `task` uses `items` and
+    `tokenizer`, `taylor` uses `scores.layer_scores`, and the others use the samples. `bi` of single layers is taken
+    from `scores` if they come from a forward pass, and then needs no other pass.
+
+    Raises `PlanError` unless at least one layer goes and one stays, and if every set of layers holds one of `keep`.
+    Raises `RecipeError` for `task` without items and `taylor` without layer scores, `CorpusError` for no samples, and
+    `CheckpointError` where logits are not finite.
+    """
+    total = calibration.anatomy.sizes.layers
+    _check_count(remove, total)
+    compare = _sparing(_comparison(calibration, criterion, pattern, **given), keep)
+    result = PATTERNS[pattern](compare, total, remove=remove)
+    if set(result.removed) & set(keep):
+        raise PlanError(
+            f"cannot remove {remove} of {total} layers and keep {', '.join(map(str, sorted(keep)))}",
+            why="every set of layers that is compared holds one that has to stay",
+            fix="keep fewer layers by name, or more layers in all",
+        )
+    kept = tuple(layer for layer in range(total) if layer not in result.removed)
+    return DepthChoice(criterion, pattern, kept, result.removals, result.passes, result.whole)
+
+
+def _comparison(
+    calibration: Calibration,
+    criterion: DepthCriterion,
+    pattern: DepthPattern,
+    *,
     seed: int,
     items: Sequence[Item] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     scores: Scores | None = None,
-) -> DepthChoice:
-    """Choose `remove` layers to drop, by one criterion and pattern. The model is unchanged on return.
-
-    `task` uses `items` and `tokenizer`, `taylor` uses `scores.layer_scores`, and the others use the samples. `bi` of
-    single layers is taken from `scores` if they come from a forward pass, and then needs no other pass.
-
-    Raises `PlanError` unless at least one layer goes and one stays, `RecipeError` for `task` without items and `taylor`
-    without layer scores, `CorpusError` for no samples, and `CheckpointError` where logits are not finite.
-    """
-    total = calibration.anatomy.sizes.layers
-    _check_count(remove, total)
+) -> Compare:
     if (known := _known(criterion, pattern, scores)) is not None:
-        compare = known
-    elif criterion == "random":
-        compare = depth_values.random_values(seed)
-    elif criterion == "task":
-        compare = _task(calibration, items, tokenizer)
-    else:
-        _check_samples(calibration.samples_BS)
-        compare = _MEASURED[criterion](calibration)
-    result = PATTERNS[pattern](compare, total, remove=remove)
-    kept = tuple(layer for layer in range(total) if layer not in result.removed)
-    return DepthChoice(criterion, pattern, kept, result.removals, result.passes, result.whole)
+        return known
+    if criterion == "random":
+        return depth_values.random_values(seed)
+    if criterion == "task":
+        return _task(calibration, items, tokenizer)
+    _check_samples(calibration.samples_BS)
+    compare: Compare = _MEASURED[criterion](calibration)
+    return compare
+
+
+def _sparing(compare: Compare, keep: Collection[int]) -> Compare:
+    """The same comparison, by which a set that holds one of `keep` hurts without bound."""
+
+    def spared(sets: Sequence[tuple[int, ...]], gone: Collection[int]) -> Compared:
+        found = compare(sets, gone)
+        pairs = zip(sets, found.values, strict=True)
+        return replace(found, values=tuple(math.inf if set(keep) & set(held) else value for held, value in pairs))
+
+    return spared if keep else compare
 
 
 _MEASURED: Final[Mapping[DepthCriterion, Callable[..., Compare]]] = {

@@ -47,17 +47,27 @@ def require_trainable(anatomy: Anatomy, section: Correct) -> None:
             why="its norms have no parameters",
             fix="method: full or lora in the section correct",
         )
-    if section.method == "lora" and importlib.util.find_spec("peft") is None:
+    if section.method == "lora":
+        keys = {"key": "correct.method", "rank_key": "correct.lora_rank", "instead": "method: full or norms"}
+        require_lora(anatomy, section.lora_rank, **keys)
+
+
+def require_lora(anatomy: Anatomy, rank: int, *, key: str, rank_key: str, instead: str) -> None:
+    """Raise `RecipeError` if adapters of this rank cannot be added.
+
+    The keys are those of the recipe that ask for it, and `instead` is what else they can ask for.
+    """
+    if importlib.util.find_spec("peft") is None:
         raise RecipeError(
-            "correct.method: lora needs the package peft",
+            f"{key}: lora needs the package peft",
             why="it is not installed; its adapters are an extra of halve",
-            fix="pip install 'halve[lora]', or method: full or norms",
+            fix=f"pip install 'halve[lora]', or {instead}",
         )
-    if section.method == "lora" and section.lora_rank > (hidden := anatomy.sizes.hidden):
+    if rank > (hidden := anatomy.sizes.hidden):
         raise RecipeError(
-            f"correct.lora_rank {section.lora_rank} is larger than the model's hidden {hidden}",
+            f"{rank_key} {rank} is larger than the model's hidden {hidden}",
             why="no matrix that reads or writes hidden states has a higher rank than that",
-            fix=f"set correct.lora_rank to {hidden} or less; 16 is usual",
+            fix=f"set {rank_key} to {hidden} or less; 16 is usual",
         )
 
 

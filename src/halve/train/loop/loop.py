@@ -116,10 +116,14 @@ def train(
     files: TrainFiles,
     *,
     device: str,
+    until: int | None = None,
     ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`. The caller exports it.
+
+    With `until`, the training pauses after this step, with its metrics and a checkpoint. A later call with a larger
+    `until`, or without one, goes on from there and ends with the same bits as a training without a pause.
 
     The loss of a step is the sum over all its tokens divided by their number, for any number of micro-batches.
     `files.work` keeps the last `keep_checkpoints` complete checkpoints; a second call with the same arguments resumes
@@ -149,9 +153,10 @@ def train(
         Keeper(files.work, groups, files.identity(training), keep=training.keep_checkpoints, ranks=ranks) as keeper,
     ):
         restored = keeper.restore()
-        start, total = restored.step, course.tokens(course.steps)
+        start, last = restored.step, course.steps if until is None else min(until, course.steps)
+        assert start <= last, f"a checkpoint of step {start} is later than the pause after step {last}"
         running, loss = Running.of(restored.notes), restored.notes.get("loss")
-        under_way = _UnderWay(trained, learner, lesson, course, device, keeper, running, loss)
+        under_way = _UnderWay(trained, learner, lesson, course, device, keeper, running, last, loss)
         opened = (
             open_journal(files.metrics, step=start, loggers=training.loggers, name=files.name)
             if ranks.leads
@@ -160,14 +165,14 @@ def train(
         with opened as journal:
             if start == 0:
                 under_way.begin(journal)
-            with progress.task(files.name, total, done=course.tokens(start)) as task:
-                for step in range(start + 1, course.steps + 1):
+            with progress.task(files.name, course.tokens(last), done=course.tokens(start)) as task:
+                for step in range(start + 1, last + 1):
                     journal.write(under_way.advance(step))
                     task.advance(course.tokens(step) - course.tokens(step - 1), **under_way.shown())
                     under_way.keep(step, journal, stopping=ranks.any(asked_to_stop()))
-            if start == course.steps:  # stopped after its last step; only the export is missing
+            if start == last:  # stopped after this step; what follows from the weights is missing
                 under_way.measure(start)
-    return TrainResult(course.steps, total, start, under_way.loss, under_way.figures)
+    return TrainResult(last, course.tokens(last), start, under_way.loss, under_way.figures)
 
 
 def _trained(student: PreTrainedModel, extra: nn.Module | None, training: Training, *, device: str) -> Trained:
@@ -189,6 +194,8 @@ class _UnderWay:
     device: str
     keeper: Keeper
     running: Running
+    last: int
+    """The step after which it pauses or ends."""
     loss: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
 
@@ -202,7 +209,7 @@ class _UnderWay:
     def advance(self, step: int) -> dict[str, Any]:
         """Take one step, and measure if it is time to. Returns the step's line of the journal."""
         line = self.step(step)
-        if step == self.course.steps or step % self.course.training.eval_every == 0:
+        if step == self.last or step % self.course.training.eval_every == 0:
             line |= self.measure(step)
         gate, tokens = self.lesson.gate, self.course.tokens
         if gate is not None and gate.due(tokens(step - 1), tokens(step), last=step == self.course.steps):
@@ -224,7 +231,8 @@ class _UnderWay:
     def keep(self, step: int, journal: Journal | Mute, *, stopping: bool) -> None:
         """Save the state after a step if it is time to. If `stopping`, save it and raise `Stopped`."""
         training = self.course.training
-        if stopping or (step != self.course.steps and step % training.checkpoint_every == 0):
+        due = step == self.last or step % training.checkpoint_every == 0
+        if stopping or (due and step != self.course.steps):
             journal.sync()
             self.keeper.save(step, notes=self.running.notes() | {"loss": self.loss})
         if stopping:

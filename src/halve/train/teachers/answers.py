@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from halve.recipe.schema import Cache, Distill, Recipe
 from halve.text import tokenize
 from halve.text.batch import Batch
 from halve.text.course import Course
+from halve.text.opened import Text
 from halve.train.teachers import draws
-from halve.train.teachers.cache import Bound
+from halve.train.teachers.cache import Bound, Store
 from halve.train.teachers.draws import Packed
 from halve.train.teachers.live import Hidden, Teacher
 
@@ -88,6 +90,29 @@ def bound_to(
         draws=training.cache_samples if draws_logits else None,
         temperature=training.temperature if draws_logits else None,
     )
+
+
+def open_store(folder: Path, recipe: Recipe, training: Distill, *, teacher: str, text: Text) -> Store:
+    """Open a cache that belongs to this teacher (a fingerprint) and this text, and has all of the course's samples.
+
+    Raises `TrainError` if it does not.
+    """
+    store, course = Store.open(folder), text.course
+    vocab = store.bound.vocab  # of the teacher's head, which the fingerprint of the teacher covers
+    store.require(
+        bound_to(
+            recipe,
+            training,
+            teacher=teacher,
+            tokenizer=text.tokenizer,
+            course=course,
+            heldout=text.heldout,
+            vocab=vocab,
+        )
+    )
+    if store.facts.drawn != drawn(recipe, training):
+        store.require_samples(Needed.by(course).steps)
+    return store
 
 
 @torch.no_grad()

@@ -1,0 +1,331 @@
+"""Does the tournament choose the shape that is best once all are trained, and is that better than the baselines?
+
+    python benchmarks/search.py WORK [--seed 0] [--tokens 2000000] [--lr 2e-3] [--finalists 8] [--only STEP ...]
+
+On the demo's teacher, corrected as in the demo. Steps, each resumable, each adding lines of JSON to
+benchmarks/results/search/demo-SEED-TOKENS.jsonl:
+
+    finalists    every shape within the budget is tried; the best go on, of at least three depths
+    tournament   successive halving, up to two fifths of the tokens
+    baselines    BI's contiguous block, greedy removal, the additive program: at the same budget
+    field        every finalist and every baseline trained to the end, on the same samples in the same order
+    verdict      the choice against the best of the field and against each baseline, paired by sample; flips
+
+A kill loses at most the steps since the last checkpoint. Speed is printed by the training itself (metrics.jsonl).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from halve.anatomy import Arch
+from halve.cut.plan.shapes import to_try
+from halve.cut.plan.sizes import Candidate, budget_of
+from halve.cut.repair.rotate import student_anatomy
+from halve.cut.trial import Tried
+from halve.demo.run import make_recipe
+from halve.disk.files import read_json, write_json
+from halve.model.checkpoint import Checkpoint
+from halve.model.measure import average, difference
+from halve.pipeline import run as pipeline
+from halve.progress import RichProgress
+from halve.recipe.schema import Distill, Recipe
+from halve.search.agreement import rank_agreement
+from halve.search.blocks import additive_choice
+from halve.search.finalists import choose_finalists
+from halve.search.halving import TIE, Ladder, ladder
+from halve.search.outcome import outcome
+from halve.search.tournament import Played, School, play
+from halve.search.workshop import Workshop
+from halve.stages import cache as cache_stage
+from halve.text.opened import open_text
+from halve.train.ranks.group import ALONE
+from halve.train.teachers import answers
+
+RESULTS = Path(__file__).with_name("results") / "search"
+STEPS = ("finalists", "tournament", "baselines", "field", "verdict")
+SHARE, RUNGS, KEEP = 0.4, 3, 0.5
+"""A tournament's winner trains on this share of the tokens. With eight finalists and room for ties that is a quarter of
+what training all of them takes."""
+
+
+def main() -> None:
+    """Run the steps that are asked for."""
+    parser = argparse.ArgumentParser(description="The tournament against the whole field, and against baselines.")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="of each training to the end")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--finalists", type=int, default=8)
+    parser.add_argument("--ratio", type=float, default=0.5, help="of the non-embedding parameters")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    bench = Bench(args)
+    for step in args.only:
+        getattr(bench, step)()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shape of the field, and who proposed it."""
+
+    name: str
+    tried: Tried
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its model after the cut."""
+        return Checkpoint.open(self.folder)
+
+
+class Bench:
+    """One seed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.progress = args, RichProgress(Console(stderr=True))
+        self.place: Path = args.work / f"seed-{args.seed}-{args.tokens}"
+        self.place.mkdir(parents=True, exist_ok=True)
+        recipe = make_recipe(args.work / "texts", long=False, corpus=None)
+        assert recipe.distill is not None
+        self.distill: Distill = recipe.distill.model_copy(
+            update={
+                "tokens": args.tokens,
+                "batch": args.batch,
+                "micro_batch": min(8, args.batch),
+                "lr": args.lr,
+                "min_lr": args.lr / 20,
+                "cache": "hidden",
+                "eval_samples": recipe.evaluate.samples,
+                "eval_every": 10**9,  # rungs alone
+                "baselines": (),
+                "checkpoint_every": 32,
+            }
+        )
+        prune = recipe.prune.model_copy(update={"non_embedding_ratio": args.ratio})
+        self.recipe: Recipe = recipe.model_copy(update={"seed": args.seed, "prune": prune, "distill": self.distill})
+        self.run: Path = args.work / f"run-{args.seed}"
+        for stage in ("correct", "score"):
+            pipeline.run(self.recipe, self.run, only=stage, cache=args.work / "data", console=None)
+        self.teacher = Checkpoint.open(self.run / "correct" / "model")
+
+    # ---- steps
+
+    def finalists(self) -> None:
+        """Try every shape within the budget, and cut the best."""
+        began, archs = time.monotonic(), self.candidates
+        kept = self.workshop.layers({arch.layers for arch in archs})
+        tried = self.workshop.tried(archs, kept, path=self.place / "trial.jsonl")
+        chosen = choose_finalists(tried, self.args.finalists)
+        for i, finalist in enumerate(chosen):
+            self._cut(f"finalist-{i}", finalist)
+        self._tell(
+            "finalists",
+            candidates=len(archs),
+            seconds=time.monotonic() - began,
+            finalists=[{**one.arch.sizes, "trial_kl": one.kl} for one in chosen],
+        )
+
+    def tournament(self) -> None:
+        """Play it, and write what it found."""
+        began, entries = time.monotonic(), self.entries("finalist")
+        school = self.school(self._short)
+        plan = self.plan(len(entries))
+        played = play(
+            [entry.checkpoint for entry in entries],
+            plan,
+            school,
+            out=self._folder("tournament"),
+            progress=self.progress,
+        )
+        pairs = [(self._candidate(entry.tried), entry.tried) for entry in entries]
+        found = outcome(pairs, plan, played, answered=None, seed=self.args.seed)
+        write_json(self.place / "outcome.json", found)
+        whole = len(entries) * self.args.tokens
+        self._tell(
+            "tournament",
+            seconds=time.monotonic() - began,
+            tokens=found["tokens"],
+            share=found["tokens"] / whole,
+            **{key: found[key] for key in ("chosen", "second", "straight", "agreement", "rises", "rungs")},
+        )
+
+    def baselines(self) -> None:
+        """Cut what the baselines choose, at the budget nearest to that of the finalists."""
+        shop, sizes = self.workshop, self.teacher.anatomy.sizes
+        depth = min(range(1, sizes.layers), key=lambda n: abs(self._non_embedding(sizes.at(layers=n)) - self._budget))
+        sets = {"bi-block": ("bi", "block"), "greedy": ("bi", "greedy")}
+        chosen: dict[str, Tried] = {}
+        for name, (criterion, pattern) in sets.items():
+            asked = self.recipe.score.model_copy(update={"depth": criterion, "depth_pattern": pattern})
+            chosen[name] = Tried(sizes.at(layers=depth), shop.compared({depth}, asked)[depth], float("nan"))
+        pairs = [self._candidate(Tried(arch, tuple(range(arch.layers)), 0.0)) for arch in self.candidates]
+        chosen["additive"] = additive_choice(shop.calibration, shop.scores, pairs)
+        for name, baseline in chosen.items():
+            self._cut(f"baseline-{name}", baseline)
+            counted = self._candidate(baseline).counts
+            layers = list(baseline.kept_layers)
+            self._tell("baseline", name=name, **baseline.arch.sizes, kept=layers, non_embedding=counted.non_embedding)
+
+    def field(self) -> None:
+        """Train everything to the end: finalists first."""
+        entries = [*self.entries("finalist"), *self.entries("baseline")]
+        school = self.school(self.distill)
+        plan = ladder(1, tokens=self.args.tokens, rungs=1, keep=KEEP, step=self._step)
+        for entry in entries:
+            began, out = time.monotonic(), self._folder(f"field/{entry.name}")
+            played = play([entry.checkpoint], plan, school, out=out, progress=self.progress)
+            kl = [average(_row(played, rung)).as_dict() for rung in (0, 1)]
+            self._tell("trained", name=entry.name, seconds=time.monotonic() - began, before=kl[0], after=kl[1])
+
+    def verdict(self) -> None:
+        """The choice against the field, and flips."""
+        field = {name: self._trained(name) for name in self._finished()}
+        names = sorted(name for name in field if name.startswith("finalist"))
+        before, after = (torch.stack([field[name][i] for name in names]) for i in (0, 1))
+        found = read_json(self.place / "outcome.json")
+        chosen, best = f"finalist-{found['chosen']}", names[int(after.mean(1).argmin())]
+        straight = names[int(before.mean(1).argmin())]
+        agreement = rank_agreement(before, after, seed=self.args.seed)
+        self._tell(
+            "verdict",
+            complete=len(names) == self.args.finalists,
+            chosen=chosen,
+            best=best,
+            chosen_minus_best=_gap(field[chosen][1], field[best][1]) if chosen in field else None,
+            straight=straight,
+            straight_minus_best=_gap(field[straight][1], field[best][1]),
+            flip=_clear(field[straight][1], field[best][1]) and _clear(field[best][0], field[straight][0]),
+            agreement=None if agreement is None else vars(agreement),
+            chosen_minus_baseline={
+                name: _gap(field[chosen][1], field[name][1])
+                for name in field
+                if name.startswith("baseline") and chosen in field
+            },
+        )
+
+    # ---- what they need
+
+    @property
+    def _short(self) -> Distill:
+        return self.distill.model_copy(update={"tokens": self.plan(self.args.finalists).tokens[-1]})
+
+    @property
+    def _step(self) -> int:
+        return self.distill.batch * self.recipe.data.context
+
+    def plan(self, count: int) -> Ladder:
+        """The rungs of the tournament."""
+        return ladder(count, tokens=round(SHARE * self.args.tokens), rungs=RUNGS, keep=KEEP, step=self._step)
+
+    @cached_property
+    def candidates(self) -> list[Arch]:
+        """Every shape within the budget."""
+        families = to_try(student_anatomy(self.teacher.anatomy, self.recipe.prune), self.recipe.prune)
+        return list(dict.fromkeys(arch for family in families for arch in family))
+
+    @cached_property
+    def _budget(self) -> int:
+        asked = budget_of(self.teacher.anatomy, self.recipe.prune)
+        assert asked is not None
+        return asked[0]
+
+    @cached_property
+    def workshop(self) -> Workshop:
+        """The teacher, opened once."""
+        scores = self.run / "score" / "scores.safetensors"
+        return Workshop.open(
+            self.recipe,
+            self.teacher,
+            scores=scores,
+            archs=self.candidates,
+            cache=self.args.work / "data",
+            progress=self.progress,
+        )
+
+    def school(self, training: Distill) -> School:
+        """The answers of the teacher for a training, made once, and its text."""
+        recipe = self.recipe.model_copy(update={"distill": self.distill})
+        stored, data = self.args.work / f"answers-{self.args.seed}-{self.args.tokens}", self.args.work / "data"
+        if not (stored / "index.json").exists():
+            cache_stage.run(recipe, teacher=self.teacher, cache=data, out=stored, progress=self.progress)
+        recipe = self.recipe.model_copy(update={"distill": training})
+        text = open_text(recipe, training, self.teacher, cache=data, progress=self.progress)
+        digest = self.teacher.fingerprint
+        store = answers.open_store(stored, recipe, training, teacher=digest, text=text)
+        return School(recipe, training, text, store, "cpu", ALONE)
+
+    def entries(self, kind: str) -> list[Entry]:
+        """What was cut, by its name."""
+        found = sorted(self.place.glob(f"cut/{kind}-*/tried.json"))
+        return [Entry(path.parent.name, Tried.from_json(read_json(path)), path.parent / "model") for path in found]
+
+    def _cut(self, name: str, tried: Tried) -> None:
+        folder = self._folder(f"cut/{name}")
+        self.workshop.cut(tried, folder / "model", extra_from=self.teacher.files, record={})
+        write_json(folder / "tried.json", tried.to_json())
+
+    def _candidate(self, tried: Tried) -> Candidate:
+        counts = self.teacher.anatomy.ledger.count(tried.arch, kept_layers=tried.kept_layers)
+        return Candidate(tried.arch, counts, tried.kept_layers)
+
+    def _non_embedding(self, arch: Arch) -> int:
+        return self.teacher.anatomy.ledger.count(arch).non_embedding
+
+    def _finished(self) -> Sequence[str]:
+        return [path.parent.name for path in sorted(self.place.glob("field/*/rungs.jsonl")) if len(_lines(path)) == 2]
+
+    def _trained(self, name: str) -> tuple[Tensor, Tensor]:
+        """KL by sample before and after."""
+        before, after = (
+            torch.tensor(line["by_sample"]) for line in _lines(self.place / "field" / name / "rungs.jsonl")
+        )
+        return before.double(), after.double()
+
+    def _folder(self, name: str) -> Path:
+        folder = self.place / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _tell(self, step: str, **found: Any) -> None:
+        about = {key: getattr(self.args, key) for key in ("seed", "tokens", "lr", "ratio", "batch")}
+        line = json.dumps({"step": step, **about, **found})
+        print(line, flush=True)
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        with (self.args.out / f"demo-{self.args.seed}-{self.args.tokens}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _row(played: Played, rung: int) -> Tensor:
+    return played.kl(rung, [0])[0]
+
+
+def _lines(path: Path) -> list[Mapping[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    return difference(ours, theirs).as_dict()
+
+
+def _clear(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether ours is higher beyond two paired standard errors."""
+    gap = difference(ours, theirs)
+    return gap.value > TIE * gap.stderr
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The section of the report about a search: every finalist's quality against tokens, and how sure the choice is.
+
+Nothing here reads a file. The facts are those of `halve.search.outcome`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halve.report import plots
+from halve.report.plots import Series, figure
+from halve.report.sections import SUBJECT, Cell, Facts, Figure, PageSection, Table, TableRow, estimate, share
+
+_OTHERS, _STRAIGHT = "teacher", "pruned"
+"""Classes of colors: finalists that are not chosen, and the one that a trial alone would have chosen."""
+
+
+def searched(found: Facts | None, recipe: Facts) -> PageSection | None:
+    """What a search found. None without one, and for one that did not train."""
+    if not found or found.get("method") != "tournament":
+        return None
+    finalists, rungs = found["finalists"], found["rungs"]
+    note = (
+        f"{len(finalists)} finalists of {_listed_depths(finalists)} were cut from the teacher, and trained on the same"
+        f" samples in the same order. After each rung the better ones went on."
+        f" KL to the teacher is measured on {found['samples']} held-out samples, in nats per token. ± is one standard"
+        " error."
+    )
+    words = [_choice(found), _trial(found), _agreement(found), _choices(found), *_rises(found), _cost(found, recipe)]
+    table = Table(_head(found), tuple(_row(i, found) for i in range(len(finalists))))
+    order = sorted(range(len(finalists)), key=lambda i: (i == found["chosen"], i == found["straight"]))
+    svg = plots.tracks(
+        [_track(i, found) for i in order],
+        title="KL to the teacher of every finalist, against tokens",
+        x_label="tokens of each finalist",
+        marks=[rung["tokens"] for rung in rungs[1:-1]],
+    )
+    legend = "Nats per token, on a logarithmic scale, by the number of the finalist. Colored:"
+    legend += f" the choice, {found['chosen'] + 1}"
+    if found["straight"] != found["chosen"]:
+        legend += f", and {found['straight'] + 1}, which was best straight after the cut"
+    drawn = Figure("Quality against tokens", f"{legend}. Dashed: rungs.", svg)
+    return PageSection("Which shape", note, table, " ".join(filter(None, words)), figures=(drawn,))
+
+
+def search_rows(found: Facts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The same table as plain text: its head and its rows. The chosen finalist has a mark."""
+    rows = [_row(i, found) for i in range(len(found["finalists"]))]
+
+    def text(cell: Cell) -> str:
+        return f"{cell.value} ± {cell.error}" if cell.error else cell.value
+
+    return _head(found), [(row.label + (" *" if row.subject else ""), *map(text, row.cells)) for row in rows]
+
+
+def search_words(found: Facts, recipe: Facts) -> list[str]:
+    """What to say about the choice, a sentence or two each."""
+    said = [_choice(found), _trial(found), _agreement(found), _choices(found), *_rises(found), _cost(found, recipe)]
+    return [words for words in said if words]
+
+
+def _head(found: Facts) -> tuple[str, ...]:
+    rungs = [figure(rung["tokens"]) for rung in found["rungs"][1:]]
+    asked = (f"{found['choices']['name']}, %",) if found["choices"] else ()
+    return ("finalist", "layers", "hidden", "ffn", "heads", "parameters", "after the cut", *rungs, *asked)
+
+
+def _row(number: int, found: Facts) -> TableRow:
+    finalist = found["finalists"][number]
+    arch, curve = finalist["arch"], finalist["curve"]
+    sizes = [str(arch["layers"]), str(arch["hidden"]), str(arch["ffn"]), f"{arch['heads']}/{arch['kv_heads']}"]
+    cells = [*map(Cell, sizes), Cell(figure(finalist["params"]))]
+    cells += [estimate({"value": point["kl"], "stderr": point["stderr"]}) for point in curve]
+    cells += [Cell("")] * (len(found["rungs"]) - len(curve))
+    if found["choices"]:
+        cells.append(estimate(found["choices"]["accuracies"].get(str(number)), percent=True))
+    return TableRow(str(number + 1), tuple(cells), _color(number, found), number == found["chosen"])
+
+
+def _track(number: int, found: Facts) -> Series:
+    points = tuple((point["tokens"], point["kl"]) for point in found["finalists"][number]["curve"])
+    return Series(str(number + 1), _color(number, found), points)
+
+
+def _color(number: int, found: Facts) -> str:
+    if number == found["chosen"]:
+        return SUBJECT
+    return _STRAIGHT if number == found["straight"] else _OTHERS
+
+
+def _listed_depths(finalists: Sequence[Facts]) -> str:
+    depths = sorted({finalist["arch"]["layers"] for finalist in finalists})
+    return f"{depths[0]} layers" if len(depths) == 1 else f"{', '.join(map(str, depths[:-1]))} or {depths[-1]} layers"
+
+
+def _choice(found: Facts) -> str:
+    name, second = f"Finalist {found['chosen'] + 1}", found["second"]
+    if second is None:
+        return f"{name} is the only one."
+    gap = estimate(second["gap"])
+    words = f"{name} has the lowest KL. Finalist {second['finalist'] + 1} is {_spelled(gap)} behind, sample by sample"
+    return f"{words}." if second["clear"] else f"{words}, which two standard errors do not tell apart."
+
+
+def _trial(found: Facts) -> str:
+    if found["straight"] == found["chosen"]:
+        return "A trial without training would have chosen it as well."
+    straight, chosen = (found["finalists"][found[key]]["curve"] for key in ("straight", "chosen"))
+    shared = min(len(straight), len(chosen)) - 1
+    return (
+        f"A trial without training would have chosen finalist {found['straight'] + 1}, which had a KL of"
+        f" {figure(straight[0]['kl'])} against {figure(chosen[0]['kl'])} straight after the cut, and"
+        f" {figure(straight[shared]['kl'])} against {figure(chosen[shared]['kl'])} after"
+        f" {figure(straight[shared]['tokens'])} tokens."
+    )
+
+
+def _agreement(found: Facts) -> str:
+    if not found["agreement"]:
+        return ""
+    each = []
+    for one in found["agreement"]:
+        tau, tokens = f"{one['tau']:.2f} ({one['low']:.2f} to {one['high']:.2f})", found["rungs"][one["rung"]]["tokens"]
+        each.append(f"{tau} after {figure(tokens)} tokens, {one['candidates']} finalists")
+    return (
+        "Kendall's tau between the ranks straight after the cut and later, with a 95 % interval over the held-out"
+        f" samples: {'; '.join(each)}."
+    )
+
+
+def _choices(found: Facts) -> str:
+    asked = found["choices"]
+    if not asked:
+        return ""
+    if asked["agrees"]:
+        return f"It also answers most of the {asked['items']} items of {asked['name']}."
+    gap = estimate(asked["gap"], percent=True)
+    return (
+        f"By {asked['name']} the winner is another: finalist {asked['best'] + 1} answers {_spelled(gap)} percentage"
+        f" points more of its {asked['items']} items than finalist {found['chosen'] + 1}. The choice is by KL."
+    )
+
+
+def _rises(found: Facts) -> list[str]:
+    return [
+        f"Warning: the KL of finalist {rise['finalist'] + 1} rose by {_spelled(estimate(rise))} until"
+        f" {figure(found['rungs'][rise['rung']]['tokens'])} tokens; its training may be too fast for it."
+        for rise in found["rises"]
+    ]
+
+
+def _cost(found: Facts, recipe: Facts) -> str:
+    words = f"All finalists together trained on {figure(found['tokens'])} tokens"
+    tokens = (recipe.get("distill") or {}).get("tokens")
+    if not tokens:
+        return f"{words}."
+    field = tokens * len(found["finalists"])
+    words += f", {share(found['tokens'], tokens)} of those of the distillation and {share(found['tokens'], field)} of"
+    words += " what distilling every finalist would have taken"
+    flops: Mapping[str, Any] = found.get("flops") or {}
+    if flops.get("run"):
+        words += f"; in FLOPs {share(flops['search'], flops['run'])} of the distillation"
+    return f"{words}."
+
+
+def _spelled(cell: Cell) -> str:
+    return f"{cell.value} ± {cell.error}" if cell.error else cell.value

@@ -1,0 +1,33 @@
+"""From many candidates to a few finalists, of several depths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from halve.cut.trial import Tried
+
+DEPTHS: Final = 3
+"""Finalists are of so many numbers of layers at least, where the candidates are."""
+
+
+def choose_finalists(tried: Sequence[Tried], count: int, *, depths: int = DEPTHS) -> list[Tried]:
+    """The candidates with the lowest KL, the best first, of at least so many numbers of layers where there are as many.
+
+    First come the best of each of the best `depths` numbers of layers, then the best of all others.
+
+    >>> from halve.anatomy import Arch
+    >>> sizes = dict(hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
+    >>> def made(layers, ffn, kl):
+    ...     return Tried(Arch.of({**sizes, "layers": layers, "ffn": ffn}), tuple(range(layers)), kl)
+    >>> tried = [made(4, 8, 1.0), made(4, 7, 1.1), made(4, 6, 1.2), made(3, 8, 1.5), made(2, 8, 2.0), made(1, 8, 9.0)]
+    >>> [(one.arch.layers, one.kl) for one in choose_finalists(tried, 4)]
+    [(4, 1.0), (4, 1.1), (3, 1.5), (2, 2.0)]
+    """
+    order = sorted(tried, key=lambda one: one.kl)
+    best_of: dict[int, Tried] = {}
+    for one in order:
+        best_of.setdefault(one.arch.layers, one)
+    first = list(best_of.values())[: min(depths, count)]
+    others = [one for one in order if one not in first]
+    return sorted([*first, *others[: count - len(first)]], key=lambda one: one.kl)

@@ -1,0 +1,129 @@
+"""What a search found, as plain data: the choice, how sure it is, and what it cost. The report is made from this.
+
+finalists   [{arch, kept_layers, params, non_embedding, trial_kl, curve [{tokens, kl, stderr}]}]
+rungs       [{tokens, kept, gone, ties, forced}] by finalist, counted from 0; the first and the last select nobody
+chosen      the finalist with the lowest KL at the last rung
+second      {finalist, gap {value, stderr}, clear}: the next one and how far it is behind; null for one finalist
+straight    the finalist that was best straight after the cut, which a trial alone would have chosen
+agreement   [{rung, tau, low, high, candidates}]: Kendall's tau of the ranks straight after the cut and at a rung
+rises       [{finalist, rung, value, stderr}]: where a finalist's KL rose
+choices     {name, items, accuracies {finalist: estimate}, best, gap {value, stderr}, agrees}; null without a file
+samples     held-out samples
+tokens      that all finalists trained on together
+flops       {search, run}: of this training, and of the recipe's distillation of the choice; run may be null
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.cut.plan.sizes import Candidate
+from halve.cut.trial import Tried
+from halve.model.measure import average, difference, proportion
+from halve.search.agreement import rank_agreement, rises
+from halve.search.halving import Ladder, leader
+from halve.search.tournament import Played
+
+Answered = Mapping[int, Tensor]
+"""By finalist, which items of a multiple-choice file it answered correctly."""
+
+
+def outcome(
+    finalists: Sequence[tuple[Candidate, Tried]],
+    plan: Ladder,
+    played: Played,
+    *,
+    answered: tuple[str, Answered] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The outcome of a tournament. `answered` are the name of a multiple-choice file and the answers of those who
+    reached the last rung. The bootstrap of the agreement draws from the seed."""
+    everyone, last = range(len(finalists)), len(plan.tokens) - 1
+    lead = leader(played.kl(last, played.last))
+    chosen = played.last[lead.row]
+    second = None
+    if lead.second is not None and lead.gap is not None:
+        second = {"finalist": played.last[lead.second], "gap": lead.gap.as_dict(), "clear": lead.clear}
+    return {
+        "finalists": [_finalist(i, *finalist, plan, played) for i, finalist in enumerate(finalists)],
+        "rungs": _rungs(plan, played),
+        "chosen": chosen,
+        "second": second,
+        "straight": leader(played.kl(0, everyone)).row,
+        "agreement": _agreements(plan, played, seed),
+        "rises": _rises(plan, played, len(finalists)),
+        "choices": None if answered is None else _choices(*answered, chosen=chosen),
+        "samples": len(played.showings[0].by_sample),
+        "tokens": sum(one.tokens for one in _furthest(played).values()),
+    }
+
+
+def _finalist(number: int, candidate: Candidate, tried: Tried, plan: Ladder, played: Played) -> dict[str, Any]:
+    shown = sorted((one for one in played.showings if one.finalist == number), key=lambda one: one.rung)
+    estimates = [average(torch.tensor(one.by_sample, dtype=torch.float64)) for one in shown]
+    return {
+        "arch": candidate.arch.sizes,
+        "kept_layers": list(tried.kept_layers),
+        "params": candidate.counts.params,
+        "non_embedding": candidate.counts.non_embedding,
+        "trial_kl": tried.kl,
+        "curve": [
+            {"tokens": plan.tokens[one.rung], "kl": estimate.value, "stderr": estimate.stderr}
+            for one, estimate in zip(shown, estimates, strict=True)
+        ],
+    }
+
+
+def _rungs(plan: Ladder, played: Played) -> list[dict[str, Any]]:
+    selections: list[dict[str, Any]] = [{} for _ in plan.tokens]
+    for rung, selection in enumerate(played.selections, 1):
+        selections[rung] = {key: list(value) for key, value in vars(selection).items()}
+    return [{"tokens": tokens, **selected} for tokens, selected in zip(plan.tokens, selections, strict=True)]
+
+
+def _agreements(plan: Ladder, played: Played, seed: int) -> list[dict[str, Any]]:
+    """How far the ranks straight after the cut agree with those at each rung, among those that reached it."""
+    listed = []
+    for rung in range(1, len(plan.tokens)):
+        there = _there(played, rung)
+        agreement = rank_agreement(played.kl(0, there), played.kl(rung, there), seed=seed)
+        if agreement is not None:
+            listed.append({"rung": rung, **vars(agreement)})
+    return listed
+
+
+def _rises(plan: Ladder, played: Played, count: int) -> list[dict[str, Any]]:
+    absent = [torch.nan] * len(played.showings[0].by_sample)
+    shown = {(one.rung, one.finalist): list(one.by_sample) for one in played.showings}
+    rows = [[shown.get((rung, i), absent) for i in range(count)] for rung in range(len(plan.tokens))]
+    return [
+        {"finalist": rise.row, "rung": rise.rung, **rise.by.as_dict()}
+        for rise in rises(torch.tensor(rows, dtype=torch.float64))
+    ]
+
+
+def _choices(name: str, answered: Answered, *, chosen: int) -> dict[str, Any]:
+    """Who answers most items, and how far ahead of the choice by KL it is, item by item."""
+    best = max(answered, key=lambda finalist: (int(answered[finalist].sum()), finalist == chosen))
+    gap = difference(answered[best].double(), answered[chosen].double())
+    return {
+        "name": name,
+        "items": len(answered[best]),
+        "accuracies": {str(finalist): proportion(right).as_dict() for finalist, right in answered.items()},
+        "best": best,
+        "gap": gap.as_dict(),
+        "agrees": best == chosen,
+    }
+
+
+def _there(played: Played, rung: int) -> list[int]:
+    return sorted(one.finalist for one in played.showings if one.rung == rung)
+
+
+def _furthest(played: Played) -> dict[int, Any]:
+    """The last showing of every finalist."""
+    return {one.finalist: one for one in sorted(played.showings, key=lambda one: one.rung)}

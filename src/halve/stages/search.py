@@ -1,0 +1,211 @@
+"""The search stage: of all shapes within a budget, the one that is best after a short distillation.
+
+    trial.jsonl      every candidate, cut and refit on few samples
+    rungs.jsonl      the tournament of the best of them (`search.tournament`)
+    results.json     what was found, for the report (`search.outcome`)
+    choice.json      the sizes and the layers that the prune stage then cuts
+
+With `method: trial` there are no rungs: the candidate that is best in the trial is chosen, as by `prune.shape: trial`.
+With `method: additive` nothing is tried: the integer program chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halve.anatomy.configs import context_length
+from halve.anatomy.work import Costed, distilling
+from halve.cut.plan.sizes import Candidate
+from halve.cut.proof.prove import prove
+from halve.cut.repair.rotate import student_anatomy
+from halve.cut.trial import Tried, best, outcome_of_trial
+from halve.disk.files import write_json
+from halve.model.card import name_of
+from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.choices import answer_encoded, encode, load_items
+from halve.progress import SILENT, Progress
+from halve.recipe.schema import Recipe
+from halve.recipe.tournaments import tournament_training
+from halve.search.blocks import additive_choice
+from halve.search.choice import Choice
+from halve.search.finalists import choose_finalists
+from halve.search.halving import Ladder
+from halve.search.outcome import outcome
+from halve.search.searched import TIMES, planned_rungs, shapes_to_try
+from halve.search.tournament import FINALISTS, LowRank, Played, School, play
+from halve.search.workshop import Workshop
+from halve.text.opened import open_text
+from halve.train.loop import adapters
+from halve.train.ranks import shards
+from halve.train.ranks.group import here
+from halve.train.teachers import answers
+
+
+def run(
+    recipe: Recipe,
+    *,
+    teacher: Checkpoint,
+    scores: Path,
+    answers_in: Path | None,
+    cache: Path,
+    out: Path,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write `out/choice.json` and `out/results.json`. Returns the choice and its figures.
+
+    `teacher` is cut, and its answers are learned from. `scores` is the score stage's file, `answers_in` the cache of
+    the tournament's training, and `cache` the run's folder of token files. A killed search resumes from what it left
+    in `out`. Raises `PlanError` if no shape meets the budget, `AnatomyError` for an axis whose proof fails, and what
+    cutting and training raise.
+    """
+    assert recipe.search is not None
+    ranks = here()
+    open_shop = partial(_opened, recipe, teacher, scores, cache, progress)
+    if recipe.search.method != "tournament":
+        ranks.lead(partial(_without_training, recipe, open_shop, out, progress))
+        return dict(Choice.load(out).metrics)
+    prepare = partial(_prepared, recipe, teacher, open_shop, out)
+    finalists = [Tried.from_json(tried) for tried in ranks.lead(prepare)]
+    assert answers_in is not None
+    training = tournament_training(recipe)
+    text = open_text(recipe, training, teacher, cache=cache, progress=progress)
+    digest = ranks.lead(lambda: teacher.fingerprint)
+    store = answers.open_store(answers_in, recipe, training, teacher=digest, text=text)
+    asked = recipe.search.tournament
+    adapter = LowRank(asked.lora_rank, asked.lora_alpha) if asked.train == "lora" else None
+    plan = planned_rungs(recipe, len(finalists))
+    school = School(recipe, training, text, store, resolve_device(recipe.device), ranks, adapter)
+    models = [Checkpoint.open(_place(out, i) / "model") for i in range(len(finalists))]
+    played = play(models, plan, school, out=out, graduate=_graduate(models, school, out), progress=progress)
+    ranks.lead(partial(_concluded, recipe, teacher, finalists, plan, played, out, progress))
+    return dict(Choice.load(out).metrics)
+
+
+def _opened(
+    recipe: Recipe, teacher: Checkpoint, scores: Path, cache: Path, progress: Progress
+) -> tuple[Workshop, list[Candidate]]:
+    """The teacher, and the candidates over proved axes."""
+    candidates = shapes_to_try(recipe, teacher.anatomy, times=cache / TIMES)
+    proof = prove(teacher.anatomy, reopen=False)  # the prune stage proves that the student reopens
+    for candidate in candidates:
+        proof.demand(teacher.anatomy.sizes, candidate.arch)
+    archs = [candidate.arch for candidate in candidates]
+    shop = Workshop.open(recipe, teacher, scores=scores, archs=archs, cache=cache, progress=progress)
+    return shop, list(candidates)
+
+
+_OpenShop = Callable[[], tuple[Workshop, list[Candidate]]]
+
+
+def _tried(shop: Workshop, candidates: list[Candidate], out: Path) -> tuple[Tried, ...]:
+    archs = [candidate.arch for candidate in candidates]
+    kept = shop.layers({arch.layers for arch in archs})
+    return shop.tried(archs, kept, path=out / "trial.jsonl")
+
+
+def _without_training(recipe: Recipe, open_shop: _OpenShop, out: Path, progress: Progress) -> None:
+    """The choice by a trial or by the integer program."""
+    assert recipe.search is not None
+    shop, candidates = open_shop()
+    tried: tuple[Tried, ...] = ()
+    if recipe.search.method == "additive":
+        chosen = additive_choice(shop.calibration, shop.scores, candidates)
+        progress.say(f"chosen by added-up values: {chosen.arch}, harm {chosen.kl:.4g}")
+    else:
+        tried = _tried(shop, candidates, out)
+        chosen = best(tried)
+        progress.say(f"tried {len(tried)} shapes; chosen: {outcome_of_trial(tried)}")
+    metrics = {"method": recipe.search.method, "candidates": len(candidates), "sizes": chosen.arch.sizes}
+    write_json(out / "results.json", {"method": recipe.search.method, "tried": [one.to_json() for one in tried]})
+    Choice(chosen.arch, chosen.kept_layers, metrics).save(out)
+
+
+def _prepared(recipe: Recipe, teacher: Checkpoint, open_shop: _OpenShop, out: Path) -> list[dict[str, Any]]:
+    """Try the candidates and cut the finalists. What an earlier start has done is not done again."""
+    assert recipe.search is not None
+    shop, candidates = open_shop()
+    finalists = choose_finalists(_tried(shop, candidates, out), recipe.search.candidates)
+    record = {"stage": "search", "base_model": name_of(recipe.model), "teacher": teacher.fingerprint}
+    with shop.calibration.progress.task("cut finalists", len(finalists)) as task:
+        for i, finalist in enumerate(finalists):
+            shop.cut(finalist, _place(out, i) / "model", extra_from=teacher.files, record=record)
+            task.advance(1)
+    return [finalist.to_json() for finalist in finalists]
+
+
+def _place(out: Path, finalist: int) -> Path:
+    return out / FINALISTS / str(finalist)
+
+
+def _graduate(models: list[Checkpoint], school: School, out: Path) -> Callable[[int, PreTrainedModel], None] | None:
+    """Save those that reach the last rung, if they will answer questions. Their weights are not used otherwise."""
+    assert school.recipe.search is not None
+    if school.recipe.search.tournament.choices is None:
+        return None
+
+    def save(finalist: int, model: PreTrainedModel) -> None:
+        start, folder = models[finalist], _place(out, finalist) / "trained"
+        adapters.merge(model)
+        dtype = getattr(torch, str(start.config.dtype or "float32").removeprefix("torch."))
+        shards.save(model, folder, dtype=dtype, extra_from=start.files, record=None, ranks=school.ranks)
+
+    return save
+
+
+def _answered(recipe: Recipe, played: Played, out: Path) -> tuple[str, Mapping[int, Tensor]] | None:
+    """Which items of the multiple-choice file each of the last finalists answers correctly."""
+    assert recipe.search is not None
+    if recipe.search.tournament.choices is None:
+        return None
+    path, device = Path(recipe.search.tournament.choices), resolve_device(recipe.device)
+    right: dict[int, Tensor] = {}
+    for finalist in played.last:
+        checkpoint = Checkpoint.open(_place(out, finalist) / "trained")
+        items = encode(checkpoint.tokenizer, load_items(path), max_tokens=context_length(checkpoint.config))
+        right[finalist] = answer_encoded(checkpoint.load(dtype=recipe.dtype, device=device), items).right
+    return path.name.split(".")[0], right
+
+
+def _concluded(
+    recipe: Recipe,
+    teacher: Checkpoint,
+    finalists: list[Tried],
+    plan: Ladder,
+    played: Played,
+    out: Path,
+    progress: Progress,
+) -> None:
+    """Write what was found."""
+    ledger = student_anatomy(teacher.anatomy, recipe.prune).ledger
+    pairs = [(Candidate(one.arch, ledger.count(one.arch, kept_layers=one.kept_layers)), one) for one in finalists]
+    found = outcome(pairs, plan, played, answered=_answered(recipe, played, out), seed=recipe.seed)
+    flops = _flops(recipe, teacher, pairs, found)
+    write_json(out / "results.json", {"method": "tournament", **found, "flops": flops})
+    chosen = finalists[found["chosen"]]
+    keys = ("chosen", "second", "straight", "agreement", "rises", "choices", "tokens")
+    metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: found[key] for key in keys}}
+    Choice(chosen.arch, chosen.kept_layers, metrics).save(out)
+    progress.say(f"chosen of {len(finalists)} finalists: {chosen.arch}")
+
+
+def _flops(
+    recipe: Recipe, teacher: Checkpoint, pairs: list[tuple[Candidate, Tried]], found: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """FLOPs of training the finalists, and of the recipe's distillation of the chosen one."""
+    context, training = recipe.data.context, tournament_training(recipe)
+    whole = Costed.of(teacher.anatomy, context)
+    student = student_anatomy(teacher.anatomy, recipe.prune)
+    costed = [Costed(student, candidate.arch, context, tried.kept_layers) for candidate, tried in pairs]
+    tokens = [finalist["curve"][-1]["tokens"] for finalist in found["finalists"]]
+    search = sum(n * distilling(one, whole, training) for n, one in zip(tokens, costed, strict=True))
+    if recipe.distill is None:
+        return {"search": float(search), "run": None}
+    run = recipe.distill.tokens * distilling(costed[found["chosen"]], whole, recipe.distill)
+    return {"search": float(search), "run": float(run)}

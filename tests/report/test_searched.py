@@ -1,0 +1,111 @@
+"""The page's section about a search, from made-up facts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from halve.report.searched import search_rows, search_words, searched
+
+SIZES = {"hidden": 104, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab": 2048}
+RECIPE = {"distill": {"tokens": 2_000_000}}
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    """Five finalists, of which the second wins though the first was best straight after the cut."""
+    ends = [(0.40, 0.21, 0.16), (0.46, 0.20, 0.14, 0.11), (0.47, 0.205, 0.145, 0.115), (0.55, 0.32), (0.70, 0.42)]
+    finalists = [
+        {
+            "arch": {**SIZES, "layers": 9 - i % 3, "ffn": 160 + 40 * i},
+            "kept_layers": list(range(9 - i % 3)),
+            "params": 850_000 + i,
+            "non_embedding": 640_000 + i,
+            "trial_kl": kl[0],
+            "curve": [{"tokens": 200_000 * rung, "kl": value, "stderr": 0.01} for rung, value in enumerate(kl)],
+        }
+        for i, kl in enumerate(ends)
+    ]
+    return {
+        "method": "tournament",
+        "finalists": finalists,
+        "rungs": [{"tokens": 200_000 * rung} for rung in range(4)],
+        "chosen": 1,
+        "second": {"finalist": 2, "gap": {"value": 0.005, "stderr": 0.004}, "clear": False},
+        "straight": 0,
+        "agreement": [{"rung": 1, "tau": 0.6, "low": 0.4, "high": 0.8, "candidates": 5}],
+        "rises": [],
+        "choices": None,
+        "samples": 96,
+        "tokens": 1_800_000,
+        "flops": {"search": 0.8e13, "run": 1e13},
+        **changes,
+    }
+
+
+def test_the_choice_and_how_sure_it_is() -> None:
+    words = " ".join(search_words(facts(), RECIPE))
+    assert "Finalist 2 has the lowest KL." in words
+    assert (
+        "Finalist 3 is 0.0050 ± 0.0040 behind, sample by sample, which two standard errors do not tell apart." in words
+    )
+    assert "A trial without training would have chosen finalist 1" in words
+    assert "0.4 against 0.46 straight after the cut, and 0.16 against 0.14 after 400k tokens" in words
+    assert "0.60 (0.40 to 0.80) after 200k tokens, 5 finalists" in words
+    assert "90 % of those of the distillation and 18 % of what distilling every finalist would have taken" in words
+    assert "in FLOPs 80 % of the distillation" in words
+
+
+def test_a_trial_that_agrees_and_a_clear_gap() -> None:
+    second = {"finalist": 2, "gap": {"value": 0.05, "stderr": 0.004}, "clear": True}
+    words = " ".join(search_words(facts(straight=1, second=second), RECIPE))
+    assert "A trial without training would have chosen it as well." in words
+    assert "0.0500 ± 0.0040 behind, sample by sample. " in words
+
+
+def test_a_rise_is_a_warning() -> None:
+    rise = {"finalist": 3, "rung": 1, "value": 0.02, "stderr": 0.004}
+    words = search_words(facts(rises=[rise]), RECIPE)
+    assert any(
+        line.startswith("Warning: the KL of finalist 4 rose by 0.0200 ± 0.0040 until 200k tokens") for line in words
+    )
+
+
+@pytest.mark.parametrize(
+    ("best", "says"), [(1, "It also answers most of the 400 items"), (2, "the winner is another: finalist 3")]
+)
+def test_both_winners_are_named(best: int, says: str) -> None:
+    accuracies = {"1": {"value": 0.6, "stderr": 0.02}, "2": {"value": 0.62, "stderr": 0.02}}
+    gap = {"value": 0.02, "stderr": 0.015}
+    choices = {
+        "name": "next-line",
+        "items": 400,
+        "accuracies": accuracies,
+        "best": best,
+        "gap": gap,
+        "agrees": best == 1,
+    }
+    found = facts(choices=choices)
+    assert says in " ".join(search_words(found, RECIPE))
+    head, rows = search_rows(found)
+    assert head[-1] == "next-line, %"
+    assert [row[-1] for row in rows] == ["-", "60.0 ± 2.0", "62.0 ± 2.0", "-", "-"]
+
+
+def test_every_finalist_has_a_row_and_a_curve() -> None:
+    section = searched(facts(), RECIPE)
+    assert section is not None
+    assert section.table is not None
+    assert [row.label for row in section.table.rows] == ["1", "2", "3", "4", "5"]
+    assert {len(row.cells) for row in section.table.rows} == {len(section.table.head) - 1}
+    assert [row.subject for row in section.table.rows] == [False, True, False, False, False]
+    svg = section.figures[0].svg
+    assert len(re.findall('class="curve', svg)) == 5
+    assert svg.count('<path class="level"') == 2
+    assert svg.rindex('class="curve distilled"') > svg.rindex('class="curve teacher"')  # the choice lies on top
+
+
+def test_without_a_tournament_there_is_no_section() -> None:
+    assert searched(None, RECIPE) is None
+    assert searched({"method": "trial", "tried": []}, RECIPE) is None
