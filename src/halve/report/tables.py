@@ -13,7 +13,7 @@ from rich.table import Table
 from halve.errors import HalveError
 from halve.model.card import made_in_words
 from halve.process.waits import bytes_in_words
-from halve.report.times import at_most, time_of_a_run, times_on
+from halve.report.times import at_most, duration, time_of_a_run, times_on
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
