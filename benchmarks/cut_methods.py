@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class Depth:
     pattern: DepthPattern
     laco: bool = False
     ours: bool = False
+    protects: tuple[int, int] = (0, 0)
+    """So many first and last layers always stay (criterion taylor)."""
 
     def cut(self, ratio: float, setting: Setting, timed: dict[str, float]) -> PreTrainedModel:
         """A student of nearly this share of the non-embedding parameters."""
@@ -168,7 +170,9 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
         found = layer_merge.laco_search(few, layers=after.layers, combine=combine, interval=interval)
         source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
     else:
-        scores = scores_of("taylor", setting, timed) if method.criterion == "taylor" else None
+        scores = None
+        if method.criterion == "taylor":
+            scores = _protected(scores_of("taylor", setting, timed), method.protects)
         kept = depth.choose(
             setting.calibration.first(setting.refit_samples),
             criterion=method.criterion,
@@ -179,6 +183,16 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
         ).kept
     plan = select(anatomy, after, _nothing(anatomy), gain="none", kept_layers=kept)
     return trim(source, plan, anatomy)
+
+
+def _protected(scores: Scores, ends: tuple[int, int]) -> Scores:
+    """Scores under which so many first and last layers go last."""
+    assert scores.layer_scores is not None
+    first, last = ends
+    layer_scores_L = scores.layer_scores.clone()
+    for layer in (*range(first), *range(len(layer_scores_L) - last, len(layer_scores_L))):
+        layer_scores_L[layer] += 1 + 2 * scores.layer_scores.abs().max()
+    return replace(scores, layer_scores=layer_scores_L)
 
 
 def depth_arch(anatomy: Anatomy, ratio: float) -> Arch:

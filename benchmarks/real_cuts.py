@@ -43,6 +43,12 @@ ROWS: dict[str, Row] = {
     "ShortGPT": Row(METHODS["shortgpt"], 64, 512, "none given"),
     "Shortened LLaMA, PPL": Row(METHODS["shortened-ppl"], 10, 128, "10 x 128"),
     "Shortened LLaMA, Taylor": Row(METHODS["shortened-taylor"], 10, 128, "10 x 128"),
+    "Shortened LLaMA, Taylor+": Row(
+        Depth("2402.02834: Taylor, four first and two last layers kept", "taylor", "single", protects=(4, 2)),
+        10,
+        128,
+        "10 x 128",
+    ),
     "LaCo": Row(METHODS["laco"], 10, 128, "10 sentences"),
     "FLAP": Row(METHODS["flap"], 1024, 128, "1,024 x 128", EVERY),
     "Wanda": Row(METHODS["wanda"], 128, 512, _LONG, EVERY),

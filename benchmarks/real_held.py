@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.model import measure
-from halve.model.head import split
+from halve.model.head import Body, Head, split
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class Held:
         self.teacher_nll_D = torch.stack(nll)
         self.first = [probs_NV.argmax(-1) for probs_NV in self.probs]
 
-    @torch.no_grad()
     def measured(self, student: PreTrainedModel) -> Measured:
-        """A student on every document. As in `halve.model.reference`, KL is the cross entropy less the entropy."""
-        body, head = split(student)
+        """A student on every document."""
+        return self.of(*split(student))
+
+    @torch.no_grad()
+    def of(self, body: Body, head: Head) -> Measured:
+        """Of a student in two parts. KL is the cross entropy less the entropy, as in `halve.model.reference`."""
         figures = torch.empty(3, len(self.ids), dtype=torch.float64)
         for i, ids in enumerate(self.ids):
             z_NV = head.logits(body(ids)[0, :-1])

@@ -58,7 +58,21 @@ MICRO_BATCH = 8
 
 def main() -> None:
     """Measure what is not known yet."""
-    parser = argparse.ArgumentParser(description="How close cuts of a real model start to their teacher.")
+    parser = arguments("How close cuts of a real model start to their teacher.")
+    args = parser.parse_args()
+    bench, book = prepared(args)
+    if book.find(row="teacher", seed=args.seed) is None:
+        book.add({"row": "teacher", "seed": args.seed, **bench.held.about(), **where()})
+    for ratio in args.ratios:
+        for name in args.rows:
+            key = {"row": name, "ratio": ratio, "seed": args.seed}
+            if book.find(**key) is None:
+                book.add({**key, **bench.measure(name, ratio), **where()})
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What the benchmarks on a real model are given."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="scores, token files and runs")
@@ -70,20 +84,16 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help="longest calibration sample")
     parser.add_argument("--most-samples", type=int, default=1024, help="of a row")
     parser.add_argument("--of-each", type=int, default=OF_EACH, help="held-out documents of each kind of text")
-    args = parser.parse_args()
+    return parser
+
+
+def prepared(args: argparse.Namespace) -> tuple[Bench, Lines]:
+    """The teacher with its text, and the results that are there."""
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", SingularGramWarning)
     args.work.mkdir(parents=True, exist_ok=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
-    book = Lines(args.results)
-    if book.find(row="teacher", seed=args.seed) is None:
-        book.add({"row": "teacher", "seed": args.seed, **bench.held.about(), **where()})
-    for ratio in args.ratios:
-        for name in args.rows:
-            key = {"row": name, "ratio": ratio, "seed": args.seed}
-            if book.find(**key) is None:
-                book.add({**key, **bench.measure(name, ratio), **where()})
+    return Bench(args), Lines(args.results)
 
 
 class Lines:
@@ -155,7 +165,7 @@ class Bench:
     def measure(self, name: str, ratio: float) -> dict[str, Any]:
         """One row at one ratio."""
         began, cpu = time.perf_counter(), time.process_time()
-        student, line = self._default(ratio) if name == DEFAULT else self._row((ROWS | OWN)[name], ratio)
+        student, line = self.student(name, ratio)
         line["seconds"] = {
             **line.get("seconds", {}),
             "cut_wall": time.perf_counter() - began,
@@ -165,6 +175,10 @@ class Bench:
         kept = discover(student.config).ledger.count(arch).non_embedding
         share = kept / ledger.count(self.anatomy.sizes).non_embedding
         return {**line, "sizes": arch.sizes, "non_embedding": kept, "share": share, **self._figures(student)}
+
+    def student(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The student of a row, and how it came about."""
+        return self._default(ratio) if name == DEFAULT else self._row((ROWS | OWN)[name], ratio)
 
     def _figures(self, student: PreTrainedModel) -> dict[str, Any]:
         began = time.perf_counter()
@@ -226,7 +240,7 @@ class Bench:
 
     def _setting(self, row: Row) -> Setting:
         length = min(row.length, self.args.context)
-        samples_BS = self._mixture(length).calibration(min(row.samples, self.args.most_samples))
+        samples_BS = self.mixture(length).calibration(min(row.samples, self.args.most_samples))
         return Setting(
             model=self.model,
             anatomy=self.anatomy,
@@ -249,7 +263,8 @@ class Bench:
         loaded = replace(Scores.load(path), method=method)
         setting.scored[method] = loaded, json.loads(seconds.read_text())
 
-    def _mixture(self, length: int) -> Mixture:
+    def mixture(self, length: int) -> Mixture:
+        """The training text in samples of this length."""
         if length not in self._mixtures:
             recipe = bounded(self.recipe(0.5, length), self.boundary)
             self._mixtures[length] = open_mixture(recipe, cache=self.work / "data", tokenizer=self.teacher.tokenizer)

@@ -36,7 +36,7 @@ def main() -> None:
 
 def page(lines: Sequence[Line]) -> list[str]:
     """The whole page."""
-    teacher = next(line for line in lines if line["row"] == "teacher")
+    teacher = next(line for line in lines if line.get("row") == "teacher")
     weights_D = torch.tensor(teacher["predictions_by_document"])
     text = [
         "# A real model, straight after the cut",
@@ -48,9 +48,10 @@ def page(lines: Sequence[Line]) -> list[str]:
         "",
     ]
     for ratio in sorted({line["ratio"] for line in lines if "ratio" in line}, reverse=True):
-        measured = [line for line in lines if line.get("ratio") == ratio]
+        measured = [line for line in lines if line.get("ratio") == ratio and "row" in line]
         text += table([line for line in measured if line["row"] not in OWN], ratio, weights_D)
         text += own_table([line for line in measured if line["row"] in OWN])
+        text += distilled_table([line for line in lines if line.get("ratio") == ratio and "distilled" in line])
     return text
 
 
@@ -64,6 +65,22 @@ def own_table(lines: Sequence[Line]) -> list[str]:
         *(
             f"| {line['row']} | {sized(line['sizes'])} | {line.get('kept', '')} | {spelled(line['kl'])} |"
             f" {spelled(line['perplexity'], 1)} | {line['seconds']['last_cut_cpu']:.0f} |"
+            for line in lines
+        ),
+        "",
+    ]
+
+
+def distilled_table(lines: Sequence[Line]) -> list[str]:
+    """Students after distillation, and KL on the way."""
+    if not lines:
+        return []
+    return [
+        "| distilled | tokens | learning rate | KL | perplexity | KL by tokens |",
+        "|---|---:|---:|---:|---:|---|",
+        *(
+            f"| {line['distilled']} | {line['tokens']:,} | {line['lr']:g} | {spelled(line['kl'])} |"
+            f" {spelled(line['perplexity'], 1)} | {', '.join(f'{n:,}: {kl:.3f}' for n, kl, _ in line['curve'])} |"
             for line in lines
         ),
         "",
