@@ -1,11 +1,10 @@
 """How far are times that are interpolated from a few layers from those of whole models?
 
-    python benchmarks/latency.py MODEL [--batch 1] [--context 128] [--shapes 20] [--seed 0] [--table FILE]
+    python benchmarks/latency.py MODEL [--batch 1] [--context 128] [--shapes 20] [--seed 0] [--rounds 6]
 
-The table of layer times is fitted as `halve search` does it. Then random legal shapes that are none of its widths are
-built whole, with random weights, and timed end to end. Shapes take turns, and the least of several repeats counts. The
-target is an error of at most 10 % for each. Run it on a machine that does nothing else: what other work adds to one
-side and not to the other counts as error here.
+Layers of the table's widths are timed as `halve search` does it. Random legal shapes of none of these widths are built
+whole, with random weights, and timed end to end, with the same pace and as often (`halve.search.timing`). The target is
+an error of at most 10 % for each. One thread, whose own time is taken on a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from halve.model.speed import prefill_and_decode
 from halve.recipe.searching import Search
 from halve.search.latency import TimeTable, nodes
 from halve.search.space import Space, legal_shapes
-from halve.search.timing import Condition, prompt_of, random_model
+from halve.search.timing import Condition, Pace, random_model, time_blocks
 
-TARGET, DECODED, ROUNDS, REPEATS = 0.10, 8, 4, 3
+TARGET, REPEATS = 0.10, 3
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--shapes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", type=Path, default=None, help="keep the table's times here")
+    parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(1)
     anatomy = Checkpoint.open(str(args.model)).anatomy
@@ -45,8 +45,10 @@ def main() -> None:
     search = Search.model_validate({"budget": {"decode_latency": limits, "prefill_latency": limits}})
     space, condition = legal_shapes(anatomy, search), Condition(args.batch, args.context)
     shapes = drawn(anatomy, space, args.shapes, seed=args.seed)
-    table = TimeTable.measured(anatomy, search, path=args.table)
-    measured = end_to_end(anatomy, shapes, condition)
+    device = resolve_device("auto")
+    pace = Pace(anatomy, condition, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    measured = wholes(anatomy, shapes, pace, args.rounds)
+    table = TimeTable(anatomy.sizes, {condition: time_blocks(anatomy, nodes(anatomy, space), pace, rounds=args.rounds)})
     print("| layers | hidden | ffn | heads/kv | prefill ms | said | off by | decode ms | said | off by |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     errors: list[tuple[float, float]] = []
@@ -88,21 +90,18 @@ def drawn(anatomy: Anatomy, space: Space, count: int, *, seed: int) -> list[Arch
     return list(found)
 
 
-def end_to_end(anatomy: Anatomy, shapes: list[Arch], condition: Condition) -> dict[Arch, tuple[float, float]]:
-    """Seconds of a prompt and of one more token, whole models, the least of all repeats."""
-    device = resolve_device("auto")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    prompt_BS = prompt_of(condition, anatomy.sizes.vocab)
-    least: dict[Arch, tuple[float, float]] = {}
-    for _ in range(ROUNDS):
+def wholes(anatomy: Anatomy, shapes: Sequence[Arch], pace: Pace, rounds: int) -> dict[Arch, tuple[float, float]]:
+    """Seconds of a prompt and of one more token of whole models."""
+    shares: dict[Arch, list[tuple[float, float]]] = {arch: [] for arch in shapes}
+    for _ in range(rounds):
         for arch in shapes:
-            model = random_model(anatomy, arch, device=device, dtype=dtype)
-            prefill_and_decode(model, prompt_BS, 1)
+            model = random_model(anatomy, arch, device=pace.model.device.type, dtype=pace.model.dtype)
+            prefill_and_decode(model, pace.prompt_BS, 1)
             for _ in range(REPEATS):
-                prefill, decode = prefill_and_decode(model, prompt_BS, DECODED)
-                before = least.get(arch, (prefill, decode / DECODED))
-                least[arch] = (min(before[0], prefill), min(before[1], decode / DECODED))
-    return least
+                beats, seconds = pace.beat(), pace.seconds(model)
+                shares[arch].append((seconds[0] / beats[0], seconds[1] / beats[1]))
+    medians = {arch: [statistics.median(part) for part in zip(*listed, strict=True)] for arch, listed in shares.items()}
+    return {arch: (prefill * pace.prefill, decode * pace.decode) for arch, (prefill, decode) in medians.items()}
 
 
 if __name__ == "__main__":

@@ -55,6 +55,16 @@ def test_every_round_is_proved(recipe_of: Callable[..., Recipe]) -> None:
     assert [error.what for error in found] == ["will not cut hidden of xglm"]
 
 
+def test_a_search_that_no_shape_meets_is_told_before_weights_are_read(recipe_of: Callable[..., Recipe]) -> None:
+    """XGLM's hidden is not proved: it stays whole, and what the others can save is named."""
+    errors = check(recipe_of("xglm", search={"budget": {"non_embedding": {"max": "1k"}}}, prune={}))
+    (met,) = (error for error in errors if "no legal shape" in error.what)
+    assert met.what == "no legal shape has non_embedding <= 1k"
+    assert met.why.startswith("non_embedding of legal shapes is between")
+    assert met.fix.count("hidden 32") == 3
+    assert not any("no legal shape" in e.what for e in check(recipe_of("xglm", search={"targets": ["90%"]}, prune={})))
+
+
 def test_a_budget_is_spent_on_what_is_proved(recipe_of: Callable[..., Recipe]) -> None:
     """XGLM's hidden and heads fail their proof: sizes and listings are of what a run may try."""
     recipe = recipe_of("xglm", prune={"non_embedding_ratio": 0.8})

@@ -127,6 +127,12 @@ def test_a_part_of_another_shape_is_left_out() -> None:
         )
 
 
+def test_no_shape_on_the_front_is_less_than_half_as_large_as_another() -> None:
+    for budget in BUDGETS:
+        sizes = [shape.counts.non_embedding for shape in looked(budget).front]
+        assert 2 * min(sizes) >= max(sizes)
+
+
 def test_the_whole_space_is_counted() -> None:
     found = looked({"non_embedding": "50%"})
     assert len(found.prices.space) == 8 * 12 * 4 * 64

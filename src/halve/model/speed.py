@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,24 +98,30 @@ def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> i
 
 
 @torch.no_grad()
-def prefill_and_decode(model: PreTrainedModel, prompt_BS: Tensor, num_new_tokens: int) -> tuple[float, float]:
+def prefill_and_decode(
+    model: PreTrainedModel,
+    prompt_BS: Tensor,
+    num_new_tokens: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
     """Seconds of one prefill and of this many decode steps."""
     prompt_BS = prompt_BS.to(model.device)
     # like generation, ask only for the logits of the last position, if the model's class can do that
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    began = _now(model)
+    began = _now(model, clock)
     out = model(input_ids=prompt_BS, use_cache=True, **last)
-    filled = _now(model)
+    filled = _now(model, clock)
     for _ in range(num_new_tokens):
         token_B1 = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token_B1, past_key_values=out.past_key_values, use_cache=True, **last)
-    return filled - began, _now(model) - filled
+    return filled - began, _now(model, clock) - filled
 
 
-def _now(model: PreTrainedModel) -> float:
+def _now(model: PreTrainedModel, clock: Callable[[], float]) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+    return clock()
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 With as many layers as a shape on the front, no other legal shape comes closer to the goal of one quantity without being
 farther from that of another. Differences below one percent do not count. A shape that is a part of another one on the
-front is left out. Of shapes that cost the same, the front has for each choice of axes the one that shrinks them most
-evenly. Which axes are best to cut is for measurements to say.
+front is left out, and so is one with less than half of the parameters of the largest. Of shapes that cost the same, the
+front has for each choice of axes the one that shrinks them most evenly. Which axes are best to cut is for measurements
+to say.
 
 Legend: W choices of hidden and heads, F choices of ffn, N shapes, K quantities, R distinct costs.
 """
@@ -23,6 +24,9 @@ from halve.search.quantities import Prices, Reals
 
 STEP = 0.01
 """Costs that differ by less than this share of their goal count as equal."""
+LEAST_SHARE = 0.5
+"""A shape with less than this share of the non-embedding parameters of the largest one on the front is left out: where
+time is bounded, the deepest shapes that are fast enough are hardly wider than a head."""
 _SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads")
 _PATIENCE = 32
 """Shapes of equal cost that a family's config may refuse before others are looked at."""
@@ -36,10 +40,12 @@ def front(prices: Prices, ranges: Sequence[Range], *, slack: int = 0) -> list[Ca
     shapes = [shape for layers in prices.space.depths for shape in _at_depth(prices, ranges, layers, slack)]
     axes_NA = np.array([[getattr(s.candidate.arch, axis) for axis in _SIZES] for s in shapes]).reshape(-1, len(_SIZES))
     away_NK = np.array([s.away for s in shapes]).reshape(-1, len(ranges))
+    most = max((shape.candidate.counts.non_embedding for shape in shapes), default=0)
     return [
         shape.candidate
         for shape, axes_A, away_K in zip(shapes, axes_NA, away_NK, strict=True)
-        if not _inside(axes_NA, axes_A, away_NK <= away_K + STEP - slack * STEP)
+        if shape.candidate.counts.non_embedding >= LEAST_SHARE * most
+        and not _inside(axes_NA, axes_A, away_NK <= away_K + STEP - slack * STEP)
     ]
 
 

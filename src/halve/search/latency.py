@@ -1,9 +1,9 @@
 """Times on the machine at hand: what one layer takes at a few widths, interpolated to all shapes of a space.
 
-A model of these widths with random weights and about half of the layers runs; hooks tell the time that its layers take
-from the rest (embedding, final norm, head). The least of several repeats counts, because other work on the machine only
-ever adds time. A matrix product takes time in proportion to each of its sides, so times are interpolated linearly in
-hidden, in ffn, and in the number of heads and key-value heads together; ffn and heads do not meet in a layer.
+A model of these widths with random weights and about half of the layers runs (`timing`); hooks tell the time that its
+layers take from the rest (embedding, final norm, head). A matrix product takes time in proportion to each of its sides,
+so times are interpolated linearly in hidden, in ffn, and in the number of heads and key-value heads together; ffn and
+heads do not meet in a layer.
 
     seconds(layers, hidden, ffn, heads) = rest(hidden) + layers x block(hidden, ffn, heads)
     block(hidden, ffn, heads) = block(hidden, ffn, all) + block(hidden, all, heads) - block(hidden, all, all)
@@ -31,10 +31,11 @@ from halve.cut.plan.sizes import is_legal
 from halve.disk.files import read_object, write_json
 from halve.errors import RunError
 from halve.model.checkpoint import resolve_device
+from halve.recipe.schema import Device
 from halve.recipe.searching import Search, ShapeBudget, TimeLimits
 from halve.search.quantities import Reals
 from halve.search.space import Space, legal_shapes
-from halve.search.timing import BlockTimes, Condition, time_blocks
+from halve.search.timing import BlockTimes, Condition, Pace, time_blocks
 
 _AT = (1.0, 0.6, 0.25)
 """The shares of each axis at which layers are timed."""
@@ -55,13 +56,15 @@ class TimeTable:
     times: dict[Condition, dict[Arch, BlockTimes]] = field(default_factory=dict)
 
     @classmethod
-    def measured(cls, anatomy: Anatomy, search: Search, *, path: Path | None = None, device: str = "auto") -> TimeTable:
+    def measured(
+        cls, anatomy: Anatomy, search: Search, *, path: Path | None = None, device: Device = "auto"
+    ) -> TimeTable:
         """Time the widths that the budgets of a search need, minutes at most. What `path` has is not measured again.
 
         A file is used only by the same machine, torch, precision and model. On a CPU times are of float32, on CUDA of
         bfloat16.
         """
-        place = resolve_device("cuda" if device == "cuda" else "cpu" if device == "cpu" else "auto")
+        place = resolve_device(device)
         dtype = torch.bfloat16 if place == "cuda" else torch.float32
         table = cls(anatomy.sizes)
         key = machine_key(anatomy, place, dtype)
@@ -72,7 +75,8 @@ class TimeTable:
             known = {arch: times for arch, times in kept.get(condition, {}).items() if arch in archs}
             missing = [arch for arch in archs if arch not in known]
             if missing:
-                known |= time_blocks(anatomy, missing, condition, device=place, dtype=dtype)
+                pace = Pace(anatomy, condition, device=place, dtype=dtype)
+                known |= time_blocks(anatomy, missing, pace)
                 kept[condition] = {**kept.get(condition, {}), **known}
                 _write(path, key, kept)
             table.times[condition] = known

@@ -1,12 +1,19 @@
 """The time that the layers of a model take, and the rest of it, in prefill and in decode.
 
+A machine is faster at one moment than at another: other work shares its caches, clocks change. So a model of the
+teacher's widths, the pace, runs before each measurement, and what counts is the median of the two times' ratio. The
+least time of the pace turns ratios into seconds. On a CPU with one thread all times are the thread's own, to which
+other work adds little. Otherwise they are the time that passes.
+
 Shape suffixes: `B` batch, `S` tokens of the prompt.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +23,11 @@ from transformers import PreTrainedModel
 from halve.anatomy import Anatomy, Arch
 from halve.anatomy.configs import build, resized
 from halve.cut.plan.sizes import config_sizes
-from halve.model.speed import prefill_and_decode
+from halve.model.speed import prefill_and_decode, weight_bytes
 
-_DECODED = 8
-_ROUNDS, _REPEATS = 3, 3
+DECODED = 12
+"""Tokens that are generated in a measurement."""
+_REPEATS = 3
 _TOGETHER = 2**30
 """Bytes of models that stay in memory from one round to the next; larger ones are made again."""
 _RANDOM = 2**16
@@ -42,35 +50,66 @@ class BlockTimes:
     decode_block: float
     decode_rest: float
 
-    def least(self, other: BlockTimes) -> BlockTimes:
-        """The smaller of each."""
-        return BlockTimes(**{part: min(mine, vars(other)[part]) for part, mine in vars(self).items()})
+    def scaled(self, prefill: float, decode: float) -> BlockTimes:
+        """All times multiplied by these factors."""
+        return BlockTimes(
+            self.prefill_block * prefill,
+            self.prefill_rest * prefill,
+            self.decode_block * decode,
+            self.decode_rest * decode,
+        )
 
 
-def time_blocks(
-    anatomy: Anatomy, archs: Sequence[Arch], condition: Condition, *, device: str, dtype: torch.dtype
-) -> dict[Arch, BlockTimes]:
-    """Time layers at these widths, the least of all repeats. Widths take turns, so that all see the same machine."""
-    found: dict[Arch, BlockTimes] = {}
+class Pace:
+    """A model that runs before each measurement, so that slow moments of the machine do not count."""
+
+    def __init__(self, anatomy: Anatomy, condition: Condition, *, device: str, dtype: torch.dtype) -> None:
+        whole = anatomy.sizes.at(layers=_timed_layers(anatomy))
+        self.prompt_BS = prompt_of(condition, anatomy.sizes.vocab)
+        self.model = random_model(anatomy, whole, device=device, dtype=dtype)
+        prefill_and_decode(self.model, self.prompt_BS, 1)
+        self.prefill = self.decode = math.inf
+        """The least seconds so far."""
+
+    def beat(self) -> tuple[float, float]:
+        """The seconds of a prompt and of one more token at this moment."""
+        prefill, decode = self.seconds(self.model)
+        self.prefill, self.decode = min(self.prefill, prefill), min(self.decode, decode)
+        return prefill, decode
+
+    def seconds(self, model: PreTrainedModel) -> tuple[float, float]:
+        """The seconds of a prompt and of one more token of a model."""
+        clock = clock_of(cuda=model.device.type == "cuda")
+        prefill, decode = prefill_and_decode(model, self.prompt_BS, DECODED, clock=clock)
+        return prefill, decode / DECODED
+
+
+def time_blocks(anatomy: Anatomy, archs: Sequence[Arch], pace: Pace, *, rounds: int = 3) -> dict[Arch, BlockTimes]:
+    """Time layers at these widths; widths take turns."""
+    shares: dict[Arch, list[BlockTimes]] = {arch: [] for arch in archs}
     models: dict[Arch, PreTrainedModel] = {}
     kept_bytes = 0
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for arch in archs:
             model = models.get(arch)
             if model is None:
-                model = random_model(anatomy, arch.at(layers=_timed_layers(anatomy)), device=device, dtype=dtype)
-                size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+                place, dtype = pace.model.device.type, pace.model.dtype
+                model = random_model(anatomy, arch.at(layers=_timed_layers(anatomy)), device=place, dtype=dtype)
+                size = weight_bytes(model)
                 if kept_bytes + size <= _TOGETHER:
                     models[arch] = model
                     kept_bytes += size
             layers = model.get_submodule(anatomy.layers_path)
             assert isinstance(layers, nn.ModuleList)
-            prompt_BS = prompt_of(condition, anatomy.sizes.vocab)
-            prefill_and_decode(model, prompt_BS, 1)  # the first pass allocates
+            prefill_and_decode(model, pace.prompt_BS, 1)  # the first pass allocates
             for _ in range(_REPEATS):
-                times = _once(model, layers, prompt_BS)
-                found[arch] = times.least(found[arch]) if arch in found else times
-    return found
+                prefill, decode = pace.beat()
+                shares[arch].append(_once(model, layers, pace).scaled(1 / prefill, 1 / decode))
+    return {arch: _median(listed).scaled(pace.prefill, pace.decode) for arch, listed in shares.items()}
+
+
+def _median(listed: Sequence[BlockTimes]) -> BlockTimes:
+    return BlockTimes(**{part: statistics.median(vars(entry)[part] for entry in listed) for part in vars(listed[0])})
 
 
 def random_model(anatomy: Anatomy, arch: Arch, *, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -96,31 +135,37 @@ def _timed_layers(anatomy: Anatomy) -> int:
     return max(1, anatomy.sizes.layers // 2)
 
 
-def _once(model: PreTrainedModel, layers: nn.ModuleList, prompt_BS: Tensor) -> BlockTimes:
+def _once(model: PreTrainedModel, layers: nn.ModuleList, pace: Pace) -> BlockTimes:
     clock = _Clock(cuda=model.device.type == "cuda")
     hooks = [
         layers[0].register_forward_pre_hook(lambda *_: clock.stamp()),
         layers[len(layers) - 1].register_forward_hook(lambda *_: clock.stamp()),
     ]
     try:
-        prefill, decode = prefill_and_decode(model, prompt_BS, _DECODED)
+        prefill, decode = pace.seconds(model)
     finally:
         for hook in hooks:
             hook.remove()
     first, *others = clock.spans()
+    layers_decode = sum(others) / len(others)
     return BlockTimes(
         prefill_block=first / len(layers),
         prefill_rest=max(0.0, prefill - first),
-        decode_block=sum(others) / len(others) / len(layers),
-        decode_rest=max(0.0, (decode - sum(others)) / len(others)),
+        decode_block=layers_decode / len(layers),
+        decode_rest=max(0.0, decode - layers_decode),
     )
+
+
+def clock_of(*, cuda: bool) -> Callable[[], float]:
+    """The clock by which shapes are timed."""
+    return time.thread_time if not cuda and torch.get_num_threads() == 1 else time.perf_counter
 
 
 class _Clock:
     """Stamps of time, in pairs; on CUDA those of the device, which does not wait for them."""
 
     def __init__(self, *, cuda: bool) -> None:
-        self.cuda = cuda
+        self.cuda, self.now = cuda, clock_of(cuda=cuda)
         self.events: list[torch.cuda.Event] = []
         self.moments: list[float] = []
 
@@ -130,7 +175,7 @@ class _Clock:
             event.record()
             self.events.append(event)
         else:
-            self.moments.append(time.perf_counter())
+            self.moments.append(self.now())
 
     def spans(self) -> list[float]:
         """The seconds between the two stamps of each pair."""
