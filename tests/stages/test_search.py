@@ -17,7 +17,7 @@ from halve.disk.files import read_json
 from halve.errors import HalveError
 from halve.pipeline import run as pipeline
 from halve.recipe.schema import Recipe
-from halve.search.choice import Choice
+from halve.search.choice import ChosenShape
 from halve.stages import search as stage
 
 MakeRecipe = Callable[..., Recipe]
@@ -65,7 +65,7 @@ def test_what_it_finds(done: Path) -> None:
     assert found["tokens"] == sum(finalist["curve"][-1]["tokens"] for finalist in finalists)
     assert {int(i) for i in found["choices"]["accuracies"]} == set(ends)
     assert found["choices"]["items"] == 3
-    choice = Choice.load(done / "search")
+    choice = ChosenShape.load(done / "search")
     assert choice.arch.sizes == finalists[found["chosen"]]["arch"]
     assert list(choice.kept_layers) == finalists[found["chosen"]]["kept_layers"]
 
@@ -74,7 +74,7 @@ def test_prune_cuts_to_the_choice(done: Path, recipe: Recipe, tmp_path: Path) ->
     out = tmp_path / "run"
     shutil.copytree(done, out)
     pipeline.run(recipe, out, only="prune")
-    choice, plan = Choice.load(done / "search"), read_json(out / "prune/plan.json")
+    choice, plan = ChosenShape.load(done / "search"), read_json(out / "prune/plan.json")
     assert plan["after"] == choice.arch.sizes
     assert tuple(plan["layers"]) == choice.kept_layers
     model = AutoModelForCausalLM.from_pretrained(out / "prune" / "model")
@@ -108,7 +108,7 @@ def test_two_ranks_find_what_one_finds(done: Path, recipe: Recipe, tmp_path: Pat
     assert ours.keys() == theirs.keys()
     for key, kl in ours.items():
         assert kl == pytest.approx(theirs[key], rel=1e-3)
-    assert Choice.load(out / "search").arch == Choice.load(done / "search").arch
+    assert ChosenShape.load(out / "search").arch == ChosenShape.load(done / "search").arch
     assert (out / "search.html").exists()
     said = [answer.out.count("chosen: ") for answer in answers]
     assert said == [1, 0]
@@ -129,7 +129,7 @@ def test_other_ways_to_choose(make_recipe: MakeRecipe, done: Path, tmp_path: Pat
     out = tmp_path / "run"
     shutil.copytree(done, out)
     pipeline.run(recipe, out, only="search", needed=True)
-    choice = Choice.load(out / "search")
+    choice = ChosenShape.load(out / "search")
     assert choice.metrics["method"] == method
     assert len(choice.kept_layers) == choice.arch.layers
     if method == "trial":

@@ -285,7 +285,10 @@ def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -
 
 @app.command()
 def search(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
-    """Find the shape to train: run the recipe's search and what it needs."""
+    """Find which shape to train.
+
+    Runs the search of a recipe and the stages that it needs.
+    """
     from halve.cli.searching import show_search
 
     loaded = load_recipe(recipe)

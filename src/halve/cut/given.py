@@ -34,7 +34,7 @@ def read_scores(recipe: Recipe, teacher: Checkpoint, scores: Path) -> Scores:
     return Scores.load(scores, batch_agg=score.batch_agg, seq_agg=score.seq_agg, model=teacher.fingerprint)
 
 
-def rescoring(recipe: Recipe, samples: Tensor) -> Rescore:
+def rescorer(recipe: Recipe, samples: Tensor) -> Rescore:
     """Score a partly cut model the way the recipe scored the teacher."""
 
     def rescore(model: PreTrainedModel, anatomy: Anatomy) -> Scores:

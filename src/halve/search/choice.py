@@ -14,7 +14,7 @@ CHOICE: Final = "choice.json"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenShape:
     """The sizes to cut to, the layers to keep, and how they were chosen."""
 
     arch: Arch
@@ -27,7 +27,7 @@ class Choice:
         write_json(folder / CHOICE, data)
 
     @classmethod
-    def load(cls, folder: Path) -> Choice:
+    def load(cls, folder: Path) -> ChosenShape:
         """Read it from the search stage's folder. Raises `RunError`."""
         data = read_object(folder / CHOICE)
         return cls(Arch.of(data["arch"]), tuple(data["kept_layers"]), data["metrics"])

@@ -50,7 +50,7 @@ class Ladder:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Survivors:
     """The candidates after a rung, as rows of the measurements, the best first."""
 
     kept: tuple[int, ...]
@@ -102,7 +102,7 @@ def ladder(candidates: int, *, tokens: int, rungs: int, keep: float, step: int) 
     return Ladder(plan.tokens, plan.places, int(SLACK * planned))
 
 
-def select_candidates(kl_CS: Float64[Tensor, "candidates samples"], ladder: Ladder, rung: int, spent: int) -> Selection:
+def select_candidates(kl_CS: Float64[Tensor, "candidates samples"], ladder: Ladder, rung: int, spent: int) -> Survivors:
     """Which candidates go on from a rung that is not the last. `spent` are the tokens of all candidates so far.
 
     The planned number goes on, and the next ones in order as long as they are tied with the last place and the budget
@@ -111,7 +111,7 @@ def select_candidates(kl_CS: Float64[Tensor, "candidates samples"], ladder: Ladd
     >>> import torch
     >>> kl_CS = torch.tensor([[0.3, 0.5], [0.1, 0.2], [0.9, 0.8], [0.2, 0.1]], dtype=torch.float64)
     >>> select_candidates(kl_CS, Ladder((0, 10, 20), (4, 4, 2), 60), 1, 40)
-    Selection(kept=(3, 1), gone=(0, 2), ties=(), forced=())
+    Survivors(kept=(3, 1), gone=(0, 2), ties=(), forced=())
     """
     order = ranking(kl_CS)
     places = min(ladder.places[rung + 1], len(order))
@@ -124,7 +124,7 @@ def select_candidates(kl_CS: Float64[Tensor, "candidates samples"], ladder: Ladd
     room = [n for n in range(len(tied) + 1) if spent + ladder.left(rung, places + n) <= ladder.budget]
     kept_ties = max(room, default=0)
     kept = order[: places + kept_ties]
-    return Selection(tuple(kept), tuple(order[len(kept) :]), tuple(tied[:kept_ties]), tuple(tied[kept_ties:]))
+    return Survivors(tuple(kept), tuple(order[len(kept) :]), tuple(tied[:kept_ties]), tuple(tied[kept_ties:]))
 
 
 def leader(kl_CS: Float64[Tensor, "candidates samples"]) -> Leader:

@@ -28,7 +28,7 @@ from halve.search.agreement import rank_agreement, rises
 from halve.search.halving import Ladder, leader
 from halve.search.tournament import Played
 
-Answered = Mapping[int, Tensor]
+RightItems = Mapping[int, Tensor]
 """By finalist, which items of a multiple-choice file it answered correctly."""
 
 
@@ -37,7 +37,7 @@ def outcome(
     plan: Ladder,
     played: Played,
     *,
-    answered: tuple[str, Answered] | None,
+    answered: tuple[str, RightItems] | None,
     seed: int,
 ) -> dict[str, Any]:
     """The outcome of a tournament. `answered` are the name of a multiple-choice file and the answers of those who
@@ -106,7 +106,7 @@ def _rises(plan: Ladder, played: Played, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _choices(name: str, answered: Answered, *, chosen: int) -> dict[str, Any]:
+def _choices(name: str, answered: RightItems, *, chosen: int) -> dict[str, Any]:
     """Who answers most items, and how far ahead of the choice by KL it is, item by item."""
     best = max(answered, key=lambda finalist: (int(answered[finalist].sum()), finalist == chosen))
     gap = difference(answered[best].double(), answered[chosen].double())

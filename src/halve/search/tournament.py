@@ -27,7 +27,7 @@ from halve.model.checkpoint import Checkpoint
 from halve.model.head import split
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Distill, Recipe
-from halve.search.halving import Ladder, Selection, select_candidates
+from halve.search.halving import Ladder, Survivors, select_candidates
 from halve.text.documents import require_apart
 from halve.text.opened import Text
 from halve.train.loop import adapters, checkpoints, loop
@@ -64,7 +64,7 @@ class Played:
     """What came out: every showing, and who went on from each rung but the first and the last, by finalist."""
 
     showings: tuple[Showing, ...]
-    selections: tuple[Selection, ...]
+    selections: tuple[Survivors, ...]
     last: tuple[int, ...]
     """The finalists that reached the last rung, the best first."""
 
@@ -184,14 +184,14 @@ def _kept(lines: JsonLines[Showing] | None, showing: Showing) -> dict[str, Any]:
     return data
 
 
-def _by_finalist(rows: Selection, alive: Sequence[int]) -> Selection:
+def _by_finalist(rows: Survivors, alive: Sequence[int]) -> Survivors:
     def named(some: Sequence[int]) -> tuple[int, ...]:
         return tuple(alive[row] for row in some)
 
-    return Selection(named(rows.kept), named(rows.gone), named(rows.ties), named(rows.forced))
+    return Survivors(named(rows.kept), named(rows.gone), named(rows.ties), named(rows.forced))
 
 
-def _words(rung: int, selection: Selection, plan: Ladder) -> str:
+def _words(rung: int, selection: Survivors, plan: Ladder) -> str:
     """Who leaves after a rung, counted from 1."""
 
     def listed(some: Sequence[int]) -> str:

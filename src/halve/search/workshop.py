@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halve.anatomy import Arch
 from halve.cut.apply import Goal, Rescore, Turned, cut, turn
-from halve.cut.given import calibration_samples, read_scores, rescoring
+from halve.cut.given import calibration_samples, read_scores, rescorer
 from halve.cut.layers.chosen import choose_layers
 from halve.cut.score.calibration import Calibration, require_calibration
 from halve.cut.score.scores import Scores
@@ -61,7 +61,7 @@ class Workshop:
         require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
         calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch, progress)
         turned = turn(calibration, recipe.prune, sizes=archs)
-        return cls(recipe, calibration, ranking, turned, rescoring(recipe, samples_BS), text, tokenizer)
+        return cls(recipe, calibration, ranking, turned, rescorer(recipe, samples_BS), text, tokenizer)
 
     def layers(self, depths: Collection[int]) -> dict[int, tuple[int, ...]]:
         """For each of these numbers of layers, which layers stay, found by removing them together."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.anatomy import Anatomy, Arch
 from halve.cut.apply import Cut, Goal, cut, turn
-from halve.cut.given import calibration_samples, read_scores, rescoring
+from halve.cut.given import calibration_samples, read_scores, rescorer
 from halve.cut.layers.chosen import DEPTH, choose_layers
 from halve.cut.layers.depth import DepthChoice
 from halve.cut.layers.layer_merge import laco_search, search_setting
@@ -37,7 +37,7 @@ from halve.process.waits import wait
 from halve.progress import SILENT, Progress
 from halve.recipe.rounds import compares
 from halve.recipe.schema import Prune, Recipe
-from halve.search.choice import Choice
+from halve.search.choice import ChosenShape
 from halve.text import corpus
 from halve.text.conversation_samples import samples_of
 from halve.text.mixture import Mixture, open_mixture
@@ -89,14 +89,12 @@ def run(
 
     The plan is written before the cut. After it, `made` is added: which student was kept, and in which basis.
     Returns sizes, perplexities and the results of the checks. `scores` is the score stage's file, read with the
-    recipe's aggregators. If sets of layers were compared, `depth.json` is next to it. Without `scores`, the cut is the
-    random control: it ranks by random numbers from the recipe's seed and uses nothing of the teacher's activations. It
-    gets the sizes of the plan `like`, if that is given. `searched` is the folder of the search stage, which chose sizes
-    and layers.
+    recipe's aggregators. If sets of layers were compared, `depth.json` is next to it. `searched` is the folder of a
+    search stage. Without `scores`, the cut is the random control: it ranks by random numbers from the recipe's seed and
+    uses nothing of the teacher's activations. It gets the sizes of the plan `like`, if that is given.
 
-    Raises `PlanError` for invalid sizes and `AnatomyError` for an axis whose proof fails, both before weights are read.
-    Raises `CorpusError` for unsuitable calibration samples, and `CheckpointError` if the result does not match the
-    plan.
+    Raises `PlanError` for invalid sizes and `AnatomyError` for an axis whose proof fails, both before weights are read,
+    `CorpusError` for unsuitable calibration samples, and `CheckpointError` if the result does not match the plan.
     """
     wanted = _wanted(recipe, teacher, scores, like=like, searched=searched)
     model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
@@ -144,7 +142,7 @@ def _wanted(
     asked = recipe.prune if scores is not None else _blind(recipe.prune)
     anatomy = teacher.anatomy
     if searched is not None:
-        choice = Choice.load(searched)
+        choice = ChosenShape.load(searched)
         after, kept_layers = choice.arch, choice.kept_layers
     elif recipe.search is not None:  # the random control of such a cut
         assert like is not None
@@ -185,7 +183,7 @@ def _student(recipe: Recipe, wanted: _Wanted, source: _Source, out: Path) -> tup
         write_json(out / "plan.json", plan.to_json())
         replace(ranking, statistics=None).save(out / "scores.safetensors")
 
-    rescore = rescoring(recipe, calibration.samples_BS)
+    rescore = rescorer(recipe, calibration.samples_BS)
     return cut(calibration, ranking, asked, goal, turned=turned, rescore=rescore, planned=planned), tried
 
 

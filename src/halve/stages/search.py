@@ -34,7 +34,7 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.recipe.tournaments import tournament_training
 from halve.search.blocks import additive_choice
-from halve.search.choice import Choice
+from halve.search.choice import ChosenShape
 from halve.search.finalists import choose_finalists
 from halve.search.halving import Ladder
 from halve.search.outcome import outcome
@@ -70,7 +70,7 @@ def run(
     open_shop = partial(_opened, recipe, teacher, scores, cache, progress)
     if recipe.search.method != "tournament":
         ranks.lead(partial(_without_training, recipe, open_shop, out, progress))
-        return dict(Choice.load(out).metrics)
+        return dict(ChosenShape.load(out).metrics)
     prepare = partial(_prepared, recipe, teacher, open_shop, out)
     finalists = [Tried.from_json(tried) for tried in ranks.lead(prepare)]
     assert answers_in is not None
@@ -85,7 +85,7 @@ def run(
     models = [Checkpoint.open(_place(out, i) / "model") for i in range(len(finalists))]
     played = play(models, plan, school, out=out, graduate=_graduate(models, school, out), progress=progress)
     ranks.lead(partial(_concluded, recipe, teacher, finalists, plan, played, out, progress))
-    return dict(Choice.load(out).metrics)
+    return dict(ChosenShape.load(out).metrics)
 
 
 def _opened(
@@ -124,7 +124,7 @@ def _without_training(recipe: Recipe, open_shop: _OpenShop, out: Path, progress:
         progress.say(f"tried {len(tried)} shapes; chosen: {outcome_of_trial(tried)}")
     metrics = {"method": recipe.search.method, "candidates": len(candidates), "sizes": chosen.arch.sizes}
     write_json(out / "results.json", {"method": recipe.search.method, "tried": [one.to_json() for one in tried]})
-    Choice(chosen.arch, chosen.kept_layers, metrics).save(out)
+    ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
 
 
 def _prepared(recipe: Recipe, teacher: Checkpoint, open_shop: _OpenShop, out: Path) -> list[dict[str, Any]]:
@@ -191,7 +191,7 @@ def _concluded(
     chosen = finalists[found["chosen"]]
     keys = ("chosen", "second", "straight", "agreement", "rises", "choices", "tokens")
     metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: found[key] for key in keys}}
-    Choice(chosen.arch, chosen.kept_layers, metrics).save(out)
+    ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
     progress.say(f"chosen of {len(finalists)} finalists: {chosen.arch}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -122,8 +122,8 @@ def train(
 ) -> TrainResult:
     """Train `student` in place, as float32 masters on `device`. The caller exports it.
 
-    With `until`, the training pauses after this step, with its metrics and a checkpoint. A later call with a larger
-    `until`, or without one, goes on from there and ends with the same bits as a training without a pause.
+    With `until`, it pauses after this step, with metrics and a checkpoint. A later call with a larger one, or without,
+    goes on from there, and ends with the same bits as without a pause.
 
     The loss of a step is the sum over all its tokens divided by their number, for any number of micro-batches.
     `files.work` keeps the last `keep_checkpoints` complete checkpoints; a second call with the same arguments resumes
@@ -157,12 +157,7 @@ def train(
         assert start <= last, f"a checkpoint of step {start} is later than the pause after step {last}"
         running, loss = Running.of(restored.notes), restored.notes.get("loss")
         under_way = _UnderWay(trained, learner, lesson, course, device, keeper, running, last, loss)
-        opened = (
-            open_journal(files.metrics, step=start, loggers=training.loggers, name=files.name)
-            if ranks.leads
-            else nullcontext(Mute())
-        )
-        with opened as journal:
+        with _journal(files, training, start, ranks) as journal:
             if start == 0:
                 under_way.begin(journal)
             with progress.task(files.name, course.tokens(last), done=course.tokens(start)) as task:
@@ -173,6 +168,13 @@ def train(
             if start == last:  # stopped after this step; what follows from the weights is missing
                 under_way.measure(start)
     return TrainResult(last, course.tokens(last), start, under_way.loss, under_way.figures)
+
+
+def _journal(files: TrainFiles, training: Training, step: int, ranks: Ranks) -> AbstractContextManager[Journal | Mute]:
+    """The journal from this step on. Only the first rank writes."""
+    if not ranks.leads:
+        return nullcontext(Mute())
+    return open_journal(files.metrics, step=step, loggers=training.loggers, name=files.name)
 
 
 def _trained(student: PreTrainedModel, extra: nn.Module | None, training: Training, *, device: str) -> Trained:
