@@ -107,7 +107,8 @@ def test_the_report_shows_every_round(run: Path) -> None:
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     for words in ("Distilled student 2", "Pruned, untrained 2", "Trained with CE 2", "Importance, round 2"):
         assert words in text
-    assert re.search(r"Round 1: Dropped layer \d, counted from 0\. Trimmed ffn\. Round 2: Trimmed hidden\.", text)
+    cuts = r"Round 1: Dropped layer \d, counted from 0\. Trimmed ffn\. The .+? Round 2: Trimmed hidden\."
+    assert re.search(cuts, text), "between them stands how the first student was made"
     assert "hidden 32 32 24 75 %" in text
     assert "ffn 64 40 40 62 %" in text
     assert 'class="swatch distilled"' in page

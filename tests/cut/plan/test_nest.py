@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,14 @@ def test_what_does_not_nest_is_refused(family: str, inside: list[dict[str, int]]
     assert refused.value.what.startswith(what)
     assert refused.value.why
     assert refused.value.fix
+
+
+def test_an_ffn_of_its_own_in_each_layer_is_not_nested() -> None:
+    anatomy = replace(discover(config("llama")), refusals={"ffn": "each layer has another size"})
+    with pytest.raises(PlanError) as refused:
+        nested_sizes(anatomy, Nest.model_validate({"sizes": [{"ffn": 64}]}))
+    assert (refused.value.what, refused.value.why) == ("cannot cut ffn of llama", "each layer has another size")
+    assert nested_sizes(anatomy, Nest.model_validate({"sizes": [{"hidden": 48}]}))[1].hidden == 48
 
 
 def test_coupled_families_nest_in_what_is_not_coupled() -> None:
