@@ -188,6 +188,7 @@ def test_every_student_is_drawn_equally_often_and_once_a_step(draws: int) -> Non
         ),
         ({"then": [{"prune": {"ffn": 24}}]}, "nest cannot be combined with then"),
         ({"prune": {"non_embedding_ratio": 0.7}}, "nest cannot be combined with a trial"),
+        ({"prune": {}, "search": {"budget": {"total": {"max": "60%"}}}}, "nest cannot be combined with search"),
         ({"nest": {"sizes": [{"ffn": 48}]}}, "student 2 of nest.sizes has ffn 48"),
     ],
 )

@@ -62,6 +62,12 @@ def _refused(recipe: Recipe, teacher: Checkpoint) -> Iterator[tuple[str, str, st
         yield "then", "all students of a nest are trained together, in one round", "leave out then, or nest"
     if recipe.correct is not None and recipe.corrects_beside:
         yield "correct.when: beside", "its students would learn from a teacher that changes", "correct.when: before"
+    if recipe.search is not None:
+        yield (
+            "search",
+            "the students lie inside the largest, whose sizes are known only after the search",
+            "sizes by hand in the section prune: those that a search without nest has chosen",
+        )
     if recipe.prune.shape == "trial" and budget_of(teacher.anatomy, recipe.prune) is not None:
         yield (
             "a trial",
