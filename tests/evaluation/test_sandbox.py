@@ -13,7 +13,7 @@ import pytest
 
 from halve.errors import RunError
 from halve.evaluation import programs, sandbox
-from halve.evaluation.sandbox import Limits, Sandbox
+from halve.evaluation.sandbox import Sandbox, SandboxLimits
 
 OUTSIDE = "/tmp/halve-escape-test"
 
@@ -66,7 +66,7 @@ HOSTILE = {
 def box() -> Sandbox:
     """A real sandbox; without one, the error that says so is tested below."""
     try:
-        return Sandbox.open(Limits(seconds=1, memory_bytes=1 << 29))
+        return Sandbox.open(SandboxLimits(seconds=1, memory_bytes=1 << 29))
     except RunError as error:
         pytest.skip(f"no sandbox can be had here: {error.why}")
 

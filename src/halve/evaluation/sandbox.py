@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix/store")
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What a program may use. Memory counts all its processes together."""
 
     seconds: int = 10
@@ -56,17 +55,17 @@ class Outcome:
 class Sandbox:
     """Runs programs apart from everything. Make one with `open`, which tries it."""
 
-    def __init__(self, kind: str, limits: Limits) -> None:
+    def __init__(self, kind: str, limits: SandboxLimits) -> None:
         self.kind, self.limits = kind, limits
 
     @classmethod
-    def open(cls, limits: Limits | None = None, *, kinds: Sequence[str] = ("bubblewrap", "namespaces")) -> Sandbox:
+    def open(cls, limits: SandboxLimits | None = None) -> Sandbox:
         """A sandbox of the first kind that works on this machine. Raises `RunError` if none does."""
         reasons = []
-        for kind in kinds:
+        for kind in _COMMANDS:
             if _COMMANDS[kind]() is None:
                 continue
-            box = cls(kind, limits or Limits())
+            box = cls(kind, limits or SandboxLimits())
             try:
                 box.require()
             except RunError as error:

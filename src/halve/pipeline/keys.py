@@ -35,7 +35,7 @@ class Keyed:
     after: tuple[str, ...]
     """The stages whose artifacts it reads."""
     outside: tuple[str, ...]
-    """Its other inputs: teacher, train, valid, choices, task_data, depth_task, tournament_choices."""
+    """Its other inputs: teacher, train, valid, choices, task_data, depth_task, tournament_choices, imported."""
     number: int
     """Its round. Stages that read the whole run belong to the first."""
 
@@ -102,6 +102,8 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
         files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]
     elif name == "choices":
         files = [Path(path) for path in recipe.evaluate.choices]
+    elif name == "imported":
+        files = [Path(entry.file) for entry in recipe.evaluate.imported]
     elif name == "task_data":
         return _task_data(recipe, memo)
     elif name == "tournament_choices":

@@ -100,7 +100,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     # without tasks, a key does not depend on how they would be asked; with tasks, on the content of their data
     tasks = ("-evaluate.data",) if recipe.evaluate.asks_tasks else tuple(f"-evaluate.{key}" for key in OF_TASKS)
     reads = (*_everywhere(recipe), "evaluate", "-evaluate.choices", *usual, *tasks)
-    measured = ("teacher", "valid", "choices", *(("task_data",) if recipe.evaluate.asks_tasks else ()))
+    of_tools = ("imported",) if recipe.evaluate.imported else ()
+    reads = (*reads, *(() if of_tools else ("-evaluate.imported",)))
+    measured = ("teacher", "valid", "choices", *(("task_data",) if recipe.evaluate.asks_tasks else ()), *of_tools)
     act = _evaluate(models, beside, _inside(recipe, models), subject=subject)
     listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
     everything = tuple(stage.name for stage in listed)

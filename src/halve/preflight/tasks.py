@@ -16,6 +16,7 @@ def of_the_tasks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     """Probes that raise what is wrong with the tasks of the evaluation and of gates."""
     from halve.evaluation.asking import errors_of
     from halve.evaluation.gates import gate_section
+    from halve.evaluation.imports import imported
     from halve.evaluation.sandbox import Sandbox
 
     sections = [recipe.evaluate]
@@ -26,6 +27,7 @@ def of_the_tasks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
             sections.append(gate_section(gates, recipe.evaluate))
     for section in sections:
         yield from (partial(_tell, error) for error in errors_of(section))
+    yield partial(imported, recipe.evaluate.imported)
     if recipe.evaluate.run_untrusted_code:
         yield Sandbox.open
 

@@ -31,6 +31,16 @@ OF_TASKS = (
 """Keys that only matter where a recipe names suites or tasks."""
 
 
+class Imported(Section):
+    """The result file of another tool, for the page and the card."""
+
+    tool: Literal["mt_bench", "bfcl", "chatrag"] = Field(description="the tool that wrote it")
+    file: PathOrName = Field(description="the file")
+    model: str = Field(min_length=1, description="the model of the run that was asked, such as teacher or distilled")
+    version: str = Field(min_length=1, description="version of the tool, such as a release or a commit")
+    row: str | None = Field(None, min_length=1, description="with bfcl: how the name of the model's row begins")
+
+
 class Evaluate(Section):
     """What is measured for every model of the run."""
 
@@ -72,6 +82,10 @@ class Evaluate(Section):
         False,
         description="DANGER: run the programs that models write (humaneval, mbpp) on this machine, in a sandbox without"
         " network, home and writable files; without a sandbox that holds, this is an error",
+    )
+
+    imported: tuple[Imported, ...] = Field(
+        (), description="result files of MT-Bench, BFCL and ChatRAG-Bench, which run against an endpoint"
     )
 
     @property

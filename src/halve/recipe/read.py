@@ -110,7 +110,9 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
         splits = {"train": anchored(train), "valid": anchored(recipe.data.valid)}
     data = recipe.data.model_copy(update=splits)
     local = {task: str(folder / Path(path).expanduser()) for task, path in recipe.evaluate.data.items()}
-    evaluate = recipe.evaluate.model_copy(update={"choices": anchored(recipe.evaluate.choices), "data": local})
+    files = [entry.model_copy(update={"file": anchored((entry.file,))[0]}) for entry in recipe.evaluate.imported]
+    evaluated = {"choices": anchored(recipe.evaluate.choices), "data": local, "imported": tuple(files)}
+    evaluate = recipe.evaluate.model_copy(update=evaluated)
     task = None if recipe.score.depth_task is None else anchored((recipe.score.depth_task,))[0]
     score = recipe.score.model_copy(update={"depth_task": task})
     update: dict[str, Any] = {"model": absolute(recipe.model), "data": data, "score": score, "evaluate": evaluate}

@@ -263,6 +263,8 @@ def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
             shown[section][key] = [_short(path) for path in shown[section][key]]
     if data := shown.get("evaluate", {}).get("data"):
         shown["evaluate"]["data"] = {task: _short(path) for task, path in data.items()}
+    for entry in shown.get("evaluate", {}).get("imported", ()):
+        entry["file"] = _short(entry["file"])
     return shown
 
 

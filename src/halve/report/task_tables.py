@@ -20,14 +20,36 @@ _SINGLE = "Tasks"
 def task_sections(results: Facts | None, papers: Sequence[PaperModel]) -> list[PageSection]:
     """A section for each suite of the run, and one for its single tasks."""
     tasks = (results or {}).get("tasks")
+    made = [section for section in (_of_tools(results, papers),) if section is not None]
     if results is None or not tasks:
-        return []
-    made = []
+        return made
     for suite, listed in _by_suite(tasks).items():
         between, second = _differences(results, listed)
         table = _table(results, listed, suite, papers)
         made.append(PageSection(_TITLES.get(suite, _SINGLE), _note(tasks, listed, papers), table, between, second))  # type: ignore[call-overload]
     return made
+
+
+_TOOLS = {"mt_bench": "MT-Bench", "bfcl": "BFCL (live)", "chatrag": "ChatRAG"}
+
+
+def _of_tools(results: Facts | None, papers: Sequence[PaperModel]) -> PageSection | None:
+    """Scores that other tools measured, with their versions."""
+    entries = (results or {}).get("imported")
+    if results is None or not entries:
+        return None
+    shown = [paper for paper in papers if paper.instruct]
+    rows = []
+    for tool in dict.fromkeys(entry["tool"] for entry in entries):
+        mine = [entry for entry in entries if entry["tool"] == tool]
+        by_model = {entry["model"]: estimate(entry) for entry in mine}
+        cells = [by_model.get(name, Cell("-")) for name in results["models"]]
+        theirs = [Cell(f"{paper.instruct[tool]}" if tool in paper.instruct else "-") for paper in shown]
+        rows.append(TableRow(_TOOLS[tool], (*cells, *theirs)))
+    versions = ", ".join(dict.fromkeys(f"{_TOOLS[entry['tool']]}: {entry['version']}" for entry in entries))
+    note = f"Measured by other tools against an endpoint, and imported. Versions: {versions}."
+    head = ("benchmark", *map(label, results["models"]), *(f"{paper.label}, in the paper" for paper in shown))
+    return PageSection("Instruct benchmarks of other tools", note, Table(head, tuple(rows)))
 
 
 def _by_suite(tasks: Facts) -> dict[str, list[Facts]]:

@@ -15,6 +15,7 @@ Format of `results.json`. An estimate is {"value", "stderr"}. What was not measu
     answers       the same for chat prompts, given through the chat template; left out without a template
     tasks         tasks of lm-evaluation-harness (`evaluation.results.summary`); left out if the recipe names none.
                   `task-items.jsonl` then holds every item
+    imported      [{"tool", "model", "value", "stderr", "version", "sha256"}] of other tools; left out if there are none
 
 Figures of conversations are means over all counted tokens, those of packed text means over samples, which are equally
 long.
@@ -36,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halve.anatomy.configs import context_length
 from halve.disk.files import write_json
 from halve.evaluation.asking import read_exam
+from halve.evaluation.imports import imported
 from halve.evaluation.session import TaskSession
 from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
@@ -131,9 +133,8 @@ def run(
         "models": {name: {**measurement.facts, "speed": speeds.get(name)} for name, measurement in measured.items()},
         "differences": None if subject is None else _differences(measured, subject, heldout.weights),
         **_written(measured, recipe, asked),
+        **_solved(recipe, session, subject),
     }
-    if (tasks := session.write(subject=subject)) is not None:
-        facts["tasks"] = tasks
     write_json(out / "results.json", facts)
     return {name: _headline(measurement.facts) for name, measurement in measured.items()}
 
@@ -152,6 +153,15 @@ def _asked(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizer: PreTrain
 def _shortest_context(models: Mapping[str, Checkpoint]) -> int | None:
     limits = [context_length(model.config) for model in models.values()]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _solved(recipe: Recipe, session: TaskSession, subject: str | None) -> dict[str, Any]:
+    """The results of tasks and of other tools, if the recipe names any."""
+    tasks = session.write(subject=subject)
+    facts: dict[str, Any] = {} if tasks is None else {"tasks": tasks}
+    if recipe.evaluate.imported:
+        facts["imported"] = imported(recipe.evaluate.imported)
+    return facts
 
 
 def _circumstances(

@@ -1,0 +1,43 @@
+"""The verb `halve mt-bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halve.cli import flags
+from halve.cli.flags import AsJson
+
+
+def mt_bench(
+    data: Annotated[
+        Path, typer.Argument(help="MT-Bench's folder: questions, judge prompts, references.", callback=flags.place)
+    ],
+    student: Annotated[str, typer.Option(help="Endpoint of the student, such as http://localhost:8000/v1.")],
+    student_model: Annotated[str, typer.Option(help="The student's name at its endpoint.")],
+    judge: Annotated[str, typer.Option(help="Endpoint of the judge.")],
+    judge_model: Annotated[str, typer.Option(help="The judge's name at its endpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of answers, grades and results.", callback=flags.place)],
+    student_key: Annotated[str, typer.Option(help="Environment variable of the student's key.")] = "STUDENT_API_KEY",
+    judge_key: Annotated[str, typer.Option(help="Environment variable of the judge's key.")] = "OPENAI_API_KEY",
+    json_: AsJson = False,
+) -> None:
+    """Ask a served model MT-Bench's two turns and let a judge grade them.
+
+    Finished items are kept in --out, and the same command goes on.
+    """
+    from halve.evaluation import mt_bench as bench
+    from halve.evaluation.endpoint import Endpoint
+    from halve.report.tables import as_json, table
+
+    asked, grading = Endpoint(student, student_model, student_key), Endpoint(judge, judge_model, judge_key)
+    found = bench.mt_bench(asked, grading, data, out)
+    if json_:
+        as_json(found)
+        return
+    error = "" if found["stderr"] is None else f" ± {found['stderr']:.2f}"
+    rows = [(name, f"{grade:.2f}") for name, grade in found["categories"].items()]
+    table(f"MT-Bench of {student_model}, graded by {judge_model}", ("category", "grade"), rows)
+    print(f"score {found['score']:.2f}{error} of 10; without a grade: {found['without_grade']} turns")
