@@ -46,7 +46,7 @@ def test_the_work_of_distillation(tmp_path: Path) -> None:
     assert found.flops["distill (ce)"] == 1000 * 3 * student
     assert found.flops["correct"] == 500 * 3 * once
     assert found.flops["score"] == 1024 * 100 * (once - 2 * vocab * 96) + 8 * 100 * once  # boundaries: with logits
-    assert list(found.flops) == ["correct", "score", "selection", "prune", "refit", "distill", "distill (ce)"]
+    assert list(found.flops) == ["correct", "score", "selection", "prune", "refit", "distill", "distill (ce)", "evaluate"]
     assert found.memory["distill"].masters_bytes == 4 * found.student_counts.params
     assert found.fits
 
@@ -63,8 +63,10 @@ def test_rounds_and_random_cuts_have_their_own_rows(tmp_path: Path) -> None:
     }
     found = forecast(parse(raw, folder=tmp_path, source="test"))
     rows = ["score", "prune", "prune (random)", "distill", "distill (random_prune)", "score-2"]
-    rows += ["selection-2", "prune-2", "refit-2"]
+    rows += ["selection-2", "prune-2", "refit-2", "evaluate"]
     assert list(found.flops) == list(found.tokens) == rows
+    assert list(found.held) == ["prune", "prune-2", "evaluate"]
+    assert found.held["prune-2"].models_bytes < found.held["prune"].models_bytes
     assert found.flops["score-2"] < found.flops["score"], "the second round scores the first student"
     sibling = {**raw, "then": [{"prune": {"ffn": 32, "refit": "outputs"}, "cut": "original"}]}
     beside = forecast(parse(sibling, folder=tmp_path, source="test"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from halve.cut.proof.prove import prove
 from halve.cut.repair import rotate
 from halve.cut.trial import Tried
 from halve.model.checkpoint import Checkpoint
+from halve.preflight import evaluation
 from halve.preflight.forecast import forecast
 from halve.preflight.sizes import planned_rounds
 from halve.preflight.work import trials
 from halve.recipe.schema import Recipe
-from halve.stages import prune, score
+from halve.report.tables import forecast_tables
+from halve.stages import evaluate, prune, score
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -134,9 +137,25 @@ def counted(
         found.row("prune", prune.run)(
             recipe, teacher=model, scores=out / "scores.safetensors", cache=tmp_path, out=tmp_path
         )
+        if "evaluate" in sections:
+            measured = {"teacher": model, "pruned": Checkpoint.open(tmp_path / "model")}
+            how = {"models": measured, "reference": "teacher", "subject": None, "cache": tmp_path, "out": tmp_path}
+            found.row("evaluate", evaluate.run)(recipe, **how)
         return recipe, found
 
     return count
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> str:
+    """Questions of several lengths."""
+    asked = [
+        {"context": "The old cat sees" + " the dog" * (n % 5), "choices": [" the small dog.", " old"], "answer": n % 2}
+        for n in range(60)
+    ]
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +178,53 @@ def test_rows_are_what_stages_compute(
     recipe, found = counted(score=fixed | asked, prune={"refit_samples": 48, **how})
     planned = forecast(recipe)
     rows = {name: flops for name, flops in found.flops.items() if flops}
-    assert planned.flops == pytest.approx(rows, rel=0.05)
+    assert {name: flops for name, flops in planned.flops.items() if name != "evaluate"} == pytest.approx(rows, rel=0.05)
     for name in {"score", "layers"} & rows.keys():  # of the others a part goes through the student
         assert planned.tokens[name] == pytest.approx(found.tokens[name], rel=0.05)
+
+
+@pytest.mark.parametrize("pattern", ["greedy", "block"])
+def test_the_row_of_a_task(pattern: str, items: str, counted: Callable[..., tuple[Recipe, Counted]]) -> None:
+    """Items are padded to their batch, and the head sees what is scored."""
+    score = {"samples": 8, "micro_batch": 4, "depth": "task", "depth_task": items, "depth_pattern": pattern}
+    recipe, found = counted(score=score, prune={"layers": 4, "refit": "none"})
+    planned = forecast(recipe)
+    assert not planned.unknown
+    assert planned.flops["layers"] == pytest.approx(found.flops["layers"], rel=0.05)
+    assert planned.tokens["layers"] == pytest.approx(found.tokens["layers"], rel=0.05)
+
+
+def test_the_row_of_an_evaluation(
+    items: str, counted: Callable[..., tuple[Recipe, Counted]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two models: held-out samples, items, prompts, and the speed test, which is made short here."""
+    for module in (evaluate, evaluation):
+        monkeypatch.setattr(module, "NEW_TOKENS", 6)
+        monkeypatch.setattr(module, "REPEATS", 1)
+    asked = {"samples": 24, "choices": [items], "prompts": ["The old cat"] * 4, "completion_tokens": 6}
+    score = {"samples": 8, "micro_batch": 4}
+    recipe, found = counted(score=score, prune={"ffn": 96, "refit": "none"}, evaluate=asked)
+    planned = forecast(recipe)
+    assert not planned.unknown
+    assert planned.flops["evaluate"] == pytest.approx(found.flops["evaluate"], rel=0.05)
+
+
+def test_items_that_cannot_be_read_leave_their_row_out_and_say_so(
+    make_recipe: MakeRecipe, items: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = {"samples": 8, "micro_batch": 4, "depth": "task", "depth_task": items}
+    recipe = make_recipe(score=score, evaluate={"samples": 4, "speed": False, "choices": [items]})
+    whole = forecast(recipe)
+    (tmp_path / "items.jsonl").write_text("no item\n", encoding="utf-8")
+    planned = forecast(recipe)
+    assert "layers" in whole.flops
+    assert "layers" not in planned.flops
+    assert 0 < planned.flops["evaluate"] < whole.flops["evaluate"]
+    assert planned.unknown.keys() == {"layers", "evaluate"}
+    forecast_tables(planned)
+    page = " ".join(capsys.readouterr().out.split())
+    assert "the work of layers is not counted in full: " in page
+    assert "items.jsonl line 1 is not a multiple-choice item: it is not JSON" in page
 
 
 def test_the_row_of_a_trial_counts_every_shape(counted: Callable[..., tuple[Recipe, Counted]]) -> None:

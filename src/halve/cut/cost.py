@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Final
 
 from halve.anatomy import Anatomy, Arch
@@ -24,6 +24,7 @@ from halve.cut.score.sites import output_expr, writes
 from halve.cut.score.taps import width
 from halve.cut.score.walk import IN_MEMORY_BYTES
 from halve.cut.trial import without_extras
+from halve.model.choices import PaddedBatch
 from halve.recipe.schema import Prune, Score
 
 _HIDDEN = Expr.parse("hidden")
@@ -73,18 +74,17 @@ def scoring(model: Costed, score: Score) -> Work:
     return Work(tokens, tokens * (3 * model.whole if score.method == "taylor" else model.body))
 
 
-def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
-    """The comparison of sets of `remove` layers. None for a task, because its items are not read here.
+def comparing(model: Costed, score: Score, *, remove: int, items: Sequence[PaddedBatch] = ()) -> Work:
+    """The comparison of sets of `remove` layers. A task reads `items` instead of samples.
 
     Tokens are in full passes: measuring a removal runs only the layers after it.
     """
     if not remove or score.depth in ("taylor", "random"):
         return Work()
-    if score.depth == "task":
-        return None
     if (score.depth, score.depth_pattern) == ("bi", "single") and score.method == "activation":
         return Work()  # it comes with the scores
-    total, tokens = model.arch.layers, score.depth_samples * model.context
+    total = model.arch.layers
+    read, scored, body = _compared_tokens(model, score, items)
     steps = range(remove) if score.depth_pattern == "greedy" else range(1)
     run = float(sum(total - gone for gone in steps))  # layers of the passes that lead up to the sets
     heads = 0
@@ -94,7 +94,25 @@ def comparing(model: Costed, score: Score, *, remove: int) -> Work | None:
             sets = total - gone - width_of_set + 1
             run += sets * (sets - 1) / 2
             heads += (1 + sets) * (2 if score.depth == "logit_mse" else 1)
-    return Work(tokens * run / total, tokens * (run / total * model.body + heads * model.head))
+    return Work(read * run / total, body * run / total + scored * heads * model.head)
+
+
+def _compared_tokens(model: Costed, score: Score, items: Sequence[PaddedBatch]) -> tuple[float, float, float]:
+    """Tokens that a comparison reads, those of them that the head sees, and the FLOPs of one pass without the head."""
+    if score.depth != "task":
+        tokens = float(score.depth_samples * model.context)
+        return tokens, tokens, tokens * model.body
+    return float(sum(batch.ids.numel() for batch in items)), float(sum(map(num_scored, items))), reading(model, items)
+
+
+def reading(model: Costed, items: Sequence[PaddedBatch]) -> float:
+    """FLOPs of one pass over multiple-choice items, without logits. Padding counts."""
+    return float(sum(batch.ids.numel() * replace(model, context=batch.ids.shape[1]).body for batch in items))
+
+
+def num_scored(batch: PaddedBatch) -> int:
+    """The tokens of a batch for which logits are made."""
+    return len(batch.row)
 
 
 # ---- cutting

@@ -10,8 +10,20 @@ from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
+from halve.preflight.asked import Asked
+from halve.preflight.cutting import pruning
 from halve.preflight.device import PlannedDevice, at_hand
-from halve.preflight.memory import Distillation, DistillSetting, Hardware, Memory, Sized, correction_memory, dtype_of
+from halve.preflight.evaluation import evaluation_memory
+from halve.preflight.memory import (
+    Distillation,
+    DistillSetting,
+    Hardware,
+    Held,
+    Memory,
+    Sized,
+    correction_memory,
+    dtype_of,
+)
 from halve.preflight.nests import nest_memory, planned_nest
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
@@ -51,12 +63,16 @@ class Forecast:
     runtimes: tuple[tuple[str, str, str], ...]
     tokens: dict[str, int]
     flops: dict[str, float]
+    unknown: dict[str, str]
+    """By row of these two, work that is not counted, and why."""
     hours_by_stage: dict[str, float | None]
     """Hours on the device. Its ranks share trainings. None if its speed is not known."""
     gpu_hours_by_stage: dict[str, float]
     """Hours of one H100 at `gpu_mfu`."""
     memory: dict[str, Memory]
     """The memory of one rank in every training stage."""
+    held: dict[str, Held]
+    """The memory of the stages that cut and measure, on one rank."""
     settings: tuple[DistillSetting, ...]
     """Other settings for the distillation that needs most memory, if `compare` is set."""
     place: Hardware
@@ -97,20 +113,22 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether every training stage fits the device."""
-        return all(memory.fits(self.room_bytes) for memory in self.memory.values())
+        """Whether every planned stage fits the device."""
+        stages: list[Memory | Held] = [*self.memory.values(), *self.held.values()]
+        return all(planned.fits(self.room_bytes) for planned in stages)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
 
-        def told(memory: Memory) -> dict[str, Any]:
+        def told(memory: Memory | Held) -> dict[str, Any]:
             return {**asdict(memory), "total_bytes": memory.total_bytes, "fits": memory.fits(self.room_bytes)}
 
         memory = {stage: told(stage_memory) for stage, stage_memory in self.memory.items()}
+        held = {stage: told(planned) for stage, planned in self.held.items()}
         settings = [{**asdict(setting), "memory": told(setting.memory)} for setting in self.settings]
         disk = {**asdict(self.disk), "total_bytes": self.disk.total_bytes}
         sums = {"gpu_hours": self.gpu_hours, "hours": self.hours, "fits": self.fits}
-        return {**asdict(self), "memory": memory, "settings": settings, "disk": disk, **sums}
+        return {**asdict(self), "memory": memory, "held": held, "settings": settings, "disk": disk, **sums}
 
 
 def forecast(
@@ -137,7 +155,8 @@ def forecast(
     whole, last = shapes[0].before, shapes[-1]
     before = whole.ledger.count(whole.sizes, context=context)
     made = tuple(_made(shape, context) for shape in shapes)
-    done = work.planned_work(recipe, shapes, teacher)
+    asked = Asked.of(recipe, teacher)
+    done = work.planned_work(recipe, shapes, teacher, asked)
     place = _place(recipe, ranks, cuda=device.cuda)
     memory, settings = _memory(recipe, shapes, place, compare=compare and place.cuda)
     return Forecast(
@@ -154,7 +173,9 @@ def forecast(
         flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
         hours_by_stage=hours_by_stage(done, device, ranks=ranks),
         gpu_hours_by_stage={stage: hours or 0.0 for stage, hours in hours_by_stage(done, a_card(device)).items()},
+        unknown=dict(asked.unknown),
         memory=memory,
+        held=_held(recipe, shapes, on_cpu=not device.cuda),
         settings=settings,
         place=place,
         device=device,
@@ -235,6 +256,17 @@ def _memory(
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()
+
+
+def _held(recipe: Recipe, found: tuple[PlannedRound, ...], *, on_cpu: bool) -> dict[str, Held]:
+    """The memory of every prune stage, and of the evaluation."""
+    where: dict[str, Any] = {"dtype": dtype_of(recipe, found[0].before.config), "on_cpu": on_cpu}
+    tried = work.trials(recipe, found)
+    held = {
+        named("prune", number): pruning(part, shape, shapes, turned=work.turns(part, shape), **where)
+        for number, (part, shape, shapes) in enumerate(zip(rounds(recipe), found, tried, strict=True), 1)
+    }
+    return {**held, "evaluate": evaluation_memory(recipe, found, **where)}
 
 
 def _longest(training: Training, recipe: Recipe) -> int:

@@ -57,6 +57,30 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes at one moment of a stage that trains nothing."""
+
+    models_bytes: int
+    sums_bytes: int
+    """Gram matrices and what their solution takes."""
+    states_bytes: int
+    """What is kept of all samples. It lies in main memory on every device, and what is larger in a file."""
+    passing_bytes: int
+    on_cpu: bool
+    unknown: str = ""
+    """Why `passing_bytes` are not known, if so. They are then 0."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes on the device."""
+        return self.models_bytes + self.sums_bytes + self.passing_bytes + (self.states_bytes if self.on_cpu else 0)
+
+    def fits(self, room: float) -> bool:
+        """Whether it fits into this many bytes with `SPARE` left free. An unknown size does not fit."""
+        return not self.unknown and self.total_bytes < (1 - SPARE) * room
+
+
+@dataclass(frozen=True)
 class Sized:
     """What a plan knows about a model."""
 

@@ -178,6 +178,26 @@ def learned(config: PretrainedConfig, training: Training) -> Learned:
     return Learned(trained=trained, matrices=sum(matrices), largest=max(matrices, default=0))
 
 
+def forward_bytes(config: PretrainedConfig, dtype: torch.dtype, *, samples: int, context: int) -> int:
+    """The peak of a pass without gradients, weights left out. Nothing is kept from layer to layer: a few are run.
+
+    Raises whatever a family's code raises on tensors without contents.
+    """
+    key: tuple[Any, ...] = (type(config), repr(config.to_dict()), dtype, samples, context)
+    if key not in _passes:
+        model = build(_fewer(config, _FEW), device="meta", dtype=dtype).eval()
+        with _quietly(), FakeTensorMode():
+            _give_storage(model)
+            ids_BS, body = torch.zeros(samples, context, dtype=torch.long), parts(model)[0]
+            with Watched([*model.parameters(), *model.buffers()]) as watched, torch.no_grad():
+                body(ids_BS)
+            _passes[key] = watched.most
+    return _passes[key]
+
+
+_passes: dict[tuple[Any, ...], int] = {}
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep PyTorch from logging errors of code that needs contents. `problem` has the message."""
@@ -234,14 +254,14 @@ def _play(cast: Cast, training: Training, *, samples: int, context: int) -> _Pla
 def _shallow(cast: Cast, layers: int) -> Cast:
     """The same with this many layers. A teacher stores nothing from layer to layer, so few are enough."""
 
-    def cut(config: PretrainedConfig | None) -> PretrainedConfig | None:
-        if config is None or discover(config).sizes.layers <= layers:
-            return config
-        return resized(config, {"layers": layers}, kept_layers=tuple(range(layers)))
+    teacher = None if cast.teacher is None else _fewer(cast.teacher, layers)
+    return replace(cast, student=_fewer(cast.student, layers), teacher=teacher)
 
-    student = cut(cast.student)
-    assert student is not None
-    return replace(cast, student=student, teacher=cut(cast.teacher))
+
+def _fewer(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    if discover(config).sizes.layers <= layers:
+        return config
+    return resized(config, {"layers": layers}, kept_layers=tuple(range(layers)))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from halve.cut.cost import Work
 from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
+from halve.preflight.asked import Asked
+from halve.preflight.evaluation import evaluating
 from halve.preflight.nests import nesting, planned_nest
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
@@ -27,8 +29,10 @@ _PerToken = Callable[[int], float]
 _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
 
 
-def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint) -> dict[str, Work]:
+def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint, asked: Asked) -> dict[str, Work]:
     """Work by stage, in order. For a trial and the selection that follows it this is an upper bound.
+
+    What `asked` leaves out is not counted.
 
     The forward pass is one unit and the backward pass two: 3 for a trained model, 1 for a teacher.
     """
@@ -37,15 +41,15 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
     def add(name: str, training: Training, per_token: _PerToken) -> None:
         done[name] = Work(training.tokens, _over_phases(training, recipe.data.context, per_token))
 
-    if asked := boundary.asked_documents(recipe, teacher):
-        tokens = sum(map(len, asked))
-        done["boundary"] = Work(tokens, tokens * Costed.of(found[0].before, max(map(len, asked))).whole)
+    if documents := boundary.asked_documents(recipe, teacher):
+        tokens = sum(map(len, documents))
+        done["boundary"] = Work(tokens, tokens * Costed.of(found[0].before, max(map(len, documents))).whole)
     if recipe.correct and recipe.corrects_before:
         add("correct", recipe.correct, by_context(partial(correcting, section=recipe.correct), found[0].before))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         if part.search is not None and part.search.method == "tournament":
             done |= tournament_work(part, shape)
-        cut = _cut(part, shape)
+        cut = _cut(part, shape, asked)
         if scored_in(recipe, number) != number:
             del cut["score"]
         done |= {named(stage, number): work for stage, work in cut.items() if work.flops}
@@ -71,12 +75,19 @@ def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpo
             learned = min(recipe.correct.tokens, part.distill.tokens)
             for name in (distill, *(f"{distill} ({variant})" for variant in part.distill.baselines if variant != "ce")):
                 done[name] += Work(0, learned * corrected)
+    done["evaluate"] = evaluating(recipe, found, asked)
     return done
 
 
 def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, ...], ...]:
     """For every round, the sizes from which its trial or its search chooses, each once. Empty without one."""
     return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
+
+
+def turns(part: Recipe, shape: PlannedRound, tried: Sequence[Arch]) -> bool:
+    """Whether the cut of a round, or one that its trial looks at, takes another basis for hidden."""
+    narrower = any(arch.hidden < shape.before.sizes.hidden for arch in tried or (shape.after,))
+    return rotates(shape.before, part.prune) and narrower
 
 
 def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
@@ -87,7 +98,7 @@ def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
     return tuple(dict.fromkeys(arch for family in families for arch in family))
 
 
-def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
+def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     """The work of scoring and pruning in one round."""
     before, after = _models(part, shape)
     prune, score = part.prune, part.score if part.search is None else joint_comparison(part.score)
@@ -99,9 +110,8 @@ def _cut(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
         removals = {max(removals, default=0)} if score.depth_pattern == "greedy" else removals
     elif not tried and shape.kept_layers is None:
         removals = {before.arch.layers - after.arch.layers}
-    layers = [work for remove in removals if (work := cost.comparing(before, score, remove=remove))]
-    narrower = any(arch.hidden < before.arch.hidden for arch in tried or (after.arch,))
-    turned = rotates(shape.before, prune) and narrower
+    layers = [cost.comparing(before, score, remove=remove, items=asked.depth) for remove in removals]
+    turned = turns(part, shape, tried)
     chosen = [cost.choosing(before, arch, prune, score) for arch in tried or (after.arch,)]
     refit, budget = Work(), cost.budget_for(before, prune)
     if prune.refit != "none":

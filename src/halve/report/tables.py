@@ -190,9 +190,12 @@ def forecast_tables(found: Forecast) -> None:
     table("work", ("stage", "tokens", "FLOP", *columns), work)
     if found.searches:
         print(_search_in_a_line(found))
+    for stage, why in found.unknown.items():
+        print(f"the work of {stage} is not counted in full: {why}")
     if "boundary" in found.tokens:
         print("boundary: data.boundary: auto checks whether the teacher has learned the end-of-sequence token")
     _memory(found)
+    _untrained(found)
     disk = found.disk
     parts = [
         f"models and training states {bytes_in_words(disk.model_bytes)}",
@@ -277,6 +280,20 @@ def _memory(found: Forecast) -> None:
         ("optimizer", *(f"teacher {teacher}, recompute {recompute}" for recompute, teacher in ways)),
         [(optimizer, *cells) for optimizer, cells in by_optimizer.items()],
     )
+
+
+def _untrained(found: Forecast) -> None:
+    """The memory of the stages that cut and measure."""
+    room, rows = found.room_bytes, []
+    for stage, held in found.held.items():
+        parts = (held.models_bytes, held.sums_bytes, held.states_bytes, held.passing_bytes, held.total_bytes)
+        verdict = "?" if held.unknown else "yes" if held.fits(room) else "no"
+        rows.append((stage, *map(bytes_in_words, parts), verdict))
+    columns = ("stage", "models", "Gram matrices", "states", "passes", "all", f"fits {bytes_in_words(room)}")
+    table(f"memory of cutting and measuring on {found.device.name}", columns, rows)
+    if not found.device.cuda:
+        return
+    print("states of the calibration samples lie in main memory and are left out of the sum")
 
 
 def results(found: Mapping[str, Any]) -> None:
