@@ -16,7 +16,7 @@ from random import Random
 import forked
 import pytest
 from forked import Outcome
-from fuzz import verdicts, world
+from fuzz import conversations, verdicts, world
 
 from halve.errors import HalveError
 from halve.recipe import read as reading
@@ -52,8 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("area", "number"), numbers)
 
 
-def test_nothing_is_wrong_with_a_sound_world(sound: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chat", [False, True])
+def test_nothing_is_wrong_with_a_sound_world(chat: bool, sound: Path, tmp_path: Path) -> None:
     folder = _copy(sound, tmp_path / "case", finished=False)
+    if chat:
+        conversations.sound(folder, Random(0))
     outcome = forked.halve(["check", *RUN], folder=folder, limit=60)
     assert list(verdicts.of_a_check(outcome, folder / "run", [])) == []
     assert outcome.code == 0, outcome.err

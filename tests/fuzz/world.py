@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzz import mutations
+from fuzz import conversations, ggufs, mutations
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,11 +107,10 @@ def _gguf(change: Callable[[bytes, Random], bytes]) -> Area:
     """The header of a GGUF file changed, and the file the teacher."""
 
     def spoil(folder: Path, draw: Random) -> None:
-        path, recipe = folder / "model.gguf", folder / "recipe.yaml"
+        path = folder / "model.gguf"
         content, start = path.read_bytes(), read_header(path).data_start
         path.write_bytes(change(content[:start], draw) + content[start:])
-        raw = strict_yaml.parse_yaml(recipe.read_bytes())
-        recipe.write_text(strict_yaml.dump({**raw, "model": path.name}), encoding="utf-8")
+        ggufs.name_teacher(folder, path.name)
 
     return Area(spoil)
 
@@ -156,6 +155,10 @@ AREAS = {
     "items-bytes": _file("items.jsonl", mutations.raw),
     "gguf-numbers": _gguf(_numbers),
     "gguf-bytes": _gguf(mutations.raw),
+    "gguf-file": Area(ggufs.spoil_file),
+    "chat-rows": Area(conversations.spoil_rows),
+    "chat-data": Area(conversations.spoil_data),
+    "chat-template": Area(conversations.spoil_template),
     "run-data": _run_folder(_tree, (".json",)),
     "run-bytes": _run_folder(mutations.raw, (".json", ".jsonl", ".safetensors", ".tokens")),
 }

@@ -171,3 +171,16 @@ def test_a_date_in_a_template_is_always_the_same(tokenizer: PreTrainedTokenizerF
     dated = with_template(tokenizer, "{{ date_string }}: " + CHATML)
     found = codes(dated, ALL, turns("Who?", "I."))
     assert dated.decode((found & IDS).tolist()).startswith(f"{rendering._DAY}: <|im_start|>")
+
+
+def test_a_template_that_never_ends_is_named(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loops, each within the limit that the template language has for one."""
+    monkeypatch.setattr(rendering, "_LONGEST_RENDERING_S", 0.1)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    endless, why = with_template(tokenizer, loops), r"cannot be rendered[\s\S]*0.1 seconds of computing"
+    with pytest.raises(TokenizerError, match=why):
+        prompt_ids(endless, "Who?")
+    with pytest.raises(CorpusError, match=why):
+        codes(endless, ALL, turns("Who?", "The cat."))

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halve.errors import CorpusError, HalveError, TokenizerError
+from halve.process.limits import computing
 from halve.recipe.schema import Data
 from halve.text.conversations import MESSAGES_KEY, TOOLS, conversation
 from halve.text.rows import Piece, Wanted
@@ -36,6 +37,9 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ALL = "set data.count: all, or mark the assistant's part in the template with {% generation %}"
 _DAY = "01 Jan 2025"
 """Templates that write a date take this one: tokens must not depend on the day on which they are made."""
+
+_LONGEST_RENDERING_S = 10.0
+"""Of computing. A conversation of a thousand turns takes milliseconds."""
 
 _Span = tuple[int, int]
 Render = Callable[..., str]
@@ -198,7 +202,9 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, tools: Any, messages: Sequence[Any], **options: Any) -> Any:
-    return tokenizer.apply_chat_template(list(messages), tools=tools, date_string=_DAY, **options)
+    """One rendering. A template is a program, and one that never ends is stopped."""
+    with computing(_LONGEST_RENDERING_S):
+        return tokenizer.apply_chat_template(list(messages), tools=tools, date_string=_DAY, **options)
 
 
 def _reason(error: Exception) -> str:
