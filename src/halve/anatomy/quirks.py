@@ -88,7 +88,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "ffn": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dff", "dim_ff"),
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "head_dim": ("head_dim",),
+    "head_dim": ("head_dim", "d_head"),
     "vocab": ("vocab_size",),
 }
 # How many positions there are; a model without such a number has no limit.

@@ -15,7 +15,7 @@ from halve.anatomy import CUT_AXES, Anatomy, Expr, discover, lists
 from halve.anatomy.configs import build
 from halve.cut.proof.causal import check_causal
 from halve.cut.proof.prove import SAME, fresh_logits, prove
-from halve.cut.proof.twins import logits, random_twin, twin_plan
+from halve.cut.proof.twins import TwinKind, logits, random_twin, twin_plan
 from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError
 
@@ -106,6 +106,24 @@ def test_what_is_proved_can_be_scored(family: str, changes: dict[str, Any]) -> N
     scored = {check.axis for check in proof.checks if check.name == "it can be scored" and check.passed}
     assert {"layers", "hidden", "heads"} <= scored
     assert scored == {axis for axis in CUT_AXES if axis not in proof.refusals}
+
+
+def test_heads_that_never_reach_the_logits_prove_nothing() -> None:
+    """Wide heads of DiffLlama overflow in float32, a norm makes zeros of that, and any permutation looks right."""
+    anatomy = discover(AutoConfig.for_model("diffllama", num_key_value_heads=8, num_hidden_layers=4))
+    dead = TwinKind(torch.float32, square=False, own_heads=True)
+    (*_, last) = proof_module._try(anatomy, dead, ["heads"], seed=0, reopen=False)["heads"]
+    assert not last.passed
+    assert last.detail == "no parameter of it affects the logits"
+
+
+def test_a_norm_inside_a_layer_stays_as_it_is_where_hidden_is_masked() -> None:
+    """DiffLlama's norm over two heads has no weight that would tell its width."""
+    twin = discover(AutoConfig.for_model("diffllama", num_key_value_heads=8, num_hidden_layers=4)).twin()
+    model = random_twin(twin, seed=0)
+    for axis in ("hidden", "ffn"):
+        check = proof_module._check_trim(axis, model, twin, 0)
+        assert check.passed, check
 
 
 def test_an_axis_that_cannot_be_scored_is_refused() -> None:

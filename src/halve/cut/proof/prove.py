@@ -263,7 +263,10 @@ def _check_controls(
     permutations: Callable[[int | None], dict[str, tuple[int, ...]]],
     carriers: list[str],
 ) -> Check:
-    """Leaving out any single parameter must change the logits, unless this parameter never affects them."""
+    """Leaving out any single parameter must change the logits, unless this parameter never affects them.
+
+    If none affects them, the permutation has shown nothing, and the check fails.
+    """
     moved = _with(model, twin, permutations, carriers)
     parameters, original = dict(moved.named_parameters()), dict(model.named_parameters())
     smallest, silent = float("inf"), ""
@@ -279,8 +282,9 @@ def _check_controls(
             parameters[name].copy_(permuted)
         if gap < smallest:
             smallest, silent = gap, name
-    passed = smallest > DIFFERENT
-    return Check(axis, "leaving out one parameter shows", passed, smallest, "" if passed else f"{silent} does not show")
+    passed = DIFFERENT < smallest < float("inf")
+    why = f"{silent} does not show" if silent else "no parameter of it affects the logits"
+    return Check(axis, "leaving out one parameter shows", passed, smallest, "" if passed else why)
 
 
 # ---- 2. trimming equals masking

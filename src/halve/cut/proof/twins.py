@@ -182,7 +182,7 @@ class _StatisticsOver:
     """
 
     def __init__(self, module: nn.Module, kept: Tensor, *, width: int | None = None) -> None:
-        self.kept, self.width = kept, width
+        self.kept, self.width, self.own = kept, width, module.forward
         self.small = copy.deepcopy(module)
         for name, parameter in self.small.named_parameters():
             setattr(self.small, name, nn.Parameter(parameter[kept].clone()))
@@ -191,7 +191,7 @@ class _StatisticsOver:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.width not in (None, x.shape[-1]):
-            whole: Tensor = self.small(x)
+            whole: Tensor = self.own(x)
             return whole
         out = self.small(x[..., self.kept])
         full = torch.zeros(x.shape, dtype=out.dtype)
