@@ -179,12 +179,19 @@ def test_a_run_that_gets_sigterm_goes_on(done: tuple[Path, str], recipe_file: Pa
     shutil.copytree(done[0] / "distill", run / "distill")  # trained before, and now anew
     assert read_json(export(run, tmp_path / "newest") / "halve.json")["step"] == int(kept.name.removeprefix("step-"))
     shutil.rmtree(run / "distill")
+    changed = tmp_path / "changed"
+    shutil.copytree(run, changed)
+    (kept,) = checkpoints.complete(changed / ".distill.work" / ".checkpoints")
+    weights = next(kept.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(RunError, match="is damaged"):
+        export(kept, tmp_path / "damaged")
 
     again = forked.in_ranks(["run", str(recipe_file), "--out", str(run)], 2, folder=tmp_path, limit=LIMIT_S)
     assert [answer.code for answer in again] == [0, 0], again
     assert course(run / "distill") == course(done[0] / "distill")
-    weights = "distill/model/model.safetensors"
-    assert file_sha256(run / weights) == file_sha256(done[0] / weights)
+    student = "distill/model/model.safetensors"
+    assert file_sha256(run / student) == file_sha256(done[0] / student)
 
 
 def test_a_finished_run_is_exported(done: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +201,19 @@ def test_a_finished_run_is_exported(done: tuple[Path, str], tmp_path: Path, caps
     assert file_sha256(have) == file_sha256(want)
     with pytest.raises(RunError, match="is in the way"):
         export(done[0], tmp_path / "model")
+
+
+def test_what_a_killed_export_left_does_not_block_the_next(done: tuple[Path, str], tmp_path: Path) -> None:
+    """A folder that stood there has the draft in it, a new one has it beside it."""
+    new, there = tmp_path / "new", tmp_path / "there"
+    for draft in (tmp_path / ".new.tmp", there / ".halve-draft"):
+        (draft / "part").mkdir(parents=True)
+        (draft / "model.safetensors").write_bytes(b"half")
+    wanted = sorted(os.listdir(done[0] / "distill" / "model"))
+    for out in (new, there):
+        export(done[0], out)
+        assert sorted(os.listdir(out)) == wanted
+    assert sorted(os.listdir(tmp_path)) == ["new", "there"]
 
 
 @pytest.mark.parametrize("out", [".", "below/.."])

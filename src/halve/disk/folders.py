@@ -81,6 +81,11 @@ def finish_folder(folder: Path, *, last: str) -> None:
         sync(folder)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether nothing stands at this place but an empty folder, or the draft that a kill has left in one."""
+    return not folder.exists() or (folder.is_dir() and all(entry.name == _DRAFT for entry in folder.iterdir()))
+
+
 def is_interrupted(folder: Path) -> bool:
     """Whether a kill has left steps for `finish_folder`: the folder holds neither the old nor the new content."""
     return (folder / _WHOLE).is_dir() or (folder / _MOVING).is_dir()

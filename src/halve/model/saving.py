@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from halve.anatomy.configs import quiet
 from halve.anatomy.spelling import spelled_out
 from halve.disk import plain_json
-from halve.disk.folders import atomic_folder, finish_folder
+from halve.disk.folders import atomic_folder, finish_folder, is_free
 from halve.disk.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
 from halve.errors import CheckpointError
 from halve.model.card import CARD, license_of, model_card
@@ -46,7 +46,7 @@ def save_model(
     """
     folder, place = Path(folder), Path(folder).resolve()
     finish_folder(place, last=CONFIG)
-    if place.exists() and not (place / CONFIG).is_file() and any(place.iterdir()):
+    if not (place / CONFIG).is_file() and not is_free(place):
         raise CheckpointError(
             f"{folder} is in the way",
             why="it is not empty and holds no model that could be replaced",

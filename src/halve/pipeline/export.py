@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from halve.disk.files import CHANGED, read_object, read_sealed
-from halve.disk.folders import atomic_folder, finish_folder
+from halve.disk.folders import atomic_folder, finish_folder, is_free
 from halve.disk.rundir import MARKER, RECIPE, RunDir
 from halve.disk.soundness import CONFIG
 from halve.errors import RunError
@@ -40,7 +40,7 @@ def export(source: str | Path, out: str | Path, *, student: str | None = None) -
     source, out = Path(source).absolute(), Path(out)
     place = out.resolve()
     finish_folder(place, last=CONFIG)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    if not is_free(place):
         raise RunError(f"{out} is in the way", why="it is not an empty folder", fix="choose a new folder with --out")
     if (source / checkpoints.FACTS).is_file():
         return _of_checkpoint(source, out)
@@ -124,10 +124,13 @@ def _of_checkpoint(folder: Path, out: Path) -> Path:
             why=f"{begun.source}, which its training started from, has changed since then",
             fix="let halve run continue: it starts this training again",
         )
+    facts = read_sealed(folder / checkpoints.FACTS)
+    if (why := checkpoints.damaged(folder, facts)) is not None:
+        again = "let halve run continue: it takes the checkpoint before, or starts this training again"
+        raise RunError(f"{folder} is damaged", why=why, fix=again)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(masters[key])
-    facts = read_sealed(folder / checkpoints.FACTS)
     record = {
         "stage": stage.section,
         "base_model": name_of(recipe.model),

@@ -351,7 +351,7 @@ def test_a_checkpoint_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
     assert run(tmp_path, tiny(), recipe=training(lr=2e-2), name="other").resumed_from == 0
 
 
-@pytest.mark.parametrize("what", ["cut", "gone", "facts"])
+@pytest.mark.parametrize("what", ["cut", "gone", "facts", "flipped"])
 def test_a_damaged_checkpoint_is_not_taken_but_the_one_before_it(tmp_path: Path, what: str) -> None:
     whole, model, recipe = tiny(), tiny(), training(checkpoint_every=1, keep_checkpoints=2)
     objective = taught(tiny(seed=1))
@@ -366,6 +366,10 @@ def test_a_damaged_checkpoint_is_not_taken_but_the_one_before_it(tmp_path: Path,
             weights_file.write_bytes(weights_file.read_bytes()[:500])
         elif what == "gone":
             weights_file.unlink()
+        elif what == "flipped":
+            content = bytearray(weights_file.read_bytes())
+            content[-100] ^= 1
+            weights_file.write_bytes(content)
         else:
             (folder / checkpoints.FACTS).write_text("")
 

@@ -1,10 +1,11 @@
 """Checkpoints of the training loop, from which a killed run resumes bit-identically.
 
 A checkpoint is a folder such as `step-00000200`. It holds one safetensors file per rank, with that rank's part of the
-parameters and of the optimizers' state, and `state.json` (the step, and which run it belongs to). PyTorch's distributed
-checkpoint writes and reads it with its safetensors storage. So nothing is pickled, and another number of ranks can load
-it. The state is copied first, then written while the training continues, flushed to disk, and renamed. A name without a
-dot is complete. Older checkpoints are removed only after that.
+parameters and of the optimizers' state, and `state.json`: the step, which run it belongs to, and the hash of each file,
+which is checked before it is loaded. PyTorch's distributed checkpoint writes and reads it with its safetensors storage.
+So nothing is pickled, and another number of ranks can load it. The state is copied first, then written while the
+training continues, flushed to disk, and renamed. A name without a dot is complete. Older checkpoints are removed only
+after that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from halve.disk.files import disk_guard, plain, read_sealed, sealed, sync_tree
+from halve.disk.files import disk_guard, file_sha256, plain, read_sealed, sealed, sync_tree
 from halve.disk.folders import finish_folder, replace_folder
 from halve.errors import RunError
 from halve.train.loop.step import Trained
@@ -114,7 +116,7 @@ class Keeper:
         self.wait()
         damaged: list[str] = []
         for checkpoint in self.ranks.lead(self._known):
-            why = self._load(checkpoint) if checkpoint["why"] is None else checkpoint["why"]
+            why = self.ranks.lead(partial(self._why_not, checkpoint)) or self._load(checkpoint)
             if not self.ranks.any(why is not None):
                 self.last = self.work / checkpoint["folder"]
                 return Restored(checkpoint["step"], checkpoint["notes"])
@@ -127,6 +129,10 @@ class Keeper:
                 fix="remove that folder to start this training again",
             )
         return Restored()
+
+    def _why_not(self, found: Mapping[str, Any]) -> str | None:
+        """Why a checkpoint cannot be trusted, if so."""
+        return found["why"] or damaged(self.work / found["folder"], found)
 
     def _load(self, found: Mapping[str, Any]) -> str | None:
         """Load a checkpoint. Returns why it cannot be read, if so. The next one replaces what was loaded."""
@@ -165,6 +171,16 @@ def complete(work: Path) -> list[Path]:
     return sorted(work.glob("step-*"))
 
 
+def damaged(folder: Path, facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint's files, by the hashes that were taken when they were written."""
+    for name, sha256 in facts.get("files", {}).items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if file_sha256(folder / name) != sha256:
+            return f"{name} was changed: it lacks the hash that it was written with"
+    return None
+
+
 def parameters(folder: Path, module: str) -> dict[str, Tensor]:
     """The complete parameters of one module in a checkpoint, on the CPU, by name."""
     prefix = f"param.{module}."
@@ -201,7 +217,8 @@ def _save(work: Path, tensors: dict[str, Any], facts: Mapping[str, Any], keep: i
             except CheckpointException as error:  # the original error, from the first rank with one
                 raise next(iter(error.failures.values()))[0] from None
             if ranks.leads:
-                (draft / FACTS).write_text(json.dumps(sealed(plain(facts))))
+                files = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
+                (draft / FACTS).write_text(json.dumps(sealed(plain({**facts, "files": files}))))
                 sync_tree(draft)
                 replace_folder(draft, final, last=FACTS)  # there may be the state of another run
         except Exception:
