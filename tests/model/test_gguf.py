@@ -6,7 +6,9 @@ import importlib.util
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +268,25 @@ def test_the_folder_is_made_once_and_whole(write: Write, tmp_path: Path, monkeyp
     with pytest.raises(ZeroDivisionError):
         _ = Checkpoint.open(write("third.gguf", kind=files.F16), home=home).files
     assert sorted(child.name for child in home.iterdir() if child.is_dir()) == [made.name]
+
+
+def test_of_two_runs_that_share_a_home_one_makes_the_folder(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, home, made = write(), tmp_path / "home", []
+    dequantized = weights.dequantized
+
+    def slowly(*args: Any) -> Any:
+        made.append(args)
+        time.sleep(0.2)
+        return dequantized(*args)
+
+    monkeypatch.setattr(weights, "dequantized", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: Checkpoint.open(path, home=home).files, range(2))
+    assert first == second
+    assert len(made) == 1
+    assert [child.name for child in home.iterdir() if child.is_dir() or child.name.endswith(".lock")] == [first.name]
 
 
 def test_without_a_home_it_goes_when_nobody_needs_it(write: Write) -> None:

@@ -11,11 +11,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from halve.disk import plain_json
 from halve.errors import DiskError, RunError
 from halve.process.waits import bytes_in_words, wait
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes must not write the same files at once
+    fcntl = None  # type: ignore[assignment]
 
 CHANGED = "remove the folder it is in and run the same command: what was there is made again"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -45,22 +50,50 @@ def disk_guard(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. When the block ends, the file is renamed to `path`.
 
-    The content is on disk before the name. A block that fails leaves `path` unchanged and no other file. Raises
-    `DiskError` when the device is full.
+    The content is on disk before the name. A block that fails leaves `path` unchanged and no other file. Processes that
+    write the same file take turns. Raises `DiskError` when the device is full.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_guard(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_guard(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = locked(draft)
+        try:
             yield draft
             sync(draft)
             os.replace(draft, path)
             sync(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+        finally:
+            lock.close()
+
+
+def locked(path: Path) -> IO[bytes]:
+    """Open a file for appending; wait until no other process has it open for that. Closing it lets the next one in."""
+    while True:
+        file = path.open("ab")
+        with suppress(OSError):  # a file system without locks, such as some network mounts
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the process that held the lock has finished, renamed or dropped this file
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """In this context, no other process is in a context of the same `path`, a lock file that is removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
 def sync(path: Path) -> None:

@@ -9,14 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from halve.disk.files import disk_guard, read_sealed
+from halve.disk.files import disk_guard, locked, read_sealed
 from halve.errors import CorpusError, RunError
 from halve.text import tokenize
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes must not tokenize the same text at once
-    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def draft_of(path: Path) -> Iterator[Draft]:
     draft = path.with_name(f".{path.name}.draft")
     with disk_guard(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(draft)
+        file = locked(draft)
         try:
             yield Draft(draft, file)
             _mark_of(draft).unlink(missing_ok=True)
@@ -73,19 +68,6 @@ def draft_of(path: Path) -> Iterator[Draft]:
             if not _mark_of(draft).exists():
                 draft.unlink(missing_ok=True)
             file.close()
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """Open a file for appending; wait until no other process has it open for that."""
-    while True:
-        file = path.open("ab")
-        with suppress(OSError):  # a file system without locks, such as some network mounts
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # the process that held the lock has finished or dropped this file
 
 
 def _mark_of(draft: Path) -> Path:

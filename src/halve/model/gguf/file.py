@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
-from halve.disk.files import content_hashes, disk_guard, file_sha256, read_object
+from halve.disk.files import alone, content_hashes, disk_guard, file_sha256, read_object
 from halve.disk.gguf_header import GgufHeader, locate_gguf, read_header
 from halve.disk.rundir import HASHES
 from halve.disk.soundness import CONFIG
@@ -87,8 +87,9 @@ class GgufFile:
         """
         folder = (self.home or self._scratch) / f"gguf-{self.sha256[:16]}"
         made = {"sha256": self.sha256, "format": _FORMAT}
-        if not (folder / CONFIG).is_file() or not made.items() <= _noted(folder).items():
-            self._make(folder, made)
+        with alone(folder.with_name(f".{folder.name}.lock")):  # a run that shares `home` may want it as well
+            if not (folder / CONFIG).is_file() or not made.items() <= _noted(folder).items():
+                self._make(folder, made)
         return folder
 
     @cached_property
