@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from halve.cli.app import main
 from halve.model.checkpoint import Checkpoint
+from halve.preflight.asked import Asked
 from halve.preflight.device import gpu
 from halve.preflight.family_cost import FamilyCost, cost_of_recipe, cost_of_sizes
 from halve.preflight.sizes import planned_rounds
@@ -86,13 +87,13 @@ def test_the_family_of_a_recipe_is_what_its_dry_run_counts(tmp_path: Path) -> No
     recipe = small(tmp_path, correct={"tokens": 500})
     opened = Checkpoint.open(recipe.model)
     planned = planned_rounds(recipe, opened)
-    work = planned_work(recipe, planned, opened)
+    work = planned_work(recipe, planned, opened, Asked.of(recipe, opened))
     family = cost_of_recipe(recipe, opened, scratch_tokens=10**6, device=gpu("H100"), price=2.0)
     teacher, first, second = family.members
     assert teacher.scratch == teacher.made
     assert first.made.tokens == 1500, "the correction is part of the family"
     assert second.made.tokens == 2000
-    rows = sum(done.flops for name, done in work.items() if name != "distill (ce)")
+    rows = sum(done.flops for name, done in work.items() if name not in ("distill (ce)", "evaluate"))
     assert first.made.flops + second.made.flops == pytest.approx(rows)
     second_rows = [work[f"{row}-2"].flops for row in ("score", "selection", "prune", "refit", "distill")]
     assert second.made.flops == pytest.approx(sum(second_rows))
