@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from halve.anatomy import discover
 from halve.cut.apply import Goal, cut, turn
-from halve.cut.proof.prove import prove
 from halve.cut.repair import rotate
 from halve.cut.repair.budget import samples_needed
 from halve.cut.score import width
@@ -82,8 +81,6 @@ def test_the_plan_of_a_cut_is_what_is_measured(case: str, tmp_path: Path, monkey
     assert not planned.unknown
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    prove(anatomy)
-    rotate.prove_rotation(anatomy)
     monkeypatch.setattr(rotate, "prove_rotation", lambda *_, **__: 0.0)
     samples_BS = torch.randint(config.vocab_size, (samples_needed(recipe.prune, anatomy.sizes, CONTEXT), CONTEXT))
     calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch)
