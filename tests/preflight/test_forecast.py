@@ -46,7 +46,16 @@ def test_the_work_of_distillation(tmp_path: Path) -> None:
     assert found.flops["distill (ce)"] == 1000 * 3 * student
     assert found.flops["correct"] == 500 * 3 * once
     assert found.flops["score"] == 1024 * 100 * (once - 2 * vocab * 96) + 8 * 100 * once  # boundaries: with logits
-    assert list(found.flops) == ["correct", "score", "selection", "prune", "refit", "distill", "distill (ce)", "evaluate"]
+    assert list(found.flops) == [
+        "correct",
+        "score",
+        "selection",
+        "prune",
+        "refit",
+        "distill",
+        "distill (ce)",
+        "evaluate",
+    ]
     assert found.memory["distill"].masters_bytes == 4 * found.student_counts.params
     assert found.fits
 

@@ -39,6 +39,8 @@ class Asked:
                 unknown[row] = f"{error.what}: {error.why}"
         if not (recipe.evaluate.choices or recipe.evaluate.prompts):
             unknown.pop("evaluate", None)  # halve's own chat prompts are a few tokens, or none
+        if recipe.evaluate.asks_tasks:
+            unknown["evaluate"] = "the questions of its tasks are read in the stage itself"
         return cls(**parts, unknown=unknown)
 
 

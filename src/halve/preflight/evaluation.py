@@ -13,6 +13,7 @@ from halve.errors import HalveError
 from halve.model.measure import CHUNK_ELEMENTS
 from halve.preflight.asked import Asked
 from halve.preflight.memory import Held
+from halve.preflight.nests import planned_nest
 from halve.preflight.rehearsal import forward_bytes
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, rounds
@@ -36,6 +37,9 @@ def evaluated(recipe: Recipe, found: Sequence[PlannedRound]) -> list[Costed]:
         models += [student] * (1 if part.distill is None else 2 + len(part.distill.baselines))
         if part.corrects_beside:
             models.append(Costed.of(shape.before, context) if learns_from_previous(recipe, number) else teacher)
+    if recipe.nest is not None:
+        student, sizes = planned_nest(recipe, found)
+        models += [Costed(student, arch, context) for arch in sizes[1:]]
     return models
 
 
