@@ -38,8 +38,8 @@ def evaluated(recipe: Recipe, found: Sequence[PlannedRound]) -> list[Costed]:
         if part.corrects_beside:
             models.append(Costed.of(shape.before, context) if learns_from_previous(recipe, number) else teacher)
     if recipe.nest is not None:
-        student, sizes = planned_nest(recipe, found)
-        models += [Costed(student, arch, context) for arch in sizes[1:]]
+        anatomy, sizes = planned_nest(recipe, found)
+        models += [Costed(anatomy, arch, context) for arch in sizes[1:]]
     return models
 
 

@@ -17,7 +17,6 @@ from halve.anatomy.work import Costed, learning
 from halve.cut.cost import Work
 from halve.errors import RecipeError
 from halve.model.checkpoint import Checkpoint
-from halve.preflight.asked import Asked
 from halve.preflight.device import PlannedDevice
 from halve.preflight.nests import planned_nest
 from halve.preflight.sizes import PlannedRound, planned_rounds
@@ -143,7 +142,7 @@ def cost_of_recipe(
     whole = Costed.of(shapes[0].before, context)
     first = scratch(whole)
     members = [Member("teacher", whole.anatomy.ledger.count(whole.arch).params, first, first)]
-    work = planned_work(recipe, shapes, teacher, Asked.of(recipe, teacher))
+    work = planned_work(recipe, shapes, teacher)
     del work["evaluate"]  # it makes nothing, and models from scratch are measured as well
     for number, (part, shape) in enumerate(zip(rounds(recipe), shapes, strict=True), 1):
         assert part.distill is not None

@@ -29,13 +29,15 @@ _PerToken = Callable[[int], float]
 _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
 
 
-def planned_work(recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint, asked: Asked) -> dict[str, Work]:
+def planned_work(
+    recipe: Recipe, found: Sequence[PlannedRound], teacher: Checkpoint, asked: Asked | None = None
+) -> dict[str, Work]:
     """Work by stage, in order. For a trial and the selection that follows it this is an upper bound.
 
-    What `asked` leaves out is not counted.
-
-    The forward pass is one unit and the backward pass two: 3 for a trained model, 1 for a teacher.
+    What `asked` leaves out is not counted. Without it, items and prompts are read here. The forward pass is one unit
+    and the backward pass two: 3 for a trained model, 1 for a teacher.
     """
+    asked = asked or Asked.of(recipe, teacher)
     done: dict[str, Work] = {}
 
     def add(name: str, training: Training, per_token: _PerToken) -> None:
