@@ -99,7 +99,7 @@ class Cutting:
             yield self._comparing(budget)
         if self.tried:
             yield from self._trying()
-        yield self._held(passing=self._body(self.before.anatomy.config, budget.used))
+        yield self._held(students=1, passing=self._body(self.before.anatomy.config, budget.used))
 
     # ---- moments
 
