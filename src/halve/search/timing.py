@@ -59,6 +59,15 @@ class BlockTimes:
             self.decode_rest * decode,
         )
 
+    def with_beside(self, prefill: float, decode: float, *, layers: int) -> BlockTimes:
+        """With seconds that each of the timed layers takes outside of itself counted to the layers."""
+        return BlockTimes(
+            prefill_block=self.prefill_block + prefill,
+            prefill_rest=max(0.0, self.prefill_rest - layers * prefill),
+            decode_block=self.decode_block + decode,
+            decode_rest=max(0.0, self.decode_rest - layers * decode),
+        )
+
 
 class Pace:
     """A model that runs before each measurement, so that slow moments of the machine do not count."""
@@ -105,7 +114,32 @@ def time_blocks(anatomy: Anatomy, archs: Sequence[Arch], pace: Pace, *, rounds: 
             for _ in range(_REPEATS):
                 prefill, decode = pace.beat()
                 shares[arch].append(_once(model, layers, pace).scaled(1 / prefill, 1 / decode))
-    return {arch: _median(listed).scaled(pace.prefill, pace.decode) for arch, listed in shares.items()}
+    found = {arch: _median(listed).scaled(pace.prefill, pace.decode) for arch, listed in shares.items()}
+    beside = _beside_layers(anatomy, pace, rounds=rounds * len(archs) // 2)
+    return {arch: times.with_beside(*beside, layers=_timed_layers(anatomy)) for arch, times in found.items()}
+
+
+def _beside_layers(anatomy: Anatomy, pace: Pace, *, rounds: int) -> tuple[float, float]:
+    """Seconds of a prompt and of one more token that each layer takes outside of itself, such as in the cache's code.
+
+    It does not depend on widths: the pace is compared with a model of the same widths and a third of its layers.
+    """
+    most, least = _timed_layers(anatomy), max(1, _timed_layers(anatomy) // 3)
+    if most == least:
+        return 0.0, 0.0
+    device, dtype = pace.model.device.type, pace.model.dtype
+    shallow = random_model(anatomy, anatomy.sizes.at(layers=least), device=device, dtype=dtype)
+    prefill_and_decode(shallow, pace.prompt_BS, 1)
+    rests: list[list[BlockTimes]] = [[], []]
+    for _ in range(rounds):
+        for model, listed in zip((pace.model, shallow), rests, strict=True):
+            layers = model.get_submodule(anatomy.layers_path)
+            assert isinstance(layers, nn.ModuleList)
+            prefill, decode = pace.beat()
+            listed.append(_once(model, layers, pace).scaled(1 / prefill, 1 / decode))
+    deep, flat = (_median(listed).scaled(pace.prefill, pace.decode) for listed in rests)
+    each = [getattr(deep, part) - getattr(flat, part) for part in ("prefill_rest", "decode_rest")]
+    return max(0.0, each[0] / (most - least)), max(0.0, each[1] / (most - least))
 
 
 def _median(listed: Sequence[BlockTimes]) -> BlockTimes:
