@@ -168,7 +168,7 @@ def test_mt_bench_asks_two_turns_and_keeps_what_is_finished(
         return grades.get(request["messages"][1]["content"], "no grade")
 
     server.answer = answer
-    command = ["mt-bench", str(bench), "--student", server.url, "--student-model", "small", "--judge", server.url]
+    command = ["judge", str(bench), "--student", server.url, "--student-model", "small", "--judge", server.url]
     command += ["--judge-model", "big", "--out", str(tmp_path / "out")]
     judged = [0]
 

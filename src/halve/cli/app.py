@@ -21,7 +21,7 @@ from halve.cli import flags
 from halve.cli.cost import cost
 from halve.cli.flags import AsJson, Model, OnSpike, Out, Quiet, RecipeFile
 from halve.cli.hints import say_next
-from halve.cli.mt_bench import mt_bench
+from halve.cli.judge import judge
 from halve.cli.study import study
 from halve.errors import HalveError, PlanError, Stopped, of_the_system
 from halve.process.interrupts import INTERRUPTED, TERMINATED, Terminated, farewell, heeded
@@ -244,7 +244,7 @@ def export(
 
 app.command()(cost)
 app.command()(study)
-app.command(name="mt-bench")(mt_bench)
+app.command()(judge)
 
 
 def _stage_command(section: str, summary: str, following: str) -> None:

@@ -1,6 +1,6 @@
 """Results of other tools: BFCL and ChatRAG, which run against an endpoint by themselves, and halve's own MT-Bench.
 
-mt_bench   `results.json` of `halve mt-bench`; grades from 1 to 10
+mt_bench   `results.json` of `halve judge`; grades from 1 to 10
 bfcl       `data_overall.csv` or `data_live.csv` of the Berkeley leaderboard's own evaluator; the row of the model
 chatrag    the scores that ChatRAG-Bench prints, saved as JSON {data set: score} or lines "data set: score"
 """

@@ -1,4 +1,4 @@
-"""The verb `halve mt-bench`."""
+"""The verb `halve judge`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from halve.cli import flags
 from halve.cli.flags import AsJson
 
 
-def mt_bench(
+def judge(
     data: Annotated[
         Path, typer.Argument(help="MT-Bench's folder: questions, judge prompts, references.", callback=flags.place)
     ],
     student: Annotated[str, typer.Option(help="Endpoint of the student, such as http://localhost:8000/v1.")],
     student_model: Annotated[str, typer.Option(help="The student's name at its endpoint.")],
-    judge: Annotated[str, typer.Option(help="Endpoint of the judge.")],
+    judge_url: Annotated[str, typer.Option("--judge", help="Endpoint of the judge.")],
     judge_model: Annotated[str, typer.Option(help="The judge's name at its endpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of answers, grades and results.", callback=flags.place)],
     student_key: Annotated[str, typer.Option(help="Environment variable of the student's key.")] = "STUDENT_API_KEY",
     judge_key: Annotated[str, typer.Option(help="Environment variable of the judge's key.")] = "OPENAI_API_KEY",
     json_: AsJson = False,
 ) -> None:
-    """Ask a served model MT-Bench's two turns and let a judge grade them.
+    """Let a judge grade the answers of a served model to MT-Bench.
 
     Finished items are kept in --out, and the same command goes on.
     """
@@ -32,7 +32,7 @@ def mt_bench(
     from halve.evaluation.endpoint import Endpoint
     from halve.report.tables import as_json, table
 
-    asked, grading = Endpoint(student, student_model, student_key), Endpoint(judge, judge_model, judge_key)
+    asked, grading = Endpoint(student, student_model, student_key), Endpoint(judge_url, judge_model, judge_key)
     found = bench.mt_bench(asked, grading, data, out)
     if json_:
         as_json(found)
