@@ -30,9 +30,7 @@ from rich.console import Console
 from torch import Tensor
 
 from halve.anatomy import Arch
-from halve.cut.plan.shapes import to_try
-from halve.cut.plan.sizes import Candidate, budget_of
-from halve.cut.repair.rotate import student_anatomy
+from halve.cut.plan.sizes import Candidate
 from halve.cut.trial import Tried
 from halve.demo.run import make_recipe
 from halve.disk.files import read_json, write_json
@@ -40,12 +38,13 @@ from halve.model.checkpoint import Checkpoint
 from halve.model.measure import average, difference
 from halve.pipeline import run as pipeline
 from halve.progress import RichProgress
-from halve.recipe.schema import Distill, Recipe
+from halve.recipe.schema import Distill, Prune, Recipe, Search
 from halve.search.agreement import rank_agreement
 from halve.search.blocks import additive_choice
 from halve.search.finalists import choose_finalists
 from halve.search.halving import TIE, Ladder, ladder
 from halve.search.outcome import outcome
+from halve.search.searched import shapes_to_try
 from halve.search.tournament import Played, School, play
 from halve.search.workshop import Workshop
 from halve.stages import cache as cache_stage
@@ -115,8 +114,11 @@ class Bench:
                 "checkpoint_every": 32,
             }
         )
-        prune = recipe.prune.model_copy(update={"non_embedding_ratio": args.ratio})
-        self.recipe: Recipe = recipe.model_copy(update={"seed": args.seed, "prune": prune, "distill": self.distill})
+        search = Search.model_validate(
+            {"budget": {"non_embedding": f"{100 * args.ratio:g}%"}, "candidates": args.finalists}
+        )
+        update = {"seed": args.seed, "prune": Prune(), "search": search, "distill": self.distill}
+        self.recipe: Recipe = recipe.model_copy(update=update)
         self.run: Path = args.work / f"run-{args.seed}"
         for stage in ("correct", "score"):
             pipeline.run(self.recipe, self.run, only=stage, cache=args.work / "data", console=None)
@@ -233,15 +235,12 @@ class Bench:
 
     @cached_property
     def candidates(self) -> list[Arch]:
-        """Every shape within the budget."""
-        families = to_try(student_anatomy(self.teacher.anatomy, self.recipe.prune), self.recipe.prune)
-        return list(dict.fromkeys(arch for family in families for arch in family))
+        """The shapes that the search of this recipe tries."""
+        return [candidate.arch for candidate in shapes_to_try(self.recipe, self.teacher.anatomy)]
 
     @cached_property
-    def _budget(self) -> int:
-        asked = budget_of(self.teacher.anatomy, self.recipe.prune)
-        assert asked is not None
-        return asked[0]
+    def _budget(self) -> float:
+        return float(self.args.ratio) * self._non_embedding(self.teacher.anatomy.sizes)
 
     @cached_property
     def workshop(self) -> Workshop:

@@ -26,7 +26,8 @@ PRUNE = {"refit_samples": 8}
 SEARCH: dict[str, Any] = {
     "budget": {"non_embedding": "60%"},
     "candidates": 3,
-    "tournament": {"tokens": 8 * 4 * 32, "rungs": 2},
+    "axes": {"hidden": "frozen"},
+    "tournament": {"tokens": 6 * 4 * 32, "rungs": 2},
 }
 
 

@@ -49,8 +49,6 @@ def planned_work(
     if recipe.correct and recipe.corrects_before:
         add("correct", recipe.correct, by_context(partial(correcting, section=recipe.correct), found[0].before))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
-        if part.search is not None and part.search.method == "tournament":
-            done |= tournament_work(part, shape)
         cut = _cut(part, shape, asked)
         if scored_in(recipe, number) != number:
             del cut["score"]
@@ -122,6 +120,7 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
         "score": scored,
         "layers": max(layers, key=lambda work: work.flops, default=Work()),
         "trial": cost.trying(before, shape.student, prune, score, tried, turned=turned),
+        **_tournament(part, shape),
         "selection": max(chosen, key=lambda work: (work.moved_bytes, work.flops)),
         "prune": (cost.turning(before, prune) if turned else Work())
         + cost.rescoring(before, after.arch, prune, score)
@@ -132,9 +131,10 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     }
 
 
-def tournament_work(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
+def _tournament(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     """The teacher's answers for a tournament, the cuts of its finalists, and their training. The last two at most."""
-    assert part.search is not None
+    if part.search is None or part.search.method != "tournament":
+        return {}
     training, before = tournament_training(part), Costed.of(shape.before, part.data.context)
     archs = _tried(part, shape)
     count = min(part.search.candidates, len(archs))
