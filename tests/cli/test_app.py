@@ -52,6 +52,7 @@ FLAGS = {
     "nest": RUN,
     "cache": RUN,
     "distill": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
+    "align": RUN,
     "evaluate": RUN,
     "report": RUN,
 }
@@ -203,7 +204,7 @@ def test_an_interrupt_exits_with_130(
     ]
 
 
-@pytest.mark.parametrize("stage", ["correct", "score", "prune", "cache", "distill", "evaluate", "report"])
+@pytest.mark.parametrize("stage", ["correct", "score", "prune", "cache", "distill", "align", "evaluate", "report"])
 @pytest.mark.parametrize(("number", "code", "word"), [(SIGINT, 130, "interrupted"), (SIGTERM, 143, "ended by SIGTERM")])
 def test_a_signal_in_any_stage_says_how_to_go_on(
     stage: str,
@@ -453,6 +454,22 @@ def test_check_says_what_is_left_out(
     monkeypatch.setattr(cli, "load_recipe", lambda path: make_recipe(data=data))
     assert main(["check", "sound.yaml", "--out", str(tmp_path / "run")]) == 0
     assert f"{folder}: left out README.md\n" in capsys.readouterr().out
+
+
+def test_align_prints_the_folder_of_every_step(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = "align: [{kind: sft, data: [a.jsonl]}, {kind: rpo, data: [b.jsonl]}]"
+    recipe.write_text(f"{recipe.read_text(encoding='utf-8')}{steps}\n", encoding="utf-8")
+    for number, name in enumerate(("align-sft", "align-2-rpo")):
+        finished_stage(tmp_path / name, {"steps": number})
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: tmp_path)
+    assert main(["align", str(recipe), "--json"]) == 0
+    assert said(capsys) == {"align-sft": {"steps": 0}, "align-2-rpo": {"steps": 1}}
+    assert main(["align", str(recipe)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(tmp_path / "align-sft"), str(tmp_path / "align-2-rpo")]
+    assert f"halve evaluate {recipe}" in err
 
 
 def test_results_are_printed_as_a_table_and_as_json(

@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 
 import halve
+from halve.disk.rundir import RunDir
 from halve.errors import CorpusError, HalveError, RunError
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
@@ -538,7 +539,7 @@ def test_one_stage_alone(calls: list[tuple[str, dict[str, Any]]], full: Callable
         pipeline.run(full(), tmp_path / "run", only="score")
     assert calls == []
     recipe = full(distill={"cache": "hidden"})
-    for section in pipeline.SECTIONS:
+    for section in (name for name in pipeline.SECTIONS if name != "align"):  # which this recipe lacks
         pipeline.run(recipe, tmp_path / "run", only=section)
     assert [name for name, _ in calls] == [
         "correct",
@@ -744,3 +745,19 @@ def test_a_cache_is_made_alone(
     pipeline.run(recipe, tmp_path / "other", only="cache")
     assert [name for name, _ in calls] == ["cache"]
     assert calls[0][1]["teacher"] == Path(recipe.model)
+
+
+def test_several_ranks_cannot_align(full: Callable[..., Recipe], tmp_path: Path) -> None:
+    """They may do everything before; a step of alignment trains in one process."""
+    recipe = full(align=[{"kind": "sft", "data": [str(tmp_path / "a.jsonl")]}])
+    listed, teacher = pipeline.stages(recipe), Checkpoint.open(recipe.model)
+    with pytest.MonkeyPatch.context() as patch, RunDir.open(tmp_path / "run", recipe) as folder:
+        patch.setattr("halve.preflight.check.check", lambda *_, **__: ())
+        patch.setattr("halve.pipeline.keys._texts", lambda *_: [])
+
+        def ask(only: str | None) -> list[str]:
+            return pipeline._what_to_do(recipe, teacher, folder, listed, only, tmp_path, needed=False, ranks=2)[0]
+
+        assert ask("correct") == ["correct"]
+        with pytest.raises(RunError, match=r"2 ranks cannot align\n.*\n  fix: torchrun ... halve distill"):
+            ask(None)

@@ -266,11 +266,18 @@ def _stage(
 ) -> None:
     from halve.disk.files import read_json
     from halve.disk.rundir import read_manifest
+    from halve.pipeline.order import stages
     from halve.report import tables as show
 
     folder = _run(loaded, out, only=section, quiet=quiet)
     if section == "evaluate":
         _show_results(folder, json_=json_)
+    elif section == "align":
+        made = [folder / stage.name for stage in stages(loaded) if stage.section == section]
+        if json_:
+            show.as_json({path.name: read_manifest(path)["metrics"] for path in made})
+        for path in () if json_ else made:
+            print(path)
     elif json_:
         show.as_json(read_manifest(folder / section)["metrics"])
     else:
@@ -305,6 +312,7 @@ _stage_command("prune", "Cut the model to its new size and check the result.", "
 _stage_command("nest", "Sort the student's axes for the students inside it.", "distill")
 _stage_command("cache", "Store the teacher's answers on disk (distill.cache).", "distill")
 _stage_command("distill", "Train the student on the teacher's distribution.", "evaluate")
+_stage_command("align", "Align the student on conversations and preferences.", "evaluate")
 _stage_command("evaluate", "Measure every model of the run.", "report")
 _stage_command("report", "Write the HTML page and the model card.", "")
 
@@ -350,7 +358,7 @@ def _show_results(folder: Path, *, json_: bool) -> None:
         return
     show.results(results)
     subject = (results.get("differences") or {}).get("subject", "distilled")
-    student = folder / subject.replace("distilled", "distill") / "model"
+    student = folder / subject.replace("distilled", "distill").replace("aligned", "align") / "model"
     for path in (folder / "report" / "report.html", student):
         if path.exists():
             print(path)

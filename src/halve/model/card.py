@@ -20,6 +20,7 @@ _DONE = {
     "correct": "adapted to a corpus by fine-tuning with cross-entropy",
     "prune": "pruned, and not yet distilled: expect it to be much worse than its base model",
     "distill": "pruned and distilled from its base model",
+    "align": "pruned, distilled from its base model and aligned",
 }
 
 DEQUANTIZED = "The base model {} is a GGUF file. It was dequantized to bfloat16 first, so it has that file's rounding."

@@ -29,10 +29,11 @@ _TRIES = 5
 def export(source: str | Path, out: str | Path, *, student: str | None = None) -> Path:
     """Write the model of a run folder or of a checkpoint to the folder `out`, as safetensors, and return it.
 
-    For a run this is its last distilled student, or the newest checkpoint if that student is being trained. A
-    checkpoint is in the folder of an unfinished stage, such as `run/.distill.work/.checkpoints/step-00000200`. It holds
-    float32 masters; the exported model has the precision of the model from which the training started. The run may
-    continue meanwhile. `student` names another student of a run as the report does, such as distilled-2.
+    For a run this is its last aligned or distilled student, or the newest checkpoint of a distillation that is under
+    way. A checkpoint is in the folder of an unfinished stage, such as `run/.distill.work/.checkpoints/step-00000200`.
+    It holds float32 masters; the exported model has the precision of the model from which the training started. The
+    run may continue meanwhile. `student` names another student of a run as the report does, such as distilled-2 or
+    aligned-sft.
 
     Raises `RunError` if there is nothing to export, for an unknown student, or if `out` is not empty, and `DiskError`
     if the disk is full. Then nothing is left behind.
@@ -51,7 +52,7 @@ def export(source: str | Path, out: str | Path, *, student: str | None = None) -
             fix="give the folder of a run, or one such as run/.distill.work/.checkpoints/step-00000200 in it",
         )
     recipe = _recipe(source)
-    students = {named("distilled", s.number): s for s in stages(recipe) if _is_student(s)}
+    students = {_named(stage): stage for stage in stages(recipe) if _is_student(stage)}
     inside = nested_students(recipe)
     if student in inside:
         return _inside(source, student, out)
@@ -85,7 +86,16 @@ def export(source: str | Path, out: str | Path, *, student: str | None = None) -
 
 
 def _is_student(stage: Stage) -> bool:
+    if stage.section == "align":
+        return True
     return stage.section == "distill" and (stage.name == stage.section or stage.name.rpartition("-")[2].isdigit())
+
+
+def _named(stage: Stage) -> str:
+    """The name of a stage's student on the page."""
+    if stage.section == "align":
+        return stage.name.replace(stage.section, "aligned", 1)
+    return named("distilled", stage.number)
 
 
 def _recipe(run: Path) -> Recipe:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
 
+_ALIGN = "align."
+
+
 @dataclass(frozen=True)
 class Keyed:
     """The parts of a stage from which its key is computed."""
@@ -35,7 +38,8 @@ class Keyed:
     after: tuple[str, ...]
     """The stages whose artifacts it reads."""
     outside: tuple[str, ...]
-    """Its other inputs: teacher, train, valid, choices, task_data, depth_task, tournament_choices, imported."""
+    """Its other inputs: teacher, train, valid, choices, task_data, depth_task, tournament_choices, imported, and
+    align.1: the data of the first step of alignment."""
     number: int
     """Its round. Stages that read the whole run belong to the first."""
 
@@ -85,12 +89,19 @@ def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
     for path in reads:
         section, _, field = path.removeprefix("-").partition(".")
         if path.startswith("-"):
-            chosen[section] = {key: value for key, value in chosen[section].items() if key != field}
+            chosen[section] = _without(chosen[section], field)
         elif field:
             chosen[section] = {**chosen.get(section, {}), field: plain[section][field]}
         else:
             chosen[section] = plain[section]
     return chosen
+
+
+def _without(section: Any, field: str) -> Any:
+    """A section, or each of a list of them, without a field."""
+    if isinstance(section, list):
+        return [_without(part, field) for part in section]
+    return {key: value for key, value in section.items() if key != field}
 
 
 def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
@@ -114,6 +125,9 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
     elif name == "train" and isinstance(recipe.data.train, dict):
         parts = recipe.data.train.items()
         return [[part, mixed.weight, _texts(mixed.sources, memo), *["plain"] * mixed.plain] for part, mixed in parts]
+    elif name.startswith(_ALIGN):
+        step = recipe.align[int(name.removeprefix(_ALIGN)) - 1]
+        return [*_texts(step.data, memo), *_judge(step.reward_model, memo)]
     else:
         return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
     return _hashed(files, memo)
@@ -132,6 +146,13 @@ def _texts(listed: Sequence[str], memo: Path) -> list[Any]:
     hub = [source for source in listed if source.startswith(sources.HUB)]
     files = [path for source in listed if source not in hub for path in sources.files(source)]
     return [*hub, *_hashed(files, memo)]
+
+
+def _judge(source: str | None, memo: Path) -> list[Any]:
+    """The content of a reward model's folder, or a hub name."""
+    if source is None or not Path(source).is_dir():
+        return [source]
+    return _hashed(sorted(path for path in Path(source).iterdir() if path.is_file()), memo)
 
 
 def _hashed(files: Sequence[Path], memo: Path) -> list[Any]:

@@ -1,10 +1,11 @@
 """Read this first: the stages of a run, in order, and what each depends on.
 
-    teacher + corpus -> correct -> score -> search -> prune -> nest -> cache -> distill, baselines -> evaluate -> report
+    teacher + corpus -> correct -> score -> search -> prune -> nest -> cache -> distill, baselines -> align -> evaluate
+        -> report
 
 With a section `search`, cache-search and search choose the size that prune then cuts to. Otherwise they are left out.
 If a recipe has further rounds (`then`), score-2, prune-2 and distill-2 follow for the last student, and so on. A round
-that cuts the teacher again uses the scores of the first.
+that cuts the teacher again uses the scores of the first. Every step of `align` is a stage: align-sft, align-2-rpo.
 
 `stages` lists the stages of a recipe. Every stage is a function from artifacts to one artifact. Only this file knows
 the order. `halve.pipeline.run` runs the stages and skips those that are done.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from halve.disk.rundir import RunDir
 from halve.pipeline.keys import Keyed
 from halve.progress import Progress
+from halve.recipe.alignments import HOW_ALIGNED
 from halve.recipe.evaluations import OF_TASKS
 from halve.recipe.rounds import cuts_original, learns_from_previous, named, nested_students, rounds, scored_in
 from halve.recipe.schema import CHAT_PROMPTS, HOW, Distill, Recipe
@@ -28,7 +30,7 @@ from halve.recipe.tournaments import tournament_training
 if TYPE_CHECKING:
     from halve.model.checkpoint import Checkpoint
 
-SECTIONS = ("correct", "score", "search", "prune", "nest", "cache", "distill", "evaluate", "report")
+SECTIONS = ("correct", "score", "search", "prune", "nest", "cache", "distill", "align", "evaluate", "report")
 _EVERYWHERE = ("seed", "device", "dtype", "data.text_field", "data.context", "data.boundary")
 _OF_CONVERSATIONS = ("data.messages_field", "data.count")
 _INPUTS = ("teacher", "train", "valid")
@@ -90,7 +92,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         listed += made
         models |= students
         last = models.get(named("distilled", number), named("prune", number))
-    subject = next((name for name, stage in models.items() if stage == last and name.startswith("distilled")), None)
+    last = _align(recipe, listed, models, last)
+    results = ("distilled", "aligned")
+    subject = next((name for name, stage in models.items() if stage == last and name.startswith(results)), None)
     beside = {
         named("corrected", number): models[named("distilled", number)]
         for number, part in enumerate(rounds(recipe), 1)
@@ -203,6 +207,20 @@ def _search(recipe: Recipe, number: int, score: str, *, cut: str | None, teacher
     return [*listed, Stage(named("search", number), "search", recipe, reads, after, outside, number, act)]
 
 
+def _align(recipe: Recipe, listed: list[Stage], models: dict[str, str], last: str | None) -> str | None:
+    """Add the steps of alignment and their models. Returns the stage of the last model."""
+    for number, step in enumerate(recipe.align, 1):
+        name = named("align", number, step.kind)
+        beside = (*HOW_ALIGNED, "data", "reward_model")  # what these hold is hashed
+        reads = (*_everywhere(recipe), "align", *(f"-align.{key}" for key in beside))
+        only = recipe.model_copy(update={"align": (step,)})
+        assert last is not None  # every recipe prunes
+        act = _aligned(number, name, last)
+        listed.append(Stage(name, "align", only, reads, (last,), (f"align.{number}",), 1, act))
+        models[named("aligned", number, step.kind)] = last = name
+    return last
+
+
 def _but_how(section: str) -> _Names:
     return tuple(f"-{section}.{key}" for key in HOW)
 
@@ -301,6 +319,18 @@ def _distill(variant: str, start: str, teacher: str | None, answers: str | None)
             out=out,
             answers_in=None if answers is None else run.folder.stage(answers),
             progress=run.progress,
+        )
+
+    return act
+
+
+def _aligned(number: int, name: str, start: str) -> _Act:
+    def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
+        from halve.stages import align
+
+        (step,) = recipe.align
+        return align.run(
+            recipe, step, name=name, number=number, student=run.model(start), out=out, progress=run.progress
         )
 
     return act

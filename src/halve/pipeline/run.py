@@ -141,6 +141,12 @@ def _what_to_do(
     if len(done) < len(wanted):
         for error in preflight.check(recipe, folder.path, teacher=teacher, ranks=ranks):
             raise error
+        if ranks > 1 and any(stage.section == "align" and stage.name not in done for stage in wanted):
+            raise RunError(
+                f"{ranks} ranks cannot align",
+                why="a step of align trains in one process, and the others would wait for it for hours",
+                fix="torchrun ... halve distill with this recipe, and then halve run in one process",
+            )
     reused.require_sound(folder, wanted, done)
     return [stage.name for stage in wanted], done, keys
 

@@ -14,6 +14,7 @@ from halve.disk.rundir import check_folder
 from halve.errors import DiskError, HalveError, RecipeError
 from halve.preflight import bounds as preflight_bounds
 from halve.preflight import samples as preflight_text
+from halve.preflight.alignment import of_the_alignment
 from halve.preflight.chat import check_conversations
 from halve.preflight.tasks import check_gates, of_the_tasks
 from halve.process.waits import bytes_in_words
@@ -102,6 +103,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     if recipe.data.documents == "apart":
         yield partial(_check_apart, recipe, teacher)
     yield from preflight_bounds.of_the_teacher(recipe, teacher, ranks)
+    yield from of_the_alignment(recipe, teacher)
 
 
 def _of_the_text(recipe: Recipe) -> Iterator[Callable[[], Any]]:

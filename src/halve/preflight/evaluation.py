@@ -40,7 +40,8 @@ def evaluated(recipe: Recipe, found: Sequence[PlannedRound]) -> list[Costed]:
     if recipe.nest is not None:
         anatomy, sizes = planned_nest(recipe, found)
         models += [Costed(anatomy, arch, context) for arch in sizes[1:]]
-    return models
+    last = found[-1]
+    return [*models, *[Costed(last.student, last.after, context, last.kept_layers)] * len(recipe.align)]
 
 
 def evaluating(recipe: Recipe, found: Sequence[PlannedRound], asked: Asked) -> Work:

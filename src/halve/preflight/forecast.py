@@ -10,6 +10,7 @@ from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
+from halve.preflight.alignment import alike
 from halve.preflight.asked import Asked
 from halve.preflight.cutting import pruning
 from halve.preflight.device import PlannedDevice, at_hand
@@ -253,6 +254,10 @@ def _memory(
         )
         if recipe.nest is not None:
             memory[name] = nest_memory(memory[name], *planned_nest(recipe, found), recipe.nest.draws)
+    alone, last = Hardware(cuda=place.cuda, half=place.half), _sized(found[-1], found[-1].after)
+    for number, step in enumerate(recipe.align, 1):
+        length = step.context or recipe.data.context
+        memory[named("align", number, step.kind)] = correction_memory(alike(step), last, alone, context=length)
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()

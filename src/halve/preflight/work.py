@@ -12,12 +12,13 @@ from halve.cut.cost import Work
 from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
+from halve.preflight.alignment import planned_tokens
 from halve.preflight.asked import Asked
 from halve.preflight.evaluation import evaluating
 from halve.preflight.nests import nesting, planned_nest
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
-from halve.recipe.schema import Distill, Recipe, Training
+from halve.recipe.schema import Alignment, Distill, Recipe, Training
 from halve.recipe.tournaments import tournament_training
 from halve.search.searched import joint_comparison, planned_rungs, shapes_to_try
 from halve.stages.prune import CHECK_SAMPLES
@@ -75,6 +76,9 @@ def planned_work(
             learned = min(recipe.correct.tokens, part.distill.tokens)
             for name in (distill, *(f"{distill} ({variant})" for variant in part.distill.baselines if variant != "ce")):
                 done[name] += Work(0, learned * corrected)
+    last = _student(found[-1], recipe.data.context)
+    for number, step in enumerate(recipe.align, 1):
+        done[named("align", number, step.kind)] = _aligned(last, step, planned_tokens(recipe, step, teacher))
     done["evaluate"] = evaluating(recipe, found, asked)
     return done
 
@@ -198,6 +202,18 @@ def _cached(teacher: PlannedRound, training: Distill, context: int) -> int:
     """FLOPs per token of the teacher when its answers are cached. A cache of hidden states needs no logits."""
     model = Costed.of(teacher.before, context)
     return model.body if training.cache == "hidden" else model.whole
+
+
+def _aligned(student: Costed, step: Alignment, tokens: float) -> Work:
+    """A step of alignment: it learns from its tokens, and on pairs the reference reads each of them once.
+
+    Answers that the model writes cost a pass for each of their tokens.
+    """
+    flops = tokens * learning(student)
+    if step.kind != "sft":
+        once = tokens / (step.passes or 1.0)
+        flops += once * student.whole * (1 if step.answers is None else 1 + step.answers / 2)
+    return Work(tokens, flops)
 
 
 def _over_phases(training: Training, context: int, per_token: Callable[[int], float]) -> float:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-_RESUMED = {"demo", "run", "study", "correct", "score", "prune", "cache", "distill", "evaluate", "report"}
+_RESUMED = {"demo", "run", "study", "correct", "score", "prune", "cache", "distill", "align", "evaluate", "report"}
 _AGAIN_S = 0.05
 _closed: list[None] = []  # one entry for each `uninterrupted` block that the main thread is in
 

@@ -120,6 +120,12 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
         (choices,) = anchored((recipe.search.tournament.choices,))
         tournament = recipe.search.tournament.model_copy(update={"choices": choices})
         update["search"] = recipe.search.model_copy(update={"tournament": tournament})
+    update["align"] = tuple(
+        step.model_copy(
+            update={"data": anchored(step.data), "reward_model": step.reward_model and absolute(step.reward_model)}
+        )
+        for step in recipe.align
+    )
     return recipe.model_copy(update=update)
 
 

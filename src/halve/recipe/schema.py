@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from halve.recipe.alignments import Alignment
 from halve.recipe.cutting import (
     ONE_SIZE,
     Aggregator,
@@ -47,6 +48,7 @@ __all__ = [
     "CHAT_PROMPTS",
     "HOW",
     "Aggregator",
+    "Alignment",
     "Baseline",
     "Cache",
     "Correct",
@@ -221,6 +223,7 @@ class Recipe(Section):
     distill: Distill | None = None
     then: tuple[Step, ...] = Field((), description="further rounds of prune and distill")
     nest: Nest | None = Field(None, description="without this section, there are no students inside the student")
+    align: tuple[Alignment, ...] = Field((), description="steps that align the last student, in order")
     evaluate: Evaluate = Evaluate()
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 from halve.report import plots
 from halve.report.plots import Number, Series
-from halve.report.sections import SUBJECT, Facts, Figure, PageSection, color, label
+from halve.report.sections import ALIGNED, SUBJECT, Facts, Figure, PageSection, color, label
 
 _CURVE_POINTS = 160
 _RANKED_COLUMNS = 32
@@ -23,7 +23,7 @@ _RANKED_COLUMNS = 32
 
 def learning_curves(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     """Loss against tokens, for every model that was trained."""
-    students = {name: log for name, log in logs.items() if name != "corrected"}
+    students = {name: log for name, log in logs.items() if color(name) not in ("corrected", ALIGNED)}
     kl = [*_heldout(students, "kl"), *_inside(students)]
     ce = _heldout(students, "ce")
     figures = []
@@ -35,7 +35,7 @@ def learning_curves(logs: Mapping[str, Sequence[Facts]]) -> PageSection | None:
     if ce:
         svg = plots.curves(ce, title="Held-out cross-entropy", x_label="tokens")
         figures.append(Figure("Held-out cross-entropy", "Nats per token.", svg))
-    losses = [loss for name in students if color(name) == SUBJECT and (loss := _losses(name, students[name]))]
+    losses = [loss for name in students if color(name) == SUBJECT and (loss := loss_curve(name, students[name]))]
     if losses:
         svg = plots.curves(losses, title="Training loss", x_label="tokens")
         figures.append(Figure("Training loss of the distilled student", "Mean over neighboring steps.", svg))
@@ -76,7 +76,8 @@ def _named(curves: Sequence[Series], name: str) -> list[Series]:
     return [Series(label(name), color(name), curve.points) for curve in curves]
 
 
-def _losses(name: str, log: Sequence[Facts]) -> Series | None:
+def loss_curve(name: str, log: Sequence[Facts]) -> Series | None:
+    """The loss of every step, the mean over neighboring ones where there are many. None for a single step."""
     steps = [(float(line["tokens"]), float(line["loss"])) for line in log if line.get("loss") is not None]
     if len(steps) < 2:
         return None

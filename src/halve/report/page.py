@@ -21,14 +21,14 @@ from halve.disk.rundir import MANIFEST, RECIPE, read_manifest, sound
 from halve.model.card import CARD, DEQUANTIZED, license_of
 from halve.recipe import strict_yaml
 from halve.recipe.rounds import named, parsed
-from halve.report import charts, sections, written
+from halve.report import aligned, charts, sections, written
 from halve.report.paper_numbers import paper_models
 from halve.report.plots import figure
 from halve.report.searched import searched
 from halve.report.sections import PageSection, Table
 from halve.report.task_tables import task_sections
 
-STAGES = ("correct", "score", "search", "prune", "nest", "cache", "distill", "evaluate")
+STAGES = ("correct", "score", "search", "prune", "nest", "cache", "distill", "align", "evaluate")
 """In the order of the page; their variants, such as distill-ce, follow them."""
 
 READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
@@ -123,15 +123,18 @@ def read_run(run: Path) -> Run:
 
 
 def _order(stage: str) -> tuple[bool, int, int, str]:
-    """Round by round, and in the order of `STAGES` within a round. The evaluation of the whole run comes last."""
+    """Round by round, and in the order of `STAGES` within a round. Alignment and the run's evaluation come last."""
     base, number, variant = parsed(stage)
     place = STAGES.index(base) if base in STAGES else len(STAGES)
-    return (place >= STAGES.index("evaluate"), number, place, variant)
+    last = place >= STAGES.index("align")
+    return (last, place, number, variant) if last else (last, number, place, variant)
 
 
 def _model_name(stage: str) -> str:
     """The name in the evaluation of the model that a training stage makes."""
     base, number, variant = parsed(stage)
+    if base == "align":
+        return named(sections.ALIGNED, number, variant)
     return named(variant or {"correct": "corrected", "distill": sections.SUBJECT}.get(base, base), number)
 
 
@@ -157,6 +160,7 @@ def _view(run: Run) -> dict[str, Any]:
         *of_tasks,
         sections.sizes_section(plans, run.results),
         sections.speed(run.results),
+        aligned.alignment(run.manifests, run.results, run.logs),
         searched(run.search, run.recipe),
         charts.learning_curves(run.logs),
         *(
@@ -177,6 +181,7 @@ def _view(run: Run) -> dict[str, Any]:
         "name": name,
         "headline": headline,
         "lead": _lead(run),
+        "aligned": bool(run.recipe.get("align")),
         "tiles": [{"unit": "", "factor": ""} | tile for tile in sections.tiles(run.results)],
         "sections": [section for section in page_sections if section is not None],
         "recipe_yaml": strict_yaml.dump(_shown(run.recipe)).rstrip(),
@@ -189,7 +194,7 @@ def _view(run: Run) -> dict[str, Any]:
         "license": strict_yaml.dump(dict(run.license)).rstrip() if run.license else "",
         "tables": [
             _markdown(section)
-            for section in page_sections[: 3 + len(of_tasks)]
+            for section in page_sections[: 4 + len(of_tasks)]
             if section is not None and section.table
         ],
     }
@@ -208,11 +213,12 @@ def _lead(run: Run) -> list[tuple[str, bool]]:
     kept = sections.share(after["non_embedding_params"], before["non_embedding_params"])
     pieces = [(kept, True), (f" of the non-embedding parameters of {_short(str(run.recipe['model']))} remain. ", False)]
     last = sections.subject(run.results) or ""
-    subject = "distilled student" if sections.color(last) == sections.SUBJECT else "pruned model"
+    subjects = {sections.SUBJECT: "distilled student", sections.ALIGNED: "aligned student"}
+    subject = subjects.get(sections.color(last), "pruned model")
     bpb = sections.estimate(after["bits_per_byte"])
     pm = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{bpb.error}" if bpb.error else ""
     pieces += [(f"The {subject} needs ", False), (f"{bpb.value}{pm}", True), (" bits per byte", False)]
-    cut = named("pruned", parsed(last)[1])
+    cut = named("pruned", len(run.cuts) if sections.color(last) == sections.ALIGNED else parsed(last)[1])
     others = [
         f"{sections.estimate(model['bits_per_byte']).value} {words}"
         for name, words in ((cut, "straight after the cut"), (run.results["reference"], "for its teacher"))
@@ -242,7 +248,9 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
     if run.results is not None:
         facts.append(("held-out tokens", str(run.results["samples"]["fingerprint"])))
         facts.append(("machine", sections.machine_words(run.results["machine"])))
-    for stage in (named(base, number) for number in range(len(run.cuts), 0, -1) for base in ("distill", "prune")):
+    steps = [stage for stage in reversed(list(run.manifests)) if parsed(stage)[0] == "align"]
+    trained = (named(base, number) for number in range(len(run.cuts), 0, -1) for base in ("distill", "prune"))
+    for stage in (*steps, *trained):
         files = (run.manifests.get(stage) or {}).get("files") or {}
         facts += [(f"{stage}/{name}", f["sha256"]) for name, f in files.items() if name.endswith(".safetensors")]
     return facts
@@ -258,6 +266,12 @@ def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     shown["model"] = _short(shown["model"])
     if shown.get("score", {}).get("depth_task"):
         shown["score"]["depth_task"] = _short(shown["score"]["depth_task"])
+    for step in shown.get("align", ()):
+        step["data"] = [_short(path) for path in step["data"]]
+        if "reward_model" in step:
+            step["reward_model"] = _short(step["reward_model"])
+    if not shown.get("align"):
+        shown.pop("align", None)
     for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):
         if key in shown.get(section, {}):
             shown[section][key] = [_short(path) for path in shown[section][key]]

@@ -25,22 +25,24 @@ LABELS = {
     "ce": "Trained with CE",
     "random_init": "Random start",
     "random_prune": "Random cut",
+    "aligned": "Aligned",
 }
 CONTROLS = {
     "ce": "the same cut, trained with cross-entropy on the text, without a teacher",
     "random_init": "the student's sizes, distilled from random weights",
     "random_prune": "the same sizes with randomly chosen parts, distilled",
 }
-SUBJECT = "distilled"
-SHOWN = ("teacher", "corrected", "pruned", "distilled")
+SUBJECT, ALIGNED = "distilled", "aligned"
+SHOWN = ("teacher", "corrected", "pruned", "distilled", "aligned")
 
 Facts = Mapping[str, Any]
 
 
 def label(name: str) -> str:
-    """The name of a model on the page. In the second round it ends in 2, as in Distilled student 2."""
-    base, number, _ = parsed(name)
-    return LABELS.get(base, base) + (f" {number}" if number > 1 else "")
+    """The name of a model on the page. In the second round it ends in 2, as in Distilled student 2; Aligned 2, RPO."""
+    base, number, variant = parsed(name)
+    kind = f", {variant.upper()}" if base == ALIGNED else ""
+    return LABELS.get(base, base) + (f" {number}" if number > 1 else "") + kind
 
 
 def color(name: str) -> str:
@@ -49,7 +51,10 @@ def color(name: str) -> str:
 
 
 def subject(results: Facts) -> str | None:
-    """The result of the run: the last distilled student, or the last pruned model if nothing was distilled."""
+    """The result of the run: the last aligned or distilled student, or the last pruned model if nothing was trained."""
+    aligned: list[str] = [name for name in results["models"] if color(name) == ALIGNED]
+    if aligned:
+        return aligned[-1]
     names = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
     return max(names, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
 
@@ -309,12 +314,13 @@ def _differences(differences: Facts | None, tasks: Sequence[str]) -> tuple[str, 
         cells.append(estimate(difference.get("agreement"), percent=True, signed=True))
         cells += [estimate(difference["choices"].get(task), percent=True, signed=True) for task in tasks]
         rows.append(TableRow(f"minus {_lower(label(name))}", tuple(cells), color(name)))
+    subject = "aligned student" if color(differences["subject"]) == ALIGNED else "distilled student"
     words = (
-        "This table shows the distilled student minus each other model, computed sample by sample. All models read"
+        f"This table shows the {subject} minus each other model, computed sample by sample. All models read"
         " the same text, so these differences have smaller standard errors than the table above. Colored values are"
         " over two standard errors away from zero."
     )
-    head = ("distilled student", "nats per token", "KL to teacher", "agreement, %", *_percent(tasks))
+    head = (subject, "nats per token", "KL to teacher", "agreement, %", *_percent(tasks))
     return words, Table(head, tuple(rows))
 
 

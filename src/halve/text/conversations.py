@@ -63,15 +63,16 @@ def conversation(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
             why=f"field {text_field!r} holds {held}, and a conversation is a list of messages",
             fix=f"drop that row, or set {MESSAGES_KEY} to the field that holds the messages",
         )
-    messages = [_message(message, number, place) for number, message in enumerate(given, 1)]
-    _require_turns([message["role"] for message in messages], place)
+    messages = [message_of(message, number, place) for number, message in enumerate(given, 1)]
+    require_turns([message["role"] for message in messages], place)
     fields: dict[str, Any] = {"messages": messages}
     if tools := _tools(row.get(TOOLS), place):
         fields[TOOLS] = tools
     yield Piece(json.dumps(fields, ensure_ascii=False), last=True, place=place)
 
 
-def _message(given: Any, number: int, place: str) -> dict[str, Any]:
+def message_of(given: Any, number: int, place: str) -> dict[str, Any]:
+    """A message in the words of chat templates: role, content and what else it has. Raises `CorpusError`."""
     who = f"{place}, message {number}"
     if not isinstance(given, dict) or not ("role" in given or "from" in given):
         held = f"its keys are {', '.join(map(str, given))}" if isinstance(given, dict) else type(given).__name__
@@ -153,8 +154,11 @@ def _tools(given: Any, place: str) -> list[Any]:
     return [_without_null(tool) for tool in tools]
 
 
-def _require_turns(roles: Sequence[str], place: str) -> None:
-    """System messages, then user and assistant in turns, with the answers of tools between turns of the assistant."""
+def require_turns(roles: Sequence[str], place: str) -> None:
+    """Raise `CorpusError` unless turns alternate.
+
+    System messages come first, then user and assistant in turns; tools answer between turns of the assistant.
+    """
     for number, role in enumerate(roles, 1):
         before = roles[number - 2] if number > 1 else None
         if role in _FIRST:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -92,6 +93,30 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         ) from error
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], answers: Sequence[Any], *, place: str
+) -> tuple[list[int], list[list[int]]]:
+    """The ids of a prompt, which ends where the assistant is invited to answer, and those of each answer to it.
+
+    Prompt and answer are tokenized together. The prompt ends where its ids and those of any whole part, as one token
+    may hold the end of a prompt and the beginning of an answer. Raises `TokenizerError` without a template and
+    `CorpusError` for messages that it cannot render.
+    """
+    template_of(tokenizer)
+    render = _renderer(tokenizer, None)
+    try:
+        texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
+    except Exception as error:  # a template may raise whatever Jinja and Python raise
+        raise CorpusError(
+            f"{place}: the chat template cannot be rendered",
+            why=_reason(error),
+            fix="correct or drop that row, or the template of the model",
+        ) from error
+    invited, *whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    begin = sum(1 for _ in takewhile(lambda alike: len({*alike}) == 1, zip(invited, *whole, strict=False)))
+    return invited[:begin], [ids[begin:] for ids in whole]
 
 
 def encode_conversations(batch: Sequence[Piece], *, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> EncodedPieces:

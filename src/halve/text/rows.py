@@ -30,7 +30,8 @@ class Piece(NamedTuple):
 class Wanted(NamedTuple):
     """What rows are read for: a field that must be there, others that may, and what is made of a row.
 
-    `key` is the recipe's key that names the field, `make` a function like `pieces`; None is `pieces`.
+    `key` is the recipe's key that names the field, empty for a field whose name is fixed. `make` is a function like
+    `pieces`; None is `pieces`.
     """
 
     field: str
@@ -147,7 +148,7 @@ def no_field(place: str, field: str, fields: Iterable[str], *, key: str = "data.
     return CorpusError(
         f"{place} has no field {field!r}",
         why=f"its fields are {', '.join(map(str, fields)) or 'none at all'}",
-        fix=f"set {key} to the field that holds the {held}",
+        fix=f"set {key} to the field that holds the {held}" if key else f"rename the field that holds it to {field}",
     )
 
 

@@ -127,9 +127,12 @@ def _read_file(path: Path, wanted: Wanted) -> Iterator[Piece]:
             return
         if wanted.make is not None and kind != "JSON lines":
             raise CorpusError(
-                f"{shown(path)} holds no conversations",
-                why=f"it is {'a table' if kind == 'CSV' else 'plain text'}, and {wanted.key} names a field of rows",
-                fix="give JSON lines or parquet; in a mixture, set plain: true for a part of plain text",
+                f"{shown(path)} holds no {'conversations' if wanted.key else 'pairs of answers'}",
+                why=f"it is {'a table' if kind == 'CSV' else 'plain text'}, and "
+                + (f"{wanted.key} names a field of rows" if wanted.key else "a pair is a row with prompt and answers"),
+                fix="give JSON lines or parquet; in a mixture, set plain: true for a part of plain text"
+                if wanted.key
+                else "give JSON lines or parquet",
             )
         with open_packed(path) as file:
             if kind == "JSON lines":

@@ -21,7 +21,7 @@ from halve.anatomy.work import FlopsPerToken
 from halve.errors import HalveError, Stopped, TrainError
 from halve.model.finite import is_finite, not_finite
 from halve.progress import SILENT, Progress
-from halve.recipe.schema import HOW, Training
+from halve.recipe.schema import HOW, Alignment, Training
 from halve.text.batch import Batch
 from halve.text.course import Course
 from halve.train.loop import watch
@@ -308,7 +308,7 @@ def autocast(training: Training, device: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=is_half(training, device))
 
 
-def is_half(training: Training, device: str) -> bool:
+def is_half(training: Training | Alignment, device: str) -> bool:
     """Whether matrix products are computed in bfloat16 on this device."""
     if training.precision != "auto":
         return training.precision == "bfloat16"

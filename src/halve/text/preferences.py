@@ -1,0 +1,164 @@
+"""Rows of preferences: a prompt, a chosen and a rejected answer, and how good they are.
+
+A row has `prompt`, `chosen` and `rejected`. The prompt is a text, or messages as in `conversations`; it may also stand
+in `messages` or `conversations`. An answer is a text, a message, or messages that may repeat the prompt. Without a
+prompt, it is what both answers begin with. Rewards are numbers in `chosen_reward` and `rejected_reward`, or in
+`score_chosen` and `score_rejected`. `answer` is the reference that a verifier compares with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from halve.disk.textfiles import half_pair
+from halve.errors import CorpusError
+from halve.recipe.alignments import Alignment
+from halve.text.conversations import message_of, require_turns
+from halve.text.rows import Piece, Wanted, no_field
+
+_PROMPTS = ("prompt", "messages", "conversations")
+_ANSWERS = ("chosen", "rejected")
+_REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
+_REFERENCE: Final = "answer"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a row must have beside its prompt."""
+
+    answers: bool
+    rewards: bool
+    reference: bool
+
+    @classmethod
+    def of(cls, step: Alignment) -> Needs:
+        """Those of a step on preferences."""
+        rewarded = step.kind == "rpo" and step.rewards == "data"
+        return cls(step.answers is None, rewarded, step.rewards == "gsm8k")
+
+    @property
+    def wanted(self) -> Wanted:
+        """What rows are read for."""
+        first = _ANSWERS[0] if self.answers else _PROMPTS[0]
+        also = (*_PROMPTS, *_ANSWERS, *(field for pair in _REWARDS for field in pair), _REFERENCE)
+        return Wanted(first, "", tuple(field for field in also if field != first), partial(preference, needs=self))
+
+
+def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterator[Piece]:
+    """One row as JSON: `prompt` and, if they are needed, `chosen`, `rejected`, `rewards` and `reference`.
+
+    `place` names the row. Raises `CorpusError` for a row that lacks something, for a reward that is no finite number,
+    and for messages that do not alternate.
+    """
+    if not isinstance(row, dict):
+        raise CorpusError(
+            f"{place} is not an object",
+            why=f"each row has a prompt and answers; this is {type(row).__name__}",
+            fix='write lines such as {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        )
+    prompt = _prompt(row, place, needs)
+    require_turns([*(message["role"] for message in prompt), "assistant"], place)
+    fields: dict[str, Any] = {"prompt": prompt}
+    if needs.answers:
+        fields |= {name: _answer(row, name, prompt, place) for name in _ANSWERS}
+    if needs.rewards:
+        fields["rewards"] = _rewards(row, place)
+    if needs.reference:
+        fields["reference"] = _reference(row, place)
+    yield Piece(json.dumps(fields, ensure_ascii=False), last=True, place=place)
+
+
+def _prompt(row: Mapping[str, Any], place: str, needs: Needs) -> list[dict[str, Any]]:
+    name = next((field for field in _PROMPTS if row.get(field)), None)
+    if name is not None:
+        given = row[name]
+        if isinstance(given, str):
+            return [{"role": "user", "content": _whole(given, place)}]
+        return _messages(given, place, name)
+    both = [row.get(answer) for answer in _ANSWERS]
+    if needs.answers and all(isinstance(given, list) and len(given) > 1 for given in both):
+        chosen, rejected = (_messages(given, place, name) for given, name in zip(both, _ANSWERS, strict=True))
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen) - 1)
+        return chosen[: min(shared, len(chosen) - 1)]
+    raise no_field(place, _PROMPTS[0], row, key="")
+
+
+def _messages(given: Any, place: str, field: str) -> list[dict[str, Any]]:
+    listed = [given] if isinstance(given, dict) else given
+    if not isinstance(listed, list) or not listed:
+        raise CorpusError(
+            f"{place}: field {field!r} holds neither text nor messages",
+            why=f"it holds {type(given).__name__}",
+            fix="write a text, or a list of messages with role and content",
+        )
+    return [message_of(message, number, f"{place}, {field}") for number, message in enumerate(listed, 1)]
+
+
+def _answer(row: Mapping[str, Any], name: str, prompt: list[dict[str, Any]], place: str) -> dict[str, Any]:
+    """The assistant's message."""
+    given = row.get(name)
+    if not given or (isinstance(given, str) and not given.strip()):
+        held = "is empty" if name in row and given is not None else "is null" if name in row else "is missing"
+        raise CorpusError(
+            f"{place} has no {name} answer",
+            why=f"its field {name!r} {held}",
+            fix=f"write the answer into {name}, or drop the row",
+        )
+    if isinstance(given, str):
+        return {"role": "assistant", "content": _whole(given, place)}
+    messages = _messages(given, place, name)
+    if messages[: len(prompt)] == prompt:
+        messages = messages[len(prompt) :]
+    if [message["role"] for message in messages] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in messages) or "nobody"
+        raise CorpusError(
+            f"{place} has no {name} answer",
+            why=f"field {name!r} holds messages of {roles} after the prompt, and an answer is one of the assistant",
+            fix="put what comes before the last answer into the prompt, or drop the row",
+        )
+    return messages[0]
+
+
+def _rewards(row: Mapping[str, Any], place: str) -> list[float]:
+    """The rewards of the chosen and the rejected answer."""
+    fields = next((pair for pair in _REWARDS if any(field in row for field in pair)), _REWARDS[0])
+    rewards = []
+    for field, name in zip(fields, _ANSWERS, strict=True):
+        given = row.get(field)
+        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+            held = "is missing" if field not in row else f"holds {'null' if given is None else repr(given)[:40]}"
+            raise CorpusError(
+                f"{place} has no reward for its {name} answer",
+                why=f"its field {field!r} {held}; a reward is a finite number",
+                fix=f"write numbers into {fields[0]} and {fields[1]}, set rewards: model, or use kind: dpo",
+            )
+        rewards.append(float(given))
+    return rewards
+
+
+def _reference(row: Mapping[str, Any], place: str) -> str:
+    given = row.get(_REFERENCE)
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        given = str(given)
+    if not isinstance(given, str) or not given.strip():
+        raise CorpusError(
+            f"{place} has no answer to compare with",
+            why=f"rewards: gsm8k reads it from field {_REFERENCE!r}",
+            fix=f"write the right answer into {_REFERENCE}, or drop the row",
+        )
+    return given
+
+
+def _whole(text: str, place: str) -> str:
+    if (at := half_pair(text)) is not None:
+        raise CorpusError(
+            f"{place} holds half a character",
+            why=f"{ascii(text[at])[1:-1]} is half of a surrogate pair, which no text can hold",
+            fix="correct or drop that line; it was most often cut in the middle of an emoji",
+        )
+    return text

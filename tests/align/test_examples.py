@@ -1,0 +1,120 @@
+"""Conversations and pairs as tokens: what is cut, what is left out, what is held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat import CHATML, turns, with_template, write_rows
+from talking import conversations, preferences, write_lines
+from transformers import PreTrainedTokenizerBase
+
+from halve.align.examples import (
+    LeftOut,
+    Preference,
+    dialogues,
+    encoded_pair,
+    largest_id,
+    messages_field,
+    parted,
+    require_examples,
+    rows,
+)
+from halve.errors import CorpusError
+from halve.recipe.schema import Alignment, Data
+
+DATA = Data(train=("none.txt",), valid=("none.txt",))
+
+
+def test_only_what_the_assistant_says_counts(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write_rows(tmp_path / "a.jsonl", turns("Who?", "The cat.", "Why?", "It has to."))
+    (talk,) = dialogues(Alignment(kind="sft", data=(str(path),)), DATA, chat_tokenizer, context=64, left_out=LeftOut())
+    assert chat_tokenizer.decode(talk.ids) == "u:Who?\na:The cat.\nu:Why?\na:It has to.\n"
+    assert chat_tokenizer.decode(talk.ids[talk.counts]) == "The cat.\nIt has to.\n"
+
+
+def test_long_conversations_are_cut_and_empty_ones_left_out(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", turns("a " * 40, "b"), turns("a", "b " * 40), turns("a", "b"))
+    left_out = LeftOut()
+    step = Alignment(kind="sft", data=(str(path),))
+    talks = list(dialogues(step, DATA, chat_tokenizer, context=30, left_out=left_out))
+    assert [len(talk.ids) for talk in talks] == [30, len(talks[1].ids)]
+    assert left_out.told == (
+        "2 are longer than 30 tokens and are cut, 1 say nothing to learn from within 30 tokens and are left out"
+    )
+
+
+def test_conversations_come_from_the_field_of_the_step_or_of_the_data(tmp_path: Path) -> None:
+    step = Alignment(kind="sft", data=("a.jsonl",))
+    assert messages_field(step, DATA) == "messages"
+    assert messages_field(step, DATA.model_copy(update={"messages_field": "talk"})) == "talk"
+    named = step.model_copy(update={"messages_field": "mine"})
+    assert messages_field(named, DATA.model_copy(update={"messages_field": "talk"})) == "mine"
+
+
+def encoded(row: dict[str, object], tokenizer: PreTrainedTokenizerBase, path: Path, *, context: int = 64) -> Preference:
+    write_lines(path, [row])
+    ((read, place),) = rows(Alignment(kind="rpo", data=(str(path),)))
+    pair = encoded_pair(read, place, tokenizer, context=context, left_out=LeftOut())
+    assert pair is not None
+    return pair
+
+
+def test_the_better_answer_is_the_chosen_one(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    (row,) = preferences(1)
+    pair = encoded({**row, "chosen_reward": 3, "rejected_reward": 1}, chat_tokenizer, tmp_path / "a.jsonl")
+    other = encoded({**row, "chosen_reward": -2, "rejected_reward": 2.5}, chat_tokenizer, tmp_path / "b.jsonl")
+    assert (pair.gap, other.gap) == (2.0, 4.5)
+    assert (other.chosen, other.rejected) == (pair.rejected, pair.chosen)
+
+
+def test_pairs_that_teach_nothing_are_left_out(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    talk = {"prompt": "a", "chosen": "b b b c", "rejected": "b b b d"}
+    write_lines(tmp_path / "a.jsonl", [{**talk, "prompt": "a " * 40}, {**talk, "chosen": talk["rejected"]}, talk])
+    left_out = LeftOut()
+    step = Alignment(kind="dpo", data=(str(tmp_path / "a.jsonl"),))
+    pairs = [encoded_pair(*row, chat_tokenizer, context=40, left_out=left_out) for row in rows(step)]
+    assert [pair is None for pair in pairs] == [True, True, False]
+    assert list(left_out.counts.values()) == [1, 1]
+    prompt = len(pairs[2].prompt) if pairs[2] else 0
+    (row, place) = list(rows(step))[2]
+    assert encoded_pair(row, place, chat_tokenizer, context=prompt + 3, left_out=left_out) is None  # alike up to there
+    cut = encoded_pair(
+        {**row, "rejected": {"role": "assistant", "content": "d d d d"}},
+        place,
+        chat_tokenizer,
+        context=prompt + 3,
+        left_out=left_out,
+    )
+    assert cut is not None
+    assert len(cut.chosen) == len(cut.rejected) == 3
+
+
+def test_largest_id_of_both_kinds(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    path = conversations(tmp_path / "a.jsonl", 5)
+    step = Alignment(kind="sft", data=(str(path),))
+    chat = with_template(chat_tokenizer, CHATML)  # type: ignore[arg-type]
+    talks = list(dialogues(step, DATA, chat, context=200, left_out=LeftOut()))
+    assert largest_id(talks) == max(int(np.max(talk.ids)) for talk in talks)
+    assert largest_id([Preference([1, 5], [7], [2]), Preference([1], [2], [300])]) == 300
+    assert largest_id([]) == -1
+
+
+def test_what_is_held_out_is_fixed_by_the_seed_and_never_trained_on() -> None:
+    items = list(range(100))
+    train, heldout = parted(items, 8, seed=1)
+    assert sorted([*train, *heldout]) == items
+    assert len(heldout) == 8
+    assert parted(items, 8, seed=1)[1] == heldout != parted(items, 8, seed=2)[1]
+    assert parted(items, 0, seed=1) == (items, [])
+    assert len(parted(items, 64, seed=1)[1]) == 10
+
+
+def test_nothing_left_is_an_error() -> None:
+    left_out = LeftOut()
+    left_out.add("are empty", 3)
+    with pytest.raises(CorpusError, match=r"no pair is left to learn from\n  why: 3 are empty"):
+        require_examples(0, left_out, "pair")

@@ -1,0 +1,86 @@
+"""Answers of the current model: from its own distribution, resumed, and made into pairs by a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from halve.align import writing
+from halve.align.examples import LeftOut
+from halve.align.setting import Setting
+from halve.errors import TrainError
+
+ROWS = [{"prompt": [{"role": "user", "content": f"Who sees the {word}?"}]} for word in ("cat", "dog", "tree")]
+MakeSetting = Callable[..., Setting]
+
+
+def asking(make_setting: MakeSetting, **given: Any) -> Setting:
+    return make_setting(kind="rpo", rewards="gsm8k", answers=4, answer_tokens=12, **given)
+
+
+def test_answers_are_drawn_for_every_prompt(
+    model: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerBase, make_setting: MakeSetting
+) -> None:
+    model.generation_config = before = GenerationConfig(max_new_tokens=1, repetition_penalty=9.0)
+    answers = writing.written_answers(ROWS, model, chat_tokenizer, asking(make_setting))
+    assert [len(texts) for texts in answers] == [4, 4, 4]
+    assert len({text for texts in answers for text in texts}) > 6
+    assert model.generation_config is before
+    again = writing.written_answers(ROWS, model, chat_tokenizer, asking(make_setting, scratch="b"))
+    other = writing.written_answers(ROWS, model, chat_tokenizer, asking(make_setting, scratch="c", seed=1))
+    assert again == answers != other
+
+
+def test_a_low_temperature_is_greedy(
+    model: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerBase, make_setting: MakeSetting
+) -> None:
+    with torch.no_grad():
+        model.model.norm.weight *= 50  # else some tokens are nearly as likely as the likeliest
+    how = asking(make_setting, temperature=0.01)
+    (texts, *_) = writing.written_answers(ROWS, model, chat_tokenizer, how)
+    prompt = writing.prompt_of(ROWS[0], chat_tokenizer)
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)
+    assert {*texts} == {chat_tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)}
+
+
+def test_written_parts_are_not_written_again(
+    model: PreTrainedModel,
+    chat_tokenizer: PreTrainedTokenizerBase,
+    make_setting: MakeSetting,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writing, "_PROMPTS", 1)
+    how = asking(make_setting)
+    whole = writing.written_answers(ROWS, model, chat_tokenizer, how)
+    (how.scratch / "answers" / "part-000001.json").unlink()
+    drawn: list[Any] = []
+    true = writing._drawn
+
+    def watched(row: Mapping[str, Any], *args: Any) -> list[str]:
+        drawn.append(row)
+        return true(row, *args)
+
+    monkeypatch.setattr(writing, "_drawn", watched)
+    assert writing.written_answers(ROWS, model, chat_tokenizer, how) == whole
+    assert drawn == [ROWS[1]]
+
+
+def test_the_best_and_the_worst_become_the_pair() -> None:
+    left_out = LeftOut()
+    answers = [["bb", "a", "dddd", "ccc"], ["x", "y", "z", "w"]]
+    (pair,) = writing.judged(ROWS[:2], answers, lambda row, text: float(len(text)), left_out=left_out)
+    assert pair["prompt"] == ROWS[0]["prompt"]
+    assert (pair["chosen"]["content"], pair["rejected"]["content"]) == ("dddd", "a")
+    assert pair["rewards"] == [4.0, 1.0]
+    assert left_out.told == "1 have answers of equal reward and are left out"
+
+
+def test_a_reward_that_is_no_number_ends_the_step() -> None:
+    with pytest.raises(TrainError, match=r"the reward of an answer is not finite\n  why: it is nan"):
+        list(writing.judged(ROWS[:1], [["a", "b"]], lambda row, text: math.nan, left_out=LeftOut()))

@@ -1,0 +1,128 @@
+"""Errors in steps of alignment that `check` finds, and what the dry run says of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from talking import conversations, preferences, with_chat, write_lines
+
+from halve.preflight import forecast as forecasts
+from halve.preflight.check import check
+from halve.recipe.schema import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_chat(tiny_llama, tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture
+def aligned(make_recipe: MakeRecipe, chat_model: Path) -> MakeRecipe:
+    """`aligned(step, ...)`: a recipe with these steps on a model with a chat template."""
+
+    def made(*steps: dict[str, Any], model: Path = chat_model) -> Recipe:
+        return make_recipe(model=str(model), distill={"tokens": 512, "batch": 4}, align=[*steps])
+
+    return made
+
+
+def errors(recipe: Recipe) -> str:
+    return "\n".join(map(str, check(recipe)))
+
+
+def test_sound_steps_pass(aligned: MakeRecipe, tmp_path: Path) -> None:
+    talks, pairs = conversations(tmp_path / "a.jsonl", 4), write_lines(tmp_path / "b.jsonl", preferences(4))
+    recipe = aligned({"kind": "sft", "data": [str(talks)]}, {"kind": "rpo", "data": [str(pairs)]})
+    assert check(recipe) == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "step", "what"),
+    [
+        ({"chosen": None}, {}, "line 2 has no chosen answer"),
+        ({"chosen_reward": None}, {}, "line 2 has no reward for its chosen answer"),
+        ({"rejected_reward": float("nan")}, {}, "line 2 has no reward for its rejected answer"),
+        ({"answer": None}, {"rewards": "gsm8k"}, "line 2 has no answer to compare with"),
+        ({"prompt": ""}, {"kind": "dpo"}, "line 2 has no field 'prompt'"),
+    ],
+)
+def test_a_bad_row_is_found_before_anything_runs(
+    aligned: MakeRecipe, tmp_path: Path, row: dict[str, Any], step: dict[str, Any], what: str
+) -> None:
+    first, second = preferences(2)
+    path = write_lines(tmp_path / "pairs.jsonl", [first, {**second, **row}])
+    (error,) = check(aligned({"kind": "rpo", "data": [str(path)], **step}))
+    assert what in error.what
+    assert len(str(error).splitlines()) == 3
+
+
+def test_conversations_without_messages_are_found(aligned: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "words"}])
+    assert "has no field 'messages'" in errors(aligned({"kind": "sft", "data": [str(path)]}))
+
+
+def test_missing_data_are_found(aligned: MakeRecipe, tmp_path: Path) -> None:
+    assert "nowhere.jsonl" in errors(aligned({"kind": "sft", "data": [str(tmp_path / "nowhere.jsonl")]}))
+
+
+def test_a_tokenizer_without_a_template_is_found(aligned: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
+    plain = with_chat(tiny_llama, tmp_path / "plain", template=None)
+    pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
+    (error,) = check(aligned({"kind": "rpo", "data": [str(pairs)]}, model=plain))
+    assert "the tokenizer has no chat template" in error.what
+    assert "chat_template.jinja" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        ({"context": 4096}, "a sample of step 1 of align (dpo) has 4096 tokens"),
+        ({"method": "lora", "lora_rank": 64}, "lora_rank 64 of step 1 of align (dpo) is larger than"),
+        ({"rewards": "model", "reward_model": "./no/judge"}, "there is no model"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_found(
+    aligned: MakeRecipe, tmp_path: Path, step: dict[str, Any], what: str
+) -> None:
+    pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
+    assert what in errors(aligned({"kind": "dpo", "data": [str(pairs)], **step}))
+
+
+def test_a_missing_package_is_found(aligned: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
+    true = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "trl" else true(name, *a))
+    (error,) = check(aligned({"kind": "dpo", "data": [str(pairs)]}))
+    assert error.what == "step 1 of align (dpo) needs the package trl"
+    assert error.fix == "pip install 'halve[align]'"
+
+
+# ---- the dry run
+
+
+def test_the_dry_run_plans_every_step(aligned: MakeRecipe, tmp_path: Path) -> None:
+    talks, pairs = conversations(tmp_path / "a.jsonl", 40), write_lines(tmp_path / "b.jsonl", preferences(40))
+    plain = aligned()
+    recipe = aligned(
+        {"kind": "sft", "data": [str(talks)], "tokens": 10_000},
+        {"kind": "rpo", "data": [str(pairs)], "epochs": 3, "batch": 4, "context": 64},
+        {"kind": "rpo", "data": [str(pairs)], "batch": 4, "context": 64, "answers": 4, "rewards": "gsm8k"},
+        {"kind": "dpo", "data": [str(pairs)], "method": "lora", "lora_rank": 4, "batch": 4},
+    )
+    before, found = forecasts.forecast(plain), forecasts.forecast(recipe)
+    names = ["align-sft", "align-2-rpo", "align-3-rpo", "align-4-dpo"]
+    assert [name for name in found.tokens if name.startswith("align")] == names
+    assert found.tokens["align-sft"] == 10_000
+    assert 40 * 3 * 40 < found.tokens["align-2-rpo"] < 40 * 3 * 80
+    assert found.flops["align-2-rpo"] > 3 * found.flops["align-sft"] * found.tokens["align-2-rpo"] / 40_000
+    assert [name for name in found.memory if name.startswith("align")] == names
+    assert found.memory["align-4-dpo"].moment_bytes < found.memory["align-2-rpo"].moment_bytes / 2
+    assert found.disk.model_bytes > before.disk.model_bytes
+    assert json.loads(json.dumps(found.to_json(), default=str))["tokens"]["align-sft"] == 10_000

@@ -1,0 +1,249 @@
+"""Alignment in a run: a stage a step, from the recipe to the page, and what is made again after a change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from talking import conversations, preferences, with_chat, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halve.align import trainers
+from halve.errors import RunError
+from halve.model.checkpoint import Checkpoint
+from halve.pipeline import run as pipeline
+from halve.pipeline.export import export
+from halve.pipeline.keys import keys_of
+from halve.pipeline.order import stages
+from halve.preflight.check import check
+from halve.recipe.schema import Recipe
+
+COMMON: dict[str, Any] = {"batch": 8, "lr": 3e-3, "warmup_steps": 2, "context": 64}
+NAMES = ["align-sft", "align-2-rpo", "align-3-rpo"]
+MakeRecipe = Callable[..., Recipe]
+
+
+def vowels(row: dict[str, Any], text: str) -> float:
+    """Stands for a verifier: the tiny model writes no numbers."""
+    return float(text.count("e") > text.count("s"))
+
+
+@pytest.fixture(scope="module")
+def aligned(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
+    """`aligned(steps, **sections)`: a recipe that aligns a student of half the neurons."""
+    folder = tmp_path_factory.mktemp("aligned")
+    chat = with_chat(tiny_llama, folder / "model")
+    talks = conversations(folder / "talks.jsonl")
+    rows = preferences(60)
+    pairs = write_lines(folder / "pairs.jsonl", rows)
+    usual = (
+        {"kind": "sft", "data": [str(talks)], "epochs": 1},
+        {"kind": "rpo", "data": [str(pairs)], "epochs": 2},
+        # the second round, in which the current student answers
+        {"kind": "rpo", "data": [str(pairs)], "epochs": 1, "answers": 6, "answer_tokens": 5, "rewards": "gsm8k"},
+    )
+
+    def made(steps: Any = usual, **sections: Any) -> Recipe:
+        listed = [{**COMMON, **step} for step in steps]
+        measured = {"samples": 4, "speed": False, "completion_tokens": 2}
+        cut = {"ffn": 32, "rotation": "none", "refit": "none"}
+        short = {"evaluate": measured, "prune": cut, "distill": {"tokens": 512, "batch": 4}}
+        return make_recipe(**{"model": str(chat), **short, "align": listed, **sections})
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(aligned: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe with three steps, and its finished run."""
+    recipe = aligned()
+    run = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("halve.align.rewards.by_last_number", vowels)
+        pipeline.run(recipe, run)
+    return recipe, run
+
+
+def metrics(run: Path, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / stage / "manifest.json").read_text())["metrics"]
+    return found
+
+
+# ---- a run
+
+
+def test_every_step_starts_from_the_one_before(finished: tuple[Recipe, Path]) -> None:
+    recipe, run = finished
+    assert [stage.name for stage in stages(recipe) if stage.section == "align"] == NAMES
+    before = "distill"
+    for name in NAMES:
+        record = json.loads((run / name / "model" / "halve.json").read_text())
+        assert record["stage"] == "align"
+        assert record["student"] == Checkpoint.open(run / before / "model").fingerprint
+        assert "/" not in record["alignment"]["data"][0]
+        was, now = (load_file(run / stage / "model" / "model.safetensors") for stage in (before, name))
+        assert now.keys() == was.keys()
+        assert all(now[key].dtype == was[key].dtype for key in now)
+        assert not any(torch.equal(now[key], was[key]) for key in now if key.endswith("proj.weight"))
+        before = name
+
+
+def test_the_students_folder_opens_and_keeps_its_settings(finished: tuple[Recipe, Path]) -> None:
+    _, run = finished
+    first, last = run / "distill" / "model", run / NAMES[-1] / "model"
+    AutoModelForCausalLM.from_pretrained(last)
+    assert AutoTokenizer.from_pretrained(last).chat_template == AutoTokenizer.from_pretrained(first).chat_template
+    for file in ("config.json", "generation_config.json"):
+        assert (last / file).read_bytes() == (first / file).read_bytes()
+    assert not (last / "training_args.bin").exists()
+    assert "and aligned" in (last / "README.md").read_text()
+
+
+def test_metrics_say_what_was_learned(finished: tuple[Recipe, Path]) -> None:
+    _, run = finished
+    sft, rpo, again = (metrics(run, name) for name in NAMES)
+    assert (sft["kind"], sft["examples"], sft["heldout"]) == ("sft", 54, 6)
+    assert sft["nats_gain"]["value"] < -2 * sft["nats_gain"]["stderr"]
+    assert sft["nats_after"]["value"] - sft["nats_before"]["value"] == pytest.approx(sft["nats_gain"]["value"])
+    assert (rpo["steps"], rpo["heldout"]) == (14, 6)
+    assert rpo["accuracy"]["value"] > 0.9
+    assert 0 < again["examples"] < 60
+    for name, told in zip(NAMES, (sft, rpo, again), strict=True):
+        log = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in log] == list(range(1, told["steps"] + 1))
+        assert log[-1]["tokens"] == told["tokens"]
+
+
+def test_every_model_is_evaluated_and_the_last_one_is_the_subject(finished: tuple[Recipe, Path]) -> None:
+    _, run = finished
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    models = [*results["models"]]
+    assert models == ["teacher", "pruned", "distilled", "aligned-sft", "aligned-2-rpo", "aligned-3-rpo"]
+    assert results["differences"]["subject"] == "aligned-3-rpo"
+    assert all(results["models"][name]["kl"]["value"] > 0 for name in models[1:])
+
+
+def test_page_and_card_show_each_step_beside_the_teacher(finished: tuple[Recipe, Path]) -> None:
+    recipe, run = finished
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    page = (run / "report" / "report.html").read_text()
+    card = (run / "report" / "README.md").read_text()
+    assert "then distilled from its teacher, then aligned" in card
+    (table,) = (part for part in card.split("## ") if part.startswith("Alignment"))
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert [line[0].strip("| *") for line in lines] == [
+        *("model", "Distilled student", "Aligned, SFT", "Aligned 2, RPO", "Aligned 3, RPO")
+    ]
+    shown = [line[lines[0].index("KL to teacher")].split()[0] for line in lines[1:]]
+    for text, name in zip(shown, ("distilled", "aligned-sft", "aligned-2-rpo", "aligned-3-rpo"), strict=True):
+        kl = results["models"][name]["kl"]
+        assert float(text) == pytest.approx(kl["value"], abs=kl["stderr"])
+    assert "Training loss, Aligned 2, RPO" in page
+    assert "aligned student minus each other model" in page
+    for path in (recipe.model, *recipe.align[0].data):
+        assert str(Path(path).parent) not in page + card
+
+
+def test_export_gives_the_aligned_student(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    _, run = finished
+    export(run, tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").fingerprint == Checkpoint.open(run / NAMES[-1] / "model").fingerprint
+
+
+# ---- again
+
+
+def test_a_finished_run_changes_nothing(finished: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, run = finished
+    monkeypatch.setattr("halve.stages.align.run", None)
+    stamps = {path: path.stat().st_mtime_ns for path in run.glob("align*/**/*")}
+    pipeline.run(recipe, run)
+    assert {path: path.stat().st_mtime_ns for path in run.glob("align*/**/*")} == stamps
+
+
+def changed(recipe: Recipe, number: int, **values: Any) -> Recipe:
+    steps = [step.model_copy(update=values) if i == number else step for i, step in enumerate(recipe.align, 1)]
+    return recipe.model_copy(update={"align": tuple(steps)})
+
+
+def test_a_steps_key_is_of_what_it_reads(aligned: MakeRecipe, tmp_path: Path) -> None:
+    recipe = aligned()
+    teacher = Checkpoint.open(recipe.model)
+
+    def keys(of: Recipe) -> list[str]:
+        found = keys_of(of, teacher, stages(of), memo=tmp_path / "memo.json")
+        return [found[name] for name in ("distill", *NAMES)]
+
+    want = keys(recipe)
+
+    def same(of: Recipe) -> list[bool]:
+        return [a == b for a, b in zip(keys(of), want, strict=True)]
+
+    assert same(changed(recipe, 2, checkpoint_every=7, activation_checkpointing="full")) == [True] * 4
+    assert same(changed(recipe, 2, lr=1e-3)) == [True, True, False, False]
+    moved = tmp_path / "pairs.jsonl"
+    shutil.copyfile(recipe.align[1].data[0], moved)
+    assert same(changed(recipe, 2, data=(str(moved),))) == [True] * 4
+    with moved.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(preferences(1, seed=9)[0]) + "\n")
+    assert same(changed(recipe, 2, data=(str(moved),))) == [True, True, False, False]
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "config.json").write_text("{}")
+    by_model = changed(recipe, 2, rewards="model", reward_model=str(judge))
+    first = keys(by_model)
+    (judge / "config.json").write_text('{"a": 1}')
+    assert [a == b for a, b in zip(keys(by_model), first, strict=True)] == [True, True, False, False]
+
+
+def test_a_killed_step_resumes_in_the_run(
+    aligned: MakeRecipe, finished: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as an undisturbed run."""
+    recipe, done = finished
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    for stage in ("align-2-rpo", "align-3-rpo", "evaluate", "report"):
+        shutil.rmtree(run / stage)
+    often = changed(recipe, 2, checkpoint_every=4)
+    true = trainers._Watch.on_log
+
+    def dying(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        true(self, args, state, control, **more)
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainers._Watch, "on_log", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(often, run, only="align")
+    assert (run / ".align-2-rpo.work" / ".checkpoints" / "checkpoint-4").is_dir()
+    monkeypatch.setattr(trainers._Watch, "on_log", true)
+    monkeypatch.setattr("halve.align.rewards.by_last_number", vowels)
+    pipeline.run(often, run, only="align")
+    for name in NAMES:
+        for file in ("model/model.safetensors", "metrics.jsonl"):
+            assert (run / name / file).read_bytes() == (done / name / file).read_bytes()
+        assert not [*(run / name).glob(".*")]
+
+
+def test_an_aligned_run_needs_its_student(aligned: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="align-sft needs the artifact of distill"):
+        pipeline.run(aligned(), tmp_path / "run", only="align")
+
+
+def test_a_recipe_without_steps_has_nothing_to_align(aligned: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is nothing to align"):
+        pipeline.run(aligned(()), tmp_path / "run", only="align")
+
+
+def test_a_model_may_be_aligned_that_was_only_cut(aligned: MakeRecipe, tmp_path: Path) -> None:
+    recipe = aligned(distill=None, evaluate={"samples": 2, "speed": False, "chat_prompts": []})
+    assert check(recipe) == ()
+    (first, *_) = (stage for stage in stages(recipe) if stage.section == "align")
+    assert first.after == ("prune",)
