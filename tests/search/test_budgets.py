@@ -254,3 +254,21 @@ def test_plan_reads_a_budget_in_words(tmp_path: Any, capsys: pytest.CaptureFixtu
         assert shape["costs"]["memory"] == price(anatomy(), arch, "memory", limits) <= most
     assert main([*words, "--params", "1M"]) == 2
     assert "--params and --budget are two ways" in capsys.readouterr().err
+
+
+def test_plan_lists_the_shapes_of_every_target_of_a_recipe(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from halve.cli.app import main
+
+    anatomy().config.save_pretrained(tmp_path / "teacher")
+    text = "name: s\nmodel: ./teacher\ndata: {train: [t], valid: [v]}\n"
+    (tmp_path / "r.yaml").write_text(text + "search:\n  targets: [70%, {total: {max: 400k}}]\n", encoding="utf-8")
+    (tmp_path / "none.yaml").write_text(text + "prune: {ffn: 8}\n", encoding="utf-8")
+    assert main(["plan", str(tmp_path / "r.yaml"), "--most", "3", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    whole = anatomy().ledger.count(anatomy().sizes).non_embedding
+    assert {round(shape["costs"]["non_embedding"] / whole, 1) for shape in first["candidates"]} == {0.7}
+    assert all(shape["counts"]["params"] <= 400_000 for shape in second["candidates"])
+    assert main(["plan", str(tmp_path / "r.yaml"), "--budget", "total=50%"]) == 2
+    assert "--budget is not combined with a recipe" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "none.yaml")]) == 2
+    assert "recipe s has no budget to list shapes for" in capsys.readouterr().err

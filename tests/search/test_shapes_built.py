@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import ALSO, PROVED, config
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.configs import build, quiet, resized
@@ -100,3 +100,28 @@ def test_a_window_bounds_the_cache() -> None:
     cached = Space.whole(anatomy).tabulated.cached_numbers(6, context=1000)
     assert cached is not None
     assert np.all(cached == 3 * (WINDOW + 1000) * 2 * sizes.kv_heads * sizes.head_dim)
+
+
+def test_of_a_mixture_only_the_experts_of_a_token_are_active() -> None:
+    """Two of eight experts: the weights of six are idle. Their neurons cannot be cut, hidden and layers can."""
+    mixture = discover(
+        AutoConfig.for_model(
+            "mixtral",
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=None,
+        )
+    )
+    space = legal_shapes(mixture, FREE_TOGETHER)
+    assert space.ffns == (96,)
+    prices, some = Prices(space), Limits(max="1B")
+    for layers, width, ffn, arch in drawn(mixture, space, 3):
+        total, active = (float(prices.values(name, some, layers)[width, ffn]) for name in ("total", "active"))
+        assert total == sum(parameter.numel() for parameter in built(mixture, arch).parameters())
+        assert total - active == layers * 6 * 3 * 96 * arch.hidden

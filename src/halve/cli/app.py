@@ -129,7 +129,8 @@ def plan(
 ) -> None:
     """List valid sizes within a budget, with exact counts.
 
-    Sizes can also be given by hand. No weights are read.
+    Sizes can also be given by hand. MODEL may be a recipe: its section search then gives the budget. No weights are
+    read.
     """
     from halve.cli import planned
     from halve.cut.plan.sizes import near
@@ -139,14 +140,14 @@ def plan(
     asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads}
     wishes = {"params": params, "non_embedding_ratio": non_embedding_ratio, **asked}
     wishes |= {"layers": layers, "drop_layers": drop_layers}
-    if budget or axis:
+    if budget or axis or model.endswith(planned.RECIPE_SUFFIXES):
         given = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
-        planned.budget(model, budget or (), axis or (), given=given, most=most, timings=timings, json_=json_)
+        planned.spoken(model, budget or (), axis or (), given=given, most=most, timings=timings, json_=json_)
         return
     prune = _prune(wishes)
     anatomy = Checkpoint.open(model).anatomy
     shapes = near(student_anatomy(anatomy, prune), prune, context=context)[:most]
-    planned.show_shapes(anatomy, shapes, title="candidates, best guess first", json_=json_)
+    planned.show_shapes(anatomy, [planned.Listing("candidates, best guess first", shapes)], json_=json_)
 
 
 @app.command()

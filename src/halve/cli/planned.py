@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.cli.hints import say_next
 from halve.errors import PlanError
+from halve.recipe.read import load_recipe
+from halve.recipe.schema import Recipe, Search
+from halve.recipe.searching import ShapeBudget
 from halve.recipe.spoken import spoken_search
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy
     from halve.cut.plan.sizes import Candidate
 
+RECIPE_SUFFIXES = (".yaml", ".yml")
 
-def budget(
+
+@dataclass(frozen=True)
+class Listing:
+    """Shapes to show, and what a budget bounds of each of them."""
+
+    title: str
+    shapes: Sequence[Candidate]
+    costs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    shown: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The costs that are a column of their own, in words."""
+
+
+def spoken(
     model: str,
     bounds: Sequence[str],
     axes: Sequence[str],
@@ -25,29 +42,55 @@ def budget(
     timings: Path | None,
     json_: bool,
 ) -> None:
-    """List shapes of the front under a budget. Axes that are not proved stay whole.
+    """List shapes under the budget that flags or a recipe (`model` is its file) give.
 
-    Raises `PlanError` if sizes are given (`given`) as well, and for a budget that cannot be met.
+    Raises `PlanError` if sizes are given (`given`) as well, for a recipe without a search, and for a budget that cannot
+    be met.
     """
-    from halve.cut.proof.prove import prove
     from halve.model.checkpoint import Checkpoint
+
+    if model.endswith(RECIPE_SUFFIXES):
+        recipe = load_recipe(model)
+        if bounds or axes or given or recipe.search is None:
+            raise _not_of_a_recipe(recipe, [*given, *["--budget"] * bool(bounds), *["--axis"] * bool(axes)])
+        model, search = recipe.model, recipe.search
+    else:
+        if given or not bounds:
+            raise PlanError(
+                f"{given[0]} and --budget are two ways to say one thing" if given else "--axis needs a budget",
+                why="--budget says what a shape may cost, and its sizes follow",
+                fix=f"leave {given[0]} out, or --budget" if given else 'add --budget "total=50%"',
+            )
+        search = spoken_search(bounds, axes, candidates=most)
+    anatomy = Checkpoint.open(model).anatomy
+    budgets = list(filter(None, (search.budget, *search.targets)))
+    show_shapes(anatomy, [_listed(anatomy, budget, search, most, timings) for budget in budgets], json_=json_)
+
+
+def _not_of_a_recipe(recipe: Recipe, flags: Sequence[str]) -> PlanError:
+    if recipe.search is None:
+        return PlanError(
+            f"recipe {recipe.name} has no budget to list shapes for",
+            why="it has no section search, and halve plan reads no other one",
+            fix=f'add search: or halve plan {recipe.model} --budget "total=50%"',
+        )
+    return PlanError(
+        f"{flags[0]} is not combined with a recipe",
+        why="the recipe's section search says what a shape may cost",
+        fix=f"leave {flags[0]} out, or halve plan {recipe.model} with it",
+    )
+
+
+def _listed(anatomy: Anatomy, budget: ShapeBudget, search: Search, most: int, timings: Path | None) -> Listing:
+    """Shapes spread over the front under one budget. Axes that are not proved stay whole."""
+    from halve.cut.proof.prove import prove
     from halve.search.candidates import candidates_of, look
     from halve.search.latency import TimeTable, needed
     from halve.search.quantities import in_words, price
 
-    if given or not bounds:
-        raise PlanError(
-            f"{given[0]} and --budget are two ways to say one thing" if given else "--axis needs a budget",
-            why="--budget says what a shape may cost, and its sizes follow",
-            fix=f"leave {given[0]} out, or --budget" if given else 'add --budget "total=50%"',
-        )
-    search = spoken_search(bounds, axes, candidates=most)
-    assert search.budget is not None
-    anatomy = Checkpoint.open(model).anatomy
-    proof = prove(anatomy, reopen=False)
-    clock = TimeTable.measured(anatomy, search, path=timings) if needed(search.budget) else None
-    seen = look(anatomy, search.budget, search, clock=clock, refused=proof.refusals)
-    shapes: Sequence[Candidate] = candidates_of(seen, most)
+    clock = TimeTable.measured(anatomy, search, path=timings) if needed(budget) else None
+    seen = look(anatomy, budget, search, clock=clock, refused=prove(anatomy, reopen=False).refusals)
+    shapes = candidates_of(seen, most)
     costs: dict[str, list[float]] = {
         r.quantity: [price(anatomy, shape.arch, r.quantity, r.limits, clock) for shape in shapes] for r in seen.ranges
     }
@@ -58,19 +101,11 @@ def budget(
         if r.quantity not in ("total", "non_embedding", "flops")
     }
     title = f"{len(shapes)} shapes; the front has {len(seen.front)}, of {len(seen.prices.space):,} legal ones"
-    show_shapes(anatomy, shapes, title=title, json_=json_, costs=costs, shown=shown)
+    return Listing(title, shapes, costs, shown)
 
 
-def show_shapes(
-    anatomy: Anatomy,
-    shapes: Sequence[Candidate],
-    *,
-    title: str,
-    json_: bool,
-    costs: Mapping[str, Sequence[float]] | None = None,
-    shown: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Print shapes as a table or as JSON. `costs` are what a budget bounds, `shown` those of them that get a column.
+def show_shapes(anatomy: Anatomy, listings: Sequence[Listing], *, json_: bool) -> None:
+    """Print tables of shapes, or JSON: an object, or a list of objects for several budgets.
 
     Raises `AnatomyError` if an axis that a shape cuts is not proved.
     """
@@ -78,21 +113,28 @@ def show_shapes(
     from halve.cut.proof.prove import prove
     from halve.report import tables as show
 
-    for shape in shapes:
-        prove(anatomy, reopen=False).demand(anatomy.sizes, shape.arch)
-    verdicts = [[(r.name, r.opens, r.remedy) for r in runtimes(anatomy, s.arch, s.kept_layers)] for s in shapes]
-    if not json_:
-        show.candidates_table(anatomy, shapes, verdicts, title=title, costs=shown or {})
+    printed: list[dict[str, Any]] = []
+    for listing in listings:
+        for shape in listing.shapes:
+            prove(anatomy, reopen=False).demand(anatomy.sizes, shape.arch)
+        verdicts = [
+            [(r.name, r.opens, r.remedy) for r in runtimes(anatomy, shape.arch, shape.kept_layers)]
+            for shape in listing.shapes
+        ]
+        if not json_:
+            show.candidates_table(anatomy, listing.shapes, verdicts, title=listing.title, costs=listing.shown)
+        shapes = [
+            {
+                "arch": shape.arch.sizes,
+                "counts": vars(shape.counts),
+                "kept_layers": shape.kept_layers,
+                "costs": {quantity: values[number] for quantity, values in listing.costs.items()},
+                "runtimes": [{"name": name, "opens": opens, "remedy": remedy} for name, opens, remedy in verdict],
+            }
+            for number, (shape, verdict) in enumerate(zip(listing.shapes, verdicts, strict=True))
+        ]
+        printed.append({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": shapes})
+    if json_:
+        show.as_json(printed[0] if len(printed) == 1 else printed)
+    else:
         say_next("put these sizes under prune: in a recipe, then halve run")
-        return
-    listed: list[dict[str, Any]] = [
-        {
-            "arch": shape.arch.sizes,
-            "counts": vars(shape.counts),
-            "kept_layers": shape.kept_layers,
-            "costs": {quantity: values[number] for quantity, values in (costs or {}).items()},
-            "runtimes": [{"name": name, "opens": opens, "remedy": remedy} for name, opens, remedy in verdict],
-        }
-        for number, (shape, verdict) in enumerate(zip(shapes, verdicts, strict=True))
-    ]
-    show.as_json({"family": anatomy.family, "teacher": anatomy.sizes.sizes, "candidates": listed})
