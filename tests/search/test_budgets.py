@@ -216,6 +216,15 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
             lambda: looked({"total": "50%"}, axes=dict.fromkeys(("hidden", "ffn", "kv_heads", "layers"), "frozen")),
             "no legal shape has total about",
         ),
+        (
+            lambda: looked({"total": "100%"}, axes=dict.fromkeys(("hidden", "ffn", "kv_heads", "layers"), "frozen")),
+            "the config of llama refuses the shapes that would, or they are the teacher itself",
+        ),
+        (
+            lambda: looked({"total": "50%"}, axes={"heads": [7]}),
+            r"leaves no width of llama\n.*\(this model: 8 heads / 4 groups = 2\)",
+        ),
+        (lambda: spoken_search(["memory<=1GB@9999999999"], [], candidates=1), "less than or equal to 1000000000"),
         (lambda: spoken_search(["params<=1B"], [], candidates=1), r"cannot read --budget 'params<=1B'"),
         (lambda: spoken_search(["total<=1B@4096"], [], candidates=1), "this quantity has no such condition"),
         (lambda: spoken_search(["total<=1X"], [], candidates=1), "no amount of parameters"),

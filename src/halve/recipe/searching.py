@@ -24,6 +24,9 @@ Quantity = Literal[
 """What a budget can bound."""
 SearchedAxis = Literal["hidden", "ffn", "heads", "kv_heads", "layers"]
 StoredAs = Literal["float32", "bfloat16", "float16"]
+Length: TypeAlias = Annotated[Count, Field(le=10**9)]
+AtOnce: TypeAlias = Annotated[Count, Field(le=10**6)]
+"""Contexts and batches at which 64 bits hold every count."""
 
 
 class Limits(Section):
@@ -68,8 +71,8 @@ class MemoryLimits(Limits):
 
     unit: ClassVar[Unit] = "bytes"
 
-    batch: Count = Field(1, description="number of sequences in the cache")
-    context: Count = Field(4096, description="tokens of each sequence")
+    batch: AtOnce = Field(1, description="number of sequences in the cache")
+    context: Length = Field(4096, description="tokens of each sequence")
     dtype: StoredAs = Field("bfloat16", description="the type in which weights and cache are counted")
 
 
@@ -78,7 +81,7 @@ class FlopsLimits(Limits):
 
     unit: ClassVar[Unit] = "FLOPs"
 
-    context: Count = Field(4096, description="context length at which attention is counted")
+    context: Length = Field(4096, description="context length at which attention is counted")
 
 
 class TimeLimits(Limits):
@@ -86,8 +89,8 @@ class TimeLimits(Limits):
 
     unit: ClassVar[Unit] = "seconds"
 
-    batch: Count = Field(1, description="number of sequences at once")
-    context: Count = Field(512, description="tokens of each prompt")
+    batch: AtOnce = Field(1, description="number of sequences at once")
+    context: Length = Field(512, description="tokens of each prompt")
 
 
 class RateLimits(TimeLimits):

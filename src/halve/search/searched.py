@@ -37,7 +37,11 @@ def shapes_to_try(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None
             why="search.targets lists several budgets, and the search stage finds one shape",
             fix="give search.budget, and a recipe for each size; halve plan lists the shapes of all targets",
         )
-    clock = TimeTable.measured(student, search, path=times) if times is not None and needed(search.budget) else None
+    clock = (
+        TimeTable.measured(student, search, path=times, device=recipe.device)
+        if times is not None and needed(search.budget)
+        else None
+    )
     refused = prove(anatomy, reopen=False).refusals
     seen = look(student, search.budget, search, clock=clock, refused=refused, timed=clock is not None)
     if not seen.ranges:

@@ -86,13 +86,26 @@ def legal_shapes(anatomy: Anatomy, search: Search) -> Space:
         if not anatomy.coupled or hidden == heads * before.head_dim
     ]
     if not widths:
-        raise PlanError(
-            f"search.axes leaves no width of {anatomy.family}",
+        raise _no_width(anatomy)
+    ffns = _sizes(anatomy, search, "ffn", step_of(before.ffn))
+    return Space(anatomy, _depths(anatomy, search), tuple(widths), tuple(ffns))
+
+
+def _no_width(anatomy: Anatomy) -> PlanError:
+    before = anatomy.sizes
+    what = f"search.axes leaves no width of {anatomy.family}"
+    if anatomy.coupled:
+        return PlanError(
+            what,
             why=f"its code computes head_dim as hidden / heads, and head_dim {before.head_dim} is never cut",
             fix=f"allow heads and hidden together, hidden in multiples of {before.head_dim}",
         )
-    ffns = _sizes(anatomy, search, "ffn", step_of(before.ffn))
-    return Space(anatomy, _depths(anatomy, search), tuple(widths), tuple(ffns))
+    return PlanError(
+        what,
+        why="no heads that are listed divide into the groups that are allowed"
+        f" (this model: {before.heads} heads / {before.kv_heads} groups = {before.heads // before.kv_heads})",
+        fix="leave search.axes.heads out, so that heads go with their groups",
+    )
 
 
 def _require_free(anatomy: Anatomy, axis: SearchedAxis, freedom: Freedom) -> None:

@@ -47,7 +47,17 @@ def _reason(prices: Prices, ranges: Sequence[Range]) -> str:
         if r.low <= float(np.max(values)) and r.high >= float(np.min(values)):
             return f"{r.quantity} of legal shapes goes from {least} to {most} in steps, none of which is in that range"
         return f"{r.quantity} of legal shapes is between {least} and {most}"
+    if any(_all_hold(prices, ranges, layers) for layers in space.depths):
+        return (
+            f"the configuration of {space.anatomy.family} refuses the shapes that would, or they are the teacher itself"
+        )
     return "each bound can be met alone, but no legal shape meets them together"
+
+
+def _all_hold(prices: Prices, ranges: Sequence[Range], layers: int) -> bool:
+    """Whether a width with so many layers is in all ranges."""
+    held = [r.holds(prices.values(r.quantity, r.limits, layers)) for r in ranges]
+    return bool(np.all(held, axis=0).any())
 
 
 def _nearest(prices: Prices, ranges: Sequence[Range]) -> list[Arch]:
