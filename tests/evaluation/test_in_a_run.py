@@ -92,6 +92,13 @@ def test_the_papers_numbers_stand_beside_their_models_alone() -> None:
     assert {paper.label: paper.base.get("gsm8k") for paper in PAPER_MODELS}["4B-Width"] == 41.2
 
 
+def test_items_that_change_with_the_batch_are_named() -> None:
+    asked = [{"key": "arc_easy (0)"}]
+    tasks = {"settings": {"batch": 8}, "changed_by_batch": {"arc_easy (0)": [{"part": "arc_easy", "item": 3}]}}
+    words = "In batches of 1 another answer is given to 1 items of arc_easy (0): arc_easy 3."
+    assert list(task_tables._changed(tasks, asked)) == [words]
+
+
 def test_a_table_has_the_papers_columns() -> None:
     (paper,) = (paper for paper in PAPER_MODELS if paper.label == "4B-Width")
     entry = {"task": "gsm8k", "key": "gsm8k (5)", "shots": 5, "title": "GSM8k", "suites": ["minitron-base"]}

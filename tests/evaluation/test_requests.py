@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,10 @@ from chat import with_template
 from task_rows import SUITE_TASKS, small_model, write_data
 from transformers import PreTrainedTokenizerFast
 
+from halve.errors import CorpusError
 from halve.evaluation import asking
 from halve.evaluation.asking import Answered
+from halve.evaluation.rows import FORMS, read_rows, split_files
 from halve.evaluation.sandbox import Outcome, Sandbox
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.evaluations import Evaluate
@@ -133,5 +137,67 @@ def test_unknown_tasks_and_missing_files_are_known_before_a_run(
     unknown, missing = check(recipe)
     assert unknown.fix == "did you mean arc_easy?"
     assert missing.what == f"cannot read {tmp_path / 'none.jsonl'}"
-    templated = make_recipe(evaluate={"tasks": {"gsm8k": 5}, "chat_template": True})
-    assert check(templated) == ()
+
+
+def test_a_chat_template_that_is_missing_is_known_before_a_run(
+    tmp_path: Path, tiny_llama: Path, make_recipe: Callable[..., Any]
+) -> None:
+    from halve.preflight.check import check
+
+    section = {"tasks": {"gsm8k": 5}, "chat_template": True}
+    assert check(make_recipe(evaluate=section)) == ()
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama, bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    (error,) = check(make_recipe(evaluate=section, model=str(bare)))
+    assert "template" in error.what
+
+
+def test_without_the_harness_an_error_says_how_to_install_it(
+    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halve.preflight.check import check
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    (error,) = check(make_recipe(evaluate={"tasks": {"gsm8k": 5}}))
+    assert "pip install 'halve[eval]'" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"question": "a"', "line 1 is not JSON"),
+        ("a.jsonl.gz", b"no gzip", "cannot read"),
+        ("a.jsonl", b"\xff\xfe", "is not UTF-8"),
+        ("a.parquet", b"no parquet", "cannot read"),
+        ("a.jsonl", b"\n\n", "has no rows"),
+        ("a.csv", b"question\nWhy?\n", "row 1 is no row of gsm8k"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_refused(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=words):
+        read_rows(tmp_path / name, "gsm8k")
+
+
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="has no rows of a task"):
+        split_files(tmp_path)
+    for name in ("train.jsonl", "validation_1k.jsonl.gz", "test-00000-of-00001.parquet", "notes.md"):
+        (tmp_path / name).touch()
+    assert sorted(split_files(tmp_path)) == ["test", "train", "validation"]
+    assert split_files(tmp_path / "train.jsonl") == {"": tmp_path / "train.jsonl"}
+
+
+def test_published_forms_become_the_harness_s() -> None:
+    """Prepared rows give the harness's texts; the table of TruthfulQA gives its choices, right ones first."""
+    arc = FORMS["arc_easy"][1].make({"query": "Question: Why?\nAnswer:", "choices": ["a", "b"], "gold": 1})
+    assert (arc["question"], arc["answerKey"], arc["choices"]["label"]) == ("Why?", "B", ["A", "B"])
+    asked = FORMS["hellaswag"][1].make({"query": "Walking: A man walks. He", "choices": ["a"], "gold": 0})
+    assert (
+        f"{asked['activity_label']}: {asked['ctx_a']} {asked['ctx_b'].capitalize()}".strip()
+        == "Walking: A man walks. He"
+    )
+    row = {"Question": "Q?", "Best Answer": "x", "Correct Answers": "y; x", "Incorrect Answers": "z; "}
+    made = FORMS["truthfulqa_mc2"][1].make(row)
+    assert made["mc2_targets"] == {"choices": ["x", "y", "z"], "labels": [1, 1, 0]}

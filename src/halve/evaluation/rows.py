@@ -111,10 +111,13 @@ def wanted(task: str) -> str:
 
 def split_files(path: Path) -> dict[str, Path]:
     """The files of a task by split. A single file has the split "". Raises `CorpusError`."""
-    if not path.is_dir():
-        return {"": path}
+    try:
+        if not path.is_dir():
+            return {"": path}
+        listed = sorted(entry for entry in path.iterdir() if entry.is_file() and ending(entry) in _ENDINGS)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     files: dict[str, Path] = {}
-    listed = sorted(entry for entry in path.iterdir() if entry.is_file() and ending(entry) in _ENDINGS)
     for file in listed:
         if split := split_of(file):
             files.setdefault(split, file)
@@ -141,7 +144,7 @@ def read_rows(path: Path, task: str) -> list[Row]:
     rows = [_as_task(row, task, place) for place, row in _raw(path)]
     if task in _NUMBERS and not split_of(path):
         first, last = _NUMBERS[task]
-        rows = [row for row in rows if first <= row["task_id"] <= last] or rows
+        rows = [row for row in rows if isinstance(row["task_id"], int) and first <= row["task_id"] <= last] or rows
     if not rows:
         raise CorpusError(f"{shown(path)} has no rows", why=f"evaluate.data names it for {task}", fix=wanted(task))
     return rows
@@ -177,15 +180,17 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
             return
         with open_packed(path) as file:
             text = file.read(LONGEST_FILE_BYTES).decode("utf-8-sig")
-    except DAMAGED as error:
-        raise CorpusError(
-            f"cannot read {shown(path)}", why=reason(error), fix="correct the path in evaluate.data"
-        ) from error
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{shown(path)} is not UTF-8", why=f"{error.reason} at byte {error.start}", fix="save it as UTF-8"
         ) from error
+    except (*DAMAGED, ValueError) as error:  # those of parquet are values
+        raise _unreadable(path, error) from error
     yield from _table(path, text) if ending(path) in (".csv", ".tsv") else _json(path, text)
+
+
+def _unreadable(path: Path, error: Exception) -> CorpusError:
+    return CorpusError(f"cannot read {shown(path)}", why=reason(error), fix="correct the path in evaluate.data")
 
 
 def _table(path: Path, text: str) -> Iterator[tuple[str, Any]]:
