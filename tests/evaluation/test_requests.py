@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from chat import with_template
-from task_rows import SUITE_TASKS, small_model, write_data
+from task_rows import SUITE_TASKS, rows_of, small_model, write_data, write_rows
 from transformers import PreTrainedTokenizerFast
 
 from halve.errors import CorpusError
@@ -137,6 +137,24 @@ def test_unknown_tasks_and_missing_files_are_known_before_a_run(
     unknown, missing = check(recipe)
     assert unknown.fix == "did you mean arc_easy?"
     assert missing.what == f"cannot read {tmp_path / 'none.jsonl'}"
+
+
+@pytest.mark.parametrize(
+    ("shots", "rows", "words"),
+    [
+        (5, 5, "winogrande has too few rows for 5 shots"),
+        (0, 0, "lm-evaluation-harness cannot read the rows of winogrande"),
+    ],
+)
+def test_rows_of_which_no_task_can_be_made_are_known_before_a_run(
+    shots: int, rows: int, words: str, tmp_path: Path, make_recipe: Callable[..., Any]
+) -> None:
+    from halve.preflight.check import check
+
+    bad = [] if rows else [{"sentence": "No gap.", "option1": "a", "option2": "b", "answer": "1"}]
+    path = write_rows(tmp_path / "rows.jsonl", bad or rows_of("winogrande", rows))
+    (error,) = check(make_recipe(evaluate={"tasks": {"winogrande": shots}, "data": {"winogrande": str(path)}}))
+    assert error.what == words
 
 
 def test_a_chat_template_that_is_missing_is_known_before_a_run(

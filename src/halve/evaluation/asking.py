@@ -32,6 +32,8 @@ from halve.model.measure import end_tokens
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate
 
+_TRIED = 2
+"""Items of each task that are made before a run."""
 _AVERAGED = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
 """The metrics of ifeval. The papers show their mean (2408.11796, Table 2)."""
 
@@ -244,7 +246,10 @@ def changed_items(one: Answered, other: Answered) -> list[dict[str, Any]]:
 
 
 def errors_of(section: Evaluate) -> Iterator[HalveError]:
-    """What is wrong with the tasks of a recipe: unknown names, missing files, rows that are not the task's."""
+    """What is wrong with the tasks of a recipe: unknown names, missing files, rows that are not the task's.
+
+    If names and rows are sound, the harness makes the tasks of the first rows, as a run would of all.
+    """
     if not section.asks_tasks:
         return
     try:
@@ -252,11 +257,18 @@ def errors_of(section: Evaluate) -> Iterator[HalveError]:
     except HalveError as error:
         yield error
         return
+    sound = True
     for ask in asked(section):
         try:
             harness.require_task(ask)
             if ask.task in section.data:
                 for file in split_files(Path(section.data[ask.task])).values():
                     read_rows(file, ask.task)
+        except HalveError as error:
+            sound = False
+            yield error
+    if sound and section.data:
+        try:
+            read_exam(section.model_copy(update={"limit": _TRIED, "run_untrusted_code": False}), context=None)
         except HalveError as error:
             yield error
