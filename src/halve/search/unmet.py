@@ -48,9 +48,7 @@ def _reason(prices: Prices, ranges: Sequence[Range]) -> str:
             return f"{r.quantity} of legal shapes goes from {least} to {most} in steps, none of which is in that range"
         return f"{r.quantity} of legal shapes is between {least} and {most}"
     if any(_all_hold(prices, ranges, layers) for layers in space.depths):
-        return (
-            f"the configuration of {space.anatomy.family} refuses the shapes that would, or they are the teacher itself"
-        )
+        return f"the config of {space.anatomy.family} refuses the shapes that would, or they are the teacher itself"
     return "each bound can be met alone, but no legal shape meets them together"
 
 
