@@ -74,7 +74,7 @@ class Pace:
 
     def __init__(self, anatomy: Anatomy, condition: Condition, *, device: str, dtype: torch.dtype) -> None:
         whole = anatomy.sizes.at(layers=_timed_layers(anatomy))
-        self.prompt_BS = prompt_of(condition, anatomy.sizes.vocab)
+        self.prompt_BS = timed_prompt(condition, anatomy.sizes.vocab)
         self.model = random_model(anatomy, whole, device=device, dtype=dtype)
         prefill_and_decode(self.model, self.prompt_BS, 1)
         self.prefill = self.decode = math.inf
@@ -158,7 +158,7 @@ def random_model(anatomy: Anatomy, arch: Arch, *, device: str, dtype: torch.dtyp
     return model
 
 
-def prompt_of(condition: Condition, vocab: int) -> Tensor:
+def timed_prompt(condition: Condition, vocab: int) -> Tensor:
     """Token ids of a prompt, always the same."""
     ids = torch.arange(condition.batch * condition.context, dtype=torch.int64) * 7919 % vocab
     return ids.view(condition.batch, condition.context)
