@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from halve.report import plots
 from halve.report.searched import search_rows, search_words, searched
 
 SIZES = {"hidden": 104, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab": 2048}
@@ -65,11 +66,20 @@ def test_a_trial_that_agrees_and_a_clear_gap() -> None:
 
 
 def test_a_rise_is_a_warning() -> None:
-    rise = {"finalist": 3, "rung": 1, "value": 0.02, "stderr": 0.004}
-    words = search_words(facts(rises=[rise]), RECIPE)
-    assert any(
-        line.startswith("Warning: the KL of finalist 4 rose by 0.0200 ± 0.0040 until 200k tokens") for line in words
-    )
+    rises = [{"finalist": i, "rung": 1, "value": 0.02, "stderr": 0.004} for i in (3, 4)]
+    (words,) = (line for line in search_words(facts(rises=rises), RECIPE) if line.startswith("Warning"))
+    assert "finalist 4 by 0.0200 ± 0.0040 until 200k tokens, 5 by 0.0200 ± 0.0040 until 200k tokens." in words
+
+
+def test_two_finalists_have_no_ranks_to_speak_of() -> None:
+    agreement = [{"rung": 3, "tau": -1.0, "low": -1.0, "high": -1.0, "candidates": 2}]
+    assert "Kendall" not in " ".join(search_words(facts(agreement=agreement), RECIPE))
+
+
+def test_a_narrow_range_has_ticks() -> None:
+    points = [(0, 0.31), (1, 0.38)]
+    svg = plots.tracks([plots.Series("1", "ce", tuple(points))], title="", x_label="", marks=[])
+    assert len(re.findall(r'class="tick end"', svg)) >= 2
 
 
 @pytest.mark.parametrize(

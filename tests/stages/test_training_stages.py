@@ -17,6 +17,7 @@ from halve.errors import CorpusError, TokenizerError, TrainError
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.schema import Recipe
 from halve.stages import cache, correct, distill
+from halve.train.teachers import cache as cached_answers
 
 STEPS = {"tokens": 4 * 8 * 32, "batch": 8, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1, "eval_samples": 4}
 MakeRecipe = Callable[..., Recipe]
@@ -263,7 +264,7 @@ def test_a_resumed_training_reads_the_cache_to_the_same_bits(
     where: dict[str, Any] = {"teacher": tiny_llama, "student": student, "answers": answers}
     _, whole, _ = distilled(recipe, tmp_path / "whole", **where)
     asked = 0
-    answer = distill.CachedDraws.answer
+    answer = cached_answers.CachedDraws.answer
 
     def failing(self: Any, batch: Any) -> Any:
         nonlocal asked
@@ -273,7 +274,7 @@ def test_a_resumed_training_reads_the_cache_to_the_same_bits(
         return answer(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill.CachedDraws, "answer", failing)
+        patch.setattr(cached_answers.CachedDraws, "answer", failing)
         with pytest.raises(KeyboardInterrupt):
             distilled(recipe, tmp_path / "cut", **where)
     (tmp_path / "cut" / "student").rename(tmp_path / "cut" / "kept")

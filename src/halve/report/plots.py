@@ -83,6 +83,8 @@ def tracks(series: Sequence[Series], *, title: str, x_label: str, marks: Sequenc
     height, left, right, top, bottom = 300, 50, 34, 12, 40
     xs = [x for curve in series for x, _ in curve.points]
     y_low, y_high, y_ticks = _y_range([y for curve in series for _, y in curve.points], log=True)
+    if len(y_ticks) < 2:  # a range without two of 1, 2, 5, 10, ...
+        y_ticks = ticks(y_low, y_high, 4)
     to_x = _scale(0, max(xs), left, WIDTH - right)
     to_y = _scale(y_low, y_high, height - bottom, top, log=True)
     parts = [_grid_y(y_ticks, to_y, left, WIDTH - right), _axis_x(ticks(0, max(xs)), to_x, height - bottom, x_label)]

@@ -27,7 +27,7 @@ def searched(found: Facts | None, recipe: Facts) -> PageSection | None:
         f" KL to the teacher is measured on {found['samples']} held-out samples, in nats per token. ± is one standard"
         " error."
     )
-    words = [_choice(found), _trial(found), _agreement(found), _choices(found), *_rises(found), _cost(found, recipe)]
+    words = [_choice(found), _trial(found), _agreement(found), _choices(found), _rises(found), _cost(found, recipe)]
     table = Table(_head(found), tuple(_row(i, found) for i in range(len(finalists))))
     order = sorted(range(len(finalists)), key=lambda i: (i == found["chosen"], i == found["straight"]))
     svg = plots.tracks(
@@ -56,7 +56,7 @@ def search_rows(found: Facts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def search_words(found: Facts, recipe: Facts) -> list[str]:
     """What to say about the choice, a sentence or two each."""
-    said = [_choice(found), _trial(found), _agreement(found), _choices(found), *_rises(found), _cost(found, recipe)]
+    said = [_choice(found), _trial(found), _agreement(found), _choices(found), _rises(found), _cost(found, recipe)]
     return [words for words in said if words]
 
 
@@ -117,12 +117,12 @@ def _trial(found: Facts) -> str:
 
 
 def _agreement(found: Facts) -> str:
-    if not found["agreement"]:
-        return ""
     each = []
-    for one in found["agreement"]:
+    for one in (one for one in found["agreement"] if one["candidates"] > 2):
         tau, tokens = f"{one['tau']:.2f} ({one['low']:.2f} to {one['high']:.2f})", found["rungs"][one["rung"]]["tokens"]
         each.append(f"{tau} after {figure(tokens)} tokens, {one['candidates']} finalists")
+    if not each:
+        return ""
     return (
         "Kendall's tau between the ranks straight after the cut and later, with a 95 % interval over the held-out"
         f" samples: {'; '.join(each)}."
@@ -142,12 +142,15 @@ def _choices(found: Facts) -> str:
     )
 
 
-def _rises(found: Facts) -> list[str]:
-    return [
-        f"Warning: the KL of finalist {rise['finalist'] + 1} rose by {_spelled(estimate(rise))} until"
-        f" {figure(found['rungs'][rise['rung']]['tokens'])} tokens; its training may be too fast for it."
+def _rises(found: Facts) -> str:
+    if not found["rises"]:
+        return ""
+    each = [
+        f"{rise['finalist'] + 1} by {_spelled(estimate(rise))} until {figure(found['rungs'][rise['rung']]['tokens'])}"
+        " tokens"
         for rise in found["rises"]
     ]
+    return f"Warning: KL rose during the training of finalist {', '.join(each)}. Their learning rate may be too high."
 
 
 def _cost(found: Facts, recipe: Facts) -> str:
