@@ -15,7 +15,7 @@ from talking import conversations, preferences, with_chat, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve.align import trainers
-from halve.errors import RunError
+from halve.errors import CorpusError, RunError
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
 from halve.pipeline.export import export
@@ -23,6 +23,7 @@ from halve.pipeline.keys import keys_of
 from halve.pipeline.order import stages
 from halve.preflight.check import check
 from halve.recipe.schema import Recipe
+from halve.stages import align
 
 COMMON: dict[str, Any] = {"batch": 8, "lr": 3e-3, "warmup_steps": 2, "context": 64}
 NAMES = ["align-sft", "align-2-rpo", "align-3-rpo"]
@@ -35,10 +36,14 @@ def vowels(row: dict[str, Any], text: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def aligned(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
+def chat_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_chat(tiny_llama, tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="module")
+def aligned(make_recipe: MakeRecipe, chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRecipe:
     """`aligned(steps, **sections)`: a recipe that aligns a student of half the neurons."""
     folder = tmp_path_factory.mktemp("aligned")
-    chat = with_chat(tiny_llama, folder / "model")
     talks = conversations(folder / "talks.jsonl")
     rows = preferences(60)
     pairs = write_lines(folder / "pairs.jsonl", rows)
@@ -54,7 +59,7 @@ def aligned(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path_factory: pytest.
         measured = {"samples": 4, "speed": False, "completion_tokens": 2}
         cut = {"ffn": 32, "rotation": "none", "refit": "none"}
         short = {"evaluate": measured, "prune": cut, "distill": {"tokens": 512, "batch": 4}}
-        return make_recipe(**{"model": str(chat), **short, "align": listed, **sections})
+        return make_recipe(**{"model": str(chat_model), **short, "align": listed, **sections})
 
     return made
 
@@ -247,3 +252,38 @@ def test_a_model_may_be_aligned_that_was_only_cut(aligned: MakeRecipe, tmp_path:
     assert check(recipe) == ()
     (first, *_) = (stage for stage in stages(recipe) if stage.section == "align")
     assert first.after == ("prune",)
+
+
+def test_a_reward_model_judges_the_answers_of_the_data(
+    aligned: MakeRecipe, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores decide which answer is the better one, whatever the data say."""
+    recipe = aligned([{"kind": "dpo", "data": [str(write_lines(tmp_path / "a.jsonl", preferences(12)))]}])
+    judged = recipe.align[0].model_copy(update={"rewards": "model", "reward_model": str(chat_model), "heldout": 0})
+    monkeypatch.setattr("halve.align.rewards.open_reward", lambda step, device: lambda row, text: -float(len(text)))
+    seen: list[Any] = []
+    true = trainers.train_on_pairs
+
+    def watched(model: Any, tokenizer: Any, pairs: Any, how: Any) -> Any:
+        seen.extend(pairs)
+        return true(model, tokenizer, pairs, how)
+
+    monkeypatch.setattr(trainers, "train_on_pairs", watched)
+    align.run(recipe, judged, name="align-dpo", number=1, student=Checkpoint.open(chat_model), out=tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    assert len(seen) == 12
+    for pair in seen:
+        shorter, longer = (len(tokenizer.decode(ids)) for ids in (pair.chosen, pair.rejected))
+        assert longer - shorter == pair.gap > 0
+
+
+def test_a_token_without_an_embedding_is_refused(aligned: MakeRecipe, chat_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "added"
+    shutil.copytree(chat_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    rows = [{**row, "chosen": "The <new> sees it."} for row in preferences(12)]
+    step = aligned([{"kind": "dpo", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]}]).align[0]
+    with pytest.raises(CorpusError, match="the data of align-dpo holds <new>, which the model has no embedding for"):
+        align.run(aligned(), step, name="align-dpo", number=1, student=Checkpoint.open(folder), out=tmp_path / "out")

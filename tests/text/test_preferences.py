@@ -42,6 +42,7 @@ def read(tmp_path: Path, *rows: Any, needs: Needs = PAIR) -> list[dict[str, Any]
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "Who sees it?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"messages": [USER], "chosen": "The cat.", "rejected": "No."},
+        {"question": "Who sees it?", "chosen": "The cat.", "rejected": "No."},
         {
             "conversations": [{"from": "human", "value": "Who sees it?"}],
             "chosen": {"from": "gpt", "value": "The cat."},

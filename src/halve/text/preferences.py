@@ -1,7 +1,7 @@
 """Rows of preferences: a prompt, a chosen and a rejected answer, and how good they are.
 
 A row has `prompt`, `chosen` and `rejected`. The prompt is a text, or messages as in `conversations`; it may also stand
-in `messages` or `conversations`. An answer is a text, a message, or messages that may repeat the prompt. Without a
+in `question`, `messages` or `conversations`. An answer is a text, a message, or messages that may repeat the prompt. Without a
 prompt, it is what both answers begin with. Rewards are numbers in `chosen_reward` and `rejected_reward`, or in
 `score_chosen` and `score_rejected`. `answer` is the reference that a verifier compares with.
 """
@@ -21,7 +21,7 @@ from halve.recipe.alignments import Alignment
 from halve.text.conversations import message_of, require_turns
 from halve.text.rows import Piece, Wanted, no_field
 
-_PROMPTS = ("prompt", "messages", "conversations")
+_PROMPTS = ("prompt", "question", "messages", "conversations")
 _ANSWERS = ("chosen", "rejected")
 _REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
 _REFERENCE: Final = "answer"
