@@ -28,8 +28,8 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from halve.align import measured, trainers
-from halve.align.examples import Dialogue, LeftOut, Preference, dialogues, encoded_pair, rows
-from halve.align.setting import Setting
+from halve.align.examples import Dialogue, LeftOut, Preference, dialogues, encoded_pair, preference_rows
+from halve.align.setting import StepSetting
 from halve.disk.files import read_json, write_json
 from halve.disk.textfiles import open_packed
 from halve.model import saving
@@ -127,7 +127,7 @@ def _pairs(given: argparse.Namespace, start: Checkpoint) -> tuple[list[Preferenc
                 file.write(json.dumps({"prompt": row["prompt"], **answers, **rewards}) + "\n")
     step = Alignment(kind="rpo", data=(str(written),))
     by_prompt: dict[str, list[Preference]] = {}
-    for row, place in rows(step):
+    for row, place in preference_rows(step):
         pair = encoded_pair(row, place, start.tokenizer, context=1 << 20, left_out=LeftOut())
         if pair and len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= given.context:
             by_prompt.setdefault(row["prompt"][-1]["content"], []).append(pair)
@@ -144,7 +144,7 @@ def _pairs(given: argparse.Namespace, start: Checkpoint) -> tuple[list[Preferenc
 # ---- the trainings
 
 
-def _setting(given: argparse.Namespace, kind: str, seed: int, scratch: Path) -> Setting:
+def _setting(given: argparse.Namespace, kind: str, seed: int, scratch: Path) -> StepSetting:
     step = Alignment(
         kind=kind,
         data=("none.jsonl",),
@@ -155,7 +155,7 @@ def _setting(given: argparse.Namespace, kind: str, seed: int, scratch: Path) -> 
         method=given.method,
         **({} if kind == "sft" else {"beta": given.beta}),
     )
-    return Setting(step, f"{kind}-{seed}", scratch, given.context, seed, "cpu", False, SILENT)
+    return StepSetting(step, f"{kind}-{seed}", scratch, given.context, seed, "cpu", False, SILENT)
 
 
 def _sft(given: argparse.Namespace, start: Checkpoint, talks: Sequence[Dialogue], folder: Path) -> None:
@@ -196,7 +196,7 @@ def _opened(start: Checkpoint) -> PreTrainedModel:
     return start.load(dtype="float32")
 
 
-def _took(done: trainers.Trained, trained: float, began: float) -> dict[str, Any]:
+def _took(done: trainers.AlignedModel, trained: float, began: float) -> dict[str, Any]:
     steps = len(done.log)
     return {
         "steps": steps,

@@ -10,8 +10,8 @@ import pytest
 from talking import conversations, preferences, with_chat, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halve.align.examples import Dialogue, LeftOut, Preference, dialogues, encoded_pair, rows
-from halve.align.setting import Setting
+from halve.align.examples import Dialogue, LeftOut, Preference, dialogues, encoded_pair, preference_rows
+from halve.align.setting import StepSetting
 from halve.progress import SILENT
 from halve.recipe.schema import Alignment, Data
 
@@ -34,13 +34,13 @@ def model(chat_folder: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def make_setting(tmp_path: Path) -> Callable[..., Setting]:
+def make_setting(tmp_path: Path) -> Callable[..., StepSetting]:
     """`make_setting(kind=..., ...)`: a step of a few tiny batches on a CPU."""
 
-    def make(*, scratch: str = "scratch", seed: int = 0, **given: Any) -> Setting:
+    def make(*, scratch: str = "scratch", seed: int = 0, **given: Any) -> StepSetting:
         usual = {"data": ["none.jsonl"], "batch": 8, "lr": 3e-3, "warmup_steps": 2, "heldout": 0}
         step = Alignment.model_validate({**usual, **given})
-        return Setting(step, "align", tmp_path / scratch, 64, seed, "cpu", False, SILENT)
+        return StepSetting(step, "align", tmp_path / scratch, 64, seed, "cpu", False, SILENT)
 
     return make
 
@@ -49,7 +49,7 @@ def make_setting(tmp_path: Path) -> Callable[..., Setting]:
 def pairs(chat_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> list[Preference]:
     """24 pairs whose rewards differ by one to four."""
     step = Alignment(kind="rpo", data=(str(write_lines(tmp_path / "pairs.jsonl", preferences(24))),))
-    encoded = (encoded_pair(*row, chat_tokenizer, context=64, left_out=LeftOut()) for row in rows(step))
+    encoded = (encoded_pair(*row, chat_tokenizer, context=64, left_out=LeftOut()) for row in preference_rows(step))
     return [pair for pair in encoded if pair is not None]
 
 

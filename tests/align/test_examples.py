@@ -18,8 +18,8 @@ from halve.align.examples import (
     largest_id,
     messages_field,
     parted,
+    preference_rows,
     require_examples,
-    rows,
 )
 from halve.errors import CorpusError
 from halve.recipe.schema import Alignment, Data
@@ -57,7 +57,7 @@ def test_conversations_come_from_the_field_of_the_step_or_of_the_data(tmp_path: 
 
 def encoded(row: dict[str, object], tokenizer: PreTrainedTokenizerBase, path: Path, *, context: int = 64) -> Preference:
     write_lines(path, [row])
-    ((read, place),) = rows(Alignment(kind="rpo", data=(str(path),)))
+    ((read, place),) = preference_rows(Alignment(kind="rpo", data=(str(path),)))
     pair = encoded_pair(read, place, tokenizer, context=context, left_out=LeftOut())
     assert pair is not None
     return pair
@@ -76,11 +76,11 @@ def test_pairs_that_teach_nothing_are_left_out(tmp_path: Path, chat_tokenizer: P
     write_lines(tmp_path / "a.jsonl", [{**talk, "prompt": "a " * 40}, {**talk, "chosen": talk["rejected"]}, talk])
     left_out = LeftOut()
     step = Alignment(kind="dpo", data=(str(tmp_path / "a.jsonl"),))
-    pairs = [encoded_pair(*row, chat_tokenizer, context=40, left_out=left_out) for row in rows(step)]
+    pairs = [encoded_pair(*row, chat_tokenizer, context=40, left_out=left_out) for row in preference_rows(step)]
     assert [pair is None for pair in pairs] == [True, True, False]
     assert list(left_out.counts.values()) == [1, 1]
     prompt = len(pairs[2].prompt) if pairs[2] else 0
-    (row, place) = list(rows(step))[2]
+    (row, place) = list(preference_rows(step))[2]
     assert encoded_pair(row, place, chat_tokenizer, context=prompt + 3, left_out=left_out) is None  # alike up to there
     cut = encoded_pair(
         {**row, "rejected": {"role": "assistant", "content": "d d d d"}},

@@ -14,7 +14,7 @@ from scipy.special import expit, rel_entr
 from torch import Tensor
 from trl import DPOTrainer
 
-from halve.align.losses import FORMS, rpo_backward, rpo_forward, rpo_squared
+from halve.align.losses import PAIR_LOSSES, rpo_backward, rpo_forward, rpo_squared
 
 BETA, ETA = 0.3, 0.7
 
@@ -38,13 +38,13 @@ def by_hand(form: str, margins: Tensor, gaps: Tensor) -> tuple[np.ndarray, np.nd
     return rel_entr(b, a) + rel_entr(1 - b, 1 - a), BETA * b * (1 - b) * (logit_b - logit_a)
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", sorted(PAIR_LOSSES))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_values_and_gradients_are_those_of_the_formula(form: Any, dtype: torch.dtype, tolerance: float) -> None:
     margins, gaps = pairs()
     want, want_gradient = by_hand(form, margins, gaps)
     given = margins.to(dtype).requires_grad_()
-    found = FORMS[form](given, gaps.to(dtype), beta=BETA, eta=ETA)
+    found = PAIR_LOSSES[form](given, gaps.to(dtype), beta=BETA, eta=ETA)
     (gradient,) = torch.autograd.grad(found.sum(), given)
     assert found.dtype == dtype
     np.testing.assert_allclose(found.detach().double().numpy(), want, rtol=tolerance, atol=tolerance)
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_formula(form: Any, dtype: torch.d
 
 def test_the_forms_differ() -> None:
     margins, gaps = pairs()
-    backward, forward, squared = (loss(margins, gaps, beta=BETA, eta=ETA) for loss in FORMS.values())
+    backward, forward, squared = (loss(margins, gaps, beta=BETA, eta=ETA) for loss in PAIR_LOSSES.values())
     assert not torch.allclose(backward, forward, rtol=1e-3)
     assert not torch.allclose(backward, squared, rtol=1e-3)
 
@@ -88,12 +88,12 @@ def test_a_constant_gap_is_conservative_dpo_but_for_a_constant() -> None:
     torch.testing.assert_close(constant, torch.full_like(margins, float(entropy)))
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", sorted(PAIR_LOSSES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [0.0, 1e-30, 50.0, -50.0, 1e4, -1e4])
 def test_ties_and_extremes_stay_finite(form: Any, dtype: torch.dtype, gap: float) -> None:
     margins = torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4], dtype=dtype, requires_grad=True)
-    found = FORMS[form](margins, torch.full_like(margins, gap), beta=BETA, eta=ETA)
+    found = PAIR_LOSSES[form](margins, torch.full_like(margins, gap), beta=BETA, eta=ETA)
     found.sum().backward()
     assert margins.grad is not None
     assert torch.isfinite(found).all()
@@ -103,7 +103,7 @@ def test_ties_and_extremes_stay_finite(form: Any, dtype: torch.dtype, gap: float
 
 def test_a_tie_pulls_the_model_to_no_preference() -> None:
     margins = torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
-    for loss in FORMS.values():
+    for loss in PAIR_LOSSES.values():
         (gradient,) = torch.autograd.grad(loss(margins, torch.zeros(3).double(), beta=BETA, eta=ETA).sum(), margins)
         assert gradient.sign().tolist() == [-1.0, 0.0, 1.0]
 

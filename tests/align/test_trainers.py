@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from halve.align import measured, trainers
 from halve.align.examples import Dialogue, Preference
-from halve.align.losses import FORMS
-from halve.align.setting import Setting
+from halve.align.losses import PAIR_LOSSES
+from halve.align.setting import StepSetting
 from halve.errors import Stopped, TrainError
 from halve.progress import SILENT
 from halve.train.loop.adapters import linears
 
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., StepSetting]
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def logp(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> Tensor
     return torch.stack([logs[place, token] for place, token in zip(places, answer, strict=True)]).sum()
 
 
-def by_hand(model: PreTrainedModel, loss: Callable[[], Tensor], how: Setting, steps: int) -> list[float]:
+def by_hand(model: PreTrainedModel, loss: Callable[[], Tensor], how: StepSetting, steps: int) -> list[float]:
     """A plain loop over one batch: AdamW, cosine to zero after the warm-up, gradients clipped to 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.step.lr, weight_decay=0.0)
     warmup, values = how.step.warmup_steps, []
@@ -65,7 +65,7 @@ def by_hand(model: PreTrainedModel, loss: Callable[[], Tensor], how: Setting, st
 # ---- losses
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", sorted(PAIR_LOSSES))
 def test_rpo_trains_as_a_loop_by_hand(
     form: str,
     chat_folder: Path,
@@ -84,7 +84,7 @@ def test_rpo_trains_as_a_loop_by_hand(
 
     def loss() -> Tensor:
         now = [logp(model, p.prompt, p.chosen) - logp(model, p.prompt, p.rejected) for p in pairs]
-        return FORMS[how.step.form](torch.stack(now) - torch.stack(before), gaps, beta=0.1, eta=1.0).mean()
+        return PAIR_LOSSES[how.step.form](torch.stack(now) - torch.stack(before), gaps, beta=0.1, eta=1.0).mean()
 
     values = by_hand(model, loss, how, steps=4)
     assert [line["loss"] for line in done.log] == pytest.approx(values, rel=1e-3)
@@ -187,7 +187,7 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
-def dying(how: Setting, *, at: int) -> Setting:
+def dying(how: StepSetting, *, at: int) -> StepSetting:
     """The same setting, in which the process ends when a step is logged for the `at`-th time."""
     left = [at]
 
@@ -218,7 +218,7 @@ def test_a_killed_training_ends_with_the_same_bits(
     talks: list[Dialogue],
     make_setting: MakeSetting,
 ) -> None:
-    def train(how: Setting) -> trainers.Trained:
+    def train(how: StepSetting) -> trainers.AlignedModel:
         if kind == "sft":
             return trainers.train_on_dialogues(opened(chat_folder), chat_tokenizer, talks, how)
         return trainers.train_on_pairs(opened(chat_folder), chat_tokenizer, pairs, how)

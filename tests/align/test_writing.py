@@ -12,14 +12,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from halve.align import writing
 from halve.align.examples import LeftOut
-from halve.align.setting import Setting
+from halve.align.setting import StepSetting
 from halve.errors import TrainError
 
 ROWS = [{"prompt": [{"role": "user", "content": f"Who sees the {word}?"}]} for word in ("cat", "dog", "tree")]
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., StepSetting]
 
 
-def asking(make_setting: MakeSetting, **given: Any) -> Setting:
+def asking(make_setting: MakeSetting, **given: Any) -> StepSetting:
     return make_setting(kind="rpo", rewards="gsm8k", answers=4, answer_tokens=12, **given)
 
 
@@ -43,7 +43,7 @@ def test_a_low_temperature_is_greedy(
         model.model.norm.weight *= 50  # else some tokens are nearly as likely as the likeliest
     how = asking(make_setting, temperature=0.01)
     (texts, *_) = writing.written_answers(ROWS, model, chat_tokenizer, how)
-    prompt = writing.prompt_of(ROWS[0], chat_tokenizer)
+    prompt = writing.prompt_ids_of(ROWS[0], chat_tokenizer)
     with torch.no_grad():
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)
     assert {*texts} == {chat_tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)}

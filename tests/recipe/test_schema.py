@@ -80,7 +80,7 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"modle": "x"}, r"unknown key modle in r\.yaml\n  why: no stage would read it\n  fix: did you mean model\?"),
-        ({"zzzzzz": 1}, r"unknown key zzzzzz in r\.yaml\n.*\n  fix: known here: correct, data, device"),
+        ({"zzzzzz": 1}, r"unknown key zzzzzz in r\.yaml\n.*\n  fix: known here: align, correct, data"),
         ({"prune": {"hiden": 4}}, r"unknown key prune\.hiden in r\.yaml\n.*\n  fix: did you mean hidden\?"),
         (
             {"distill": {"tokens": 1, "xyzzy": 1}},

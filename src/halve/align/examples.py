@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MESSAGES = "messages"
 _AT_ONCE = 64
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
 class Dialogue(NamedTuple):
@@ -97,7 +97,7 @@ def dialogues_of(
             left_out.add(f"say nothing to learn from within {context} tokens and are left out")
 
 
-def rows(step: Alignment) -> Iterator[tuple[dict[str, Any], str]]:
+def preference_rows(step: Alignment) -> Iterator[tuple[dict[str, Any], str]]:
     """The rows of a step on preferences, and the place of each in its file. Raises `CorpusError`."""
     wanted = Needs.of(step).wanted
     for source in step.data:
@@ -139,7 +139,7 @@ def largest_id(examples: Iterable[Dialogue | Preference]) -> int:
     return most
 
 
-def parted(items: Sequence[Item], heldout: int, *, seed: int) -> tuple[list[Item], list[Item]]:
+def parted(items: Sequence[_Item], heldout: int, *, seed: int) -> tuple[list[_Item], list[_Item]]:
     """Items to train on and held-out ones, in their order: `heldout` of them, and at most a tenth.
 
     >>> train, heldout = parted(range(30), 8, seed=0)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from halve.recipe.alignments import Form
+from halve.recipe.alignments import PairForm
 
 PairLoss = Callable[..., Tensor]
 
@@ -58,7 +58,7 @@ def rpo_squared(
     return (beta * margins - eta * gaps).square()
 
 
-FORMS: Mapping[Form, PairLoss] = {"backward": rpo_backward, "forward": rpo_forward, "squared": rpo_squared}
+PAIR_LOSSES: Mapping[PairForm, PairLoss] = {"backward": rpo_backward, "forward": rpo_forward, "squared": rpo_squared}
 """The loss of every value of `form` in a recipe."""
 
 

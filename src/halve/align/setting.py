@@ -10,7 +10,7 @@ from halve.recipe.schema import Alignment
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepSetting:
     """A step, and where and how it runs."""
 
     step: Alignment

@@ -25,8 +25,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from halve.align.examples import Dialogue, Preference
-from halve.align.losses import FORMS
-from halve.align.setting import Setting
+from halve.align.losses import PAIR_LOSSES
+from halve.align.setting import StepSetting
 from halve.anatomy.configs import quiet
 from halve.disk.plain_json import parse_json
 from halve.errors import AnatomyError, Stopped, TrainError
@@ -49,7 +49,7 @@ _LOGGED = {
 
 
 @dataclass(frozen=True)
-class Trained:
+class AlignedModel:
     """The trained model, adapters merged, and the log of its steps."""
 
     model: PreTrainedModel
@@ -122,7 +122,7 @@ class PairTrainer(_Private, DPOTrainer):  # type: ignore[misc]
         outputs = model(**asked, **router, use_cache=False, fused_lm_head=True)
         chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
         margins = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
-        losses = FORMS[self.step.form](margins, inputs["gaps"], beta=self.step.beta, eta=self.step.eta)
+        losses = PAIR_LOSSES[self.step.form](margins, inputs["gaps"], beta=self.step.beta, eta=self.step.eta)
         loss = losses.mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -146,8 +146,8 @@ def _without_gaps(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_on_dialogues(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Dialogue], how: Setting
-) -> Trained:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Dialogue], how: StepSetting
+) -> AlignedModel:
     """Supervised fine-tuning of a float32 model: cross-entropy on what the assistant says.
 
     Conversations are packed into samples of `context` tokens, if the model keeps them apart there; otherwise each is
@@ -173,8 +173,8 @@ def train_on_dialogues(
 
 
 def train_on_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], how: Setting
-) -> Trained:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], how: StepSetting
+) -> AlignedModel:
     """Preference optimization of a float32 model, by the kind of the step.
 
     Resumes from the last checkpoint in `how.scratch`. Raises `TrainError` for a loss that is not finite, and `Stopped`
@@ -211,7 +211,7 @@ def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     return padded
 
 
-def _options(how: Setting, *, tokens_a_sample: float) -> dict[str, Any]:
+def _options(how: StepSetting, *, tokens_a_sample: float) -> dict[str, Any]:
     """The arguments that all trainings share."""
     step = how.step
     if step.tokens is not None:
@@ -321,7 +321,7 @@ def _finite(value: float) -> bool:
     return value - value == 0
 
 
-def _trained(trainer: Any, how: Setting, *, tokens_a_sample: float) -> Trained:
+def _trained(trainer: Any, how: StepSetting, *, tokens_a_sample: float) -> AlignedModel:
     """Train from the last whole checkpoint to the end."""
     trainer.remove_callback(PrinterCallback)
     resumed = last_checkpoint(how.scratch)
@@ -346,7 +346,7 @@ def _trained(trainer: Any, how: Setting, *, tokens_a_sample: float) -> Trained:
         for line in trainer.state.log_history
         if "loss" in line
     ]
-    return Trained(model, log)
+    return AlignedModel(model, log)
 
 
 def last_checkpoint(scratch: Path) -> Path | None:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from halve.align.examples import LeftOut
 from halve.align.rewards import Reward
-from halve.align.setting import Setting
+from halve.align.setting import StepSetting
 from halve.disk.files import read_json, write_json
 from halve.errors import TrainError
 from halve.model import measure
@@ -30,7 +30,7 @@ def written_answers(
     rows: Sequence[Mapping[str, Any]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    how: Setting,
+    how: StepSetting,
 ) -> list[list[str]]:
     """`step.answers` answers to the prompt of each row, drawn at `step.temperature`.
 
@@ -90,7 +90,7 @@ def _drawn(
     row: Mapping[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: Alignment, context: int
 ) -> list[str]:
     """Answers from the model's own distribution; the checkpoint's settings of generation but its end are ignored."""
-    prompt = prompt_of(row, tokenizer)
+    prompt = prompt_ids_of(row, tokenizer)
     ids_1S = torch.tensor([prompt], device=model.device)
     end = measure.end_tokens(model, tokenizer)
     checkpoint_config = model.generation_config
@@ -114,6 +114,6 @@ def _drawn(
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written_NS[:, len(prompt) :]]
 
 
-def prompt_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a row's prompt, up to where the assistant is invited to answer."""
     return encode_answers(tokenizer, row["prompt"], (), place="a prompt")[0]

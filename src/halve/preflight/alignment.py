@@ -59,7 +59,7 @@ def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> floa
     return total * (step.passes or 1.0)
 
 
-def alike(step: Alignment) -> Correct:
+def like_a_correction(step: Alignment) -> Correct:
     """A correction that takes as much memory and disk as a step of alignment. A pair is two samples."""
     each = 1 if step.kind == "sft" else 2
     micro_batch = None if step.micro_batch is None else each * step.micro_batch

@@ -10,7 +10,7 @@ from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import work
-from halve.preflight.alignment import alike
+from halve.preflight.alignment import like_a_correction
 from halve.preflight.asked import Asked
 from halve.preflight.cutting import pruning
 from halve.preflight.device import PlannedDevice, at_hand
@@ -257,7 +257,9 @@ def _memory(
     alone, last = Hardware(cuda=place.cuda, half=place.half), _sized(found[-1], found[-1].after)
     for number, step in enumerate(recipe.align, 1):
         length = step.context or recipe.data.context
-        memory[named("align", number, step.kind)] = correction_memory(alike(step), last, alone, context=length)
+        memory[named("align", number, step.kind)] = correction_memory(
+            like_a_correction(step), last, alone, context=length
+        )
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from halve.recipe.values import Context, Count, CountFromZero, PathOrName, Rate, Real, Scale, Section, TextSource
 
 Rewards = Literal["data", "gsm8k", "model"]
-Form = Literal["backward", "forward", "squared"]
+PairForm = Literal["backward", "forward", "squared"]
 
 HOW_ALIGNED = ("checkpoint_every", "activation_checkpointing")
 """Keys that affect how a step runs but not its result: a run may resume with other values of them."""
@@ -62,7 +62,7 @@ class Alignment(Section):
         64, description="conversations or pairs that are measured before and after; at most a tenth of the data"
     )
     beta: Scale = Field(0.1, description="with rpo, dpo, ipo: how strongly the model is held to its start")
-    form: Form = Field("backward", description="with rpo: the divergence between rewards and model")
+    form: PairForm = Field("backward", description="with rpo: the divergence between rewards and model")
     eta: Scale = Field(1.0, description="with rpo: scale of the rewards; as it grows, rpo becomes dpo")
     rewards: Rewards = Field(
         "data",

@@ -28,10 +28,10 @@ from halve.align.examples import (
     encoded_pair,
     largest_id,
     parted,
+    preference_rows,
     require_examples,
-    rows,
 )
-from halve.align.setting import Setting
+from halve.align.setting import StepSetting
 from halve.disk.files import atomic_file
 from halve.model import measure, saving
 from halve.model.card import name_of
@@ -62,7 +62,7 @@ def run(
     context = step.context or recipe.data.context
     measure.require_context(student.config, context, "a sample of align")
     half = is_half(step, device)
-    how = Setting(step, name, out / ".checkpoints", context, recipe.seed + number, device, half, progress)
+    how = StepSetting(step, name, out / ".checkpoints", context, recipe.seed + number, device, half, progress)
     model = student.load(dtype=recipe.dtype, device=device)
     own_dtype = model.dtype
     if step.kind == "sft":
@@ -83,7 +83,7 @@ def run(
 
 
 def _on_dialogues(
-    recipe: Recipe, student: Checkpoint, model: PreTrainedModel, how: Setting
+    recipe: Recipe, student: Checkpoint, model: PreTrainedModel, how: StepSetting
 ) -> tuple[PreTrainedModel, dict[str, Any], list[dict[str, Any]]]:
     left_out = LeftOut()
     talks: list[Dialogue] = list(
@@ -102,7 +102,7 @@ def _on_dialogues(
 
 
 def _on_pairs(
-    student: Checkpoint, model: PreTrainedModel, how: Setting
+    student: Checkpoint, model: PreTrainedModel, how: StepSetting
 ) -> tuple[PreTrainedModel, dict[str, Any], list[dict[str, Any]]]:
     left_out = LeftOut()
     rewarded = _rewarded_rows(model, student.tokenizer, how, left_out)
@@ -124,10 +124,10 @@ def _on_pairs(
 
 
 def _rewarded_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Setting, left_out: LeftOut
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: StepSetting, left_out: LeftOut
 ) -> list[tuple[dict[str, Any], str]]:
     """Rows with two answers and, if the step needs them, rewards."""
-    listed = list(rows(how.step))
+    listed = list(preference_rows(how.step))
     if how.step.rewards == "data":
         return listed
     reward = rewards.open_reward(how.step, device=how.device)
@@ -136,14 +136,14 @@ def _rewarded_rows(
             both = [row[name]["content"] for name in ("chosen", "rejected")]
             row["rewards"] = [writing.rewarded(reward, row, text) for text in both]
         return listed
-    asked = [row for row, _ in listed if len(writing.prompt_of(row, tokenizer)) < how.context]
+    asked = [row for row, _ in listed if len(writing.prompt_ids_of(row, tokenizer)) < how.context]
     left_out.add(f"have a prompt of over {how.context} tokens and are left out", len(listed) - len(asked))
     answers = writing.written_answers(asked, model, tokenizer, how)
     return [(row, "an answer") for row in writing.judged(asked, answers, reward, left_out=left_out)]
 
 
 def _require(
-    examples: Sequence[Dialogue | Preference], left_out: LeftOut, what: str, student: Checkpoint, how: Setting
+    examples: Sequence[Dialogue | Preference], left_out: LeftOut, what: str, student: Checkpoint, how: StepSetting
 ) -> None:
     """Say what was left out, and refuse what cannot be trained on."""
     if left_out.told:

@@ -1,9 +1,9 @@
 """Rows of preferences: a prompt, a chosen and a rejected answer, and how good they are.
 
 A row has `prompt`, `chosen` and `rejected`. The prompt is a text, or messages as in `conversations`; it may also stand
-in `question`, `messages` or `conversations`. An answer is a text, a message, or messages that may repeat the prompt. Without a
-prompt, it is what both answers begin with. Rewards are numbers in `chosen_reward` and `rejected_reward`, or in
-`score_chosen` and `score_rejected`. `answer` is the reference that a verifier compares with.
+in `question`, `messages` or `conversations`. An answer is a text, a message, or messages that may repeat the prompt.
+Without a prompt, it is what both answers begin with. Rewards are numbers in `chosen_reward` and `rejected_reward`, or
+in `score_chosen` and `score_rejected`. `answer` is the reference that a verifier compares with.
 """
 
 from __future__ import annotations
