@@ -36,7 +36,7 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
         by_name["correct"] = recipe.correct
     if recipe.search is not None and recipe.search.method == "tournament":
         with suppress(RecipeError):  # `check` reports it once
-            by_name["search"] = tournament_training(recipe)
+            by_name["search.tournament"] = tournament_training(recipe)
     for number, part in enumerate(rounds(recipe), 1):
         if part.distill is not None:
             by_name["distill" if number == 1 else f"distill of round {number}"] = part.distill
