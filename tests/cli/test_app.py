@@ -48,6 +48,7 @@ FLAGS = {
     ],
     "correct": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "score": RUN,
+    "search": RUN,
     "prune": RUN,
     "nest": RUN,
     "cache": RUN,
