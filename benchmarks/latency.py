@@ -47,12 +47,13 @@ def main() -> None:
     shapes = drawn(anatomy, space, args.shapes, seed=args.seed)
     device = resolve_device("auto")
     pace = Pace(anatomy, condition, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    measured = wholes(anatomy, shapes, pace, args.rounds)
+    shares = wholes(anatomy, shapes, pace, args.rounds)
     table = TimeTable(anatomy.sizes, {condition: time_blocks(anatomy, nodes(anatomy, space), pace, rounds=args.rounds)})
     print("| layers | hidden | ffn | heads/kv | prefill ms | said | off by | decode ms | said | off by |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     errors: list[tuple[float, float]] = []
-    for arch, times in measured.items():
+    for arch, share in shares.items():
+        times = (share[0] * pace.prefill, share[1] * pace.decode)  # the pace's least, as the table's times have it
         alone, asked = Space.alone(anatomy, arch), {"batch": args.batch, "context": args.context}
         said = (
             float(table.prefill_seconds(alone, arch.layers, **asked)[0, 0]),
@@ -91,7 +92,7 @@ def drawn(anatomy: Anatomy, space: Space, count: int, *, seed: int) -> list[Arch
 
 
 def wholes(anatomy: Anatomy, shapes: Sequence[Arch], pace: Pace, rounds: int) -> dict[Arch, tuple[float, float]]:
-    """Seconds of a prompt and of one more token of whole models."""
+    """Of whole models the times of a prompt and of one more token, as shares of the pace's."""
     shares: dict[Arch, list[tuple[float, float]]] = {arch: [] for arch in shapes}
     for _ in range(rounds):
         for arch in shapes:
@@ -100,8 +101,10 @@ def wholes(anatomy: Anatomy, shapes: Sequence[Arch], pace: Pace, rounds: int) ->
             for _ in range(REPEATS):
                 beats, seconds = pace.beat(), pace.seconds(model)
                 shares[arch].append((seconds[0] / beats[0], seconds[1] / beats[1]))
-    medians = {arch: [statistics.median(part) for part in zip(*listed, strict=True)] for arch, listed in shares.items()}
-    return {arch: (prefill * pace.prefill, decode * pace.decode) for arch, (prefill, decode) in medians.items()}
+    return {
+        arch: (statistics.median(prefill for prefill, _ in listed), statistics.median(decode for _, decode in listed))
+        for arch, listed in shares.items()
+    }
 
 
 if __name__ == "__main__":
