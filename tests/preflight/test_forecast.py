@@ -45,7 +45,7 @@ def test_the_work_of_distillation(tmp_path: Path) -> None:
     assert found.flops["distill"] == 1000 * (once + 3 * student)
     assert found.flops["distill (ce)"] == 1000 * 3 * student
     assert found.flops["correct"] == 500 * 3 * once
-    assert found.flops["score"] == 1024 * 100 * (once - 2 * vocab * 96) + 8 * 100 * once  # boundaries: with logits
+    assert found.flops["score"] == 256 * 100 * (once - 2 * vocab * 96) + 8 * 100 * once  # boundaries: with logits
     assert list(found.flops) == [
         "correct",
         "score",

@@ -50,7 +50,7 @@ distill: {tokens: 2000, batch: 8, micro_batch: 2, baselines: [ce, random_init]}
     assert recipe.distill is not None
     assert recipe.distill.baselines == ("ce", "random_init")
     assert recipe.distill.objective == "kl"
-    assert (recipe.score.samples, recipe.score.batch_agg, recipe.score.seq_agg) == (1024, "l2", "mean")
+    assert (recipe.score.samples, recipe.score.batch_agg, recipe.score.seq_agg) == (256, "l2", "mean")
     assert recipe.prune.gain == "fitted"
 
 
