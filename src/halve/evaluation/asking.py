@@ -167,7 +167,7 @@ def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> 
     for part in built.parts.values():
         part.set_fewshot_seed(harness.FEWSHOT_SEED)
     with torch.no_grad():
-        found = lm_eval.evaluator.evaluate(
+        results = lm_eval.evaluator.evaluate(
             wrapped,
             {"tasks": dict(built.parts)},
             bootstrap_iters=0,
@@ -176,7 +176,7 @@ def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> 
             confirm_run_unsafe_code=True,
         )
     answered = Answered()
-    for part, samples in found["samples"].items():
+    for part, samples in results["samples"].items():
         _gather(answered, part, samples)
     _pool(answered.values)
     return answered

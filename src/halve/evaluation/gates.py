@@ -71,15 +71,15 @@ class TaskGate:
 
     def arm(self, teacher: PreTrainedModel) -> None:
         """Ask the teacher, and arm the tasks that it solves better than chance."""
-        found = answer(self.exam, teacher, self.tokenizer, seed=self.seed)
+        answers = answer(self.exam, teacher, self.tokenizer, seed=self.seed)
         notes = {}
         for built in self.exam.built:
             key = built.ask.key
-            metric = main_metric(built.ask, list(found[key].values))
-            own = found[key].values[metric]
-            above = paired(own, by_neighbors(built, found[key]).values[metric])
+            metric = main_metric(built.ask, list(answers[key].values))
+            scores = answers[key].values[metric]
+            above = paired(scores, by_neighbors(built, answers[key]).values[metric])
             armed = above["stderr"] is not None and above["value"] > SURE * above["stderr"]
-            notes[key] = {"metric": metric, "score": mean_score(own).value, "above_chance": above, "armed": armed}
+            notes[key] = {"metric": metric, "score": mean_score(scores).value, "above_chance": above, "armed": armed}
             words = "armed" if armed else "not armed: the teacher is not above chance by three standard errors"
             self.progress.say(f"gate {key}: the teacher scores {notes[key]['score']:.3f}, {words}")
         self._keep({"teacher": notes, "best": {}})
@@ -95,10 +95,10 @@ class TaskGate:
         """
         armed = set(self._armed())
         exam = Exam(self.exam.section, tuple(built for built in self.exam.built if built.ask.key in armed))
-        found = answer(exam, student, self.tokenizer, seed=self.seed)
+        answers = answer(exam, student, self.tokenizer, seed=self.seed)
         best: dict[str, Any] = {**self._notes["best"]}
         scores, warnings = {}, {}
-        for key, answered in found.items():
+        for key, answered in answers.items():
             values = answered.values[self._notes["teacher"][key]["metric"]]
             scores[key] = mean_score(values).value
             before = best.get(key)

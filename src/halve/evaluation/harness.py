@@ -111,11 +111,11 @@ def _root() -> Path:
 @cache
 def _scanned() -> dict[str, Path]:
     """The folder of every task file of the harness, by the task's name."""
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in sorted(_root().rglob("*.yaml")):
         for name in _NAME.findall(path.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault(name, path.parent)
-    return found
+            folders.setdefault(name, path.parent)
+    return folders
 
 
 def _folder(name: str) -> Path:
@@ -260,10 +260,10 @@ def _split(
     asked_in = config.get("test_split") or config.get("validation_split") or "test"
     shown_in = config.get("fewshot_split") or fewshot.get("split") or config.get("training_split")
     named = {**rows}
-    found = next((name for name in (asked_in, "test", "") if named.get(name)), None)
-    if found is None and len(named) == 1:  # the only split that there is
-        (found,) = named
-    listed = [] if found is None else list(named.pop(found))
+    split = next((name for name in (asked_in, "test", "") if named.get(name)), None)
+    if split is None and len(named) == 1:  # the only split that there is
+        (split,) = named
+    listed = [] if split is None else list(named.pop(split))
     if not listed:
         raise CorpusError(
             f"{ask.task} has no rows to ask",
@@ -325,9 +325,9 @@ def _member(ask: Ask, name: str, config: Mapping[str, Any], splits: _Splits, con
     return member
 
 
-def main_metric(ask: Ask, found: Sequence[str]) -> str:
+def main_metric(ask: Ask, metrics: Sequence[str]) -> str:
     """The metric that is shown of those that the task gives, as `metric` or `metric,filter`."""
     if ask.metric:
         return ask.metric
     preferred = ("acc_norm", "acc", "exact_match", "exact_match,flexible-extract", "average")
-    return next((name for name in preferred if name in found), found[0])
+    return next((name for name in preferred if name in metrics), metrics[0])

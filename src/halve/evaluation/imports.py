@@ -52,10 +52,10 @@ def _text(path: Path) -> str:
 
 
 def _mt_bench(text: str, entry: Imported) -> dict[str, Any]:
-    found = _object(text, entry)
-    if not isinstance(found.get("score"), int | float):
+    grade = _object(text, entry)
+    if not isinstance(grade.get("score"), int | float):
         raise _foreign(entry, "it has no score")
-    return {"value": float(found["score"]), "stderr": found.get("stderr"), "judge": found.get("judge")}
+    return {"value": float(grade["score"]), "stderr": grade.get("stderr"), "judge": grade.get("judge")}
 
 
 def _bfcl(text: str, entry: Imported) -> dict[str, Any]:
@@ -90,12 +90,12 @@ def _chatrag(text: str, entry: Imported) -> dict[str, Any]:
 
 def _object(text: str, entry: Imported) -> dict[str, Any]:
     try:
-        found = plain_json.parse_json(text)
+        parsed = plain_json.parse_json(text)
     except ValueError as error:
         raise _foreign(entry, f"it is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise _foreign(entry, "it is no object")
-    return found
+    return parsed
 
 
 def _foreign(entry: Imported, why: str) -> CorpusError:

@@ -110,11 +110,11 @@ def _graded(
         values |= {f"question_{number}": question["turns"][number - 1], f"answer_{number}": texts[number - 1]}
         if reference is not None:
             values[f"ref_answer_{number}"] = reference[number - 1]
-    text = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), prompt["prompt_template"])
+    text = re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), prompt["prompt_template"])
     messages = [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": text}]
     words = judge.chat(messages, temperature=0.0, max_tokens=MAX_TOKENS_OF_JUDGE)
-    found = next((match for pattern in _GRADES if (match := pattern.search(words))), None)
-    return {"grade": None if found is None else float(found[1]), "words": words}
+    grade = next((match for pattern in _GRADES if (match := pattern.search(words))), None)
+    return {"grade": None if grade is None else float(grade[1]), "words": words}
 
 
 def _reference(row: Mapping[str, Any]) -> list[str]:
@@ -122,14 +122,14 @@ def _reference(row: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(folder: Path, name: str, *, needs: Sequence[str]) -> list[dict[str, Any]]:
-    found = sorted(folder.glob(f"{name}*.jsonl*"))
-    if not found:
+    files = sorted(folder.glob(f"{name}*.jsonl*"))
+    if not files:
         raise CorpusError(
             f"{shown(folder)} has no {name}.jsonl",
             why="MT-Bench is question.jsonl, judge_prompts.jsonl and reference answers",
             fix="take the three files from its repository",
         )
-    return [*_parsed(found[0], needs)]
+    return [*_parsed(files[0], needs)]
 
 
 def _parsed(path: Path, needs: Sequence[str]) -> Iterator[dict[str, Any]]:

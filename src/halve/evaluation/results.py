@@ -94,12 +94,12 @@ def _asked(exam: Exam, answered: Mapping[str, Mapping[str, Answered]]) -> Iterat
     first = next(iter(answered.values()), {})
     for built in exam.built:
         ask = built.ask
-        found = first.get(ask.key, Answered())
+        of_task = first.get(ask.key, Answered())
         yield {
             **_about(exam, ask),
             "status": "asked",
-            "metric": main_metric(ask, list(found.values)),
-            "items": len(found.items),
+            "metric": main_metric(ask, list(of_task.values)),
+            "items": len(of_task.items),
             "answers": ask.answers,
             "examples": built.examples,
         }
@@ -112,8 +112,8 @@ def _about(exam: Exam, ask: Ask) -> dict[str, Any]:
 
 def _scores(tasks: Mapping[str, Answered]) -> dict[str, Any]:
     return {
-        key: {metric: _finite(mean_score(values)) for metric, values in found.values.items()}
-        for key, found in tasks.items()
+        key: {metric: _finite(mean_score(values)) for metric, values in of_task.values.items()}
+        for key, of_task in tasks.items()
     }
 
 
@@ -134,8 +134,8 @@ def _differences(
 
 def item_lines(answered: Mapping[str, Mapping[str, Answered]]) -> Iterator[dict[str, Any]]:
     """One line for each item: task, part, number, hash of its request, and values and answer of every model."""
-    for key, found in next(iter(answered.values()), {}).items():
-        for i, item in enumerate(found.items):
+    for key, of_task in next(iter(answered.values()), {}).items():
+        for i, item in enumerate(of_task.items):
             yield {
                 "task": key,
                 **item,

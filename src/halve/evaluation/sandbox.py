@@ -187,10 +187,10 @@ def _namespaces() -> list[str] | None:
 
 
 def _bubblewrap() -> list[str] | None:
-    found = shutil.which("bwrap")
-    if found is None or os.getuid() == 0:  # whom it would leave root outside, and no limit of processes holds root
+    program = shutil.which("bwrap")
+    if program is None or os.getuid() == 0:  # whom it would leave root outside, and no limit of processes holds root
         return None
-    command = [found, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--clearenv"]
+    command = [program, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--clearenv"]
     command += ["--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--cap-drop", "ALL"]
     for folder in _folders():
         linked = os.path.islink(folder)

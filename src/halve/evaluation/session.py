@@ -33,19 +33,19 @@ class TaskSession:
         """Ask a loaded model all tasks. With `check_batch` the reference is asked twice."""
         kept = self.out / ".tasks" / name
         self.progress.say(f"tasks of {name}") if self.exam.built else None
-        found = answer(self.exam, model, self.tokenizer, seed=self.seed, kept=kept, progress=self.progress)
-        self.answers[name] = found
+        answers = answer(self.exam, model, self.tokenizer, seed=self.seed, kept=kept, progress=self.progress)
+        self.answers[name] = answers
         if is_reference and self.exam.section.check_batch:
             alone = answer(self.exam, model, self.tokenizer, seed=self.seed, batch=1, kept=kept / "one-by-one")
-            self._changed = {key: changed_items(found[key], alone[key]) for key in alone}
+            self._changed = {key: changed_items(answers[key], alone[key]) for key in alone}
 
     def write(self, *, subject: str | None) -> dict[str, Any] | None:
         """Write every item to `task-items.jsonl`, and return the results; None where no task was asked for."""
         bos = list(self.tokenizer("a").input_ids)[:1] == [self.tokenizer.bos_token_id]
         words = f"the tokenizer's own: sequences begin {'with' if bos else 'without'} a BOS token"
-        found = summary(self.exam, self.answers, subject=subject, bos=words)
-        if found is None:
+        facts = summary(self.exam, self.answers, subject=subject, bos=words)
+        if facts is None:
             return None
         with atomic_file(self.out / ITEMS) as draft:
             draft.write_text("".join(f"{json.dumps(line)}\n" for line in item_lines(self.answers)), encoding="utf-8")
-        return found | {"changed_by_batch": self._changed}
+        return facts | {"changed_by_batch": self._changed}

@@ -21,7 +21,7 @@ def ifeval_verdicts(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     before = random.getstate()
     random.seed(_SEED)
     try:
-        found: dict[str, Any] = utils.process_results(doc, results)
+        verdicts: dict[str, Any] = utils.process_results(doc, results)
     finally:
         random.setstate(before)
-    return found
+    return verdicts
