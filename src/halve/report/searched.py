@@ -16,77 +16,77 @@ _OTHERS, _STRAIGHT = "teacher", "pruned"
 """Classes of colors: finalists that are not chosen, and the one that a trial alone would have chosen."""
 
 
-def searched(found: Facts | None, recipe: Facts) -> PageSection | None:
+def searched(facts: Facts | None, recipe: Facts) -> PageSection | None:
     """What a search found. None without one, and for one that did not train."""
-    if not found or found.get("method") != "tournament":
+    if not facts or facts.get("method") != "tournament":
         return None
-    finalists, rungs = found["finalists"], found["rungs"]
+    finalists, rungs = facts["finalists"], facts["rungs"]
     note = (
         f"{len(finalists)} finalists of {_listed_depths(finalists)} were cut from the teacher, and trained on the same"
         f" samples in the same order. After each rung the better ones went on."
-        f" KL to the teacher is measured on {found['samples']} held-out samples, in nats per token. ± is one standard"
+        f" KL to the teacher is measured on {facts['samples']} held-out samples, in nats per token. ± is one standard"
         " error."
     )
-    words = [_choice(found), _trial(found), _agreement(found), _choices(found), _rises(found), _cost(found, recipe)]
-    table = Table(_head(found), tuple(_row(i, found) for i in range(len(finalists))))
-    order = sorted(range(len(finalists)), key=lambda i: (i == found["chosen"], i == found["straight"]))
+    words = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
+    table = Table(_head(facts), tuple(_row(i, facts) for i in range(len(finalists))))
+    order = sorted(range(len(finalists)), key=lambda i: (i == facts["chosen"], i == facts["straight"]))
     svg = plots.tracks(
-        [_track(i, found) for i in order],
+        [_track(i, facts) for i in order],
         title="KL to the teacher of every finalist, against tokens",
         x_label="tokens of each finalist",
         marks=[rung["tokens"] for rung in rungs[1:-1]],
     )
     legend = "Nats per token, on a logarithmic scale, by the number of the finalist. Colored:"
-    legend += f" the choice, {found['chosen'] + 1}"
-    if found["straight"] != found["chosen"]:
-        legend += f", and {found['straight'] + 1}, which was best straight after the cut"
+    legend += f" the choice, {facts['chosen'] + 1}"
+    if facts["straight"] != facts["chosen"]:
+        legend += f", and {facts['straight'] + 1}, which was best straight after the cut"
     drawn = Figure("Quality against tokens", f"{legend}. Dashed: rungs.", svg)
     return PageSection("Which shape", note, table, " ".join(filter(None, words)), figures=(drawn,))
 
 
-def search_rows(found: Facts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def search_rows(facts: Facts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The same table as plain text: its head and its rows. The chosen finalist has a mark."""
-    rows = [_row(i, found) for i in range(len(found["finalists"]))]
+    rows = [_row(i, facts) for i in range(len(facts["finalists"]))]
 
     def text(cell: Cell) -> str:
         return f"{cell.value} ± {cell.error}" if cell.error else cell.value
 
-    return _head(found), [(row.label + (" *" if row.subject else ""), *map(text, row.cells)) for row in rows]
+    return _head(facts), [(row.label + (" *" if row.subject else ""), *map(text, row.cells)) for row in rows]
 
 
-def search_words(found: Facts, recipe: Facts) -> list[str]:
+def search_words(facts: Facts, recipe: Facts) -> list[str]:
     """What to say about the choice, a sentence or two each."""
-    said = [_choice(found), _trial(found), _agreement(found), _choices(found), _rises(found), _cost(found, recipe)]
+    said = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
     return [words for words in said if words]
 
 
-def _head(found: Facts) -> tuple[str, ...]:
-    rungs = [figure(rung["tokens"]) for rung in found["rungs"][1:]]
-    asked = (f"{found['choices']['name']}, %",) if found["choices"] else ()
+def _head(facts: Facts) -> tuple[str, ...]:
+    rungs = [figure(rung["tokens"]) for rung in facts["rungs"][1:]]
+    asked = (f"{facts['choices']['name']}, %",) if facts["choices"] else ()
     return ("finalist", "layers", "hidden", "ffn", "heads", "parameters", "after the cut", *rungs, *asked)
 
 
-def _row(number: int, found: Facts) -> TableRow:
-    finalist = found["finalists"][number]
+def _row(number: int, facts: Facts) -> TableRow:
+    finalist = facts["finalists"][number]
     arch, curve = finalist["arch"], finalist["curve"]
     sizes = [str(arch["layers"]), str(arch["hidden"]), str(arch["ffn"]), f"{arch['heads']}/{arch['kv_heads']}"]
     cells = [*map(Cell, sizes), Cell(figure(finalist["params"]))]
     cells += [estimate({"value": point["kl"], "stderr": point["stderr"]}) for point in curve]
-    cells += [Cell("")] * (len(found["rungs"]) - len(curve))
-    if found["choices"]:
-        cells.append(estimate(found["choices"]["accuracies"].get(str(number)), percent=True))
-    return TableRow(str(number + 1), tuple(cells), _color(number, found), number == found["chosen"])
+    cells += [Cell("")] * (len(facts["rungs"]) - len(curve))
+    if facts["choices"]:
+        cells.append(estimate(facts["choices"]["accuracies"].get(str(number)), percent=True))
+    return TableRow(str(number + 1), tuple(cells), _color(number, facts), number == facts["chosen"])
 
 
-def _track(number: int, found: Facts) -> Series:
-    points = tuple((point["tokens"], point["kl"]) for point in found["finalists"][number]["curve"])
-    return Series(str(number + 1), _color(number, found), points)
+def _track(number: int, facts: Facts) -> Series:
+    points = tuple((point["tokens"], point["kl"]) for point in facts["finalists"][number]["curve"])
+    return Series(str(number + 1), _color(number, facts), points)
 
 
-def _color(number: int, found: Facts) -> str:
-    if number == found["chosen"]:
+def _color(number: int, facts: Facts) -> str:
+    if number == facts["chosen"]:
         return SUBJECT
-    return _STRAIGHT if number == found["straight"] else _OTHERS
+    return _STRAIGHT if number == facts["straight"] else _OTHERS
 
 
 def _listed_depths(finalists: Sequence[Facts]) -> str:
@@ -94,8 +94,8 @@ def _listed_depths(finalists: Sequence[Facts]) -> str:
     return f"{depths[0]} layers" if len(depths) == 1 else f"{', '.join(map(str, depths[:-1]))} or {depths[-1]} layers"
 
 
-def _choice(found: Facts) -> str:
-    name, second = f"Finalist {found['chosen'] + 1}", found["second"]
+def _choice(facts: Facts) -> str:
+    name, second = f"Finalist {facts['chosen'] + 1}", facts["second"]
     if second is None:
         return f"{name} is the only one."
     gap = estimate(second["gap"])
@@ -103,24 +103,27 @@ def _choice(found: Facts) -> str:
     return f"{words}." if second["clear"] else f"{words}, which two standard errors do not tell apart."
 
 
-def _trial(found: Facts) -> str:
-    if found["straight"] == found["chosen"]:
+def _trial(facts: Facts) -> str:
+    if facts["straight"] == facts["chosen"]:
         return "A trial without training would have chosen it as well."
-    straight, chosen = (found["finalists"][found[key]]["curve"] for key in ("straight", "chosen"))
+    straight, chosen = (facts["finalists"][facts[key]]["curve"] for key in ("straight", "chosen"))
     shared = min(len(straight), len(chosen)) - 1
     return (
-        f"A trial without training would have chosen finalist {found['straight'] + 1}, which had a KL of"
+        f"A trial without training would have chosen finalist {facts['straight'] + 1}, which had a KL of"
         f" {figure(straight[0]['kl'])} against {figure(chosen[0]['kl'])} straight after the cut, and"
         f" {figure(straight[shared]['kl'])} against {figure(chosen[shared]['kl'])} after"
         f" {figure(straight[shared]['tokens'])} tokens."
     )
 
 
-def _agreement(found: Facts) -> str:
+def _agreement(facts: Facts) -> str:
     each = []
-    for one in (one for one in found["agreement"] if one["candidates"] > 2):
-        tau, tokens = f"{one['tau']:.2f} ({one['low']:.2f} to {one['high']:.2f})", found["rungs"][one["rung"]]["tokens"]
-        each.append(f"{tau} after {figure(tokens)} tokens, {one['candidates']} finalists")
+    for measured in (rank for rank in facts["agreement"] if rank["candidates"] > 2):
+        tau, tokens = (
+            f"{measured['tau']:.2f} ({measured['low']:.2f} to {measured['high']:.2f})",
+            facts["rungs"][measured["rung"]]["tokens"],
+        )
+        each.append(f"{tau} after {figure(tokens)} tokens, {measured['candidates']} finalists")
     if not each:
         return ""
     return (
@@ -129,8 +132,8 @@ def _agreement(found: Facts) -> str:
     )
 
 
-def _choices(found: Facts) -> str:
-    asked = found["choices"]
+def _choices(facts: Facts) -> str:
+    asked = facts["choices"]
     if not asked:
         return ""
     if asked["agrees"]:
@@ -138,30 +141,30 @@ def _choices(found: Facts) -> str:
     gap = estimate(asked["gap"], percent=True)
     return (
         f"By {asked['name']} the winner is another: finalist {asked['best'] + 1} answers {_spelled(gap)} percentage"
-        f" points more of its {asked['items']} items than finalist {found['chosen'] + 1}. The choice is by KL."
+        f" points more of its {asked['items']} items than finalist {facts['chosen'] + 1}. The choice is by KL."
     )
 
 
-def _rises(found: Facts) -> str:
-    if not found["rises"]:
+def _rises(facts: Facts) -> str:
+    if not facts["rises"]:
         return ""
     each = [
-        f"{rise['finalist'] + 1} by {_spelled(estimate(rise))} until {figure(found['rungs'][rise['rung']]['tokens'])}"
+        f"{rise['finalist'] + 1} by {_spelled(estimate(rise))} until {figure(facts['rungs'][rise['rung']]['tokens'])}"
         " tokens"
-        for rise in found["rises"]
+        for rise in facts["rises"]
     ]
     return f"Warning: KL rose during the training of finalist {', '.join(each)}. Their learning rate may be too high."
 
 
-def _cost(found: Facts, recipe: Facts) -> str:
-    words = f"All finalists together trained on {figure(found['tokens'])} tokens"
+def _cost(facts: Facts, recipe: Facts) -> str:
+    words = f"All finalists together trained on {figure(facts['tokens'])} tokens"
     tokens = (recipe.get("distill") or {}).get("tokens")
     if not tokens:
         return f"{words}."
-    field = tokens * len(found["finalists"])
-    words += f", {share(found['tokens'], tokens)} of those of the distillation and {share(found['tokens'], field)} of"
+    field = tokens * len(facts["finalists"])
+    words += f", {share(facts['tokens'], tokens)} of those of the distillation and {share(facts['tokens'], field)} of"
     words += " what distilling every finalist would have taken"
-    flops: Mapping[str, Any] = found.get("flops") or {}
+    flops: Mapping[str, Any] = facts.get("flops") or {}
     if flops.get("run"):
         words += f"; in FLOPs {share(flops['search'], flops['run'])} of the distillation"
     return f"{words}."

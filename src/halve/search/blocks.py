@@ -45,8 +45,8 @@ def additive_choice(calibration: Calibration, scores: Scores, candidates: Sequen
     widths = list(dict.fromkeys(arch.at(layers=whole) for arch in archs))
     params = [candidate.counts.params for candidate in candidates]
     values = _values(calibration, scores, widths)
-    found = solve_blocks(values, least=float(min(params)), most=float(max(params)))
-    return Tried(widths[found.width].at(layers=len(found.layers)), found.layers, found.value)
+    best = solve_blocks(values, least=float(min(params)), most=float(max(params)))
+    return Tried(widths[best.width].at(layers=len(best.layers)), best.layers, best.value)
 
 
 def _values(calibration: Calibration, scores: Scores, widths: Sequence[Arch]) -> BlockValues:

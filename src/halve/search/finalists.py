@@ -21,13 +21,13 @@ def choose_finalists(tried: Sequence[Tried], count: int, *, depths: int = DEPTHS
     >>> def made(layers, ffn, kl):
     ...     return Tried(Arch.of({**sizes, "layers": layers, "ffn": ffn}), tuple(range(layers)), kl)
     >>> tried = [made(4, 8, 1.0), made(4, 7, 1.1), made(4, 6, 1.2), made(3, 8, 1.5), made(2, 8, 2.0), made(1, 8, 9.0)]
-    >>> [(one.arch.layers, one.kl) for one in choose_finalists(tried, 4)]
+    >>> [(shape.arch.layers, shape.kl) for shape in choose_finalists(tried, 4)]
     [(4, 1.0), (4, 1.1), (3, 1.5), (2, 2.0)]
     """
-    order = sorted(tried, key=lambda one: one.kl)
+    order = sorted(tried, key=lambda shape: shape.kl)
     best_of: dict[int, Tried] = {}
-    for one in order:
-        best_of.setdefault(one.arch.layers, one)
+    for shape in order:
+        best_of.setdefault(shape.arch.layers, shape)
     first = list(best_of.values())[: min(depths, count)]
-    others = [one for one in order if one not in first]
-    return sorted([*first, *others[: count - len(first)]], key=lambda one: one.kl)
+    others = [shape for shape in order if shape not in first]
+    return sorted([*first, *others[: count - len(first)]], key=lambda shape: shape.kl)

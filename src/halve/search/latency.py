@@ -117,15 +117,15 @@ def nodes(anatomy: Anatomy, space: Space) -> list[Arch]:
     """The widths that are timed: of each hidden some sizes of ffn with all heads, and some heads with the whole ffn."""
     whole = anatomy.sizes
     hiddens = _spaced([hidden for hidden, _, _ in space.widths], whole.hidden)
-    found: dict[Arch, None] = {}
+    shapes: dict[Arch, None] = {}
     for hidden in hiddens:
         heads = [(h, g) for width, h, g in space.widths if width == hidden]
         most, counts = max(heads), _spaced([h + g for h, g in heads], sum(max(heads)))
         for ffn in _spaced((whole.ffn, *space.ffns), whole.ffn):
-            found[whole.at(hidden=hidden, heads=most[0], kv_heads=most[1], ffn=ffn)] = None
+            shapes[whole.at(hidden=hidden, heads=most[0], kv_heads=most[1], ffn=ffn)] = None
         for h, g in (next(pair for pair in heads if sum(pair) == count) for count in counts):
-            found[whole.at(hidden=hidden, heads=h, kv_heads=g)] = None
-    return [arch for arch in found if arch.hidden == whole.hidden or is_legal(anatomy, arch)]
+            shapes[whole.at(hidden=hidden, heads=h, kv_heads=g)] = None
+    return [arch for arch in shapes if arch.hidden == whole.hidden or is_legal(anatomy, arch)]
 
 
 def _spaced(sizes: Sequence[int], whole: int) -> list[int]:

@@ -58,13 +58,15 @@ def outcome(
         "rises": _rises(plan, played, len(finalists)),
         "choices": None if answered is None else _choices(*answered, chosen=chosen),
         "samples": len(played.showings[0].by_sample),
-        "tokens": sum(one.tokens for one in _furthest(played).values()),
+        "tokens": sum(showing.tokens for showing in _furthest(played).values()),
     }
 
 
 def _finalist(number: int, candidate: Candidate, tried: Tried, plan: Ladder, played: Played) -> dict[str, Any]:
-    shown = sorted((one for one in played.showings if one.finalist == number), key=lambda one: one.rung)
-    estimates = [average(torch.tensor(one.by_sample, dtype=torch.float64)) for one in shown]
+    shown = sorted(
+        (showing for showing in played.showings if showing.finalist == number), key=lambda showing: showing.rung
+    )
+    estimates = [average(torch.tensor(showing.by_sample, dtype=torch.float64)) for showing in shown]
     return {
         "arch": candidate.arch.sizes,
         "kept_layers": list(tried.kept_layers),
@@ -72,8 +74,8 @@ def _finalist(number: int, candidate: Candidate, tried: Tried, plan: Ladder, pla
         "non_embedding": candidate.counts.non_embedding,
         "trial_kl": tried.kl,
         "curve": [
-            {"tokens": plan.tokens[one.rung], "kl": estimate.value, "stderr": estimate.stderr}
-            for one, estimate in zip(shown, estimates, strict=True)
+            {"tokens": plan.tokens[showing.rung], "kl": estimate.value, "stderr": estimate.stderr}
+            for showing, estimate in zip(shown, estimates, strict=True)
         ],
     }
 
@@ -98,7 +100,7 @@ def _agreements(plan: Ladder, played: Played, seed: int) -> list[dict[str, Any]]
 
 def _rises(plan: Ladder, played: Played, count: int) -> list[dict[str, Any]]:
     absent = [torch.nan] * len(played.showings[0].by_sample)
-    shown = {(one.rung, one.finalist): list(one.by_sample) for one in played.showings}
+    shown = {(showing.rung, showing.finalist): list(showing.by_sample) for showing in played.showings}
     rows = [[shown.get((rung, i), absent) for i in range(count)] for rung in range(len(plan.tokens))]
     return [
         {"finalist": rise.row, "rung": rise.rung, **rise.by.as_dict()}
@@ -121,9 +123,9 @@ def _choices(name: str, answered: RightItems, *, chosen: int) -> dict[str, Any]:
 
 
 def _there(played: Played, rung: int) -> list[int]:
-    return sorted(one.finalist for one in played.showings if one.rung == rung)
+    return sorted(showing.finalist for showing in played.showings if showing.rung == rung)
 
 
 def _furthest(played: Played) -> dict[int, Any]:
     """The last showing of every finalist."""
-    return {one.finalist: one for one in sorted(played.showings, key=lambda one: one.rung)}
+    return {showing.finalist: showing for showing in sorted(played.showings, key=lambda showing: showing.rung)}

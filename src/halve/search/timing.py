@@ -114,9 +114,9 @@ def time_blocks(anatomy: Anatomy, archs: Sequence[Arch], pace: Pace, *, rounds: 
             for _ in range(_REPEATS):
                 prefill, decode = pace.beat()
                 shares[arch].append(_once(model, layers, pace).scaled(1 / prefill, 1 / decode))
-    found = {arch: _median(listed).scaled(pace.prefill, pace.decode) for arch, listed in shares.items()}
+    times_of = {arch: _median(listed).scaled(pace.prefill, pace.decode) for arch, listed in shares.items()}
     beside = _beside_layers(anatomy, pace, rounds=rounds * len(archs) // 2)
-    return {arch: times.with_beside(*beside, layers=_timed_layers(anatomy)) for arch, times in found.items()}
+    return {arch: times.with_beside(*beside, layers=_timed_layers(anatomy)) for arch, times in times_of.items()}
 
 
 def _beside_layers(anatomy: Anatomy, pace: Pace, *, rounds: int) -> tuple[float, float]:

@@ -70,7 +70,7 @@ class Played:
 
     def kl(self, rung: int, finalists: Sequence[int]) -> Tensor:
         """KL of these finalists at a rung, [finalists, samples]."""
-        shown = {(one.finalist, one.rung): one.by_sample for one in self.showings}
+        shown = {(showing.finalist, showing.rung): showing.by_sample for showing in self.showings}
         return torch.tensor([shown[finalist, rung] for finalist in finalists], dtype=torch.float64)
 
 
@@ -115,8 +115,8 @@ def play(
     """
     ranks, last = school.ranks, len(plan.tokens) - 1
     kept = JsonLines(out / RUNGS, Showing.from_json) if ranks.leads else None
-    told = ranks.lead(lambda: [asdict(one) for one in kept.kept] if kept else [])
-    shown = {(one.finalist, one.rung): one for one in map(Showing.from_json, told)}
+    told = ranks.lead(lambda: [asdict(showing) for showing in kept.kept] if kept else [])
+    shown = {(showing.finalist, showing.rung): showing for showing in map(Showing.from_json, told)}
     alive, spent, selections = list(range(len(finalists))), 0, []
     for rung in range(len(plan.tokens)):
         for finalist in alive:

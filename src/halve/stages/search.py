@@ -123,7 +123,7 @@ def _without_training(recipe: Recipe, open_shop: _OpenShop, out: Path, progress:
         chosen = best(tried)
         progress.say(f"tried {len(tried)} shapes; chosen: {outcome_of_trial(tried)}")
     metrics = {"method": recipe.search.method, "candidates": len(candidates), "sizes": chosen.arch.sizes}
-    write_json(out / "results.json", {"method": recipe.search.method, "tried": [one.to_json() for one in tried]})
+    write_json(out / "results.json", {"method": recipe.search.method, "tried": [shape.to_json() for shape in tried]})
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
 
 
@@ -184,28 +184,30 @@ def _concluded(
 ) -> None:
     """Write what was found."""
     ledger = student_anatomy(teacher.anatomy, recipe.prune).ledger
-    pairs = [(Candidate(one.arch, ledger.count(one.arch, kept_layers=one.kept_layers)), one) for one in finalists]
-    found = outcome(pairs, plan, played, answered=_answered(recipe, played, out), seed=recipe.seed)
-    flops = _flops(recipe, teacher, pairs, found)
-    write_json(out / "results.json", {"method": "tournament", **found, "flops": flops})
-    chosen = finalists[found["chosen"]]
+    pairs = [
+        (Candidate(shape.arch, ledger.count(shape.arch, kept_layers=shape.kept_layers)), shape) for shape in finalists
+    ]
+    results = outcome(pairs, plan, played, answered=_answered(recipe, played, out), seed=recipe.seed)
+    flops = _flops(recipe, teacher, pairs, results)
+    write_json(out / "results.json", {"method": "tournament", **results, "flops": flops})
+    chosen = finalists[results["chosen"]]
     keys = ("chosen", "second", "straight", "agreement", "rises", "choices", "tokens")
-    metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: found[key] for key in keys}}
+    metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: results[key] for key in keys}}
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
     progress.say(f"chosen of {len(finalists)} finalists: {chosen.arch}")
 
 
 def _flops(
-    recipe: Recipe, teacher: Checkpoint, pairs: list[tuple[Candidate, Tried]], found: Mapping[str, Any]
+    recipe: Recipe, teacher: Checkpoint, pairs: list[tuple[Candidate, Tried]], results: Mapping[str, Any]
 ) -> dict[str, float | None]:
-    """FLOPs of training the finalists, and of the recipe's distillation of the chosen one."""
+    """FLOPs of training the finalists, and of the recipe's distillation of the chosen shape."""
     context, training = recipe.data.context, tournament_training(recipe)
     whole = Costed.of(teacher.anatomy, context)
     student = student_anatomy(teacher.anatomy, recipe.prune)
     costed = [Costed(student, candidate.arch, context, tried.kept_layers) for candidate, tried in pairs]
-    tokens = [finalist["curve"][-1]["tokens"] for finalist in found["finalists"]]
-    search = sum(n * distilling(one, whole, training) for n, one in zip(tokens, costed, strict=True))
+    tokens = [finalist["curve"][-1]["tokens"] for finalist in results["finalists"]]
+    search = sum(n * distilling(model, whole, training) for n, model in zip(tokens, costed, strict=True))
     if recipe.distill is None:
         return {"search": float(search), "run": None}
-    run = recipe.distill.tokens * distilling(costed[found["chosen"]], whole, recipe.distill)
+    run = recipe.distill.tokens * distilling(costed[results["chosen"]], whole, recipe.distill)
     return {"search": float(search), "run": float(run)}

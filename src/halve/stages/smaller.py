@@ -66,7 +66,7 @@ def flops_of(nest: NestedStudents, student: Anatomy, teacher: Anatomy, recipe: R
     students = [student, *(discover(config) for config in nest.configs)]
 
     def of(context: int) -> float:
-        costed = [Costed.of(one, context) for one in students]
+        costed = [Costed.of(student, context) for student in students]
         return taught_in_turns(costed, Costed.of(teacher, context), training, draws=draws)
 
     return of
