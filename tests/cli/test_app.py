@@ -36,7 +36,7 @@ FLAGS = {
     "inspect": ["model", "--proof", "--no-proof", "--json"],
     "plan": [
         *("model", "--params", "--non-embedding-ratio", "--hidden", "--ffn", "--heads", "--kv-heads"),
-        *("--layers", "--drop-layers", "--context", "--most", "--json"),
+        *("--layers", "--drop-layers", "--context", "--budget", "--axis", "--timings", "--most", "--json"),
     ],
     "run": ["recipe", "--out", "--dry-run", "--ranks", "--mfu", "--card", "--on-spike", "--quiet", "--json"],
     "check": ["recipe", "--out", "--json"],
@@ -55,6 +55,10 @@ FLAGS = {
     "distill": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "align": RUN,
     "evaluate": RUN,
+    "judge": [
+        *("data", "--student", "--student-model", "--judge", "--judge-model", "--out"),
+        *("--student-key", "--judge-key", "--json"),
+    ],
     "report": RUN,
 }
 
@@ -494,7 +498,7 @@ def test_results_are_printed_as_a_table_and_as_json(
     monkeypatch.setattr(pipeline, "run", finished)
     assert main(["run", str(recipe), "--json", "--quiet"]) == 0
     assert said(capsys) == results
-    assert asked == [{"name": "tiny", "out": Path("runs/tiny"), "only": None, "console": None}]
+    assert asked == [{"name": "tiny", "out": Path("runs/tiny"), "only": None, "needed": False, "console": None}]
     assert main(["evaluate", str(recipe), "--out", str(tmp_path / "elsewhere")]) == 0
     out, err = capsys.readouterr()
     assert "3.142 ± 0.01" in out

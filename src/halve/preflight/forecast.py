@@ -270,7 +270,7 @@ def _held(recipe: Recipe, found: tuple[PlannedRound, ...], *, on_cpu: bool) -> d
     where: dict[str, Any] = {"dtype": dtype_of(recipe, found[0].before.config), "on_cpu": on_cpu}
     tried = work.trials(recipe, found)
     held = {
-        named("prune", number): pruning(part, shape, shapes, turned=work.turns(part, shape, shapes), **where)
+        named("prune", number): pruning(part, shape, shapes, turned=work.is_rotated(part, shape, shapes), **where)
         for number, (part, shape, shapes) in enumerate(zip(rounds(recipe), found, tried, strict=True), 1)
     }
     return {**held, "evaluate": evaluation_memory(recipe, found, **where)}

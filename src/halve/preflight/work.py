@@ -88,7 +88,7 @@ def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, .
     return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
 
 
-def turns(part: Recipe, shape: PlannedRound, tried: Sequence[Arch]) -> bool:
+def is_rotated(part: Recipe, shape: PlannedRound, tried: Sequence[Arch]) -> bool:
     """Whether the cut of a round, or one that its trial looks at, takes another basis for hidden."""
     narrower = any(arch.hidden < shape.before.sizes.hidden for arch in tried or (shape.after,))
     return rotates(shape.before, part.prune) and narrower
@@ -115,7 +115,7 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     elif not tried and shape.kept_layers is None:
         removals = {before.arch.layers - after.arch.layers}
     layers = [cost.comparing(before, score, remove=remove, items=asked.depth) for remove in removals]
-    turned = turns(part, shape, tried)
+    turned = is_rotated(part, shape, tried)
     chosen = [cost.choosing(before, arch, prune, score) for arch in tried or (after.arch,)]
     refit, budget = Work(), cost.budget_for(before, prune)
     if prune.refit != "none":
