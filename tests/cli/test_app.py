@@ -46,6 +46,10 @@ FLAGS = {
         *("name", "--list", "--out", "--model", "--train", "--valid", "--choices"),
         *("--seeds", "--tokens", "--context", "--quiet", "--json"),
     ],
+    "judge": [
+        *("data", "--student", "--student-model", "--judge", "--judge-model", "--out"),
+        *("--student-key", "--judge-key", "--json"),
+    ],
     "correct": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "score": RUN,
     "search": RUN,
@@ -55,10 +59,6 @@ FLAGS = {
     "distill": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "align": RUN,
     "evaluate": RUN,
-    "judge": [
-        *("data", "--student", "--student-model", "--judge", "--judge-model", "--out"),
-        *("--student-key", "--judge-key", "--json"),
-    ],
     "report": RUN,
 }
 

@@ -55,11 +55,11 @@ def cost(
     from halve.report.tables import as_json
 
     family = _family(recipe, sizes, tokens)
-    found = family(scratch_tokens=parse_count(scratch), device=gpu(device, mfu), price=price)
+    costs = family(scratch_tokens=parse_count(scratch), device=gpu(device, mfu), price=price)
     if json_:
-        as_json(found.to_json())
+        as_json(costs.to_json())
         return
-    cost_tables(found)
+    cost_tables(costs)
     if recipe is not None:
         say_next(f"halve run {recipe} --dry-run")
 

@@ -13,7 +13,10 @@ from halve.cli.flags import AsJson
 
 def judge(
     data: Annotated[
-        Path, typer.Argument(help="MT-Bench's folder: questions, judge prompts, references.", callback=flags.place)
+        Path,
+        typer.Argument(
+            metavar="DATA", help="MT-Bench's folder: questions, judge prompts, references.", callback=flags.place
+        ),
     ],
     student: Annotated[str, typer.Option(help="Endpoint of the student, such as http://localhost:8000/v1.")],
     student_model: Annotated[str, typer.Option(help="The student's name at its endpoint.")],
@@ -33,11 +36,11 @@ def judge(
     from halve.report.tables import as_json, table
 
     asked, grading = Endpoint(student, student_model, student_key), Endpoint(judge_url, judge_model, judge_key)
-    found = bench.mt_bench(asked, grading, data, out)
+    grades = bench.mt_bench(asked, grading, data, out)
     if json_:
-        as_json(found)
+        as_json(grades)
         return
-    error = "" if found["stderr"] is None else f" ± {found['stderr']:.2f}"
-    rows = [(name, f"{grade:.2f}") for name, grade in found["categories"].items()]
+    error = "" if grades["stderr"] is None else f" ± {grades['stderr']:.2f}"
+    rows = [(name, f"{grade:.2f}") for name, grade in grades["categories"].items()]
     table(f"MT-Bench of {student_model}, graded by {judge_model}", ("category", "grade"), rows)
-    print(f"score {found['score']:.2f}{error} of 10; without a grade: {found['without_grade']} turns")
+    print(f"score {grades['score']:.2f}{error} of 10; without a grade: {grades['without_grade']} turns")

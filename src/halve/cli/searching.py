@@ -19,21 +19,21 @@ def show_search(folder: Path, recipe: Recipe, *, json_: bool) -> None:
     if not leads():
         return
     manifest = read_manifest(folder / "search")
-    found = read_object(sound(folder / "search", manifest, "results.json"))
+    results = read_object(sound(folder / "search", manifest, "results.json"))
     if json_:
-        tables.as_json(found)
+        tables.as_json(results)
         return
-    _table(found, recipe.model_dump(mode="json"), manifest["metrics"])
+    _table(results, recipe.model_dump(mode="json"), manifest["metrics"])
     page.write_page(folder, folder / "search.html")
     print(folder / "search.html")
 
 
-def _table(found: Mapping[str, Any], recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+def _table(results: Mapping[str, Any], recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     from halve.report.searched import search_rows, search_words
     from halve.report.tables import table
 
-    if found["method"] == "tournament":
-        table("KL to the teacher (± standard error); * is chosen", *search_rows(found))
-        for words in search_words(found, recipe):
+    if results["method"] == "tournament":
+        table("KL to the teacher (± standard error); * is chosen", *search_rows(results))
+        for words in search_words(results, recipe):
             print(words)
     print("chosen: " + ", ".join(f"{axis} {size}" for axis, size in metrics["sizes"].items()))

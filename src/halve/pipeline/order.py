@@ -148,9 +148,9 @@ def _round(
         add(score, "score", _score(cut), reads, whole, ("teacher", "train", "depth_task"))
     searched: _Names = ()
     if recipe.search is not None:
-        found = _search(recipe, number, score, cut=cut, teacher=teacher)
-        listed += found
-        searched = (found[-1].name,)
+        searching = _search(recipe, number, score, cut=cut, teacher=teacher)
+        listed += searching
+        searched = (searching[-1].name,)
     reads = ("prune", "score", "-score.depth_task")
     add(prune, "prune", _prune(cut, score, searched=searched), reads, (*whole, score, *searched))
     models = {named("pruned", number): prune}

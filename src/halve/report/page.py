@@ -118,8 +118,8 @@ def read_run(run: Path) -> Run:
     cards = [card for stage in manifests if (card := file(stage, f"model/{CARD}")) is not None]
     license = license_of(cards[0].parent) if cards else {}
     cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
-    found = {stage: part(stage, "results.json") for stage in ("evaluate", "search")}
-    return Run(recipe, manifests, cuts, found["evaluate"], found["search"], logs, license)
+    results = {stage: part(stage, "results.json") for stage in ("evaluate", "search")}
+    return Run(recipe, manifests, cuts, results["evaluate"], results["search"], logs, license)
 
 
 def _order(stage: str) -> tuple[bool, int, int, str]:
