@@ -316,7 +316,7 @@ def test_students_of_one_teacher_are_cut_from_it_by_the_same_scores(
     )
     assert got["score-3"]["teacher"] == got["prune-3"]["teacher"] == run / "distill-2" / "model"
     calls.clear()
-    pipeline.run(rounds(then=[{**siblings[0], "prune": {"ffn": 24}}, siblings[1]]), run)
+    pipeline.run(rounds(then=[{**siblings[0], "prune": {"ffn": 40}}, siblings[1]]), run)
     assert "distill" not in dict(calls), "a sibling does not depend on the others"
     calls.clear()
     by_sets = rounds(then=siblings, score={"depth": "nll"})
