@@ -109,7 +109,7 @@ def test_students_inside_the_student_are_planned(tmp_path: Path, capsys: pytest.
         (48, 96, 6),
         (48, 48, 3),
     ]
-    assert list(one.flops)[-2:] == ["nest", "distill"]
+    assert list(one.flops)[-3:] == ["nest", "distill", "evaluate"]
     assert one.flops["distill"] < alone.flops["distill"] < two.flops["distill"]
     assert one.memory["distill"].passing_bytes > alone.memory["distill"].passing_bytes
     assert two.memory["distill"].passing_bytes > one.memory["distill"].passing_bytes

@@ -209,7 +209,7 @@ def test_two_rounds_have_the_papers_shapes(tmp_path: Path, capsys: pytest.Captur
         one["flops_per_token"] for one in (found["teacher_counts"], eight["counts"], four["counts"])
     )
     assert list(found["tokens"]) == [
-        *("score", "prune", "distill", "score-2", "prune-2", "distill-2"),
+        *("score", "prune", "distill", "score-2", "prune-2", "distill-2", "evaluate"),
     ]
     head = 2 * 256_000 * 4096
     assert found["flops"]["score-2"] == 1024 * 4096 * (smaller - head) + 8 * 4096 * smaller, "boundaries are looked at"
