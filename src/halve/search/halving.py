@@ -84,7 +84,7 @@ def ladder(candidates: int, *, tokens: int, rungs: int, keep: float, step: int) 
     plan takes. Raises `RecipeError` if two rungs would end with the same step.
 
     >>> ladder(8, tokens=800_000, rungs=3, keep=0.5, step=4096)
-    Ladder(tokens=(0, 200704, 401408, 802816), places=(8, 8, 4, 2), budget=4009984)
+    Ladder(tokens=(0, 200704, 401408, 802816), places=(8, 8, 4, 2), budget=4014080)
     """
     assert candidates > 0
     steps = [math.ceil(tokens * keep ** (rungs - rung) / step) for rung in range(1, rungs + 1)]
@@ -111,7 +111,7 @@ def select_candidates(kl_CS: Float64[Tensor, "candidates samples"], ladder: Ladd
     >>> import torch
     >>> kl_CS = torch.tensor([[0.3, 0.5], [0.1, 0.2], [0.9, 0.8], [0.2, 0.1]], dtype=torch.float64)
     >>> select_candidates(kl_CS, Ladder((0, 10, 20), (4, 4, 2), 60), 1, 40)
-    Survivors(kept=(3, 1), gone=(0, 2), ties=(), forced=())
+    Survivors(kept=(1, 3), gone=(0, 2), ties=(), forced=(0,))
     """
     order = ranking(kl_CS)
     places = min(ladder.places[rung + 1], len(order))
