@@ -34,20 +34,26 @@ def read_scores(recipe: Recipe, teacher: Checkpoint, scores: Path) -> Scores:
     return Scores.load(scores, batch_agg=score.batch_agg, seq_agg=score.seq_agg, model=teacher.fingerprint)
 
 
+def score_again(recipe: Recipe, calibration: Calibration) -> Scores:
+    """Score a model that is made of the teacher's weights, the way the recipe scored the teacher."""
+    asked = recipe.score
+    return width.score(
+        calibration,
+        method=asked.method,
+        ffn_point=asked.ffn_point,
+        batch_agg=asked.batch_agg,
+        seq_agg=asked.seq_agg,
+        seed=recipe.seed,
+        model_fingerprint="",
+        samples_fingerprint="",
+    )
+
+
 def rescorer(recipe: Recipe, samples: Tensor) -> Rescore:
-    """Score a partly cut model the way the recipe scored the teacher."""
+    """`score_again` for the models of a cut in steps, on as many samples as the recipe scores."""
+    score = recipe.score
 
     def rescore(model: PreTrainedModel, anatomy: Anatomy) -> Scores:
-        asked = recipe.score
-        return width.score(
-            Calibration(model, anatomy, samples[: asked.samples], asked.micro_batch),
-            method=asked.method,
-            ffn_point=asked.ffn_point,
-            batch_agg=asked.batch_agg,
-            seq_agg=asked.seq_agg,
-            seed=recipe.seed,
-            model_fingerprint="",
-            samples_fingerprint="",
-        )
+        return score_again(recipe, Calibration(model, anatomy, samples[: score.samples], score.micro_batch))
 
     return rescore

@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy
 from halve.cut.apply import FEW_SAMPLES
+from halve.cut.given import score_again
 from halve.cut.plan.nest import nested_axes, nested_layers, nested_sizes, prefix_plan, sorting_plan
 from halve.cut.plan.plan import Plan
 from halve.cut.proof.prove import prove
-from halve.cut.score import width
 from halve.cut.score.calibration import Calibration, require_calibration
-from halve.cut.score.scores import Scores
 from halve.cut.surgery.gain import constant_gains, fit_gains
 from halve.cut.surgery.trim import trim
 from halve.disk.files import write_json
@@ -53,7 +52,7 @@ def run(recipe: Recipe, *, student: Checkpoint, cache: Path, out: Path, progress
     require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
     model = student.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
     calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch, progress)
-    scores = _scores(recipe, calibration)
+    scores = score_again(recipe, calibration)
     order = sorting_plan(anatomy, scores, axes=nested_axes(sizes))
     sorted_model = trim(model, order, anatomy)
     difference = _require_same(model, sorted_model, samples_BS[:1])
@@ -74,20 +73,6 @@ def run(recipe: Recipe, *, student: Checkpoint, cache: Path, out: Path, progress
         "non_embedding": [count.non_embedding for count in counts],
         "layers": [list(plan.layers) for plan in plans],
     }
-
-
-def _scores(recipe: Recipe, calibration: Calibration) -> Scores:
-    asked = recipe.score
-    return width.score(
-        calibration,
-        method=asked.method,
-        ffn_point=asked.ffn_point,
-        batch_agg=asked.batch_agg,
-        seq_agg=asked.seq_agg,
-        seed=recipe.seed,
-        model_fingerprint="",
-        samples_fingerprint="",
-    )
 
 
 def _gains(calibration: Calibration, plan: Plan) -> dict[str, float]:

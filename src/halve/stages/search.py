@@ -70,7 +70,7 @@ def run(
     open_shop = partial(_opened, recipe, teacher, scores, cache, progress)
     if recipe.search.method != "tournament":
         ranks.lead(partial(_without_training, recipe, open_shop, out, progress))
-        return dict(ChosenShape.load(out).metrics)
+        return ranks.lead(partial(_figures, out))
     prepare = partial(_prepared, recipe, teacher, open_shop, out)
     finalists = [Tried.from_json(tried) for tried in ranks.lead(prepare)]
     assert answers_in is not None
@@ -85,6 +85,11 @@ def run(
     models = [Checkpoint.open(_place(out, i) / "model") for i in range(len(finalists))]
     played = play(models, plan, school, out=out, graduate=_graduate(models, school, out), progress=progress)
     ranks.lead(partial(_concluded, recipe, teacher, finalists, plan, played, out, progress))
+    return ranks.lead(partial(_figures, out))
+
+
+def _figures(out: Path) -> dict[str, Any]:
+    """The choice's figures. Rank 0 reads them for all: once it goes on, it moves the folder."""
     return dict(ChosenShape.load(out).metrics)
 
 
