@@ -26,9 +26,8 @@ def cost(
             metavar="RECIPE", help="A YAML recipe. Without one, give --sizes and --tokens.", callback=flags.place
         ),
     ] = None,
-    scratch: Annotated[
-        str, typer.Option(help="Tokens that training from scratch takes for each size, such as 8T.")
-    ] = ...,  # type: ignore[assignment]
+    *,
+    scratch: Annotated[str, typer.Option(help="Tokens that training from scratch takes for each size, such as 8T.")],
     sizes: Annotated[
         str | None, typer.Option(help="Without a recipe: parameters, largest first, such as 15.6B,8.3B,4.2B.")
     ] = None,
