@@ -62,7 +62,8 @@ class Depth:
     source: str
     criterion: DepthCriterion
     pattern: DepthPattern
-    laco: bool = False
+    laco: layer_merge.Rule | None = None
+    """Merge layers by this rule, at the places that LaCo's search finds."""
     ours: bool = False
     protects: tuple[int, int] = (0, 0)
     """So many first and last layers always stay (criterion taylor)."""
@@ -103,7 +104,8 @@ METHODS: dict[str, Width | Depth] = {
     "shortened-ppl": Depth("2402.02834: perplexity", "nll", "single"),
     "shortened-taylor": Depth("2402.02834: Taylor", "taylor", "single"),
     "sleb": Depth("2402.09025: greedy", "nll", "greedy"),
-    "laco": Depth("2402.11187: layer merge", "angular", "single", laco=True),
+    "laco": Depth("2402.11187: layer merge", "angular", "single", laco=layer_merge.laco),
+    "laco-notebook": Depth("2402.11187, as its notebook merges", "angular", "single", laco=layer_merge.last_matrices),
     RANDOM_DEPTH: Depth("uniform random layers", "random", "single"),
 }
 
@@ -164,11 +166,11 @@ def _by_depth(method: Depth, ratio: float, setting: Setting, timed: dict[str, fl
     anatomy, total = setting.anatomy, setting.anatomy.sizes.layers
     after = depth_arch(anatomy, ratio)
     source = setting.model
-    if method.laco:
+    if method.laco is not None:
         combine, interval = layer_merge.search_setting(total)
         few = setting.calibration.first(16)
-        found = layer_merge.laco_search(few, layers=after.layers, combine=combine, interval=interval)
-        source, kept = layer_merge.apply_merges(source, anatomy, found.merges), found.kept
+        found = layer_merge.laco_search(few, layers=after.layers, combine=combine, interval=interval, rule=method.laco)
+        source, kept = layer_merge.apply_merges(source, anatomy, found.merges, rule=method.laco), found.kept
     else:
         scores = None
         if method.criterion == "taylor":

@@ -50,6 +50,7 @@ ROWS: dict[str, Row] = {
         "10 x 128",
     ),
     "LaCo": Row(METHODS["laco"], 10, 128, "10 sentences"),
+    "LaCo, its notebook": Row(METHODS["laco-notebook"], 10, 128, "10 sentences"),
     "FLAP": Row(METHODS["flap"], 1024, 128, "1,024 x 128", EVERY),
     "Wanda": Row(METHODS["wanda"], 128, 512, _LONG, EVERY),
     "LLM-Pruner": Row(METHODS["taylor"], 10, 128, "10 x 128", EVERY),

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import apply
-from halve.cut.apply import Goal, cut, turn
+from halve.cut.apply import Goal, Turned, cut, turn
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import random_twin
 from halve.cut.repair.refit_scores import score_by_refit
-from halve.cut.repair.rotate import tie_head
+from halve.cut.repair.rotate import principal_basis, rotate, stream_moment, tie_head
 from halve.cut.score import width
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.scores import Scores, random_scores
 from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError
+from halve.model.card import made_in_words
 from halve.model.reference import Reference
 from halve.recipe.schema import Prune
 
@@ -344,6 +345,34 @@ def test_of_the_refit_and_the_plain_cut_the_closer_one_on_unseen_samples_is_kept
     }
     for ours, theirs in zip(kept.student.parameters(), plain.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_rotation_that_loses_on_unseen_samples_is_left_out() -> None:
+    """Here it puts the channels that matter least first."""
+    model, anatomy = _twin("llama", tie_word_embeddings=True)
+    sizes, plans = {"hidden": anatomy.sizes.hidden - 16}, []
+    after = anatomy.sizes.at(**sizes)
+    calibration, scores = Calibration(model, anatomy, _samples(anatomy, 200), 32), _scores(model, anatomy)
+    basis = principal_basis(stream_moment(calibration))
+    backwards = Turned(*rotate(model, anatomy, basis.columns_DD.flip(1)), basis.energy_D)
+
+    def cut_in(turned: Turned, **asked: Any) -> apply.Cut:
+        return cut(calibration, scores, Prune(**sizes, **asked), Goal(after), turned=turned, planned=plans.append)
+
+    left = cut_in(backwards)
+    without = cut_in(Turned(model, anatomy, None), rotation="none")
+    assert left.figures["unrotated_kl"] < left.figures["refit_kl"]
+    assert left.plan == without.plan == plans[1]
+    assert plans[0] != plans[1]
+    for ours, theirs in zip(left.student.parameters(), without.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    made = left.made(Prune(**sizes))
+    assert (made["cut"], made["rotation"]) == ("refit", "none")
+    assert made["unrotated"] == "the principal axes were farther from the teacher"
+    assert "in the model's own basis: the principal axes" in made_in_words(made)
+    asked_for = cut_in(backwards, rotation="pca")
+    assert "unrotated_kl" not in asked_for.figures
+    assert asked_for.made(Prune(**sizes, rotation="pca"))["rotation"] in ("pca", "none")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -38,6 +38,13 @@ from halve.recipe.schema import Prune
 FEW_SAMPLES = 32
 """For fits with one unknown per norm or channel: gains, and the final norm of a head that stays tied."""
 
+_COMPARED = {
+    "refit_kl": "refit student",
+    "unrotated_kl": "student refit in the model's own basis",
+    "plain_kl": "plain cut",
+}
+"""The figures of students that are compared."""
+
 Rescore = Callable[[PreTrainedModel, Anatomy], Importance]
 """Scores a partly cut model again, for `prune.steps` above 1."""
 
@@ -70,6 +77,8 @@ class Repair:
     """So many of the last samples choose the ridges and are not fitted."""
     taught: dict[bool, Taught] | None = None
     """For many cuts on the same samples: what the teacher did on them, in its own basis and turned."""
+    spared: dict[str, Tensor] | None = None
+    """For cuts to the same sizes on the same samples: the scores of neurons and heads by the first one's selection."""
 
     def lesson(self, source: Calibration, *, turned: bool) -> Taught:
         """The teacher's side of a refit; kept for the next cut where there is one and memory allows."""
@@ -95,18 +104,18 @@ class Cut:
     def made(self, prune: Prune) -> dict[str, Any]:
         """For `plan.json`: which student `prune` led to, refit or plain, and in which basis hidden was cut.
 
-        `compared` has the KL of both in nats a token, if they were compared. `unrotated` says why a rotation that
-        `prune` allows was left out.
+        `compared` has the KL of all that were compared, in nats a token. `unrotated` says why a rotation that `prune`
+        allows was left out.
         """
-        compared = {
-            key: self.figures[key] for key in ("refit_kl", "plain_kl", "compared_tokens") if key in self.figures
-        }
+        compared = {key: self.figures[key] for key in (*_COMPARED, "compared_tokens") if key in self.figures}
         made = {"cut": self.figures.get("kept", "plain" if prune.refit == "none" else "refit"), "compared": compared}
         rotated = "energy_kept" in self.figures
         if rotated or prune.rotation == "none" or self.plan.after.hidden == self.plan.before.hidden:
             why = ""
         elif compared and made["cut"] == "plain":
             why = "the plain cut keeps it"
+        elif "unrotated_kl" in compared:
+            why = "the principal axes were farther from the teacher"
         else:
             why = "a cut in steps keeps it" if prune.steps > 1 else "its norms allow no other"
         return made | {"rotation": "pca" if rotated else "none", "unrotated": why}
@@ -144,31 +153,39 @@ def cut(
     `turned` is the result of `turn`; a cut that keeps hidden does not use it. `planned` receives the plan before any
     weight is cut. `rescore` is needed for `prune.steps` above 1.
 
-    The refit student is compared with the plain cut of the same sizes, on samples that are not fitted. The closer one
-    is kept. If that is the plain cut, `planned` receives its plan as well.
+    The refit student is compared with the plain cut of the same sizes, on samples that are not fitted. Where hidden was
+    cut in another basis and `rotation` is `auto`, a student refit in the model's own basis is compared, too. The
+    closest one is kept. `planned` receives its plan as well, if that is another.
 
     Raises `PlanError` and `CheckpointError`.
     """
     budget = token_budget(calibration, prune)
     solved = calibration.first(budget.used)
-    repair = Repair(budget.held)
-    made = cut_once(solved, scores, prune, goal, turned=turned, repair=repair, rescore=rescore, planned=planned)
+    repair, own = Repair(budget.held, spared={}), Turned(calibration.model, calibration.anatomy, None)
+    kept = cut_once(solved, scores, prune, goal, turned=turned, repair=repair, rescore=rescore, planned=planned)
     if not budget.compared:
-        return made
-    unturned = Turned(calibration.model, calibration.anatomy, None)
-    rival = cut_once(solved.silent(), scores, plainly(prune), goal, turned=unturned, repair=Repair(), rescore=rescore)
+        return kept
+    rivals = [("plain_kl", plainly(prune), solved.silent(), Repair())]
+    if _is_turned(calibration, goal.arch, turned) and doubts_rotation(prune):
+        rivals.insert(0, ("unrotated_kl", prune.model_copy(update={"rotation": "none"}), solved, repair))
     unseen_BS = calibration.samples_BS[budget.used :][: budget.compared]
     reference = Reference(calibration.model, unseen_BS, micro_batch=calibration.micro_batch)
-    refit_kl, plain_kl = (float(reference.divergences(contender.student).mean()) for contender in (made, rival))
-    figures = {"refit_kl": refit_kl, "plain_kl": plain_kl, "compared_tokens": unseen_BS.numel()}
-    kept, name = (made, "refit") if refit_kl <= plain_kl else (rival, "plain")
+    closest = "refit_kl"
+    kls = {closest: float(reference.divergences(kept.student).mean())}
+    for key, asked, source, its_repair in rivals:
+        rival = cut_once(source, scores, asked, goal, turned=own, repair=its_repair, rescore=rescore)
+        kls[key] = float(reference.divergences(rival.student).mean())
+        if kls[key] < kls[closest]:
+            closest, kept = key, rival
     calibration.progress.say(
-        f"KL on {budget.compared} samples that were not fitted: refit {refit_kl:.4g}, plain cut {plain_kl:.4g};"
-        f" the {name} one is kept"
+        f"KL on {budget.compared} samples that were not fitted: "
+        + ", ".join(f"{_COMPARED[key]} {kl:.4g}" for key, kl in kls.items())
+        + f"; the {_COMPARED[closest]} is kept"
     )
-    if kept is rival and planned is not None:
-        planned(rival.plan)
-    return replace(kept, figures={**kept.figures, **figures, "kept": name})
+    if closest != "refit_kl" and planned is not None:
+        planned(kept.plan)
+    name = "plain" if closest == "plain_kl" else "refit"
+    return replace(kept, figures={**kept.figures, **kls, "compared_tokens": unseen_BS.numel(), "kept": name})
 
 
 def token_budget(calibration: Calibration, prune: Prune) -> Budget:
@@ -200,7 +217,7 @@ def cut_once(
         goal = replace(goal, kept_layers=select(anatomy, sizes, scores, gain="none").layers)
     source, ranking, figures = _in_basis(calibration, scores, goal.arch, turned)
     if selects_by_refit(prune, scores.method):
-        ranking = _by_refit(calibration, ranking, prune, goal)
+        ranking = _by_refit(calibration, ranking, prune, goal, repair)
     plan = _plan(source, ranking, prune, goal, rescore)
     if planned is not None:
         planned(plan)
@@ -241,19 +258,33 @@ def _in_basis(
     calibration: Calibration, scores: Scores, after: Arch, turned: Turned
 ) -> tuple[Calibration, Scores, dict[str, float]]:
     """The model in the basis in which its hidden is cut, the scores in this basis, and the reported energy."""
-    if turned.energy_D is None or after.hidden >= calibration.anatomy.sizes.hidden:
+    if turned.energy_D is None or not _is_turned(calibration, after, turned):
         return calibration, scores, {}
     ranking = replace(scores, hidden=turned.energy_D.float(), statistics=None)
     kept = {"energy_kept": float(turned.energy_D[: after.hidden].sum())}
     return calibration.of(turned.model, turned.anatomy), ranking, kept
 
 
-def _by_refit(calibration: Calibration, scores: Scores, prune: Prune, goal: Goal) -> Scores:
+def doubts_rotation(prune: Prune) -> bool:
+    """Whether a cut in another basis is compared with one in the model's own.
+
+    Not where the head is untied: that is asked for with the rotation, and makes another size.
+    """
+    return prune.rotation == "auto" and not prune.untie
+
+
+def _is_turned(calibration: Calibration, after: Arch, turned: Turned) -> bool:
+    return turned.energy_D is not None and after.hidden < calibration.anatomy.sizes.hidden
+
+
+def _by_refit(calibration: Calibration, scores: Scores, prune: Prune, goal: Goal, repair: Repair) -> Scores:
     """The scores, with those of neurons and heads replaced by their removal order under a refit where it applies."""
     assert goal.kept_layers is not None
     chooses = prune.ridge == "auto" and prune.refit_samples is None
     strength = None if chooses else _strength(prune)
-    chosen = score_by_refit(calibration, goal.arch, layers=goal.kept_layers, strength=strength)
+    chosen = repair.spared or score_by_refit(calibration, goal.arch, layers=goal.kept_layers, strength=strength)
+    if repair.spared is not None:
+        repair.spared.update(chosen)
     ffn, heads_, groups = (chosen.get(axis, getattr(scores, axis)) for axis in ("ffn", "heads", "kv_heads"))
     return replace(scores, statistics=None, ffn=ffn, heads=heads_, kv_heads=groups)
 

@@ -16,7 +16,7 @@ from typing import Final
 from halve.anatomy import Anatomy, Arch
 from halve.anatomy.axes import Expr
 from halve.anatomy.work import Costed
-from halve.cut.apply import FEW_SAMPLES, selects_by_refit
+from halve.cut.apply import FEW_SAMPLES, doubts_rotation, selects_by_refit
 from halve.cut.iterative import sizes_on_the_way
 from halve.cut.repair.budget import Budget, refit_budget, trial_budget
 from halve.cut.repair.refit_scores import choices
@@ -214,14 +214,21 @@ def trying(
     return done
 
 
-def doubting(before: Costed, after: Costed, prune: Prune) -> Work:
-    """The refit student beside the plain cut: gains of the latter, a pass of the teacher and of both."""
+def doubting(before: Costed, after: Costed, prune: Prune, *, turned: bool) -> Work:
+    """The refit student beside the plain cut: gains of the latter, a pass of the teacher and of both.
+
+    A student whose hidden is cut in another basis is also compared with one that is refit in the model's own.
+    Both keep the same neurons and heads, which are chosen once.
+    """
     budget = budget_for(before, prune)
     tokens = float(budget.compared * before.context)
     if not tokens:
         return Work()
-    plain = gaining(before, after.arch, prune, samples=budget.used)
-    return plain + Work(tokens, tokens * (before.whole + 2 * after.whole))
+    fitted = gaining(before, after.arch, prune, samples=budget.used)
+    done = fitted + Work(tokens, tokens * (before.whole + 2 * after.whole))
+    if turned and doubts_rotation(prune) and after.arch.hidden < before.arch.hidden:
+        done += fitted + refitting(before, after, prune, budget=budget, turned=False) + Work(0, tokens * after.whole)
+    return done
 
 
 def measuring(before: Costed, after: Costed, *, samples: int) -> Work:

@@ -34,12 +34,14 @@ def made_in_words(made: Mapping[str, Any]) -> str:
     """
     words = "The weights around the cut were refit." if made["cut"] == "refit" else "The kept weights are unchanged."
     if compared := made["compared"]:
-        kept, other = ("refit student", "plain cut") if made["cut"] == "refit" else ("plain cut", "refit student")
-        mine, its = (compared["plain_kl" if name == "plain cut" else "refit_kl"] for name in (kept, other))
+        refit_kls = {key: compared[key] for key in ("refit_kl", "unrotated_kl") if key in compared}
+        refit_kl, plain_kl = min(refit_kls.values()), compared["plain_kl"]
+        mine, its = ("refit student", refit_kl), ("plain cut", plain_kl)
+        (kept, kl), (other, other_kl) = (mine, its) if made["cut"] == "refit" else (its, mine)
         words = (
-            f"The {kept} was kept: its KL to the teacher is {mine:.3g} nats per token on"
+            f"The {kept} was kept: its KL to the teacher is {kl:.3g} nats per token on"
             f" {compared['compared_tokens']:,} calibration tokens that were not fitted, and that of the {other}"
-            f" of the same sizes {its:.3g}."
+            f" of the same sizes {other_kl:.3g}."
         )
     if made["rotation"] == "pca":
         words += " hidden was cut along the principal axes of the residual stream."

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from halve.anatomy import Anatomy, Arch, discover
 from halve.anatomy.work import Costed
 from halve.cut import cost
-from halve.cut.apply import selects_by_refit
+from halve.cut.apply import doubts_rotation, selects_by_refit
 from halve.cut.proof.twins import running_twin
 from halve.cut.repair.budget import Budget, trial_budget
 from halve.cut.repair.refit_scores import choices
@@ -97,6 +97,8 @@ class Cutting:
             yield from self._refitting(budget, before=0, kept=0)
         if budget.compared:
             yield self._comparing(budget)
+            if self.turned and doubts_rotation(prune):
+                yield from self._refitting(budget, before=self._reference(budget), kept=0, beside=1)
         if self.tried:
             yield from self._trying()
         yield self._held(students=1, passing=self._body(self.before.anatomy.config, budget.used))
@@ -117,8 +119,8 @@ class Cutting:
         states = self._states(budget.used, [hidden])
         return self._held(sums=sums, states=states, passing=self._body(self.before.anatomy.config, budget.used))
 
-    def _refitting(self, budget: Budget, *, before: int, kept: int) -> Iterator[Held]:
-        """The widest problems. The student is there twice: as it was cut, and as it becomes."""
+    def _refitting(self, budget: Budget, *, before: int, kept: int, beside: int = 0) -> Iterator[Held]:
+        """The widest problems. The student is there twice, as it was cut and as it becomes, `beside` others."""
         wide, narrow = self.before.arch.hidden, self.after.arch.hidden
         tokens = self._tokens(budget.used)
         taught = [] if kept else [wide] * (2 + self.sites)
@@ -129,10 +131,11 @@ class Cutting:
             solve = _SUM * (3 * reads * reads + 6 * reads * written)
             sums = _SUM * 2 * reads * (reads + written)
             more = max(0, solve - passing - add)
-            yield self._held(students=2, sums=sums + more, states=states, passing=before + passing + add)
+            yield self._held(students=2 + beside, sums=sums + more, states=states, passing=before + passing + add)
         if self.part.prune.refit == "all" and self._own_head:
             head = _SUM * self.before.arch.vocab * (wide + narrow)
-            yield self._held(students=2, sums=head, states=kept + self._states(budget.used, [wide, narrow]))
+            states = kept + self._states(budget.used, [wide, narrow])
+            yield self._held(students=2 + beside, sums=head, states=states)
 
     def _comparing(self, budget: Budget) -> Held:
         """The refit student, the plain cut, and the teacher's distributions."""

@@ -119,7 +119,8 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     chosen = [cost.choosing(before, arch, prune, score) for arch in tried or (after.arch,)]
     refit, budget = Work(), cost.budget_for(before, prune)
     if prune.refit != "none":
-        refit = cost.refitting(before, after, prune, budget=budget, turned=turned) + cost.doubting(before, after, prune)
+        refit = cost.refitting(before, after, prune, budget=budget, turned=turned)
+        refit += cost.doubting(before, after, prune, turned=turned)
     return {
         "score": scored,
         "layers": max(layers, key=lambda work: work.flops, default=Work()),
@@ -151,7 +152,7 @@ def _tournament(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
     if part.prune.refit != "none":
         budget_of_cut = cost.budget_for(before, part.prune)
         cut += cost.refitting(before, dearest, part.prune, budget=budget_of_cut, turned=turned)
-        cut += cost.doubting(before, dearest, part.prune)
+        cut += cost.doubting(before, dearest, part.prune, turned=turned)
     work["finalists"] = sum([cut] * count, Work())
     work["search"] = Work(budget, budget * distilling(dearest, before, training))
     return work

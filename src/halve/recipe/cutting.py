@@ -95,7 +95,8 @@ class Prune(Section):
     rotation: Rotation = Field(
         "auto",
         description="pca: rotate hidden to its principal axes before the cut; auto: pca if the norms allow it, steps"
-        " is 1 and score.method is activation, otherwise none",
+        " is 1 and score.method is activation, and if the student starts closer with it on tokens that are not fitted;"
+        " otherwise none",
     )
     untie: Switch = Field(
         False,

@@ -18,6 +18,7 @@ from halve.cut.layers.layer_merge import (
     kept_after,
     laco,
     laco_search,
+    last_matrices,
     merge_layers,
     merges_of,
 )
@@ -182,6 +183,24 @@ def test_the_search_reaches_the_number_of_layers(llama: Made, samples: Tensor, l
     assert found.similarity > found.threshold
     micro = laco_search(Calibration(model, anatomy, samples, 3), layers=layers, combine=3, interval=1)
     assert micro.merges == found.merges
+
+
+def test_by_the_notebook_s_rule_the_last_layer_s_matrices_get_the_first_one_s_norms(
+    llama: Made, samples: Tensor
+) -> None:
+    """The loop that was published subtracts, for every layer, what the layers before have left."""
+    model, anatomy = llama
+    old, merges = state(model), [Merge(1, (2, 3))]
+    new = apply_merges(model, anatomy, merges, rule=last_matrices).state_dict()
+    for name in (n for n in old if anatomy.layer_of(n) == 1):
+        merged = old[name].clone()
+        for layer in (2, 3):
+            if merged.ndim > 1:
+                merged += old[anatomy.in_layer(name, layer)] - merged
+        assert torch.allclose(new[name], merged, atol=1e-12), name
+    assert same(old, state(model))
+    found = laco_search(Calibration(model, anatomy, samples, 3), layers=3, combine=3, interval=1, rule=last_matrices)
+    assert len(found.kept) == 3
 
 
 def test_a_similar_layer_is_found(samples: Tensor) -> None:

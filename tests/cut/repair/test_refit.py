@@ -22,6 +22,7 @@ from halve.cut.repair.refit import refit
 from halve.cut.score import walk
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import find_sites
+from halve.cut.surgery.gain import norm_kind
 from halve.cut.surgery.trim import trim
 from halve.errors import CheckpointError
 
@@ -222,3 +223,29 @@ def test_few_tokens_do_no_harm_where_others_choose_the_ridge(samples: int) -> No
     plain, careful, careless = ((m(unseen).logits - goal).square().mean() for m in (student, chosen, fixed))
     assert careful < 1.02 * plain
     assert careful < careless
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_one_factor_on_the_final_norm_takes_the_place_of_a_tied_head(family: str) -> None:
+    """What is predicted with an error is shorter than the truth, and a norm would make it as long again."""
+    model, anatomy = _twin(family, tie_word_embeddings=True)
+    narrower = {} if anatomy.coupled else {"hidden": anatomy.sizes.hidden - 8}
+    plan = _plan(anatomy, ffn=anatomy.sizes.ffn - 16, **narrower)
+    samples = Calibration(model, anatomy, _samples(anatomy), 8)
+    student = trim(model, plan, anatomy)
+    done = refit(student, samples, plan, everything=True, held=8)
+    name = f"{anatomy.final_norm}.weight"
+    offset, held = norm_kind(done.get_submodule(anatomy.final_norm)).offset, samples.samples_BS[-8:]
+    factors = (done.get_parameter(name) + offset) / (student.get_parameter(name) + offset)
+    factor = factors.mean().item()
+    assert factors.std() < 1e-5 * factor
+    with torch.no_grad():
+        done.get_parameter(name).copy_(student.get_parameter(name))
+        read, wanted = (m.base_model(held, use_cache=False)[0] for m in (done, model))
+    bias = getattr(done.get_submodule(anatomy.final_norm), "bias", None)
+    read, wanted = (x if bias is None else x - bias for x in (read, wanted[..., list(plan.hidden)]))
+    assert factor == pytest.approx(((read * wanted).sum() / read.square().sum()).item(), rel=1e-4)
+    assert factor < 1
+    whole = _plan(anatomy)
+    same = refit(trim(model, whole, anatomy), samples, whole, everything=True, held=8)
+    assert torch.allclose(same.get_parameter(name), model.get_parameter(name), rtol=1e-5)

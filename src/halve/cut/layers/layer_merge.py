@@ -5,9 +5,10 @@ into the one before them gives
 
     theta*_l = theta_l + sum_{k=1..m} (theta_{l+k} - theta_l)
 
-and layers l+1 .. l+m are dropped. For m = 1 this is theta_{l+1}. This follows the text of the paper; the notebook that
-was published with it computes something else. Merging changes the teacher's weights. Then
-`halve.cut.surgery.trim.trim` drops the layers as in any other cut.
+and layers l+1 .. l+m are dropped. For m = 1 this is theta_{l+1}. This follows the text of the paper. The notebook that
+was published with it subtracts the layer that it has already changed, and leaves norms alone: its merged layer has the
+matrices of the last of the layers and the norms of the first (`last_matrices`). Merging changes the teacher's weights.
+Then `halve.cut.surgery.trim.trim` drops the layers as in any other cut.
 
 Sums are float64 and rounded once to the parameter's own type.
 
@@ -52,6 +53,19 @@ def laco(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[T
     return merged.to(first.dtype)
 
 
+def last_matrices(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
+    """What the paper's notebook makes of one parameter: a matrix of the last layer, a norm or bias of the first.
+
+    >>> last_matrices(torch.ones(1, 1), [torch.ones(1, 1) * 2, torch.ones(1, 1) * 3]).tolist()
+    [[3.0]]
+    """
+    return following[-1] if first.ndim > 1 and following else first
+
+
+Rule = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""One parameter of a layer after a merge, of its value and those in the layers that are taken in."""
+
+
 @dataclass(frozen=True)
 class Merge:
     """Layers that collapse into the layer before them, by their numbers in the whole model."""
@@ -94,36 +108,38 @@ def merge_layers(model: PreTrainedModel, anatomy: Anatomy, kept: Sequence[int]) 
     return apply_merges(model, anatomy, merges_of(kept, anatomy.sizes.layers))
 
 
-def apply_merges(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> PreTrainedModel:
+def apply_merges(
+    model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge], *, rule: Rule = laco
+) -> PreTrainedModel:
     """A copy of the model with these merges, each made on the result of the earlier ones.
 
     Raises `AnatomyError` if layers that merge do not have the same parameters.
     """
     result = copy.deepcopy(model)
-    _apply(result, anatomy, merges)
+    _apply(result, anatomy, merges, rule)
     return result
 
 
 @contextmanager
-def _applied(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> Iterator[None]:
+def _applied(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge], rule: Rule) -> Iterator[None]:
     """In this context, the model itself is merged. Its own weights are restored on every exit."""
     into = {merge.into for merge in merges}
     weights = {
         name: value.detach().clone() for name, value in model.named_parameters() if anatomy.layer_of(name) in into
     }
     try:
-        _apply(model, anatomy, merges)
+        _apply(model, anatomy, merges, rule)
         yield
     finally:
         _write(model, weights)
 
 
-def _apply(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge]) -> None:
+def _apply(model: PreTrainedModel, anatomy: Anatomy, merges: Sequence[Merge], rule: Rule) -> None:
     for merge in merges:
-        _write(model, _merged(model, anatomy, merge))
+        _write(model, _merged(model, anatomy, merge, rule))
 
 
-def _merged(model: PreTrainedModel, anatomy: Anatomy, merge: Merge) -> dict[str, Tensor]:
+def _merged(model: PreTrainedModel, anatomy: Anatomy, merge: Merge, rule: Rule) -> dict[str, Tensor]:
     """The new parameters of the layer that the others collapse into, by name."""
     parameters = dict(model.named_parameters())
     merged = {}
@@ -136,7 +152,7 @@ def _merged(model: PreTrainedModel, anatomy: Anatomy, merge: Merge) -> dict[str,
                 why=f"they are not all made of the same parameters: {name} differs",
                 fix="set layer_merge: none, or remove other layers",
             )
-        merged[name] = laco(parameters[name].detach(), [other.detach() for other in same])
+        merged[name] = rule(parameters[name].detach(), [other.detach() for other in same])
     return merged
 
 
@@ -163,7 +179,13 @@ def search_setting(total: int) -> tuple[int, int]:
 
 
 def laco_search(
-    calibration: Calibration, *, layers: int, combine: int = 4, interval: int = 2, threshold: float = 0.95
+    calibration: Calibration,
+    *,
+    layers: int,
+    combine: int = 4,
+    interval: int = 2,
+    threshold: float = 0.95,
+    rule: Rule = laco,
 ) -> Collapse:
     """Collapse a model to `layers` layers by the paper's procedure. The model is unchanged on return.
 
@@ -179,7 +201,7 @@ def laco_search(
     total = calibration.anatomy.sizes.layers
     _require_fewer(layers, total)
     _require_samples(calibration.samples_BS)
-    similarity = _Similarity(calibration)
+    similarity = _Similarity(calibration, rule)
     bound = threshold
     while True:
         merges = collapse(total, layers, combine=combine, interval=interval, threshold=bound, similarity=similarity)
@@ -198,8 +220,8 @@ def laco_search(
 class _Similarity:
     """The similarity of the last hidden states after merges to those of the whole model. Each is measured once."""
 
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
+    def __init__(self, calibration: Calibration, rule: Rule) -> None:
+        self.calibration, self.rule = calibration, rule
         self.layers = removal.layers_of(calibration.model, calibration.anatomy)
         self.reference: list[Tensor] = []
         self.known: dict[tuple[Merge, ...], float] = {}
@@ -218,7 +240,7 @@ class _Similarity:
             sums.add_(cosine_BS.sum(dtype=torch.float64).cpu())
 
         gone = [layer for merge in merges for layer in merge.layers]
-        with _applied(self.calibration.model, self.calibration.anatomy, merges):
+        with _applied(self.calibration.model, self.calibration.anatomy, merges, self.rule):
             self.passes += self._sweep(gone, whole)
         return _finite(sums.item() / self.calibration.samples_BS.numel(), merges[-1])
 

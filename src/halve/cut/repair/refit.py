@@ -9,7 +9,8 @@ It works layer by layer, on the inputs that the student computes with its alread
               directly. The target is what the teacher adds to the kept channels, plus the error that the student's
               residual stream has accumulated there. Where layers were dropped, the target of the writer before the gap
               is the stream after it.
-    head      like the readers: A predicts what the teacher's head reads.
+    head      like the readers: A predicts what the teacher's head reads. A tied head is the embedding table, which
+              stays. There one factor on the final norm takes the place of A.
 
 The papers cut and retrain. OSSCAR and SliceGPT have closed-form repair for single layers. Targets that include the
 accumulated error, and one map for the readers, are additions of halve; docs/decisions/0009-refit.md measures both.
@@ -41,6 +42,7 @@ from halve.cut.repair.taught import Taught, micro_batches
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import Site, input_dim
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
+from halve.cut.surgery.gain import norm_kind
 from halve.cut.surgery.trim import take
 from halve.model.hooks import Reached, on_input, on_output
 from halve.process.waits import bytes_in_words
@@ -113,6 +115,8 @@ class _Refit:
                 task.advance(self.samples_BS.numel())
             if self.everything and not self._tied():
                 self._head()
+            elif self.everything and self.fitted < samples:
+                self._final_gain()
         if self.fitted < len(self.samples_BS):
             progress.say(chosen_in_words(self.chosen))
         return self.student
@@ -187,6 +191,28 @@ class _Refit:
         guess_DK = self._solve(problem, self._selection(), "the head")
         head, student_head = self.teacher.get_output_embeddings(), self.student.get_output_embeddings()
         student_head.weight.copy_(head.weight.double() @ guess_DK)
+
+    def _final_gain(self) -> None:
+        """Scale the final norm's weight by the factor that brings its output closest to the teacher's.
+
+        What is predicted with an error is shorter than the truth, and the norm makes it as long again: without the
+        factor the logits are too sure of themselves. It is taken from the held samples, where errors are not too small.
+        """
+        norm = _final(self.student, self.anatomy)
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        if not isinstance(weight, Tensor):
+            return
+        taught, last_D = _final(self.teacher, self.anatomy), self.taught.stream(self.anatomy.sizes.layers)
+        product = square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in filter(self._held, self.taught.parts):
+            read = raised(norm(self.z_K[rows].to(self.device))).double()
+            wanted = self._kept(taught(last_D[rows].to(self.device))).double()
+            if bias is not None:
+                read, wanted = read - bias, wanted - bias
+            product, square = product + (wanted * read).sum(), square + read.square().sum()
+        offset = norm_kind(norm).offset
+        if square > 0:
+            weight.copy_((weight.double() + offset) * (product / square) - offset)
 
     def _solve(self, problem: Problem, prior: Tensor, what: str) -> Tensor:
         fit = problem.solve(prior, strength=self.strength, what=what)
