@@ -229,9 +229,13 @@ def chat_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+FEW_TOKENS = 2_048
+"""For a refit where a test does not say; by default it would take 32,768, which is most of the time of a tiny run."""
+
+
 @pytest.fixture(scope="session")
 def make_recipe(tiny_llama: Path, corpus: Path) -> Callable[..., Recipe]:
-    """`make_recipe(distill={...}, ...)`: a recipe on the tiny llama that runs in seconds."""
+    """`make_recipe(distill={...}, ...)`: a recipe on the tiny llama that runs in seconds, its refit on few tokens."""
 
     def make(**changes: Any) -> Recipe:
         raw: dict[str, Any] = {
@@ -247,6 +251,9 @@ def make_recipe(tiny_llama: Path, corpus: Path) -> Callable[..., Recipe]:
             "prune": {"ffn": 40, "layers": 3},
             "evaluate": {"samples": 4, "speed": False},
         }
-        return reading.parse({**raw, **changes}, folder=corpus, source="the test")
+        sections = {**raw, **changes}
+        if "prune" in sections and not {"refit", "refit_tokens", "refit_samples"} & sections["prune"].keys():
+            sections["prune"] = {"refit_tokens": FEW_TOKENS, **sections["prune"]}
+        return reading.parse(sections, folder=corpus, source="the test")
 
     return make

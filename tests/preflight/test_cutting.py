@@ -16,6 +16,7 @@ from halve.cut.repair import rotate
 from halve.cut.repair.budget import samples_needed
 from halve.cut.score import width
 from halve.cut.score.calibration import Calibration
+from halve.cut.trial import try_shapes
 from halve.model import measure
 from halve.preflight.cutting import pruning
 from halve.preflight.evaluation import evaluation_memory
@@ -93,6 +94,38 @@ def test_the_plan_of_a_cut_is_what_is_measured(case: str, tmp_path: Path, monkey
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert planned.total_bytes == pytest.approx(weights + most_bytes(work, tmp_path), rel=WITHIN)
+
+
+def test_a_trial_in_two_bases_keeps_what_the_teacher_did_in_both(tmp_path: Path) -> None:
+    """Measured as a run does it: the trial refits shapes that cut hidden in another basis than the others."""
+    config = llama(tie_word_embeddings=True)
+    anatomy = discover(config)
+    raw = {
+        "name": "cut",
+        "model": "teacher",
+        "data": {"train": ["a.txt"], "valid": ["b.txt"], "context": CONTEXT},
+        "score": {"samples": 256, "micro_batch": 4},
+        "prune": {"non_embedding_ratio": 0.5, "refit_tokens": 2048},
+    }
+    recipe = Recipe.model_validate(raw)
+    shapes = [anatomy.sizes.at(hidden=112), anatomy.sizes.at(ffn=256)]
+    shape = PlannedRound(anatomy, anatomy, shapes[1], tuple(range(anatomy.sizes.layers)))
+    where: dict[str, Any] = {"turned": True, "dtype": torch.float32, "on_cpu": True}
+    planned = pruning(recipe, shape, shapes, **where)
+    alone = pruning(recipe, shape, shapes[:1], **where)
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    calibration = Calibration(model, anatomy, torch.randint(config.vocab_size, (256, CONTEXT)), 4)
+    how = {"method": "activation", "ffn_point": "down_input", "batch_agg": "l2", "seq_agg": "mean", "seed": 0}
+    scores = width.score(calibration.first(8), **how, model_fingerprint="", samples_fingerprint="")
+    basis = turn(calibration, recipe.prune, sizes=shapes)
+    weights = sum(parameter.nbytes for parameter in (*model.parameters(), *basis.model.parameters()))
+
+    def work() -> None:
+        try_shapes(calibration, scores, recipe.prune, [[each] for each in shapes], turned=basis)
+
+    assert planned.total_bytes == pytest.approx(weights + most_bytes(work, tmp_path), rel=WITHIN)
+    assert planned.states_bytes > 1.9 * alone.states_bytes
 
 
 def test_the_plan_of_an_evaluation_is_what_is_measured(tmp_path: Path) -> None:

@@ -45,6 +45,24 @@ def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.flops == watch.matrix_rate("cpu", False) > 1e8
 
 
+def test_a_cpu_is_measured_in_the_precision_of_the_models(
+    without_cuda: None, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It scores in that of the checkpoint, and trains in float32 unless the recipe says otherwise."""
+    monkeypatch.setattr(watch, "matrix_rate", lambda device, half: 200e9 if half else 50e9)
+    hours = {
+        (dtype, precision): forecast(
+            make_recipe(device="auto", dtype=dtype, distill={**DISTILL, "precision": precision})
+        ).hours_by_stage
+        for dtype in ("float32", "bfloat16")
+        for precision in ("auto", "bfloat16")
+    }
+    slow, fast = hours["float32", "auto"], hours["bfloat16", "auto"]
+    assert slow["score"] == pytest.approx(4 * (fast["score"] or 0))
+    assert slow["distill"] == fast["distill"]
+    assert slow["distill"] == pytest.approx(4 * (hours["bfloat16", "bfloat16"]["distill"] or 0))
+
+
 def test_a_recipe_that_asks_for_cuda_is_planned_for_a_card(without_cuda: None) -> None:
     assert at_hand("cuda") == card()
 

@@ -42,7 +42,7 @@ def pruning(part: Recipe, shape: PlannedRound, tried: Sequence[Arch], *, turned:
     """
     shapes = {max(tried, key=lambda arch: getattr(arch, axis)) for axis in ("hidden", "ffn", "layers")} if tried else ()
     cuts = [
-        Cutting(part, replace(shape, after=arch), turned=turned, tried=bool(tried), **where)
+        Cutting(part, replace(shape, after=arch), turned=turned, bases=_bases(shape, tried, turned=turned), **where)
         for arch in shapes or (shape.after,)
     ]
     return max((cut.peak() for cut in cuts), key=lambda held: held.total_bytes)
@@ -59,8 +59,8 @@ class Cutting:
     on_cpu: bool
     turned: bool
     """Whether hidden is cut in another basis."""
-    tried: bool
-    """Whether a trial chooses its sizes."""
+    bases: int
+    """In how many bases a trial refits shapes, its own and another; 0 without a trial."""
 
     @cached_property
     def before(self) -> Costed:
@@ -99,7 +99,7 @@ class Cutting:
             yield self._comparing(budget)
             if self.turned and doubts_rotation(prune):
                 yield from self._refitting(budget, before=self._reference(budget), kept=0, beside=1)
-        if self.tried:
+        if self.bases:
             yield from self._trying()
         yield self._held(students=1, passing=self._body(self.before.anatomy.config, budget.used))
 
@@ -149,7 +149,8 @@ class Cutting:
         kept *= (1 + self.sites) * self.before.arch.layers + 1
         reference = self._reference(budget)
         if prune.refit != "none":
-            yield from self._refitting(budget, before=reference, kept=kept if kept <= IN_MEMORY_BYTES else 0)
+            kept = self.bases * kept if kept <= IN_MEMORY_BYTES else 0
+            yield from self._refitting(budget, before=reference, kept=kept)
         yield self._held(students=1, passing=reference + self._shown(budget))
 
     # ---- parts
@@ -202,6 +203,10 @@ class Cutting:
         """The peak of a pass of one micro-batch."""
         few = min(self.part.score.micro_batch, samples)
         return forward_bytes(config, self.dtype, samples=few, context=self.before.context)
+
+
+def _bases(shape: PlannedRound, tried: Sequence[Arch], *, turned: bool) -> int:
+    return len({turned and arch.hidden < shape.before.sizes.hidden for arch in tried})
 
 
 def _sites(anatomy: Anatomy) -> int:

@@ -32,6 +32,7 @@ GPU_RATES: Final = {
 """FLOP/s in full precision, the lower of float32 and float64, and bytes a second of the memory, by data sheet. The
 names are those of `watch.GPU_FLOPS`."""
 _PROBE, _PROBES = 2048, 5
+_HALF_BYTES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class PlannedDevice:
     memory_bytes: float
     """For a CPU this is the machine's main memory, which its processes share."""
     flops: float | None
-    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's as measured. None if it is not known."""
+    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's as measured in the models' precision. None if it is
+    not known."""
     mfu: float
     full_flops: float | None
     """The same of sums and solutions in float32 and float64. A CPU's is that of float32; solutions take twice as long,
@@ -52,11 +54,14 @@ class PlannedDevice:
     """How fast updates read and write memory. A CPU's is measured."""
     cores: int | None = None
 
-    def hours(self, work: Work, *, ranks: int = 1) -> float | None:
-        """How long this work takes, where ranks share it. The ranks on one CPU share the CPU as well."""
+    def hours(self, work: Work, *, ranks: int = 1, full: bool = False) -> float | None:
+        """How long this work takes, where ranks share it. The ranks on one CPU share the CPU as well.
+
+        `full`: a CPU runs the models in float32, too, whatever the precision of their files.
+        """
         if self.flops is None or self.full_flops is None or self.bytes_per_second is None:
             return None
-        of_models = (work.flops - work.full - work.thin) / self.flops
+        of_models = (work.flops - work.full - work.thin) / (self.full_flops if full and not self.cuda else self.flops)
         seconds = (of_models + work.full / self.full_flops) / self.mfu + work.moved_bytes / self.bytes_per_second
         return seconds / 3600 / (ranks if self.cuda else 1)
 
@@ -93,10 +98,11 @@ def device_name(gigabytes: float | None, mfu: float | None, ranks: int | None) -
     return card(CARD_BYTES if gigabytes is None else gigabytes * 1e9, GPU_MFU if mfu is None else mfu)
 
 
-def at_hand(asked: recipe.Device) -> PlannedDevice:
+def at_hand(asked: recipe.Device, dtype: torch.dtype = torch.float32) -> PlannedDevice:
     """The device of this machine on which a recipe would run. If it asks for CUDA and there is none, a card.
 
-    The speed of a CPU is measured, which takes a fraction of a second.
+    The speed of a CPU is measured, which takes a fraction of a second. `dtype` is that of the models: in bfloat16 a
+    CPU may be several times as fast as in float32, or slower.
     """
     if asked != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
@@ -104,9 +110,9 @@ def at_hand(asked: recipe.Device) -> PlannedDevice:
         return PlannedDevice(gpu.name, True, float(gpu.total_memory), rate, GPU_MFU, *_rates(gpu.name))
     if asked == "cuda":
         return card()
-    rate = watch.matrix_rate("cpu", False)
+    rate, full = watch.matrix_rate("cpu", dtype.itemsize == _HALF_BYTES), watch.matrix_rate("cpu", False)
     there = float(psutil.virtual_memory().total)
-    return PlannedDevice("this CPU", False, there, rate, CPU_MFU, rate, _memory_rate(), torch.get_num_threads())
+    return PlannedDevice("this CPU", False, there, rate, CPU_MFU, full, _memory_rate(), torch.get_num_threads())
 
 
 def _rates(name: str) -> tuple[float | None, float | None]:

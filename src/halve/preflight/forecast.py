@@ -147,10 +147,10 @@ def forecast(
     the memory of the distillation on a GPU with other settings. Raises `CheckpointError`, `AnatomyError`, `PlanError`,
     and `TrainError` if the samples of a step cannot be split over the ranks.
     """
-    if device is None or recipe.device == "cpu":
-        device = at_hand(recipe.device)
     context = recipe.data.context
     teacher = teacher or Checkpoint.open(recipe.model)
+    if device is None or recipe.device == "cpu":
+        device = at_hand(recipe.device, dtype_of(recipe, teacher.config))
     shapes = planned_rounds(recipe, teacher)
     require_proved(shapes)
     whole, last = shapes[0].before, shapes[-1]
@@ -172,7 +172,7 @@ def forecast(
         runtimes=_opened(shapes[max(n for n in range(len(shapes)) if cuts_original(recipe, n + 1)) :]),
         tokens={stage: round(stage_work.tokens) for stage, stage_work in done.items()},
         flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
-        hours_by_stage=hours_by_stage(done, device, ranks=ranks),
+        hours_by_stage=hours_by_stage(done, device, ranks=ranks, half=place.half),
         gpu_hours_by_stage={stage: hours or 0.0 for stage, hours in hours_by_stage(done, a_card(device)).items()},
         unknown=dict(asked.unknown),
         memory=memory,

@@ -9,10 +9,16 @@ from halve.preflight.device import GPU_MFU, PlannedDevice, card
 from halve.recipe.rounds import TOGETHER, parsed
 
 
-def hours_by_stage(done: Mapping[str, Work], device: PlannedDevice, *, ranks: int = 1) -> dict[str, float | None]:
-    """Hours of every stage on the device. None if its speed is not known. Only trainings are shared by the ranks."""
+def hours_by_stage(
+    done: Mapping[str, Work], device: PlannedDevice, *, ranks: int = 1, half: bool = True
+) -> dict[str, float | None]:
+    """Hours of every stage on the device. None if its speed is not known. Only trainings are shared by the ranks.
+
+    `half`: trainings compute in bfloat16. Otherwise a CPU trains in float32.
+    """
+    trained = {stage: parsed(stage.split()[0])[0] in TOGETHER for stage in done}
     return {
-        stage: device.hours(work, ranks=ranks if parsed(stage.split()[0])[0] in TOGETHER else 1)
+        stage: device.hours(work, ranks=ranks if trained[stage] else 1, full=trained[stage] and not half)
         for stage, work in done.items()
     }
 

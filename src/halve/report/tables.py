@@ -181,7 +181,7 @@ def forecast_tables(found: Forecast) -> None:
     if found.searched:
         print("the student of this plan is the search's first candidate; another may be chosen")
     elif any(found.trial):
-        print("this plan cuts only width; prune.shape: trial may also drop layers within the same budget")
+        print("the student of this plan is cut in width alone; the trial may choose another shape within the budget")
     trial(found.trial)
     for name, opens, remedy in found.runtimes:
         print(f"opens in {name}: {opens}{'; with ' + remedy if remedy else ''}")
