@@ -10,6 +10,7 @@ import pytest
 from halve.errors import RecipeError
 from halve.recipe import read as reading
 from halve.recipe.amounts import Amount, Unit, parse_amount
+from halve.recipe.rounds import cuts_original, learns_from_previous, rounds, scored_in
 from halve.recipe.schema import Recipe, Search
 
 BASE: dict[str, Any] = {"name": "s", "model": "m", "data": {"train": ["t"], "valid": ["v"]}}
@@ -100,6 +101,19 @@ def test_other_text_is_no_amount(text: str) -> None:
 def test_mistakes_are_told_in_three_lines(search: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parsed(search)
+
+
+def test_several_sizes_are_rounds_that_cut_the_teacher() -> None:
+    recipe = parsed({"targets": ["70%", "50%"], "method": "trial"})
+    budgets = [part.search.budget for part in rounds(recipe) if part.search is not None]
+    assert recipe.search is not None
+    assert budgets == [*recipe.search.targets]
+    assert all(part.search is not None and not part.search.targets for part in rounds(recipe))
+    assert [cuts_original(recipe, number) for number in (1, 2)] == [True, True]
+    assert [scored_in(recipe, number) for number in (1, 2)] == [1, 1]
+    assert not learns_from_previous(recipe, 2)
+    with pytest.raises(RecipeError, match="makes a student of the teacher for each size: leave out then"):
+        parsed({"targets": ["70%"]}, then=[{"prune": {"ffn": 8}}])
 
 
 def test_one_section_gives_the_size() -> None:

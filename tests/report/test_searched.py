@@ -117,5 +117,4 @@ def test_every_finalist_has_a_row_and_a_curve() -> None:
 
 
 def test_without_a_tournament_there_is_no_section() -> None:
-    assert searched(None, RECIPE) is None
     assert searched({"method": "trial", "tried": []}, RECIPE) is None

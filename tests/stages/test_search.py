@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from halve.disk.files import read_json
 from halve.errors import HalveError
 from halve.pipeline import run as pipeline
+from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
 from halve.search.choice import ChosenShape
 from halve.stages import search as stage
@@ -24,6 +25,7 @@ from halve.stages import search as stage
 MakeRecipe = Callable[..., Recipe]
 DISTILL = {"tokens": 20 * 4 * 32, "batch": 4, "lr": 3e-3, "min_lr": 1e-3, "warmup_steps": 1, "checkpoint_every": 3}
 PRUNE = {"refit_samples": 8}
+STUDENTS = ("distill", "distill-2")
 SEARCH: dict[str, Any] = {
     "budget": {"non_embedding": "60%"},
     "candidates": 3,
@@ -146,6 +148,31 @@ def test_other_ways_to_choose(make_recipe: MakeRecipe, done: Path, tmp_path: Pat
     if method == "trial":
         tried = read_json(out / "search/results.json")["tried"]
         assert choice.arch.sizes in [one["arch"] for one in tried]
+
+
+def test_several_sizes_are_searched_cut_and_distilled_from_one_teacher(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    sizes = {key: value for key, value in SEARCH.items() if key != "budget"} | {"targets": ["80%", "60%"]}
+    short = {**DISTILL, "tokens": 4 * 4 * 32}
+    recipe = make_recipe(distill=short, prune=PRUNE, search={**sizes, "method": "trial"})
+    assert not pipeline.check(recipe)
+    out = pipeline.run(recipe, tmp_path / "run")
+    assert not (out / "score-2").exists()
+    choices = [ChosenShape.load(out / name) for name in ("search", "search-2")]
+    first, second = (read_json(out / name / "plan.json") for name in ("prune", "prune-2"))
+    assert [first["after"], second["after"]] == [choice.arch.sizes for choice in choices]
+    whole = AutoModelForCausalLM.from_pretrained(recipe.model).num_parameters()
+    counts = [AutoModelForCausalLM.from_pretrained(out / f"{name}/model").num_parameters() for name in STUDENTS]
+    assert whole > counts[0] > counts[1]
+    assert first["before"] == second["before"], "both are cut from the teacher"
+    models = read_json(out / "evaluate/results.json")["models"]
+    assert {"distilled", "distilled-2", "pruned", "pruned-2"} <= {*models}
+    planned = forecast(recipe)
+    assert {"trial", "trial-2", "distill-2"} <= planned.flops.keys()
+    played = make_recipe(distill=DISTILL, prune=PRUNE, search=sizes)
+    names = [listed.name for listed in pipeline.stages(played)]
+    assert names.count("cache-search") == 1, "one teacher's answers serve all"
+    assert {"search", "search-2", "prune-2", "distill-2"} <= {*names}
+    assert {"search", "search-2"} <= {*forecast(played).searches} & {*forecast(played).memory}
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,27 @@ from halve.recipe.schema import Recipe
 
 
 def show_search(folder: Path, recipe: Recipe, *, json_: bool) -> None:
-    """Print what the search of a run found, and write its page. Other ranks than the first do nothing."""
+    """Print what the searches of a run found, and write their page. Other ranks than the first do nothing.
+
+    As JSON: the results of the search, or for several sizes a list of them.
+    """
     from halve.disk.files import read_object
     from halve.disk.rundir import read_manifest, sound
+    from halve.recipe.rounds import named, rounds
     from halve.report import page, tables
 
     if not leads():
         return
-    manifest = read_manifest(folder / "search")
-    results = read_object(sound(folder / "search", manifest, "results.json"))
+    places = [folder / named("search", number) for number in range(1, 1 + len(rounds(recipe)))]
+    manifests = [read_manifest(place) for place in places if place.exists()]
+    found = [
+        read_object(sound(place, manifest, "results.json")) for place, manifest in zip(places, manifests, strict=False)
+    ]
     if json_:
-        tables.as_json(results)
+        tables.as_json(found if recipe.search is not None and recipe.search.targets else found[0])
         return
-    _table(results, recipe.model_dump(mode="json"), manifest["metrics"])
+    for results, manifest in zip(found, manifests, strict=True):
+        _table(results, recipe.model_dump(mode="json"), manifest["metrics"])
     page.write_page(folder, folder / "search.html")
     print(folder / "search.html")
 

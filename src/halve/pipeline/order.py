@@ -186,7 +186,10 @@ def _round(
 
 
 def _search(recipe: Recipe, number: int, score: str, *, cut: str | None, teacher: str | None) -> list[Stage]:
-    """The stages that find the size of a round's student: for a tournament, first the teacher's answers."""
+    """The stages that find the size of a round's student: for a tournament, first the teacher's answers.
+
+    The answers serve every round, because all searches of a recipe train alike.
+    """
     assert recipe.search is not None
     listed: list[Stage] = []
     whole = tuple(stage for stage in (cut, teacher) if stage is not None)
@@ -195,10 +198,11 @@ def _search(recipe: Recipe, number: int, score: str, *, cut: str | None, teacher
     if recipe.search.method == "tournament":
         training = tournament_training(recipe)
         trained = recipe.model_copy(update={"distill": training})
-        answers = named("cache", number, "search")
+        answers = named("cache", 1, "search")
         cached = (*_everywhere(recipe), *_cached_by(training))
         taught = () if teacher is None else (teacher,)
-        listed.append(Stage(answers, "cache", trained, cached, taught, _INPUTS, number, _cache(teacher)))
+        if number == 1:
+            listed.append(Stage(answers, "cache", trained, cached, taught, _INPUTS, number, _cache(teacher)))
         if recipe.distill is not None:
             reads = (*reads, "data.documents", "distill", "-distill.baselines", *_but_how("distill"))
     after = tuple(dict.fromkeys((*whole, score, *(() if answers is None else (answers,)))))

@@ -140,14 +140,14 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
     from halve.train.loop import adapters
 
     require_met(recipe, teacher)
-    candidates = shapes_to_try(recipe, teacher.anatomy)
-    if recipe.search.method != "tournament":
-        return
-    planned_rungs(recipe, min(recipe.search.candidates, len(candidates)))
     asked = recipe.search.tournament
-    if asked.train == "lora":
-        keys = {"key": "search.tournament.train", "rank_key": "search.tournament.lora_rank", "instead": "train: full"}
-        for candidate in candidates:
+    keys = {"key": "search.tournament.train", "rank_key": "search.tournament.lora_rank", "instead": "train: full"}
+    for part in rounds(recipe):
+        candidates = shapes_to_try(part, teacher.anatomy)
+        if recipe.search.method != "tournament":
+            continue
+        planned_rungs(part, min(recipe.search.candidates, len(candidates)))
+        for candidate in candidates if asked.train == "lora" else ():
             narrow = replace(teacher.anatomy, sizes=candidate.arch)
             adapters.require_lora(narrow, asked.lora_rank, **keys)
 

@@ -29,7 +29,7 @@ from halve.preflight.nests import nest_memory, planned_nest
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
 from halve.preflight.times import a_card, hours_by_stage
-from halve.recipe.rounds import cuts_original, learns_from_previous, named, rounds, trainings
+from halve.recipe.rounds import cuts_original, learns_from_previous, named, parsed, rounds, trainings
 from halve.recipe.schema import Recipe, Training
 from halve.recipe.tournaments import tournament_training
 from halve.text.schedule import spans
@@ -89,7 +89,8 @@ class Forecast:
     @property
     def searches(self) -> tuple[str, ...]:
         """The stages that choose a shape by a search. Empty without one."""
-        return tuple(stage for stage in self.flops if stage in _SEARCHES) if self.searched else ()
+        parts = (stage for stage in self.flops if {stage, parsed(stage)[0]} & {*_SEARCHES})
+        return tuple(parts) if self.searched else ()
 
     @property
     def hours(self) -> float | None:
@@ -232,7 +233,7 @@ def _memory(
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         if part.search is not None and part.search.method == "tournament":
             trained, kind = tournament_training(part), dtype_of(recipe, teacher.config)
-            memory["search"] = Distillation(
+            memory[named("search", number)] = Distillation(
                 trained, _sized(shape, shape.after), teacher, place, recipe.data.context, kind
             ).memory()
         if part.distill is None:

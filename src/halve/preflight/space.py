@@ -130,7 +130,7 @@ def _cache_bytes(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
     """Upper bound of caches. Samples that are drawn several times are stored once, in the compute precision."""
     total = 0
     for number, part in enumerate(rounds(recipe), 1):
-        if part.search is not None and part.search.method == "tournament":
+        if part.search is not None and part.search.method == "tournament" and number == 1:  # its answers serve all
             cached = part.model_copy(update={"search": None, "distill": tournament_training(part)})
             total += _cache_bytes(cached, found[:1], cuda=cuda)
         if part.distill is not None:

@@ -53,6 +53,8 @@ def planned_work(
         cut = _cut(part, shape, asked)
         if scored_in(recipe, number) != number:
             del cut["score"]
+        if number > 1:
+            cut.pop("cache-search", None)  # the answers of the first search serve all
         done |= {named(stage, number): work for stage, work in cut.items() if work.flops}
         if part.distill is None:
             continue

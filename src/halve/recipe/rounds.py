@@ -1,7 +1,8 @@
 """Rounds: prune, distill, prune the student or the teacher again (2407.14679: 15B to 8B to 4B).
 
 Each round is like a recipe of its own for the model that it cuts. From the second round on, the names of its stages and
-models have the number of the round: prune-2, distill-2-ce; pruned-2, ce-2.
+models have the number of the round: prune-2, distill-2-ce; pruned-2, ce-2. A search of several sizes is a round for
+each of them, all cut from the teacher.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ TOGETHER = ("correct", "search", "distill")
 
 
 def rounds(recipe: Recipe) -> tuple[Recipe, ...]:
-    """The recipe of each round: that of the run, with the `prune` and `distill` of the round and without `then`."""
+    """The recipe of each round: that of the run, with its `prune`, `distill` and `search`, and without `then`."""
     first = recipe.model_copy(update={"then": ()})
+    if recipe.search is not None and recipe.search.targets:
+        return tuple(first.model_copy(update={"search": search}) for search in recipe.search.of_each_target)
     later = first.model_copy(update={"search": None})
     return (
         first,
@@ -45,21 +48,22 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
 
 def learns_from_previous(recipe: Recipe, number: int) -> bool:
     """Whether the student of round `number` (from 1) learns from the last student instead of the run's teacher."""
-    return number > 1 and recipe.then[number - 2].teacher == "previous"
+    return number > 1 and bool(recipe.then) and recipe.then[number - 2].teacher == "previous"
 
 
 def cuts_original(recipe: Recipe, number: int) -> bool:
     """Whether round `number` (from 1) cuts the run's teacher instead of the last student."""
-    return number == 1 or recipe.then[number - 2].cut == "original"
+    return number == 1 or not recipe.then or recipe.then[number - 2].cut == "original"
 
 
 def scored_in(recipe: Recipe, number: int) -> int:
     """The round whose scores rank the parts that round `number` cuts.
 
     All rounds that cut the run's teacher share those of the first, unless these compare sets of layers: such a
-    comparison depends on how many layers are dropped.
+    comparison depends on how many layers are dropped. A search compares sets of layers by itself.
     """
-    return 1 if cuts_original(recipe, number) and not compares(recipe.score) else number
+    shared = recipe.search is not None or not compares(recipe.score)
+    return 1 if cuts_original(recipe, number) and shared else number
 
 
 def compares(score: Score) -> bool:

@@ -260,6 +260,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _targets(self) -> Recipe:
+        if self.search is not None and self.search.targets and self.then:
+            raise ValueError("search.targets makes a student of the teacher for each size: leave out then")
+        return self
+
+    @model_validator(mode="after")
     def _beside(self) -> Recipe:
         distillations = [part for part in (self.distill, *(step.distill for step in self.then)) if part is not None]
         if self.correct is None or self.correct.when == "before":

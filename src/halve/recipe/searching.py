@@ -218,7 +218,9 @@ class Search(Section):
 
     budget: ShapeBudget | None = Field(None, description="what a shape may cost")
     targets: tuple[SizeTarget, ...] = Field(
-        (), description="several sizes from one teacher; each a share such as 70%, or a section as budget"
+        (),
+        description="several sizes from one teacher, each searched, cut and distilled; each a share such as 70%, or a"
+        " section as budget",
     )
     axes: dict[SearchedAxis, Freedom] = Field(
         {},
@@ -239,3 +241,8 @@ class Search(Section):
         if (self.budget is None) == (not self.targets):
             raise ValueError("give budget for one size, or targets for several")
         return self
+
+    @property
+    def of_each_target(self) -> tuple[Search, ...]:
+        """The searches of single sizes that `targets` asks for."""
+        return tuple(self.model_copy(update={"budget": target, "targets": ()}) for target in self.targets)

@@ -63,7 +63,8 @@ class Run:
     manifests: Mapping[str, Mapping[str, Any]]
     cuts: tuple[RoundCut, ...]
     results: Mapping[str, Any] | None
-    search: Mapping[str, Any] | None
+    searches: Mapping[int, Mapping[str, Any]]
+    """By round, what its search found."""
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
     license: Mapping[str, str]
 
@@ -117,9 +118,15 @@ def read_run(run: Path) -> Run:
     recipe = read_object(run / RECIPE)
     cards = [card for stage in manifests if (card := file(stage, f"model/{CARD}")) is not None]
     license = license_of(cards[0].parent) if cards else {}
-    cuts = tuple(cut(number) for number in range(1, 2 + len(recipe.get("then") or ())))
-    results = {stage: part(stage, "results.json") for stage in ("evaluate", "search")}
-    return Run(recipe, manifests, cuts, results["evaluate"], results["search"], logs, license)
+    numbers = range(1, 1 + _num_rounds(recipe))
+    cuts = tuple(cut(number) for number in numbers)
+    found = {number: part(named("search", number), "results.json") for number in numbers}
+    searches = {number: facts for number, facts in found.items() if facts is not None}
+    return Run(recipe, manifests, cuts, part("evaluate", "results.json"), searches, logs, license)
+
+
+def _num_rounds(recipe: Mapping[str, Any]) -> int:
+    return max(1 + len(recipe.get("then") or ()), len((recipe.get("search") or {}).get("targets") or ()))
 
 
 def _order(stage: str) -> tuple[bool, int, int, str]:
@@ -161,7 +168,10 @@ def _view(run: Run) -> dict[str, Any]:
         sections.sizes_section(plans, run.results),
         sections.speed(run.results),
         aligned.alignment(run.manifests, run.results, run.logs),
-        searched(run.search, run.recipe),
+        *(
+            searched(facts, run.recipe, title=_numbered("Which shape", number))
+            for number, facts in run.searches.items()
+        ),
         charts.learning_curves(run.logs),
         *(
             charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))

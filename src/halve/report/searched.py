@@ -16,9 +16,9 @@ _OTHERS, _STRAIGHT = "teacher", "pruned"
 """Classes of colors: finalists that are not chosen, and the one that a trial alone would have chosen."""
 
 
-def searched(facts: Facts | None, recipe: Facts) -> PageSection | None:
-    """What a search found. None without one, and for one that did not train."""
-    if not facts or facts.get("method") != "tournament":
+def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> PageSection | None:
+    """What a search found. None for one that did not train."""
+    if facts.get("method") != "tournament":
         return None
     finalists, rungs = facts["finalists"], facts["rungs"]
     note = (
@@ -41,7 +41,7 @@ def searched(facts: Facts | None, recipe: Facts) -> PageSection | None:
     if facts["straight"] != facts["chosen"]:
         legend += f", and {facts['straight'] + 1}, which was best straight after the cut"
     drawn = Figure("Quality against tokens", f"{legend}. Dashed: rungs.", svg)
-    return PageSection("Which shape", note, table, " ".join(filter(None, words)), figures=(drawn,))
+    return PageSection(title, note, table, " ".join(filter(None, words)), figures=(drawn,))
 
 
 def search_rows(facts: Facts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

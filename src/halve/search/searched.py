@@ -9,7 +9,6 @@ from halve.anatomy import Anatomy
 from halve.cut.plan.sizes import Candidate
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
-from halve.errors import PlanError
 from halve.recipe.schema import Recipe, Score
 from halve.recipe.tournaments import tournament_training
 from halve.search.candidates import candidates_of, look
@@ -27,16 +26,11 @@ def shapes_to_try(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None
     `times` is the file of measured times, made if it is not there. Without it, bounds of times are left out; if there
     are no others, the teacher itself stands for the shapes.
 
-    Raises `PlanError` for a budget that no shape meets, and for `targets`, because a search finds one size.
+    `recipe` is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets.
     """
     assert recipe.search is not None
     search, student = recipe.search, student_anatomy(anatomy, recipe.prune)
-    if search.budget is None:
-        raise PlanError(
-            "a search of several sizes cannot be run at once",
-            why="search.targets lists several budgets, and the search stage finds one shape",
-            fix="give search.budget, and a recipe for each size; halve plan lists the shapes of all targets",
-        )
+    assert search.budget is not None, "a round searches one size"
     clock = (
         TimeTable.measured(student, search, path=times, device=recipe.device)
         if times is not None and needed(search.budget)
