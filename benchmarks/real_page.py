@@ -52,7 +52,29 @@ def page(lines: Sequence[Line]) -> list[str]:
         text += table([line for line in measured if line["row"] not in OWN], ratio, weights_D)
         text += own_table([line for line in measured if line["row"] in OWN])
         text += distilled_table([line for line in lines if line.get("ratio") == ratio and "distilled" in line])
-    return text
+    return text + decode_table([line for line in lines if "decoded" in line])
+
+
+def decode_table(lines: Sequence[Line]) -> list[str]:
+    """Tokens a second of one sequence, and how much faster than the teacher, which is the first of its runtime."""
+    if not lines:
+        return []
+    first = {line["runtime"]: line["tokens_per_second"] for line in reversed(lines)}
+    return [
+        "## Decode speed",
+        "",
+        f"One sequence, one token at a time after a prompt of {lines[0]['prompt']} tokens, in bfloat16;"
+        f" {lines[0]['machine']}.",
+        "",
+        "| model | runtime | tokens a second | beside the teacher |",
+        "|---|---|---:|---:|",
+        *(
+            f"| {line['decoded']} | {line['runtime']} | {line['tokens_per_second']:.1f} |"
+            f" {line['tokens_per_second'] / first[line['runtime']]:.2f} |"
+            for line in lines
+        ),
+        "",
+    ]
 
 
 def own_table(lines: Sequence[Line]) -> list[str]:
