@@ -25,6 +25,7 @@ from halve.cut.score.sites import find_sites
 from halve.cut.surgery.gain import norm_kind
 from halve.cut.surgery.trim import trim
 from halve.errors import CheckpointError
+from halve.model.reference import Reference
 
 FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "gpt_neox", "phi", "gemma2", "olmo2", "granite", "cohere", "gemma")
 
@@ -225,27 +226,29 @@ def test_few_tokens_do_no_harm_where_others_choose_the_ridge(samples: int) -> No
     assert careful < careless
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_one_factor_on_the_final_norm_takes_the_place_of_a_tied_head(family: str) -> None:
-    """What is predicted with an error is shorter than the truth, and a norm would make it as long again."""
+    """The student's logits are too large for what it knows; the factor is the best one on the held samples."""
     model, anatomy = _twin(family, tie_word_embeddings=True)
-    narrower = {} if anatomy.coupled else {"hidden": anatomy.sizes.hidden - 8}
-    plan = _plan(anatomy, ffn=anatomy.sizes.ffn - 16, **narrower)
+    plan = _plan(anatomy, ffn=anatomy.sizes.ffn - 16)
     samples = Calibration(model, anatomy, _samples(anatomy), 8)
     student = trim(model, plan, anatomy)
     done = refit(student, samples, plan, everything=True, held=8)
-    name = f"{anatomy.final_norm}.weight"
-    offset, held = norm_kind(done.get_submodule(anatomy.final_norm)).offset, samples.samples_BS[-8:]
-    factors = (done.get_parameter(name) + offset) / (student.get_parameter(name) + offset)
-    factor = factors.mean().item()
-    assert factors.std() < 1e-5 * factor
-    with torch.no_grad():
-        done.get_parameter(name).copy_(student.get_parameter(name))
-        read, wanted = (m.base_model(held, use_cache=False)[0] for m in (done, model))
-    bias = getattr(done.get_submodule(anatomy.final_norm), "bias", None)
-    read, wanted = (x if bias is None else x - bias for x in (read, wanted[..., list(plan.hidden)]))
-    assert factor == pytest.approx(((read * wanted).sum() / read.square().sum()).item(), rel=1e-4)
-    assert factor < 1
+    name, held = f"{anatomy.final_norm}.weight", samples.samples_BS[-8:]
+    offset = norm_kind(done.get_submodule(anatomy.final_norm)).offset
+    before, after = ((m.get_parameter(name) + offset).detach() for m in (student, done))
+    factor = (after / before).mean().item()
+    assert torch.allclose(after, factor * before, rtol=1e-5)
+    assert 0.5 < factor < 1
+
+    def divergence(other: float) -> float:
+        with torch.no_grad():
+            done.get_parameter(name).copy_(other * before - offset)
+        return Reference(model, held, micro_batch=8).divergences(done).mean().item()
+
+    found, *others = (divergence(other) for other in (factor, 1.0, factor - 0.01, factor + 0.01))
+    assert found < 1.001 * min(others)
+    assert found < 0.9 * others[0]
     whole = _plan(anatomy)
     same = refit(trim(model, whole, anatomy), samples, whole, everything=True, held=8)
-    assert torch.allclose(same.get_parameter(name), model.get_parameter(name), rtol=1e-5)
+    assert torch.equal(same.get_parameter(name), model.get_parameter(name))

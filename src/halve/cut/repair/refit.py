@@ -39,11 +39,13 @@ from halve.cut.plan.plan import Plan
 from halve.cut.repair.gram import raised
 from halve.cut.repair.ridge import FIXED, Problem
 from halve.cut.repair.taught import Taught, micro_batches
+from halve.cut.repair.temper import TiedHead, best_factor
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import Site, input_dim
 from halve.cut.score.walk import Call, States, first_states, layer_modules, record_calls, run_layer, states_bytes
 from halve.cut.surgery.gain import norm_kind
 from halve.cut.surgery.trim import take
+from halve.model.head import split
 from halve.model.hooks import Reached, on_input, on_output
 from halve.process.waits import bytes_in_words
 from halve.progress import Progress
@@ -116,7 +118,7 @@ class _Refit:
             if self.everything and not self._tied():
                 self._head()
             elif self.everything and self.fitted < samples:
-                self._final_gain()
+                self._temper()
         if self.fitted < len(self.samples_BS):
             progress.say(chosen_in_words(self.chosen))
         return self.student
@@ -192,27 +194,23 @@ class _Refit:
         head, student_head = self.teacher.get_output_embeddings(), self.student.get_output_embeddings()
         student_head.weight.copy_(head.weight.double() @ guess_DK)
 
-    def _final_gain(self) -> None:
-        """Scale the final norm's weight by the factor that brings its output closest to the teacher's.
-
-        What is predicted with an error is shorter than the truth, and the norm makes it as long again: without the
-        factor the logits are too sure of themselves. It is taken from the held samples, where errors are not too small.
-        """
-        norm = _final(self.student, self.anatomy)
-        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        if not isinstance(weight, Tensor):
+    def _temper(self) -> None:
+        """Scale the final norm's weight where the head is tied (`halve.cut.repair.temper`), by the held samples."""
+        taught, norm = _final(self.teacher, self.anatomy), _final(self.student, self.anatomy)
+        if not isinstance(getattr(norm, "weight", None), Tensor):
             return
-        taught, last_D = _final(self.teacher, self.anatomy), self.taught.stream(self.anatomy.sizes.layers)
-        product = square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in filter(self._held, self.taught.parts):
-            read = raised(norm(self.z_K[rows].to(self.device))).double()
-            wanted = self._kept(taught(last_D[rows].to(self.device))).double()
-            if bias is not None:
-                read, wanted = read - bias, wanted - bias
-            product, square = product + (wanted * read).sum(), square + read.square().sum()
-        offset = norm_kind(norm).offset
-        if square > 0:
-            weight.copy_((weight.double() + offset) * (product / square) - offset)
+        last_D = self.taught.stream(self.anatomy.sizes.layers)
+        pairs = (
+            (
+                norm(self.z_K[rows].to(self.device)).flatten(0, 1),
+                taught(last_D[rows].to(self.device)).flatten(0, 1),
+            )
+            for rows in filter(self._held, self.taught.parts)
+        )
+        tied = TiedHead(split(self.student)[1], getattr(norm, "bias", None))
+        factor, offset = best_factor(pairs, tied, split(self.teacher)[1]), norm_kind(norm).offset
+        if factor != 1.0:
+            _weight(norm).copy_((_weight(norm).double() + offset) * factor - offset)
 
     def _solve(self, problem: Problem, prior: Tensor, what: str) -> Tensor:
         fit = problem.solve(prior, strength=self.strength, what=what)
