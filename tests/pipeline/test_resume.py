@@ -32,6 +32,7 @@ TRAINING: dict[str, Any] = {
     "phases": [{"from_tokens": 640, "context": 16, "lr": 5e-5}],
 }
 KILLED = -9
+MOMENTS = 6
 
 
 class Driver:
@@ -138,12 +139,12 @@ def test_a_kill_loses_what_came_after_the_last_complete_checkpoint(
     assert [step for step, _ in losses(run, "correct")] == list(range(11))
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(MOMENTS))
 def test_killed_at_a_random_moment(
     driver: Driver, whole: tuple[dict[str, str], dict[str, Any]], tmp_path: Path, number: int
 ) -> None:
-    """Ten moments spread over the time that a whole run takes, each drawn within its tenth."""
-    moment = (number + random.Random(number).random()) / 10 * whole[1]["seconds"]
+    """Moments spread over the time that a whole run takes, each drawn within its share."""
+    moment = (number + random.Random(number).random()) / MOMENTS * whole[1]["seconds"]
     first = driver.run(tmp_path / "run", after_s=moment)
     assert first["status"] in (KILLED, 0)
     if first["status"] == KILLED:

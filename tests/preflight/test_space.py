@@ -56,7 +56,6 @@ def size(folder: Path) -> int:
 @pytest.mark.parametrize(
     "parts",
     [
-        {"distill": STEPS},
         {
             "correct": STEPS,
             "distill": STEPS | {"keep_checkpoints": 2, "optimizer": "muon", "baselines": ["ce", "random_prune"]},
@@ -64,7 +63,7 @@ def size(folder: Path) -> int:
         {"correct": {"tokens": 12 * 128, "when": "beside"}, "distill": STEPS | {"checkpoint_every": 8}},
         {"correct": STEPS | {"method": "norms"}, "distill": STEPS | {"cache": "hidden", "checkpoint_every": 20}},
     ],
-    ids=["plain", "many", "beside", "cached"],
+    ids=["many", "beside", "cached"],
 )
 def test_the_plan_is_what_a_run_takes(
     teacher: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: dict[str, Any]
