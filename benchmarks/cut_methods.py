@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,6 +73,14 @@ class Depth:
         return _by_depth(self, ratio, setting, timed)
 
 
+def last_matrices(first: Tensor, following: Sequence[Tensor]) -> Tensor:
+    """What the notebook that was published with LaCo makes of one parameter of merged layers.
+
+    It subtracts the layer that it has already changed: a matrix is that of the last layer, a norm that of the first.
+    """
+    return following[-1] if first.ndim > 1 and following else first
+
+
 _INNER: tuple[tuple[str, str, Method], ...] = (
     (PLAIN, "2407.14679", "activation"),
     (RANDOM, "uniform random entries", "random"),
@@ -105,7 +113,7 @@ METHODS: dict[str, Width | Depth] = {
     "shortened-taylor": Depth("2402.02834: Taylor", "taylor", "single"),
     "sleb": Depth("2402.09025: greedy", "nll", "greedy"),
     "laco": Depth("2402.11187: layer merge", "angular", "single", laco=layer_merge.laco),
-    "laco-notebook": Depth("2402.11187, as its notebook merges", "angular", "single", laco=layer_merge.last_matrices),
+    "laco-notebook": Depth("2402.11187, as its notebook merges", "angular", "single", laco=last_matrices),
     RANDOM_DEPTH: Depth("uniform random layers", "random", "single"),
 }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import torch
 
 from halve.cli import app as cli
 from halve.process import fresh
@@ -104,6 +105,7 @@ def _in_the_child(work: Callable[[], int], folder: Path, paths: list[Path]) -> N
         warnings.resetwarnings()  # as for users: the suite makes errors of them
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+        torch.set_num_threads(1)  # after a fork PyTorch makes its pool anew, where the first two threads may collide
         fresh.python = _python
         fresh.pool = _pool
         code = work()

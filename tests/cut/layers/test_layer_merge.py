@@ -18,7 +18,6 @@ from halve.cut.layers.layer_merge import (
     kept_after,
     laco,
     laco_search,
-    last_matrices,
     merge_layers,
     merges_of,
 )
@@ -185,22 +184,18 @@ def test_the_search_reaches_the_number_of_layers(llama: Made, samples: Tensor, l
     assert micro.merges == found.merges
 
 
-def test_by_the_notebook_s_rule_the_last_layer_s_matrices_get_the_first_one_s_norms(
-    llama: Made, samples: Tensor
-) -> None:
-    """The loop that was published subtracts, for every layer, what the layers before have left."""
+def test_another_rule_merges_and_searches(llama: Made, samples: Tensor) -> None:
     model, anatomy = llama
-    old, merges = state(model), [Merge(1, (2, 3))]
-    new = apply_merges(model, anatomy, merges, rule=last_matrices).state_dict()
+    old = state(model)
+    new = apply_merges(model, anatomy, [Merge(1, (2, 3))], rule=lambda first, following: following[-1]).state_dict()
     for name in (n for n in old if anatomy.layer_of(n) == 1):
-        merged = old[name].clone()
-        for layer in (2, 3):
-            if merged.ndim > 1:
-                merged += old[anatomy.in_layer(name, layer)] - merged
-        assert torch.allclose(new[name], merged, atol=1e-12), name
+        assert new[name].equal(old[anatomy.in_layer(name, 3)]), name
     assert same(old, state(model))
-    found = laco_search(Calibration(model, anatomy, samples, 3), layers=3, combine=3, interval=1, rule=last_matrices)
-    assert len(found.kept) == 3
+    found = laco_search(
+        Calibration(model, anatomy, samples, 3), layers=3, combine=3, interval=1, rule=lambda first, following: first
+    )
+    merged = apply_merges(model, anatomy, found.merges, rule=lambda first, following: first).state_dict()
+    assert all(merged[name].equal(old[name]) for name in old)
 
 
 def test_a_similar_layer_is_found(samples: Tensor) -> None:

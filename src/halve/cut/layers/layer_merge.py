@@ -7,7 +7,7 @@ into the one before them gives
 
 and layers l+1 .. l+m are dropped. For m = 1 this is theta_{l+1}. This follows the text of the paper. The notebook that
 was published with it subtracts the layer that it has already changed, and leaves norms alone: its merged layer has the
-matrices of the last of the layers and the norms of the first (`last_matrices`). Merging changes the teacher's weights.
+matrices of the last of the layers and the norms of the first. Merging changes the teacher's weights.
 Then `halve.cut.surgery.trim.trim` drops the layers as in any other cut.
 
 Sums are float64 and rounded once to the parameter's own type.
@@ -51,15 +51,6 @@ def laco(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[T
     base = first.double()
     merged = base + sum((other.double() - base for other in following), torch.zeros_like(base))
     return merged.to(first.dtype)
-
-
-def last_matrices(first: Float[Tensor, "*shape"], following: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
-    """What the paper's notebook makes of one parameter: a matrix of the last layer, a norm or bias of the first.
-
-    >>> last_matrices(torch.ones(1, 1), [torch.ones(1, 1) * 2, torch.ones(1, 1) * 3]).tolist()
-    [[3.0]]
-    """
-    return following[-1] if first.ndim > 1 and following else first
 
 
 Rule = Callable[[Tensor, Sequence[Tensor]], Tensor]
