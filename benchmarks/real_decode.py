@@ -65,6 +65,9 @@ def in_llama_cpp(folders: dict[str, Path], python: Path, source: Path, threads: 
             whole, file = Path(place, f"{name}-hf"), Path(place, f"{len(files)}.gguf")
             shutil.copytree(teacher, whole, ignore=shutil.ignore_patterns("*.safetensors*"))
             shutil.copytree(folder, whole, dirs_exist_ok=True)
+            settings = whole / "tokenizer_config.json"
+            named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            settings.write_text(json.dumps(named))  # the converter's transformers may be older than the name there
             subprocess.run(
                 [python, convert, whole, "--outfile", file, "--outtype", "bf16"], check=True, stdout=sys.stderr
             )
