@@ -16,6 +16,7 @@ from halve.cut.repair import rotate
 from halve.cut.repair.budget import samples_needed
 from halve.cut.score import width
 from halve.cut.score.calibration import Calibration
+from halve.cut.score.scores import Scores
 from halve.cut.trial import try_shapes
 from halve.model import measure
 from halve.preflight.cutting import pruning
@@ -53,6 +54,11 @@ def most_bytes(work: Any, folder: Path) -> int:
     return most
 
 
+def scored(calibration: Calibration) -> Scores:
+    how = {"method": "activation", "ffn_point": "down_input", "batch_agg": "l2", "seq_agg": "mean", "seed": 0}
+    return width.score(calibration, **how, model_fingerprint="", samples_fingerprint="")
+
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "states": ({}, {"hidden": 96, "ffn": 256, "refit_tokens": 16_384}),
     "comparison": ({"vocab_size": 4096}, {"ffn": 256, "refit_tokens": 1024}),
@@ -85,8 +91,7 @@ def test_the_plan_of_a_cut_is_what_is_measured(case: str, tmp_path: Path, monkey
     monkeypatch.setattr(rotate, "prove_rotation", lambda *_, **__: 0.0)
     samples_BS = torch.randint(config.vocab_size, (samples_needed(recipe.prune, anatomy.sizes, CONTEXT), CONTEXT))
     calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch)
-    how = {"method": "activation", "ffn_point": "down_input", "batch_agg": "l2", "seq_agg": "mean", "seed": 0}
-    scores = width.score(calibration.first(8), **how, model_fingerprint="", samples_fingerprint="")
+    scores = scored(calibration.first(8))
 
     def work() -> None:
         basis = turn(calibration, recipe.prune, sizes=[after])
@@ -116,8 +121,7 @@ def test_a_trial_in_two_bases_keeps_what_the_teacher_did_in_both(tmp_path: Path)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     calibration = Calibration(model, anatomy, torch.randint(config.vocab_size, (256, CONTEXT)), 4)
-    how = {"method": "activation", "ffn_point": "down_input", "batch_agg": "l2", "seq_agg": "mean", "seed": 0}
-    scores = width.score(calibration.first(8), **how, model_fingerprint="", samples_fingerprint="")
+    scores = scored(calibration.first(8))
     basis = turn(calibration, recipe.prune, sizes=shapes)
     weights = sum(parameter.nbytes for parameter in (*model.parameters(), *basis.model.parameters()))
 

@@ -177,6 +177,7 @@ def cut(
         kls[key] = float(reference.divergences(rival.student).mean())
         if kls[key] < kls[closest]:
             closest, kept = key, rival
+        del rival  # at most two students are held while the next is made
     calibration.progress.say(
         f"KL on {budget.compared} samples that were not fitted: "
         + ", ".join(f"{_COMPARED[key]} {kl:.4g}" for key, kl in kls.items())

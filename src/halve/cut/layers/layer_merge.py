@@ -7,8 +7,8 @@ into the one before them gives
 
 and layers l+1 .. l+m are dropped. For m = 1 this is theta_{l+1}. This follows the text of the paper. The notebook that
 was published with it subtracts the layer that it has already changed, and leaves norms alone: its merged layer has the
-matrices of the last of the layers and the norms of the first. Merging changes the teacher's weights.
-Then `halve.cut.surgery.trim.trim` drops the layers as in any other cut.
+matrices of the last of the layers and the norms of the first. Merging changes the teacher's weights. Then
+`halve.cut.surgery.trim.trim` drops the layers as in any other cut.
 
 Sums are float64 and rounded once to the parameter's own type.
 
