@@ -15,16 +15,19 @@ or inconclusive by Student's t-test of the paired differences in held-out accura
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy import stats
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from halve.align import measured, trainers
@@ -56,12 +59,13 @@ def main() -> None:
     if not (tuned / "result.json").is_file():
         _sft(given, start, talks, tuned)
     print(json.dumps(read_json(tuned / "result.json")), flush=True)
+    pairs = Pairs(Checkpoint.open(tuned / "model"), train, heldout)
     accuracy: dict[str, list[float]] = {kind: [] for kind in given.kinds}
     for seed in range(given.seeds):
         for kind in given.kinds:
             done = given.work / f"{kind}-{seed}.json"
             if not done.is_file():
-                write_json(done, _preferences(given, Checkpoint.open(tuned / "model"), train, heldout, kind, seed))
+                write_json(done, _preferences(given, pairs, kind, seed))
             result = read_json(done)
             accuracy[kind].append(result["accuracy"]["value"])
             print(json.dumps(result), flush=True)
@@ -85,12 +89,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--method", default="full")
+    parser.add_argument("--half", action="store_true", help="train in bfloat16 by autocast, the weights in float32")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    keys = ("kinds", "seeds", "context", "batch", "sft_steps", "steps", "lr", "beta", "method")
+    keys = ("kinds", "seeds", "context", "batch", "sft_steps", "steps", "lr", "beta", "method", "half")
     return {"model": Path(given.model).name, **{key: getattr(given, key) for key in keys}}
 
 
@@ -155,7 +160,7 @@ def _setting(given: argparse.Namespace, kind: str, seed: int, scratch: Path) -> 
         method=given.method,
         **({} if kind == "sft" else {"beta": given.beta}),
     )
-    return StepSetting(step, f"{kind}-{seed}", scratch, given.context, seed, "cpu", False, SILENT)
+    return StepSetting(step, f"{kind}-{seed}", scratch, given.context, seed, "cpu", given.half, SILENT)
 
 
 def _sft(given: argparse.Namespace, start: Checkpoint, talks: Sequence[Dialogue], folder: Path) -> None:
@@ -173,22 +178,28 @@ def _sft(given: argparse.Namespace, start: Checkpoint, talks: Sequence[Dialogue]
     write_json(folder / "result.json", {"kind": "sft", **_took(done, trained, began), **told})
 
 
-def _preferences(
-    given: argparse.Namespace,
-    start: Checkpoint,
-    train: Sequence[Preference],
-    heldout: Sequence[Preference],
-    kind: str,
-    seed: int,
-) -> dict[str, Any]:
-    model, began = _opened(start), time.process_time()
-    before = measured.pair_logps(model, heldout)
-    taken = time.process_time()
+@dataclass(frozen=True)
+class Pairs:
+    """What every training on pairs begins with and is held against."""
+
+    start: Checkpoint
+    train: Sequence[Preference]
+    heldout: Sequence[Preference]
+
+    @functools.cached_property
+    def before(self) -> Tensor:
+        """The held-out answers' log-probabilities under the start."""
+        return measured.pair_logps(_opened(self.start), self.heldout)
+
+
+def _preferences(given: argparse.Namespace, pairs: Pairs, kind: str, seed: int) -> dict[str, Any]:
+    before = pairs.before
+    model, began = _opened(pairs.start), time.process_time()
     how = _setting(given, kind, seed, given.work / f"{kind}-{seed}")
-    done = trainers.train_on_pairs(model, start.tokenizer, train, how)
-    trained = time.process_time() - taken
-    after = measured.pair_logps(done.model.eval(), heldout)
-    told = measured.told_of_pairs(heldout, before, after, beta=given.beta)
+    done = trainers.train_on_pairs(model, pairs.start.tokenizer, pairs.train, how)
+    trained = time.process_time() - began
+    after = measured.pair_logps(done.model.eval(), pairs.heldout)
+    told = measured.told_of_pairs(pairs.heldout, before, after, beta=given.beta)
     return {"kind": kind, "seed": seed, **_took(done, trained, began), **told}
 
 
