@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocated import most_bytes
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from halve.anatomy import discover
@@ -41,26 +40,13 @@ def llama(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
-def most_bytes(work: Any, folder: Path) -> int:
-    """The most bytes in tensors that a piece of work makes, by the allocator's own record."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    live = most = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        live += int(event["args"]["Bytes"])
-        most = max(most, live)
-    return most
-
-
 def scored(calibration: Calibration) -> Scores:
     how = {"method": "activation", "ffn_point": "down_input", "batch_agg": "l2", "seq_agg": "mean", "seed": 0}
     return width.score(calibration, **how, model_fingerprint="", samples_fingerprint="")
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "states": ({}, {"hidden": 96, "ffn": 256, "refit_tokens": 16_384}),
+    "states": ({}, {"hidden": 96, "ffn": 256, "refit_tokens": 8192}),
     "comparison": ({"vocab_size": 4096}, {"ffn": 256, "refit_tokens": 1024}),
     "solves": ({"intermediate_size": 1280}, {"ffn": 1152, "refit_tokens": 1024}),
     "turned": ({"vocab_size": 8192, "tie_word_embeddings": True}, {"hidden": 96, "refit_samples": 16}),
@@ -68,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_plan_of_a_cut_is_what_is_measured(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_of_a_cut_is_what_is_measured(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever holds most: the states of all samples, the rival and the teacher's distributions, a solve, a basis."""
     own, asked = CASES[case]
     config = llama(**own)
@@ -98,10 +84,10 @@ def test_the_plan_of_a_cut_is_what_is_measured(case: str, tmp_path: Path, monkey
         cut(calibration, scores, recipe.prune, Goal(after), turned=basis)
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    assert planned.total_bytes == pytest.approx(weights + most_bytes(work, tmp_path), rel=WITHIN)
+    assert planned.total_bytes == pytest.approx(weights + most_bytes(work), rel=WITHIN)
 
 
-def test_a_trial_in_two_bases_keeps_what_the_teacher_did_in_both(tmp_path: Path) -> None:
+def test_a_trial_in_two_bases_keeps_what_the_teacher_did_in_both() -> None:
     """Measured as a run does it: the trial refits shapes that cut hidden in another basis than the others."""
     config = llama(tie_word_embeddings=True)
     anatomy = discover(config)
@@ -128,11 +114,11 @@ def test_a_trial_in_two_bases_keeps_what_the_teacher_did_in_both(tmp_path: Path)
     def work() -> None:
         try_shapes(calibration, scores, recipe.prune, [[each] for each in shapes], turned=basis)
 
-    assert planned.total_bytes == pytest.approx(weights + most_bytes(work, tmp_path), rel=WITHIN)
+    assert planned.total_bytes == pytest.approx(weights + most_bytes(work), rel=WITHIN)
     assert planned.states_bytes > 1.9 * alone.states_bytes
 
 
-def test_the_plan_of_an_evaluation_is_what_is_measured(tmp_path: Path) -> None:
+def test_the_plan_of_an_evaluation_is_what_is_measured() -> None:
     """Two models, and a chunk of the distributions of both."""
     config = llama(vocab_size=4096)
     anatomy = discover(config)
@@ -154,6 +140,6 @@ def test_the_plan_of_an_evaluation_is_what_is_measured(tmp_path: Path) -> None:
         measure.divergence(student, teacher, samples_BS, micro_batch=4096 // CONTEXT)
 
     weights = sum(parameter.nbytes for model in (teacher, student) for parameter in model.parameters())
-    assert planned.total_bytes == pytest.approx(weights + most_bytes(work, tmp_path), rel=WITHIN)
+    assert planned.total_bytes == pytest.approx(weights + most_bytes(work), rel=WITHIN)
     timed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"speed": True})})
     assert evaluation_memory(timed, [shape], dtype=torch.float32, on_cpu=True) == planned, "two models are timed, too"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocated import most_bytes
 from families import config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel
@@ -62,7 +63,7 @@ def section(**keys: Any) -> Distill:
     return Distill(**{"tokens": 10_000, "batch": 8, "micro_batch": 4, **keys})
 
 
-def measured(student: PreTrainedModel, teacher: PreTrainedModel, training: Distill, folder: Path) -> int:
+def measured(student: PreTrainedModel, teacher: PreTrainedModel, training: Distill) -> int:
     """The most bytes in tensors in two steps, by the allocator's own record: kernels' scratch counts, too."""
     half = training.precision == "bfloat16"
     blocks.recompute(student, training.activation_checkpointing)
@@ -77,7 +78,7 @@ def measured(student: PreTrainedModel, teacher: PreTrainedModel, training: Disti
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             return objective(body, head, part)
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    def work() -> None:
         trained = Trained({"student": student}, make_optimizer(student.parameters(), training, between=between))
         for _ in range(2):
             apply(
@@ -86,13 +87,8 @@ def measured(student: PreTrainedModel, teacher: PreTrainedModel, training: Disti
                 lr=1e-5,
                 clip=1.0,
             )
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    live = most = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        live += int(event["args"]["Bytes"])
-        most = max(most, live)
-    return weights + most
+
+    return weights + most_bytes(work)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -107,27 +103,27 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", CASES)
-def test_the_plan_is_what_is_measured(tmp_path: Path, kind: str, precision: str) -> None:
+def test_the_plan_is_what_is_measured(kind: str, precision: str) -> None:
     training, tied = section(precision=precision, **CASES[kind]), kind in ("one pass", "recomputed")
     its, own = llama(192, 512, 6, tied=tied), llama(160, 384, 6, tied=tied)
-    assert_measured(its, own, training, tmp_path)
+    assert_measured(its, own, training)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_a_mixture_of_experts_is_planned(tmp_path: Path, recompute: str) -> None:
+def test_a_mixture_of_experts_is_planned(recompute: str) -> None:
     """Its experts' products are grouped, in float32, too; ffn is the experts'."""
     training = section(precision="float32", activation_checkpointing=recompute)
-    assert_measured(mixture(192, 256), mixture(160, 192), training, tmp_path)
+    assert_measured(mixture(192, 256), mixture(160, 192), training)
 
 
-def assert_measured(its: PretrainedConfig, own: PretrainedConfig, training: Distill, folder: Path) -> None:
+def assert_measured(its: PretrainedConfig, own: PretrainedConfig, training: Distill) -> None:
     half = training.precision == "bfloat16"
     place = Hardware(cuda=False, half=half)
     planned = Distillation(training, sized(own), sized(its), place, CONTEXT, torch.bfloat16).memory()
     dtype = torch.bfloat16 if half else torch.float32
     teacher: PreTrainedModel = AutoModelForCausalLM.from_config(its, dtype=dtype).eval().requires_grad_(False)
     student: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
-    found = measured(student, teacher, training, folder)
+    found = measured(student, teacher, training)
     assert planned.total_bytes == pytest.approx(found, rel=WITHIN)
 
 
