@@ -4,8 +4,8 @@
         --ratios 0.7 [--tokens 250000]
 
 Rows are those of `real_model.py`. Of each, three learning rates are tried on few tokens and compared on documents that
-are not reported; the best one trains all tokens, in bfloat16. What has a line in FILE is not trained again. A killed
-training resumes from its checkpoint in the work folder.
+are not reported, and further ones while the best is the lowest or the highest; the best one trains all tokens, in
+bfloat16. What has a line in FILE is not trained again. A killed training resumes from its checkpoint in FOLDER.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from halve.train.loop import loop
 from halve.train.objectives import logits as objectives
 from halve.train.teachers.live import Live
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = range(2, 5)
+"""The places in `RATES` of those that every row is trained at."""
 BATCH, MEASUREMENTS = 4, 8
 
 
@@ -50,16 +52,25 @@ def main() -> None:
 
 def best_rate(bench: Bench, book: Lines, name: str, ratio: float) -> float:
     """The rate whose student is closest to the teacher after few tokens, on documents that choose."""
-    tokens, found = bench.args.sweep_tokens, {}
-    for rate in RATES:
-        key = {"swept": name, "ratio": ratio, "seed": bench.seed, "lr": rate, "tokens": tokens}
-        line = book.find(**key)
-        if line is None:
-            trained, spent = retrained(bench, name, ratio, lr=rate, tokens=tokens, held=bench.choosing)
-            line = {**key, **spent, "kl": bench.choosing.mean_kl(trained), **where()}
-            book.add(line)
-        found[rate] = line["kl"]
-    return min(found, key=lambda rate: found[rate])
+    found = {place: swept(bench, book, name, ratio, RATES[place]) for place in FIRST}
+    while True:
+        best = min(found, key=lambda place: found[place])
+        further = [place for place in (best - 1, best + 1) if 0 <= place < len(RATES) and place not in found]
+        if not further:
+            return RATES[best]
+        found |= {place: swept(bench, book, name, ratio, RATES[place]) for place in further}
+
+
+def swept(bench: Bench, book: Lines, name: str, ratio: float, rate: float) -> float:
+    """KL to the teacher after few tokens at this rate, on documents that choose."""
+    tokens = bench.args.sweep_tokens
+    key = {"swept": name, "ratio": ratio, "seed": bench.seed, "lr": rate, "tokens": tokens}
+    line = book.find(**key)
+    if line is None:
+        trained, spent = retrained(bench, name, ratio, lr=rate, tokens=tokens, held=bench.choosing)
+        line = {**key, **spent, "kl": bench.choosing.mean_kl(trained), **where()}
+        book.add(line)
+    return float(line["kl"])
 
 
 def retrained(
