@@ -47,18 +47,19 @@ def main() -> None:
             key = {"distilled": name, "ratio": ratio, "seed": args.seed, "lr": rate, "tokens": args.tokens}
             if book.find(**key) is None:
                 trained, line = retrained(bench, name, ratio, lr=rate, tokens=args.tokens, held=bench.held)
+                trained.save_pretrained(place(bench, name, ratio, lr=rate, tokens=args.tokens) / "model")
                 book.add({**key, **line, **bench.held.line(bench.held.measured(trained)), **where()})
 
 
 def best_rate(bench: Bench, book: Lines, name: str, ratio: float) -> float:
     """The rate whose student is closest to the teacher after few tokens, on documents that choose."""
-    found = {place: swept(bench, book, name, ratio, RATES[place]) for place in FIRST}
+    found = {i: swept(bench, book, name, ratio, RATES[i]) for i in FIRST}
     while True:
-        best = min(found, key=lambda place: found[place])
-        further = [place for place in (best - 1, best + 1) if 0 <= place < len(RATES) and place not in found]
+        best = min(found, key=lambda i: found[i])
+        further = [i for i in (best - 1, best + 1) if 0 <= i < len(RATES) and i not in found]
         if not further:
             return RATES[best]
-        found |= {place: swept(bench, book, name, ratio, RATES[place]) for place in further}
+        found |= {i: swept(bench, book, name, ratio, RATES[i]) for i in further}
 
 
 def swept(bench: Bench, book: Lines, name: str, ratio: float, rate: float) -> float:
@@ -93,7 +94,7 @@ def retrained(
     )
     teacher = Live(*split(bench.model))
     vocab = bench.anatomy.sizes.vocab
-    folder = bench.work / "trained" / f"{slug(name, ratio)}-{lr:g}-{tokens}-{bench.seed}"
+    folder = place(bench, name, ratio, lr=lr, tokens=tokens)
     folder.mkdir(parents=True, exist_ok=True)
     files = loop.TrainFiles(folder / "checkpoints", folder / "metrics.jsonl", bench.seed)
     lesson = loop.Lesson(objectives.distillation(teacher, vocab=vocab), heldout=figures(held))
@@ -105,6 +106,12 @@ def retrained(
         [line["tokens"], line["heldout"]["kl"], line["heldout"]["perplexity"]] for line in lines if "heldout" in line
     ]
     return student.requires_grad_(False), {"curve": curve, "seconds": spent}
+
+
+def place(bench: Bench, name: str, ratio: float, *, lr: float, tokens: int) -> Path:
+    """The folder of a training. What trained all tokens is left there as `model`."""
+    folder: Path = bench.work / "trained" / f"{slug(name, ratio)}-{lr:g}-{tokens}-{bench.seed}"
+    return folder
 
 
 def figures(held: Held) -> objectives.Heldout:

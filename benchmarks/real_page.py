@@ -52,7 +52,40 @@ def page(lines: Sequence[Line]) -> list[str]:
         text += table([line for line in measured if line["row"] not in OWN], ratio, weights_D)
         text += own_table([line for line in measured if line["row"] in OWN])
         text += distilled_table([line for line in lines if line.get("ratio") == ratio and "distilled" in line])
+    text += tasks_table([line for line in lines if "tasks" in line])
     return text + decode_table([line for line in lines if "decoded" in line])
+
+
+def tasks_table(lines: Sequence[Line]) -> list[str]:
+    """Accuracy by task, that of a student with its paired difference from the teacher, which has the first line."""
+    if not lines:
+        return []
+    tasks = list(lines[0]["accuracy"])
+    text = [
+        "## Tasks",
+        "",
+        f"The first {lines[0]['limit']} items of each, without examples. In brackets the model minus the teacher on the"
+        " same items. The last column is accuracy above chance, averaged over tasks, as a share of the teacher's, with"
+        " its 95 % interval by a bootstrap of the items.",
+        "",
+        f"| model | {' | '.join(tasks)} | above chance |",
+        f"|---|{'---:|' * (len(tasks) + 1)}",
+    ]
+    for line in lines:
+        cells = [_task_cell(line, task) for task in tasks]
+        low, high = line["share_interval"]
+        share = "100 %" if line is lines[0] else f"{line['share']:.0%} ({low:.0%} to {high:.0%})"
+        text.append(f"| {line['tasks']} | {' | '.join(cells)} | {share} |")
+    return [*text, ""]
+
+
+def _task_cell(line: Line, task: str) -> str:
+    value = {name: 100 * number for name, number in line["accuracy"][task].items()}
+    cell = f"{value['value']:.1f} ± {value['stderr']:.1f}"
+    gap = line["minus_teacher"][task]
+    return (
+        cell if line["tasks"] == line["against"] else f"{cell} ({100 * gap['value']:+.1f} ± {100 * gap['stderr']:.1f})"
+    )
 
 
 def decode_table(lines: Sequence[Line]) -> list[str]:
