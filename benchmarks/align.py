@@ -4,7 +4,9 @@
 
 MODEL is a chat model's folder. TALKS are rows with `instruction`, `input` and `output`. PAIRS are rows with `prompt`,
 `response_1`, `response_2` and `p_prefer_2`, the probability that the second one is better. The reward of an answer is
-the log-odds of being preferred, so that with eta = 1 the target of RPO is that probability itself.
+the log-odds of being preferred, so that with eta = 1 the target of RPO is that probability itself. Or they are GSM8K's
+example solutions, rows with `question` and several models' `solution` and `is_correct`: of each question every right
+and every wrong solution are a pair, and the verifier's rewards are 1 and 0.
 
 Held-out pairs are of prompts that no training pair has. The model is trained on conversations first, and from there on
 pairs, by each of `--kinds` with each seed. Every result is a line of JSON on stdout; a run that is in DIR already is
@@ -125,11 +127,9 @@ def _pairs(given: argparse.Namespace, start: Checkpoint) -> tuple[list[Preferenc
     written = given.work / "pairs.jsonl"
     with written.open("w", encoding="utf-8") as file:
         for row in _lines(given.pairs):
-            second = min(max(row["p_prefer_2"], CERTAIN), 1 - CERTAIN)
-            rewards = {"chosen_reward": 0.0, "rejected_reward": math.log(second / (1 - second))}
-            answers = {"chosen": row["response_1"], "rejected": row["response_2"]}
-            if row["prompt"].strip() and all(text.strip() for text in answers.values()):
-                file.write(json.dumps({"prompt": row["prompt"], **answers, **rewards}) + "\n")
+            for answers in _solutions(row) if "question" in row else [_preferred(row)]:
+                if all(answers[part].strip() for part in ("prompt", "chosen", "rejected")):
+                    file.write(json.dumps(answers) + "\n")
     step = Alignment(kind="rpo", data=(str(written),))
     by_prompt: dict[str, list[Preference]] = {}
     for row, place in preference_rows(step):
@@ -144,6 +144,20 @@ def _pairs(given: argparse.Namespace, start: Checkpoint) -> tuple[list[Preferenc
     train = [pair for prompt in prompts for pair in by_prompt[prompt]]
     random.Random(1).shuffle(train)
     return train[: given.batch * given.steps], heldout
+
+
+def _preferred(row: dict[str, Any]) -> dict[str, Any]:
+    second = min(max(row["p_prefer_2"], CERTAIN), 1 - CERTAIN)
+    rewards = {"chosen_reward": 0.0, "rejected_reward": math.log(second / (1 - second))}
+    return {"prompt": row["prompt"], "chosen": row["response_1"], "rejected": row["response_2"], **rewards}
+
+
+def _solutions(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every right solution beside every wrong one."""
+    found = [value for value in row.values() if isinstance(value, dict)]
+    right, wrong = ([one["solution"] for one in found if one["is_correct"] is correct] for correct in (True, False))
+    both = {"prompt": row["question"], "chosen_reward": 1.0, "rejected_reward": 0.0}
+    return [{**both, "chosen": chosen, "rejected": rejected} for chosen in right for rejected in wrong]
 
 
 # ---- the trainings
