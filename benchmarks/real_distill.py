@@ -39,11 +39,12 @@ def main() -> None:
     parser = arguments("Students of a real model after distillation.")
     parser.add_argument("--tokens", type=int, default=250_000)
     parser.add_argument("--sweep-tokens", type=int, default=25_000)
+    parser.add_argument("--lr", type=float, help="train at this rate, without a sweep")
     args = parser.parse_args()
     bench, book = prepared(args)
     for ratio in args.ratios:
         for name in args.rows:
-            rate = best_rate(bench, book, name, ratio)
+            rate = args.lr or best_rate(bench, book, name, ratio)
             key = {"distilled": name, "ratio": ratio, "seed": args.seed, "lr": rate, "tokens": args.tokens}
             if book.find(**key) is None:
                 trained, line = retrained(bench, name, ratio, lr=rate, tokens=args.tokens, held=bench.held)
