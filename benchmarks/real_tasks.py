@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(CHANCE), choices=list(CHANCE))
     parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--dtype", default="bfloat16", help="of all models' weights")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -56,7 +57,7 @@ def main() -> None:
     for name, folder in folders.items():
         checkpoint = Checkpoint.open(folder, home=args.work)
         session = session or TaskSession(read_exam(asked, context=None), checkpoint.tokenizer, args.work)
-        session.ask(name, checkpoint.load(), is_reference=name == teacher)
+        session.ask(name, checkpoint.load(dtype=args.dtype), is_reference=name == teacher)
         key = {"tasks": name, "limit": args.limit}
         if book.find(**key) is None:
             values = {task: _values(task, session.answers[name]) for task in args.tasks}
