@@ -27,9 +27,10 @@ ONLY_A_RUN_KNOWS = re.compile(
     | the\ (teacher's\ )?loss\ (spikes\ at|is\ not\ finite)
     | the\ student's\ perplexity\ is\ not\ finite
     | the\ student\ generates\ other\ text\ with\ the\ key-value\ cache
+    | 1\ rank\ does\ not\ make
     )"""
 )
-"""What weights and activations say, which `check` does not read."""
+"""What weights and activations say, which `check` does not read, and how many ranks the run is given."""
 
 
 def of_any(outcome: Outcome) -> Iterator[str]:

@@ -106,6 +106,7 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
         ({"prune": {"non_embedding_ratio": 1.5}}, r"bad value for prune\.non_embedding_ratio"),
         ({"distill": {"tokens": 9, "lr": 1e-6}}, "min_lr 1e-05 is above lr 1e-06"),
         ({"distill": {"tokens": 9, "batch": 6, "micro_batch": 4}}, "batch 6 is not a multiple of micro_batch 4"),
+        ({"distill": {"tokens": 9, "batch": 6, "replicas": 4}}, "batch 6 is not a multiple of replicas 4"),
         ({"distill": {"tokens": 9, "lr": float("nan")}}, r"bad value for distill\.lr"),
         (
             {"distill": {"tokens": 9, "cache": "logits", "objective": "reverse_kl"}},

@@ -106,6 +106,8 @@ class Training(Section):
             raise ValueError("offload_optimizer works only with optimizer: adamw")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.batch % self.replicas:
+            raise ValueError(f"batch {self.batch} is not a multiple of replicas {self.replicas}")
         begins = [phase.from_tokens for phase in self.phases]
         if any(phase.lr is not None and phase.lr < self.min_lr for phase in self.phases):
             raise ValueError(f"a phase's lr is below min_lr {self.min_lr}")

@@ -277,7 +277,7 @@ def test_shares_are_contiguous_and_in_order() -> None:
     ("size", "changes", "what"),
     [
         (3, {}, "a batch of 8 samples cannot be split into 3 equal shares"),
-        (4, {"replicas": 3}, "4 ranks do not make 3 replicas"),
+        (4, {"replicas": 3, "batch": 12}, "4 ranks do not make 3 replicas"),
         (1, {"replicas": 2}, "1 rank does not make 2 replicas"),
         (2, {"batch": 12, "micro_batch": 4}, "a share of 6 samples is not a multiple of micro_batch 4"),
     ],
