@@ -111,6 +111,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch:
     first = content_hashes(texts, memo=memo)
     assert first == [sha256(path) for path in texts]
     assert content_hashes(texts, memo=memo) == first
+    assert content_hashes([*texts, texts[0]], memo=memo) == [*first, first[0]], "a file that is listed twice"
     texts[1].write_text("changed")
     assert content_hashes(texts, memo=memo) == [first[0], sha256(texts[1])]
     assert read == ["a", "b", "b"]

@@ -623,6 +623,13 @@ def test_gpt_neox_keeps_its_oldest_rope_names(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 777.0
 
 
+def test_a_config_keeps_a_string_that_utf_8_cannot_hold(model_copy: Path, tmp_path: Path) -> None:
+    raw = json.loads((model_copy / "config.json").read_text()) | {"note": "half of a pair: \ud800"}
+    (model_copy / "config.json").write_text(json.dumps(raw))
+    saving.save_model(Checkpoint.open(model_copy).load(), tmp_path / "out", extra_from=model_copy, record=None)
+    assert raw_config(tmp_path / "out")["note"] == raw["note"]
+
+
 def test_a_decoupled_head_dim_is_written_and_read(tmp_path: Path) -> None:
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model("qwen2", vocab_size=64, num_key_value_heads=2, **sizes)

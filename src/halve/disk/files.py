@@ -194,11 +194,12 @@ def rename(source: Path, target: Path) -> None:
 
 
 def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
-    """`file_sha256` of each file. `memo` stores hashes for files whose size and time of change stay the same.
+    """`file_sha256` of each file, also of one that is listed twice.
 
-    For inputs that a run reads and never writes. A memo that cannot be read counts as empty.
+    `memo` stores hashes for files whose size and time of change stay the same. For inputs that a run reads and never
+    writes. A memo that cannot be read counts as empty.
     """
-    known, entries = _remembered(memo), {}
+    files, known, entries = list(files), _remembered(memo), {}
     for path in files:
         try:
             stamp = _stamp(path)
@@ -210,7 +211,7 @@ def content_hashes(files: Iterable[Path], *, memo: Path) -> list[str]:
         _hashes.setdefault(_identity(path), sha256)
     if any(known.get(path) != entry for path, entry in entries.items()):
         write_json(memo, known | entries)
-    return [str(entry["sha256"]) for entry in entries.values()]
+    return [str(entries[str(path)]["sha256"]) for path in files]
 
 
 def remembering(memo: Path) -> Callable[[Path], str]:

@@ -112,4 +112,5 @@ def _drop_code(path: Path) -> None:
 
 
 def _write_object(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """In ASCII: a string of a teacher's file may hold half of a surrogate pair, which UTF-8 cannot."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
