@@ -8,7 +8,8 @@ the log-odds of being preferred, so that with eta = 1 the target of RPO is that 
 example solutions, rows with `question` and several models' `solution` and `is_correct`: of each question every right
 and every wrong solution are a pair, and the verifier's rewards are 1 and 0.
 
-Held-out pairs are of prompts that no training pair has. The model is trained on conversations first, and from there on
+Held-out pairs are of prompts that no training pair has. `longer` is the share of them in which the better answer has
+more tokens: an accuracy near it may have learned no more than that. The model is trained on conversations first, and from there on
 pairs, by each of `--kinds` with each seed. Every result is a line of JSON on stdout; a run that is in DIR already is
 not made again. With three seeds or more, the last line compares the first two kinds as the studies do: held, reversed
 or inconclusive by Student's t-test of the paired differences in held-out accuracy, 5 %.
@@ -55,7 +56,11 @@ def main() -> None:
     talks = _talks(given, start)
     train, heldout = _pairs(given, start)
     print(
-        json.dumps({"talks": len(talks), "pairs": len(train), "heldout": len(heldout), **_settings(given)}), flush=True
+        json.dumps(
+            {"talks": len(talks), "pairs": len(train), "heldout": len(heldout), "longer": _longer(heldout)}
+            | _settings(given)
+        ),
+        flush=True,
     )
     tuned = given.work / "sft"
     if not (tuned / "result.json").is_file():
@@ -144,6 +149,12 @@ def _pairs(given: argparse.Namespace, start: Checkpoint) -> tuple[list[Preferenc
     train = [pair for prompt in prompts for pair in by_prompt[prompt]]
     random.Random(1).shuffle(train)
     return train[: given.batch * given.steps], heldout
+
+
+def _longer(pairs: Sequence[Preference]) -> float:
+    """The accuracy of preferring the longer answer; equal lengths count half."""
+    longer = [len(pair.chosen) - len(pair.rejected) for pair in pairs if pair.gap > 0]
+    return sum((gap > 0) + 0.5 * (gap == 0) for gap in longer) / len(longer)
 
 
 def _preferred(row: dict[str, Any]) -> dict[str, Any]:
