@@ -9,10 +9,10 @@ example solutions, rows with `question` and several models' `solution` and `is_c
 and every wrong solution are a pair, and the verifier's rewards are 1 and 0.
 
 Held-out pairs are of prompts that no training pair has. `longer` is the share of them in which the better answer has
-more tokens: an accuracy near it may have learned no more than that. The model is trained on conversations first, and from there on
-pairs, by each of `--kinds` with each seed. Every result is a line of JSON on stdout; a run that is in DIR already is
-not made again. With three seeds or more, the last line compares the first two kinds as the studies do: held, reversed
-or inconclusive by Student's t-test of the paired differences in held-out accuracy, 5 %.
+more tokens: an accuracy near it may have learned no more than that. The model is trained on conversations first, and
+from there on pairs, by each of `--kinds` with each seed. Every result is a line of JSON on stdout; a run that is in DIR
+already is not made again. With three seeds or more, the last line compares the first two kinds as the studies do: held,
+reversed or inconclusive by Student's t-test of the paired differences in held-out accuracy, 5 %.
 """
 
 from __future__ import annotations
