@@ -46,7 +46,7 @@ def scored(calibration: Calibration) -> Scores:
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "states": ({}, {"hidden": 96, "ffn": 256, "refit_tokens": 8192}),
+    "states": ({}, {"hidden": 96, "ffn": 256, "refit_tokens": 16_384}),
     "comparison": ({"vocab_size": 4096}, {"ffn": 256, "refit_tokens": 1024}),
     "solves": ({"intermediate_size": 1280}, {"ffn": 1152, "refit_tokens": 1024}),
     "turned": ({"vocab_size": 8192, "tie_word_embeddings": True}, {"hidden": 96, "refit_samples": 16}),
