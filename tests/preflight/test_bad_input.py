@@ -149,6 +149,18 @@ def test_a_corpus_that_is_no_text(
     refused(message, data={**data, split: [str(path)]})
 
 
+@pytest.mark.parametrize("second", ["valid.txt", "./valid.txt", ".", "link.txt"])
+def test_held_out_text_that_is_read_twice(refused: Refused, corpus: Path, tmp_path: Path, second: str) -> None:
+    held = tmp_path / "held"
+    held.mkdir()
+    shutil.copy(corpus / "valid.txt", held)
+    if second == "link.txt":
+        (held / second).symlink_to(held / "valid.txt")
+    valid = [str(held / "valid.txt"), f"{held}/{second}"]
+    data = {"train": [str(corpus / "train.txt")], "valid": valid, "context": 32}
+    refused(r"data\.valid reads .*valid\.txt twice", data=data)
+
+
 def test_a_sample_longer_than_the_context(refused: Refused, corpus: Path) -> None:
     data = {"train": [str(corpus / "train.txt")], "valid": [str(corpus / "valid.txt")], "context": 129}
     refused("a sample has 129 tokens, the model's context has 128", data=data)

@@ -61,6 +61,8 @@ def check(
     tell(_of_the_text(recipe))
     if out is not None and teacher is not None:
         tell(iter([partial(_check_room, recipe, teacher, out)]))
+    if not errors:
+        tell(iter([partial(sources.require_distinct, recipe.data.valid, "data.valid")]))
     if not errors and teacher is not None:  # the errors so far would be reported again
         tell(iter([partial(preflight_text.check_samples, recipe, teacher, out and out / "data")]))
     return tuple(errors)

@@ -164,16 +164,6 @@ class Data(Section):
         parts = self.train.values() if isinstance(self.train, dict) else ()
         return self.messages_field is None or any(part.plain for part in parts)
 
-    @field_validator("valid")
-    @classmethod
-    def _once(cls, valid: tuple[str, ...]) -> tuple[str, ...]:
-        twice = next((source for source in valid if valid.count(source) > 1), None)
-        if twice is not None:
-            raise ValueError(
-                f"{twice} is listed twice, and standard errors would count its documents as different ones"
-            )
-        return valid
-
     @model_validator(mode="after")
     def _of_conversations(self) -> Data:
         if self.messages_field is None and self.count != "assistant":

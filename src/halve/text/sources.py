@@ -11,6 +11,7 @@ one, so that a file of any size, with or without line ends, is read in the memor
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,22 @@ def beginnings(source: str, wanted: Wanted) -> Iterator[Piece]:
 def files(source: str) -> list[Path]:
     """The files of a local source that are read: itself, or those of the folder, sorted by path."""
     return list(folders.find(source).read)
+
+
+def require_distinct(listed: Sequence[str], key: str) -> None:
+    """Raise `CorpusError` for a file or a hub data set that is read twice: by itself, by a link, or in a folder.
+
+    Held-out documents that count twice make standard errors too small.
+    """
+    local = [path for source in listed if not source.startswith(HUB) for path in files(source)]
+    read = [*map(Path.resolve, local), *(source for source in listed if source.startswith(HUB))]
+    twice = next((one for one, times in Counter(read).items() if times > 1), None)
+    if twice is not None:
+        raise CorpusError(
+            f"{key} reads {twice} twice",
+            why="its documents would count as different ones, and standard errors would be too small",
+            fix="list it once; a folder reads the files in it",
+        )
 
 
 def told(sources: Sequence[str], *, documents: int, tokens: int, kind: str = "document") -> str:
