@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from halve.disk.files import alone, atomic_file, content_hashes
+from halve.disk.files import alone, atomic_file, content_hashes, read_json, write_json
 
 
 def test_who_writes_the_same_file_takes_turns(tmp_path: Path) -> None:
@@ -71,3 +71,9 @@ def test_one_works_alone_and_its_lock_goes(tmp_path: Path) -> None:
     other.join()
     assert order == ["first", "second"]
     assert not lock.exists()
+
+
+def test_json_holds_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    value = {os.fsdecode(b"caf\xe9"): ["\ud83d", "\N{GRINNING FACE}", "\\ud83d"]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value

@@ -109,6 +109,13 @@ def test_what_is_no_chat_completion_is_said(server: Server) -> None:
         bad._answer(b"<html>")
 
 
+def test_half_a_character_of_an_answer_becomes_the_mark_of_a_lost_one(server: Server) -> None:
+    server.answer = lambda request: "cut \ud83d"
+    assert Endpoint(server.url, "m").chat([], temperature=0.0, max_tokens=1) == "cut \N{REPLACEMENT CHARACTER}"
+    server.answer = lambda request: "whole \N{GRINNING FACE}"
+    assert Endpoint(server.url, "m").chat([], temperature=0.0, max_tokens=1) == "whole \N{GRINNING FACE}"
+
+
 def test_finished_items_are_kept_and_a_torn_line_is_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     kept = KeptItems(path)

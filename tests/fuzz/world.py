@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzz import conversations, ggufs, mutations
+from fuzz import conversations, ggufs, mutations, names
 from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -151,6 +151,7 @@ AREAS = {
     "text-rows": _file("train.jsonl", _rows),
     "text-bytes": _file("train.jsonl", mutations.raw),
     "valid-bytes": _file("valid.txt", mutations.raw),
+    "names": Area(names.spoil),
     "items": _file("items.jsonl", _rows),
     "items-bytes": _file("items.jsonl", mutations.raw),
     "gguf-numbers": _gguf(_numbers),

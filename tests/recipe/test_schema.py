@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,11 @@ def test_values_that_no_run_can_mean_anything_with(tmp_path: Path, changes: dict
         parse(tmp_path, **changes)
 
 
+def test_a_recipe_in_a_folder_that_no_path_can_spell(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"is in a folder whose name cannot be used\n.*not UTF-8\n.*rename"):
+        parse(tmp_path / os.fsdecode(b"caf\xe9"))
+
+
 @pytest.mark.parametrize(
     ("path", "why"),
     [
@@ -227,7 +233,7 @@ def test_values_that_no_run_can_mean_anything_with(tmp_path: Path, changes: dict
         ("  ", "must not be blank"),
         ("a\0b", "control characters"),
         ("a\nb", "control characters"),
-        ("\ud800", "unpaired surrogates"),
+        ("\ud800", "not UTF-8"),
         ("a" * 5000, "4000 bytes"),
         ("/" + "\u00e9" * 128, "255 between two slashes"),
         ("~no-such-user/x", "no user no-such-user"),

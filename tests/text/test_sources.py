@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from halve.disk.files import content_hashes
 from halve.errors import CorpusError
 from halve.text import folders, sources
 from halve.text.rows import Wanted
@@ -271,3 +274,14 @@ def test_nothing_but_blanks_is_read_to_its_end(tmp_path: Path, monkeypatch: pyte
         sources.probe(str(tmp_path), Wanted("text"))
     make(tmp_path, {"b.txt": "\n" * 50 + "word"})
     sources.probe(str(tmp_path), Wanted("text"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"b.\xe9"])
+def test_a_file_name_that_is_not_utf_8_is_a_name(tmp_path: Path, name: bytes) -> None:
+    (tmp_path / os.fsdecode(name)).write_text(ROW * 3, encoding="utf-8")
+    assert documents(tmp_path) == ["A star"] * 3
+    (memo := tmp_path.with_suffix(".memo")).touch()
+    hashes = functools.partial(content_hashes, memo=memo)
+    before = hashes(sources.files(str(tmp_path))), sources.fingerprint(str(tmp_path))
+    assert (hashes(sources.files(str(tmp_path))), sources.fingerprint(str(tmp_path))) == before

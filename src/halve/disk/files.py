@@ -117,7 +117,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON, completely or not at all. Numbers that are not finite become null."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        # half a surrogate pair, as Python reads a file name that is not UTF-8, is written as JSON's own escape
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> Any:

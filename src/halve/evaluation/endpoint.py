@@ -75,7 +75,10 @@ class Endpoint:
             text = plain_json.parse_json(said)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise self._failed(f"what it answers is no chat completion: {type(error).__name__}: {error}") from None
-        return text if isinstance(text, str) else ""
+        if not isinstance(text, str):
+            return ""
+        # an answer that ends inside an emoji may hold half a surrogate pair, which no file and no page can
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def _failed(self, why: str) -> RunError:
         return RunError(

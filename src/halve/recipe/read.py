@@ -18,6 +18,7 @@ from halve.errors import RecipeError
 from halve.process.fresh import distrust
 from halve.recipe import strict_yaml
 from halve.recipe.schema import Recipe
+from halve.recipe.values import path_or_name
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -58,6 +59,12 @@ def parse(raw: Any, *, folder: Path, source: str) -> Recipe:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, source) from None
+    try:
+        path_or_name(str(folder.resolve()))
+    except ValueError as error:
+        raise RecipeError(
+            f"recipe {source} is in a folder whose name cannot be used", why=str(error), fix="rename that folder"
+        ) from None
     return _anchor(recipe, folder.resolve())
 
 

@@ -69,7 +69,7 @@ def path_or_name(text: str) -> str:
     if not text.strip():
         raise ValueError("a path or name must not be blank")
     if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", text):
-        raise ValueError("a path or name must not contain control characters or unpaired surrogates")
+        raise ValueError("a path or name must not contain control characters or bytes that are not UTF-8")
     if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
         raise ValueError("a path has at most 4000 bytes, 255 between two slashes")
     if text.startswith("~"):

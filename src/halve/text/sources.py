@@ -11,6 +11,7 @@ one, so that a file of any size, with or without line ends, is read in the memor
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ def fingerprint(source: str, *, revision: str | None = None, sha256: Callable[[P
         return digest.hexdigest()
     for path in files(source):
         with _readable(path):  # content and ending say how it is read
-            digest.update(f"{ending(path)} {sha256(path)}\n".encode())
+            digest.update(os.fsencode(f"{ending(path)} {sha256(path)}\n"))
     return digest.hexdigest()
 
 
