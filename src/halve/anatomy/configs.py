@@ -212,14 +212,16 @@ def build(
 def quiet() -> Iterator[None]:
     """Keep transformers' remarks about unusual sizes of twins off the user's screen."""
     before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    if before != transformers_logging.ERROR:  # to set it takes a walk through every logger of the process
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.set_verbosity(before)
+        if before != transformers_logging.ERROR:
+            transformers_logging.set_verbosity(before)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -212,7 +212,8 @@ _found: dict[tuple[type, str], Anatomy] = {}
 
 def _looked_at(config: PretrainedConfig) -> Anatomy:
     try:
-        return _discover(config)
+        with configs.quiet():
+            return _discover(config)
     except HalveError:
         raise
     except Exception as error:  # the family's own code may raise anything at sizes that it was not written for

@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from halve.anatomy import discover
-from halve.anatomy.configs import build, resized
+from halve.anatomy.configs import build, num_layers, resized
 from halve.errors import HalveError
 from halve.model.head import Body, Head, parts
 from halve.process.waits import wait
@@ -216,7 +215,7 @@ class _Played(NamedTuple):
 
 
 def _played(cast: Cast, training: Training, *, samples: int, context: int) -> _Played:
-    depth = discover(cast.student).sizes.layers
+    depth = num_layers(cast.student)
     by_number = isinstance(training, Distill) and training.intermediate is not None and training.intermediate.layers
     if depth <= 2 * _FEW or by_number:
         return _play(cast, training, samples=samples, context=context)
@@ -259,7 +258,7 @@ def _shallow(cast: Cast, layers: int) -> Cast:
 
 
 def _fewer(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    if discover(config).sizes.layers <= layers:
+    if num_layers(config) <= layers:
         return config
     return resized(config, {"layers": layers}, kept_layers=tuple(range(layers)))
 

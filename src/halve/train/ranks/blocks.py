@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from halve.anatomy import discover
+from halve.anatomy import configs, kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +42,9 @@ _PRODUCTS = {
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's layers, by its anatomy."""
-    return list(cast(nn.ModuleList, model.get_submodule(discover(model.config).layers_path)))
+    """The model's layers."""
+    path = kinds.find_layers(model, configs.num_layers(model.config))
+    return list(cast(nn.ModuleList, model.get_submodule(path)))
 
 
 def recompute(model: PreTrainedModel, kind: str) -> None:
