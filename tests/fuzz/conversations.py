@@ -66,8 +66,8 @@ def spoil_rows(folder: Path, draw: Random) -> None:
 def spoil_data(folder: Path, draw: Random) -> None:
     """Rows changed anywhere."""
     rows: list[Any] = [*sound(folder, draw)]
-    for _ in range(draw.choice([1, 2, 5])):
-        at = draw.randrange(len(rows))
+    chosen = [draw.randrange(len(rows)) for _ in range(draw.choice([1, 2, 5]))]
+    for at in dict.fromkeys(chosen):  # once each: what was changed may be too deep to be changed again
         rows[at] = mutations.data(rows[at], draw)
     write(folder / "chat.jsonl", rows)
 

@@ -82,9 +82,9 @@ def _tree(content: bytes, draw: Random) -> bytes:
 def _rows(content: bytes, draw: Random) -> bytes:
     """A few rows of JSON lines changed, each in itself."""
     lines = content.split(b"\n")
-    for _ in range(draw.choice([1, 2, 5])):
-        at = draw.randrange(len(lines) - 1)
-        lines[at] = _tree(lines[at], draw) if lines[at][:1] == b"{" else lines[at]
+    chosen = [draw.randrange(len(lines) - 1) for _ in range(draw.choice([1, 2, 5]))]
+    for at in dict.fromkeys(chosen):  # once each: what was changed may be too deep to be changed again
+        lines[at] = _tree(lines[at], draw)
     return b"\n".join(lines)
 
 
