@@ -93,6 +93,15 @@ def test_a_template_that_rewrites_earlier_turns_needs_all(tokenizer: PreTrainedT
     assert len(codes(quirky, ALL, turns("Who?", "I.", "Who?", "You.")))
 
 
+def test_more_turns_than_can_be_told_apart_in_seconds(chatty: PreTrainedTokenizerFast) -> None:
+    long = turns(*["Who?", "I."] * 501)
+    with pytest.raises(CorpusError, match=r"line 1: a conversation of 1,002 messages is too long") as caught:
+        codes(chatty, ANSWERS, long)
+    assert "split the conversation" in caught.value.fix
+    assert (codes(chatty, ALL, long) & COUNTED).any()
+    assert (codes(with_template(chatty, MARKED), ANSWERS, long) & COUNTED).any()
+
+
 @pytest.mark.parametrize(
     ("template", "why"),
     [

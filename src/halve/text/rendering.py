@@ -42,6 +42,9 @@ _DAY = "01 Jan 2025"
 _LONGEST_RENDERING_S = 10.0
 """Of computing. A conversation of a thousand turns takes milliseconds."""
 
+_MOST_MESSAGES = 1000
+"""Of a conversation whose template marks nothing. A turn takes a rendering of all before it: seconds at this length."""
+
 _Span = tuple[int, int]
 Render = Callable[..., str]
 
@@ -191,8 +194,15 @@ def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: 
     """Where in the rendered text the assistant's turns are, by what each adds to the rendering of those before it.
 
     What invites the assistant to answer is not part of its turn. Raises `CorpusError` where the rendering of the first
-    messages does not begin that of all.
+    messages does not begin that of all, and for more messages than can be told apart in seconds.
     """
+    if len(messages) > _MOST_MESSAGES:
+        raise CorpusError(
+            f"{place}: a conversation of {len(messages):,} messages is too long to tell the assistant's part",
+            why="the template marks no part as the assistant's, so that a turn takes a rendering of all before it; at"
+            f" most {_MOST_MESSAGES:,} messages are told apart",
+            fix=f"split the conversation, or {_ALL}",
+        )
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
