@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from halve.anatomy.configs import context_length
+from halve.anatomy.configs import shortest_context
 from halve.disk.files import write_json
 from halve.evaluation.asking import read_exam
 from halve.evaluation.harness import CODE
@@ -75,8 +75,7 @@ def _asked(work: Path, section: Evaluate, models: Mapping[str, Checkpoint], dtyp
     """The results of some tasks, by the model that is compared with the others."""
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = next(iter(models.values())).tokenizer
-    lengths = [context_length(checkpoint.config) for checkpoint in models.values()]
-    context = min((length for length in lengths if length is not None), default=None)
+    context = shortest_context(checkpoint.config for checkpoint in models.values())
     session = TaskSession(read_exam(section, context=context), tokenizer, work)
     for name, checkpoint in models.items():
         session.ask(name, checkpoint.load(dtype=dtype))

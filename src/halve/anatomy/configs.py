@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -91,6 +91,12 @@ def context_length(config: PretrainedConfig) -> int | None:
     """The longest sequence that the model takes by its config; None if the config names no limit."""
     text = config.get_text_config()
     return next((int(limit) for name in POSITION_KEYS if (limit := getattr(text, name, None))), None)
+
+
+def shortest_context(several: Iterable[PretrainedConfig]) -> int | None:
+    """The `context_length` that all of these models have; None if none has a limit."""
+    limits = [context_length(config) for config in several]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def sizes(config: PretrainedConfig) -> Arch:

@@ -34,7 +34,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halve.anatomy.configs import context_length
+from halve.anatomy.configs import shortest_context
 from halve.disk.files import write_json
 from halve.evaluation.asking import read_exam
 from halve.evaluation.imports import imported
@@ -98,7 +98,7 @@ def run(
     """
     tokenizer = next(iter(models.values())).tokenizer
     asked = _asked(recipe, models, tokenizer)
-    exam = read_exam(recipe.evaluate, context=_shortest_context(models))
+    exam = read_exam(recipe.evaluate, context=shortest_context(model.config for model in models.values()))
     session = TaskSession(exam, tokenizer, out, recipe.seed, progress)
     require_embedded(recipe, next(iter(models.values())), "valid", cache=cache, progress=progress)
     tokens = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
@@ -141,18 +141,13 @@ def run(
 
 def _asked(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase) -> _Asked:
     """What every model is asked. Raises what the encoding of questions and prompts raises."""
-    limit = _shortest_context(models)
+    limit = shortest_context(model.config for model in models.values())
     vocab = next(iter(models.values())).config.get_text_config().vocab_size
     return _Asked(
         encoded_choices(recipe, tokenizer, limit),
         encoded_prompts(recipe, tokenizer, limit),
         encoded_chat(recipe, tokenizer, limit, num_tokens=vocab),
     )
-
-
-def _shortest_context(models: Mapping[str, Checkpoint]) -> int | None:
-    limits = [context_length(model.config) for model in models.values()]
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _solved(recipe: Recipe, session: TaskSession, subject: str | None) -> dict[str, Any]:
