@@ -40,16 +40,17 @@ class Product:
 
 
 def products(teacher: Any, student: Any, *, samples: int, seq: int) -> list[Product]:
-    """All products of one step: the configs of two Llamas with as many key-value heads as heads."""
+    """All products of one step, by the configs of two Llamas."""
     found: list[Product] = []
     for config, train in ((teacher, False), (student, True)):
         hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         times = layers * samples
-        for k, n, each in ((hidden, hidden, 4), (hidden, ffn, 2), (ffn, hidden, 1)):
+        heads = config.num_attention_heads
+        shared = hidden * config.num_key_value_heads // heads
+        for k, n, each in ((hidden, hidden, 2), (hidden, shared, 2), (hidden, ffn, 2), (ffn, hidden, 1)):
             found.append(Product(seq, k, n, each * times))
             if train:
                 found += [Product(seq, n, k, each * times), Product(n, seq, k, each * times)]
-        heads = config.num_attention_heads
         attention = {"batch": heads, "part": 0.5}
         for m, k, n in ((seq, hidden // heads, seq), (seq, seq, hidden // heads)):
             found.append(Product(m, k, n, (3 if train else 1) * times, **attention))

@@ -34,7 +34,7 @@ import torch
 from distill_exact import exactness, parity_of_half
 from distill_page import WITH, WITHOUT, Findings, page
 from distill_peers import COMPILED, OURS, SYSTEMS, compiled
-from distill_timing import SEQ, Timing, measure
+from distill_timing import SEQ, Timing, measure, models
 
 _DOCS = Path(__file__).parents[1] / "docs" / "concepts" / "distillation.md"
 _ALLOCATORS = {"set": WITH, "default": WITHOUT}
@@ -49,7 +49,11 @@ def main() -> None:
     if args.into:
         (vocab,) = args.vocab
         measure(
-            vocab, seq=args.seq, rounds=args.rounds, micro_batches=args.micro_batches, with_compiled=args.compile
+            *models(vocab, args.seq),
+            seq=args.seq,
+            rounds=args.rounds,
+            micro_batches=args.micro_batches,
+            with_compiled=args.compile,
         ).save(args.into)
         return
     began, settings = time.perf_counter(), recommended()

@@ -85,14 +85,23 @@ def llama(vocab: int, seq: int, hidden: int, ffn: int, heads: int, layers: int =
     return model.eval()
 
 
-def measure(vocab: int, *, seq: int, rounds: int, micro_batches: Sequence[int], with_compiled: bool) -> Timing:
-    """Time all systems in both precisions on one pair, and the floor beside them."""
-    teacher, student = models(vocab, seq)
+def measure(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    seq: int,
+    rounds: int,
+    micro_batches: Sequence[int],
+    with_compiled: bool = False,
+    halves: Sequence[bool] = (False, True),
+) -> Timing:
+    """Time all systems on one pair in float32, with bfloat16 (`halves`), or both, and the floor beside them."""
+    vocab: int = teacher.config.vocab_size
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, fused=True)
     ids_BS = torch.randint(vocab, (SAMPLES, seq), generator=torch.Generator().manual_seed(1))
     work = products(teacher.config, student.config, samples=SAMPLES, seq=seq)
     timing = Timing(vocab)
-    for half in (False, True):
+    for half in halves:
         pair = Pair(teacher, student, half, SAMPLES * (seq - 1))
         losses = {name: system.make(pair) for name, system in SYSTEMS.items() if half or not system.only_half}
         steps = {name: partial(step, loss, student, optimizer) for name, loss in losses.items()}
@@ -162,11 +171,17 @@ def working_bytes(loss: Loss, student: PreTrainedModel, ids_BS: Tensor) -> int:
 
     One sample at a time for all, whichever micro-batch is fastest.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        backward(loss, ids_BS, 1)
+    peak = most_bytes(partial(backward, loss, ids_BS, 1))
     gradients: int = sum(p.grad.nbytes for p in student.parameters() if p.grad is not None)
     student.zero_grad(set_to_none=True)
+    return peak - gradients
+
+
+def most_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes in tensors that this work makes, at any moment of it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
@@ -175,7 +190,7 @@ def working_bytes(loss: Loss, student: PreTrainedModel, ids_BS: Tensor) -> int:
     for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
         live += int(event["args"]["Bytes"])
         peak = max(peak, live)
-    return peak - gradients
+    return peak
 
 
 def _clock(work: Callable[[], Any]) -> float:

@@ -92,7 +92,7 @@ def test_each_batch_and_context_is_timed_once() -> None:
 def test_a_layer_takes_time_and_so_does_the_rest() -> None:
     sizes = anatomy().sizes
     pace = Pace(anatomy(), HERE, device="cpu", dtype=torch.float32)
-    found = time_blocks(anatomy(), [sizes, sizes.at(ffn=64)], pace, rounds=1)
+    found = time_blocks(anatomy(), [sizes, sizes.at(ffn=64)], pace, rounds=5)
     assert list(found) == [sizes, sizes.at(ffn=64)]
     for times in found.values():
         assert 0 < times.prefill_block < 1

@@ -27,6 +27,7 @@ from halve.disk.soundness import CONFIG, TOKENIZER_FILES, TensorHeader
 from halve.errors import CheckpointError, CorpusError, RecipeError, TokenizerError
 from halve.model import loading
 from halve.model.gguf.file import GgufFile
+from halve.model.precision import computing_dtype, stored_dtype
 from halve.process.waits import bytes_in_words, wait
 from halve.recipe.schema import Device, Dtype
 
@@ -164,6 +165,15 @@ class Checkpoint:
             model = loading.load(self.files, self.config, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
             loading.require_parameters(self.files, model, self.parameters)
             return model.eval().to(device)
+
+    def load_to_run(self, *, dtype: Dtype = "auto", device: str = "cpu") -> transformers.PreTrainedModel:
+        """The same for a stage that does not train: in float32 on a CPU that multiplies the own precision slowly.
+
+        What is saved of such a model belongs in `precision.stored_dtype`.
+        """
+        computing = computing_dtype(dtype, self.config, on_cpu=torch.device(device).type == "cpu")
+        own = computing == stored_dtype(dtype, self.config)
+        return self.load(dtype=dtype if own else "float32", device=device)
 
     def require_weights(self) -> None:
         """Raise `CheckpointError` unless, by their headers, the files hold exactly the tensors of the model."""

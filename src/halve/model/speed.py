@@ -63,9 +63,15 @@ def compare_speed(
     }
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters in memory; tied ones count once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def weight_bytes(model: PreTrainedModel, stored: torch.dtype | None = None) -> int:
+    """Bytes of the parameters in memory; tied ones count once.
+
+    With `stored`, parameters in the model's precision count in this one, in which they lie on disk.
+    """
+    sizes = {model.dtype: (stored or model.dtype).itemsize}
+    return sum(
+        parameter.numel() * sizes.get(parameter.dtype, parameter.element_size()) for parameter in model.parameters()
+    )
 
 
 def working_bytes(model: PreTrainedModel, prompt: Int[Tensor, "batch seq"]) -> int:

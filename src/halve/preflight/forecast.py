@@ -9,6 +9,7 @@ from typing import Any, Final
 from halve.anatomy import Arch, Counts
 from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
+from halve.model.precision import computing_dtype, stored_dtype
 from halve.preflight import work
 from halve.preflight.alignment import like_a_correction
 from halve.preflight.asked import Asked
@@ -23,7 +24,6 @@ from halve.preflight.memory import (
     Memory,
     Sized,
     correction_memory,
-    dtype_of,
 )
 from halve.preflight.nests import nest_memory, planned_nest
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
@@ -151,7 +151,7 @@ def forecast(
     context = recipe.data.context
     teacher = teacher or Checkpoint.open(recipe.model)
     if device is None or recipe.device == "cpu":
-        device = at_hand(recipe.device, dtype_of(recipe, teacher.config))
+        device = at_hand(recipe.device, computing_dtype(recipe.dtype, teacher.config, on_cpu=True))
     shapes = planned_rounds(recipe, teacher)
     require_proved(shapes)
     whole, last = shapes[0].before, shapes[-1]
@@ -232,7 +232,7 @@ def _memory(
         memory["correct"] = correction_memory(recipe.correct, teacher, place, context=_longest(recipe.correct, recipe))
     for number, (part, shape) in enumerate(zip(rounds(recipe), found, strict=True), 1):
         if part.search is not None and part.search.method == "tournament":
-            trained, kind = tournament_training(part), dtype_of(recipe, teacher.config)
+            trained, kind = tournament_training(part), stored_dtype(recipe.dtype, teacher.config)
             memory[named("search", number)] = Distillation(
                 trained, _sized(shape, shape.after), teacher, place, recipe.data.context, kind
             ).memory()
@@ -247,7 +247,7 @@ def _memory(
             _sized(shape, shape.before.sizes) if learns_from_previous(recipe, number) else teacher,
             place,
             _longest(part.distill, recipe),
-            dtype_of(recipe, teacher.config),
+            stored_dtype(recipe.dtype, teacher.config),
         )
         corrects = recipe.correct is not None and recipe.corrects_beside
         memory[name] = (
@@ -268,7 +268,10 @@ def _memory(
 
 def _held(recipe: Recipe, found: tuple[PlannedRound, ...], *, on_cpu: bool) -> dict[str, Held]:
     """The memory of every prune stage, and of the evaluation."""
-    where: dict[str, Any] = {"dtype": dtype_of(recipe, found[0].before.config), "on_cpu": on_cpu}
+    where: dict[str, Any] = {
+        "dtype": computing_dtype(recipe.dtype, found[0].before.config, on_cpu=on_cpu),
+        "on_cpu": on_cpu,
+    }
     tried = work.trials(recipe, found)
     held = {
         named("prune", number): pruning(part, shape, shapes, turned=work.is_rotated(part, shape, shapes), **where)

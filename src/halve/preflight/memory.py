@@ -15,13 +15,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halve.anatomy import Arch, Counts
 from halve.preflight.rehearsal import Cast, Learned, Rehearsal, rehearse
-from halve.recipe.schema import Correct, Distill, Recipe, Training
+from halve.recipe.schema import Correct, Distill, Training
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -203,14 +203,6 @@ _TEACHERS: dict[str, dict[str, Any]] = {
     "offloaded": {"offload_teacher": True, "teacher_device": "same", "cache": "none"},
     "cached": {"offload_teacher": False, "teacher_device": "same", "cache": "hidden"},
 }
-
-
-def dtype_of(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
-    """The precision that a recipe loads a model in."""
-    if recipe.dtype != "auto":
-        return cast(torch.dtype, getattr(torch, recipe.dtype))
-    dtype = config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def correction_memory(training: Correct, teacher: Sized, place: Hardware, *, context: int) -> Memory:

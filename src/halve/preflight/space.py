@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from halve.disk.gguf_header import DEQUANTIZED_BYTES, is_gguf
 from halve.errors import HalveError
+from halve.model.precision import stored_dtype
 from halve.preflight.alignment import like_a_correction
-from halve.preflight.memory import dtype_of, moments
+from halve.preflight.memory import moments
 from halve.preflight.nests import planned_nest
 from halve.preflight.rehearsal import Learned, learned
 from halve.preflight.sizes import PlannedRound
@@ -74,7 +75,7 @@ class Disk:
 def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -> Disk:
     """Plan a run from the sizes of every round. Only the sizes of text files are read."""
     teacher = found[0].before
-    itemsize, params = dtype_of(recipe, teacher.config).itemsize, teacher.ledger.count(teacher.sizes).params
+    itemsize, params = stored_dtype(recipe.dtype, teacher.config).itemsize, teacher.ledger.count(teacher.sizes).params
     line, context, whole = _Timeline(), recipe.data.context, params * itemsize
     if is_gguf(recipe.model):
         line.make(params * DEQUANTIZED_BYTES)

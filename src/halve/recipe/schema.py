@@ -214,7 +214,10 @@ class Recipe(Section):
     model: PathOrName = Field(description="the teacher: a folder, a hub name or a GGUF file")
     seed: Seed = Field(0, description="seed of all random numbers: order of samples, random weights, draws")
     device: Device = Field("auto", description="where models run; auto: CUDA if there is a GPU")
-    dtype: Dtype = Field("auto", description="precision of the weights; auto: that of the checkpoint")
+    dtype: Dtype = Field(
+        "auto",
+        description="precision of the weights; auto: the checkpoint's, and float32 to compute on a CPU slow in it",
+    )
     data: Data
     correct: Correct | None = Field(None, description="without this section, the teacher is not corrected")
     score: Score = Score()

@@ -30,12 +30,12 @@ def _time(hours: float | None) -> str:
 
 def times_of_the_cut(recipe: Recipe, teacher: Checkpoint, shapes: Sequence[PlannedRound]) -> list[str]:
     """A line for each part of the cut that can take long. If its work cannot be counted, a line says why."""
+    from halve.model.precision import computing_dtype
     from halve.preflight.device import at_hand
-    from halve.preflight.memory import dtype_of
     from halve.preflight.times import a_card, hours_by_stage
     from halve.preflight.work import planned_work
 
-    device = at_hand(recipe.device, dtype_of(recipe, teacher.config))
+    device = at_hand(recipe.device, computing_dtype(recipe.dtype, teacher.config, on_cpu=True))
     try:
         work = planned_work(recipe, shapes, teacher)
     except Exception as error:  # a run may still work, and check has found no error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from halve.anatomy import Arch
@@ -19,6 +20,7 @@ from halve.cut.trial import Tried, try_shapes
 from halve.disk.soundness import CONFIG
 from halve.model import saving
 from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.precision import cast_weights, stored_dtype
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe, Score
 from halve.search.searched import joint_comparison
@@ -36,6 +38,8 @@ class Workshop:
     rescore: Rescore
     text: Mixture
     tokenizer: PreTrainedTokenizerBase
+    stored: torch.dtype
+    """The precision of finalists' folders."""
 
     @classmethod
     def open(
@@ -55,13 +59,14 @@ class Workshop:
         """
         anatomy, tokenizer = teacher.anatomy, teacher.tokenizer
         ranking = read_scores(recipe, teacher, scores)
-        model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
+        model = teacher.load_to_run(dtype=recipe.dtype, device=resolve_device(recipe.device))
         text = open_mixture(recipe, cache=cache, tokenizer=tokenizer, progress=progress)
         samples_BS = calibration_samples(recipe, recipe.prune, anatomy.sizes, text)
         require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
         calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch, progress)
         turned = turn(calibration, recipe.prune, sizes=archs)
-        return cls(recipe, calibration, ranking, turned, rescorer(recipe, samples_BS), text, tokenizer)
+        stored = stored_dtype(recipe.dtype, teacher.config)
+        return cls(recipe, calibration, ranking, turned, rescorer(recipe, samples_BS), text, tokenizer, stored)
 
     def layers(self, depths: Collection[int]) -> dict[int, tuple[int, ...]]:
         """For each of these numbers of layers, which layers stay, found by removing them together."""
@@ -99,4 +104,5 @@ class Workshop:
         goal, prune = Goal(finalist.arch, finalist.kept_layers), self.recipe.prune
         quiet = self.calibration.silent()
         made = cut(quiet, self.scores, prune, goal, turned=self.turned, rescore=self.rescore)
-        saving.save_model(made.student, folder, extra_from=extra_from, record={**record, "plan": made.plan.to_json()})
+        record = {**record, "plan": made.plan.to_json()}
+        saving.save_model(cast_weights(made.student, self.stored), folder, extra_from=extra_from, record=record)

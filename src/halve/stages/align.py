@@ -36,6 +36,7 @@ from halve.disk.files import atomic_file
 from halve.model import measure, saving
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.precision import cast_weights
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Alignment, Recipe
 from halve.train.loop.loop import is_half
@@ -78,7 +79,7 @@ def run(
         "alignment": _shown(step),
         **told,
     }
-    saving.save_model(model.to(own_dtype), out / "model", extra_from=student.files, record=record)
+    saving.save_model(cast_weights(model, own_dtype), out / "model", extra_from=student.files, record=record)
     return {"kind": step.kind, **told}
 
 

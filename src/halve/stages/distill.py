@@ -161,7 +161,7 @@ def _gate(how: _Setting, taught: _Taught, teacher: Checkpoint, *, file: Path, pr
         gates, recipe.evaluate, how.text.tokenizer, context=context, file=file, seed=recipe.seed, progress=progress
     )
     if gate.needs_teacher:
-        model = taught.model if taught.model is not None else teacher.load(dtype=recipe.dtype, device=how.device)
+        model = taught.model if taught.model is not None else teacher.load_to_run(dtype=recipe.dtype, device=how.device)
         with loop.autocast(how.training, how.device):
             gate.arm(model)
     return gate

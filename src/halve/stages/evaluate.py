@@ -42,6 +42,7 @@ from halve.evaluation.session import TaskSession
 from halve.model import measure
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.choices import Answers, Encoded, answer_encoded
+from halve.model.precision import stored_dtype
 from halve.model.speed import Speed, compare_speed, weight_bytes
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
@@ -111,7 +112,7 @@ def run(
     device = resolve_device(recipe.device)
 
     def load(name: str) -> PreTrainedModel:
-        return models[name].load(dtype=recipe.dtype, device=device)
+        return models[name].load_to_run(dtype=recipe.dtype, device=device)
 
     teacher = load(reference)
     measured: dict[str, _Measured] = {}
@@ -121,7 +122,8 @@ def run(
             prompts = (*asked.prompts, *asked.chat.values())
             texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
             against = None if name == reference else teacher
-            measured[name] = _measure(model, against, heldout, num_bytes, asked.questions, texts)
+            stored = stored_dtype(recipe.dtype, models[name].config)
+            measured[name] = _measure(model, against, heldout, num_bytes, asked.questions, texts, stored)
             session.ask(name, model, is_reference=name == reference)
             task.advance(samples_BS.numel(), perplexity=measured[name].facts["perplexity"]["value"])
             del model
@@ -188,6 +190,7 @@ def _measure(
     num_bytes: Int[Tensor, " samples"],
     questions: Mapping[str, Sequence[Encoded]],
     texts: tuple[str, ...],
+    stored: torch.dtype,
 ) -> _Measured:
     samples_BS, which, weights_B = heldout.ids, heldout.predicted, heldout.weights
     micro_batch = max(1, FORWARD_TOKENS // samples_BS.shape[1])
@@ -202,7 +205,7 @@ def _measure(
     facts: dict[str, Any] = {
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "non_embedding_params": _non_embedding(model),
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": weight_bytes(model, stored),
         "dtype": str(model.dtype).removeprefix("torch."),
         "perplexity": measure.perplexity(nll, weights_B).as_dict(),
         "bits_per_byte": measure.bits_per_byte(nll, num_bytes, num_targets=num_targets).as_dict(),

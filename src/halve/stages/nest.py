@@ -27,6 +27,7 @@ from halve.errors import CheckpointError
 from halve.model import saving
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
+from halve.model.precision import cast_weights, stored_dtype
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.stages.smaller import NEST
@@ -50,7 +51,7 @@ def run(recipe: Recipe, *, student: Checkpoint, cache: Path, out: Path, progress
         recipe.score.samples
     )
     require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
-    model = student.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
+    model = student.load_to_run(dtype=recipe.dtype, device=resolve_device(recipe.device))
     calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch, progress)
     scores = score_again(recipe, calibration)
     order = sorting_plan(anatomy, scores, axes=nested_axes(sizes))
@@ -65,7 +66,8 @@ def run(recipe: Recipe, *, student: Checkpoint, cache: Path, out: Path, progress
     write_json(out / "plan.json", order.to_json())
     write_json(out / NEST, {"sizes": inside})
     record = {"stage": "nest", "base_model": name_of(recipe.model), "sizes": [entry["arch"] for entry in inside]}
-    saving.save_model(sorted_model, out / "model", extra_from=student.files, record=record)
+    stored = stored_dtype(recipe.dtype, student.config)
+    saving.save_model(cast_weights(sorted_model, stored), out / "model", extra_from=student.files, record=record)
     counts = [anatomy.ledger.count(plan.after, kept_layers=plan.layers) for plan in plans]
     return {
         "difference": difference,

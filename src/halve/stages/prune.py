@@ -32,6 +32,7 @@ from halve.model import measure, saving
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.finite import require_finite
+from halve.model.precision import cast_weights, stored_dtype
 from halve.process import fresh
 from halve.process.waits import wait
 from halve.progress import SILENT, Progress
@@ -97,7 +98,7 @@ def run(
     `CorpusError` for unsuitable calibration samples, and `CheckpointError` if the result does not match the plan.
     """
     wanted = _wanted(recipe, teacher, scores, like=like, searched=searched)
-    model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
+    model = teacher.load_to_run(dtype=recipe.dtype, device=resolve_device(recipe.device))
     tokenizer = teacher.tokenizer
     valid = corpus.open_split(recipe, "valid", cache=cache, tokenizer=tokenizer, progress=progress)
     heldout = samples_of(valid, recipe.data.context, recipe.seed).heldout(CHECK_SAMPLES)
@@ -119,10 +120,11 @@ def run(
         "plan": planned,
         "gains": done.gains,
     }
-    saving.save_model(done.student, out / "model", extra_from=teacher.files, record=record)
-    after_nll = nll(done.student)
+    computing, stored = done.student.dtype, stored_dtype(recipe.dtype, teacher.config)
+    saving.save_model(cast_weights(done.student, stored), out / "model", extra_from=teacher.files, record=record)
+    after_nll = nll(cast_weights(done.student, computing))  # of the weights as they are saved
     counts = done.anatomy.ledger.count(done.plan.after, kept_layers=done.plan.layers)
-    _check(done.student, counts.params, out / "model", heldout.ids[:1, :32], after_nll)
+    _check(cast_weights(done.student, stored), counts.params, out / "model", heldout.ids[:1, :32], after_nll)
     return {
         "params": counts.params,
         "non_embedding": counts.non_embedding,

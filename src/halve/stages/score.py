@@ -53,7 +53,7 @@ def run(recipe: Recipe, *, teacher: Checkpoint, cache: Path, out: Path, progress
     samples_BS = samples.calibration(recipe.score.samples)
     require_calibration(samples_BS, vocab=anatomy.sizes.vocab)
     device = resolve_device(recipe.device)
-    model = teacher.load(dtype=recipe.dtype, device=device)
+    model = teacher.load_to_run(dtype=recipe.dtype, device=device)
     warn_of_boundaries(model, samples_BS, samples.parts[0].tokens.marks, tokenizer)
     calibration = Calibration(model, anatomy, samples_BS, recipe.score.micro_batch, progress)
     start = time.perf_counter()

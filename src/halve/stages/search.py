@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,6 +29,7 @@ from halve.disk.files import write_json
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.choices import answer_encoded, encode, load_items
+from halve.model.precision import stored_dtype
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.recipe.tournaments import tournament_training
@@ -158,7 +158,7 @@ def _graduate(models: list[Checkpoint], school: School, out: Path) -> Callable[[
     def save(finalist: int, model: PreTrainedModel) -> None:
         start, folder = models[finalist], _place(out, finalist) / "trained"
         adapters.merge(model)
-        dtype = getattr(torch, str(start.config.dtype or "float32").removeprefix("torch."))
+        dtype = stored_dtype(school.recipe.dtype, start.config)
         shards.save(model, folder, dtype=dtype, extra_from=start.files, record=None, ranks=school.ranks)
 
     return save
@@ -174,7 +174,7 @@ def _answered(recipe: Recipe, played: Played, out: Path) -> tuple[str, Mapping[i
     for finalist in played.last:
         checkpoint = Checkpoint.open(_place(out, finalist) / "trained")
         items = encode(checkpoint.tokenizer, load_items(path), max_tokens=context_length(checkpoint.config))
-        right[finalist] = answer_encoded(checkpoint.load(dtype=recipe.dtype, device=device), items).right
+        right[finalist] = answer_encoded(checkpoint.load_to_run(dtype=recipe.dtype, device=device), items).right
     return path.name.split(".")[0], right
 
 

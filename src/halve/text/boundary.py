@@ -60,7 +60,7 @@ def settled(recipe: Recipe, teacher: Checkpoint, *, cache: Path, progress: Progr
     what = f"{teacher.fingerprint} {tokenize.tokenizer_fingerprint(teacher.tokenizer)}"
     note = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.end.json"
     if not note.exists():
-        model = teacher.load(dtype=recipe.dtype, device=resolve_device(recipe.device))
+        model = teacher.load_to_run(dtype=recipe.dtype, device=resolve_device(recipe.device))
         nats, even = end_nats(model, teacher.tokenizer, marks), math.log(split(model)[1].weight.shape[0])
         require_finite(f"the logits of {recipe.model}", nats, why=came_out(on="plain text"))
         write_json(note, sealed({"nats": nats, "even": even}))

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from halve.model import saving
 from halve.model.head import Body, Head, split
+from halve.model.precision import cast_weights, loaded_dtypes
 from halve.recipe.schema import Distill, Training
 from halve.train.ranks import blocks
 from halve.train.ranks.group import ALONE, Ranks
@@ -116,7 +117,7 @@ def save(
     ranks: Ranks = ALONE,
 ) -> None:
     """`saving.save_model` of a model that `ranks` have trained. Rank 0 writes while the others wait."""
-    plain = model.to(dtype) if ranks.alone else _whole(model, dtype, ranks)
+    plain = cast_weights(model, dtype) if ranks.alone else _whole(model, dtype, ranks)
 
     def write() -> None:
         assert plain is not None
@@ -140,10 +141,11 @@ def _whole(model: PreTrainedModel, dtype: torch.dtype, ranks: Ranks) -> PreTrain
     """The whole model on the CPU of rank 0. Every rank has to call this."""
     state: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
+    wanted = loaded_dtypes(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in done:
             whole = _full(tensor)
-            done[id(tensor)] = whole.to("cpu", dtype if whole.is_floating_point() else None) if ranks.leads else whole
+            done[id(tensor)] = whole.to("cpu", wanted.get(name)) if ranks.leads else whole
             if not ranks.leads:
                 done[id(tensor)] = torch.empty(0)
         state[name] = done[id(tensor)]
