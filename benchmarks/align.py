@@ -8,8 +8,9 @@ the log-odds of being preferred, so that with eta = 1 the target of RPO is that 
 example solutions, rows with `question` and several models' `solution` and `is_correct`: of each question every right
 and every wrong solution are a pair, and the verifier's rewards are 1 and 0.
 
-Held-out pairs are of prompts that no training pair has. `longer` is the share of them in which the better answer has
-more tokens: an accuracy near it may have learned no more than that. The model is trained on conversations first, and
+Held-out pairs are of prompts that no training pair has, one of each prompt: those of one prompt share an answer and are
+no independent trials. `longer` is the share of them in which the better answer has more tokens: an accuracy near it may
+have learned no more than that. The model is trained on conversations first, and
 from there on pairs, by each of `--kinds` with each seed. Every result is a line of JSON on stdout; a run that is in DIR
 already is not made again. With three seeds or more, the last line compares the first two kinds as the studies do: held,
 reversed or inconclusive by Student's t-test of the paired differences in held-out accuracy, 5 %.
@@ -142,11 +143,12 @@ def _pairs(given: argparse.Namespace, start: Checkpoint) -> tuple[list[Preferenc
         if pair and len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= given.context:
             by_prompt.setdefault(row["prompt"][-1]["content"], []).append(pair)
     prompts = sorted(by_prompt)
-    random.Random(0).shuffle(prompts)
-    heldout: list[Preference] = []
-    while prompts and len(heldout) < given.heldout:
-        heldout += by_prompt[prompts.pop()]
+    draw = random.Random(0)
+    draw.shuffle(prompts)
+    heldout = [draw.choice(by_prompt[prompts.pop()]) for _ in range(min(given.heldout, len(prompts)))]
     train = [pair for prompt in prompts for pair in by_prompt[prompt]]
+    if not train or not heldout:
+        raise SystemExit(f"{len(by_prompt)} prompts have pairs that fit: too few for {given.heldout} held-out ones")
     random.Random(1).shuffle(train)
     return train[: given.batch * given.steps], heldout
 

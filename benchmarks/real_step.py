@@ -92,7 +92,8 @@ def _planned(its: PretrainedConfig, own: PretrainedConfig, half: bool, seq: int)
     precision = "bfloat16" if half else "float32"
     training = Distill(tokens=SAMPLES * seq, batch=SAMPLES, micro_batch=1, precision=precision)
     place = Hardware(cuda=False, half=half)
-    return Distillation(training, _sized(own), _sized(its), place, seq, torch.float32).memory().total_bytes
+    planned: int = Distillation(training, _sized(own), _sized(its), place, seq, torch.float32).memory().total_bytes
+    return planned
 
 
 def _sized(config: PretrainedConfig) -> Sized:
@@ -111,7 +112,7 @@ def _taken(teacher: PreTrainedModel, student: PreTrainedModel, half: bool, seq: 
         step()
         step()
 
-    weights = sum(p.nbytes for model in (student, teacher) for p in model.parameters())
+    weights: int = sum(p.nbytes for model in (student, teacher) for p in model.parameters())
     return weights + most_bytes(two_steps)
 
 

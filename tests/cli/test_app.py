@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import typer
+from chat import turns, write_rows
 from transformers import BloomConfig
 
 from halve.cli import app as cli
@@ -459,6 +460,21 @@ def test_check_says_what_is_left_out(
     monkeypatch.setattr(cli, "load_recipe", lambda path: make_recipe(data=data))
     assert main(["check", "sound.yaml", "--out", str(tmp_path / "run")]) == 0
     assert f"{folder}: left out README.md\n" in capsys.readouterr().out
+
+
+def test_check_says_what_an_alignment_leaves_out(
+    make_recipe: Any,
+    chat_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    talks = write_rows(tmp_path / "talks.jsonl", turns("Who sees it?"), turns("Who?", "A cat."), turns("Who?"))
+    step = {"kind": "sft", "data": [str(talks)], "context": 96}
+    monkeypatch.setattr(cli, "load_recipe", lambda path: make_recipe(model=str(chat_model), align=[step]))
+    assert main(["check", "sound.yaml", "--out", str(tmp_path / "run")]) == 0
+    words = "step 1 of align (sft): of the first 3 rows, 2 have no answer of the assistant and are left out\n"
+    assert words in capsys.readouterr().out
 
 
 def test_align_prints_the_folder_of_every_step(

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any, **__: Any) -> Any:
-        raise AssertionError("something asked for a network")
-
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sockets are refused, and attempts are counted, because a library may swallow the refusal."""
+    attempts: list[str] = []
     for name in ("socket", "create_connection", "getaddrinfo"):
+
+        def refused(*_: Any, name: str = name, **__: Any) -> Any:
+            attempts.append(name)
+            raise AssertionError("something asked for a network")
+
         monkeypatch.setattr(socket, name, refused)
+    yield
+    assert attempts == []
 
 
 @pytest.mark.usefixtures("no_network")

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from talking import conversations, preferences, with_chat, write_lines
 
+from halve.model.checkpoint import Checkpoint
 from halve.preflight import forecast as forecasts
+from halve.preflight.alignment import rows_left_out
 from halve.preflight.check import check
 from halve.recipe.schema import Recipe
 
@@ -68,8 +70,68 @@ def test_conversations_without_messages_are_found(aligned: MakeRecipe, tmp_path:
     assert "has no field 'messages'" in errors(aligned({"kind": "sft", "data": [str(path)]}))
 
 
-def test_missing_data_are_found(aligned: MakeRecipe, tmp_path: Path) -> None:
-    assert "nowhere.jsonl" in errors(aligned({"kind": "sft", "data": [str(tmp_path / "nowhere.jsonl")]}))
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_missing_data_are_found(aligned: MakeRecipe, tmp_path: Path, kind: str) -> None:
+    (error,) = check(aligned({"kind": kind, "data": [str(tmp_path / "nowhere.jsonl")]}))
+    assert "nowhere.jsonl" in error.what
+    assert error.fix.startswith("correct align.data;")
+
+
+def test_the_field_of_a_step_is_that_of_the_step(aligned: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"talk": []}])
+    (error,) = check(aligned({"kind": "sft", "data": [str(path)]}))
+    assert error.fix == "set align.messages_field to the field that holds the conversation"
+    (error,) = check(aligned({"kind": "sft", "data": [str(path)], "messages_field": "talk"}))
+    assert error.fix == "drop that row, or set align.messages_field to the field that holds the messages"
+    words = tmp_path / "a.txt"
+    words.write_text("Some words.")
+    (error,) = check(aligned({"kind": "sft", "data": [str(words)]}))
+    assert (error.why, error.fix) == (
+        "it is plain text, and align.messages_field names a field of rows",
+        "give JSON lines or parquet",
+    )
+
+
+# ---- rows with nothing to learn
+
+
+QUESTION = {"role": "user", "content": "Who sees it?"}
+ANSWER = {"role": "assistant", "content": "A cat."}
+
+
+def test_conversations_without_any_answer_are_refused(aligned: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [QUESTION]}] * 3)
+    (error,) = check(aligned({"kind": "sft", "data": [str(path)]}))
+    assert str(error).splitlines() == [
+        "step 1 of align (sft) has no conversation to learn from",
+        "  why: 3 have no answer of the assistant and are left out",
+        "  fix: give conversations in which the assistant answers",
+    ]
+
+
+def test_pairs_without_any_room_are_refused(aligned: MakeRecipe, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "b.jsonl", preferences(3))
+    (error,) = check(aligned({"kind": "dpo", "data": [str(path)], "context": 4}))
+    assert error.what == "step 1 of align (dpo) has no pair to learn from"
+    assert error.why == "3 have a prompt of over 4 tokens and are left out"
+    assert error.fix == "set a larger context in that step, or give more data"
+
+
+def test_rows_that_are_left_out_are_told(aligned: MakeRecipe, tmp_path: Path) -> None:
+    rows = [{"messages": [QUESTION]}] * 2 + [{"messages": [QUESTION, ANSWER]}] * 98
+    recipe = aligned(
+        {"kind": "sft", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]},
+        {"kind": "dpo", "data": [str(write_lines(tmp_path / "b.jsonl", preferences(4)))]},
+    )
+    assert check(recipe) == ()
+    assert list(rows_left_out(recipe, Checkpoint.open(recipe.model))) == [
+        "step 1 of align (sft): of the first 64 rows, 2 have no answer of the assistant and are left out"
+    ]
+
+
+def test_an_answer_behind_many_questions_is_enough(aligned: MakeRecipe, tmp_path: Path) -> None:
+    rows = [{"messages": [QUESTION]}] * 99 + [{"messages": [QUESTION, ANSWER]}]
+    assert check(aligned({"kind": "sft", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]})) == ()
 
 
 def test_a_tokenizer_without_a_template_is_found(aligned: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
@@ -77,6 +139,7 @@ def test_a_tokenizer_without_a_template_is_found(aligned: MakeRecipe, tiny_llama
     pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
     (error,) = check(aligned({"kind": "rpo", "data": [str(pairs)]}, model=plain))
     assert "the tokenizer has no chat template" in error.what
+    assert error.why.startswith("align needs one:")
     assert "chat_template.jinja" in error.fix
 
 

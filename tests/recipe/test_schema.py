@@ -122,7 +122,12 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
         ),
         ({"distill": {"tokens": 9, "teacher_device": "cpu", "intermediate": {}}}, "teacher_device cannot be combined"),
         ({"name": "../up"}, "bad value for name"),
-        ({"device": "tpu"}, r"bad value for device in r\.yaml\n.*'tpu'"),
+        ({"device": "npx"}, r"bad value for device in r\.yaml\n.*'npx'\)\n  fix: change it there"),
+        ({"device": "cda"}, r"bad value for device in r\.yaml\n.*'cda'\)\n  fix: did you mean cuda\?"),
+        (
+            {"evaluate": {"suites": ["minitron-bse"]}},
+            r"bad value for evaluate\.suites\.0 in r\.yaml\n.*\n  fix: did you mean minitron-base\?",
+        ),
         ({"seed": -1}, "bad value for seed"),
     ],
 )

@@ -370,6 +370,30 @@ def test_the_accuracies_of_the_harness_stand_beside_ours() -> None:
     assert "lm-evaluation-harness" in found.note
 
 
+def test_what_a_step_changed_stands_below_its_values(run: Path, tmp_path: Path) -> None:
+    part = shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(part / "distill-ce", part / "align-sft")
+    for path in (part / "align-sft").glob("*"):
+        path.unlink()
+    write_json(part / "align-sft/manifest.json", sealed({"stage": "align-sft", "key": "a", "seed": 0, "metrics": {}}))
+    seal(part / "align-sft")
+    raw = results()
+    raw["models"]["aligned-sft"] = raw["models"]["distilled"] | {"kl": estimate(0.25, 0.01)}
+    step = {"before": "distilled", "kl": estimate(0.053, 0.004), "choices": {"next_line": estimate(-0.01, 0.019)}}
+    raw |= {"steps": {"aligned-sft": step}}
+    (part / "evaluate/results.json").write_text(json.dumps(raw))
+    seal(part / "evaluate")
+    report.write_report(part, tmp_path / "out")
+    page, card = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
+    assert Outline(page).open == []
+    (shown,) = (section for section in page.split("<section>") if "<h2>Alignment</h2>" in section)
+    assert '<td>0.250 <small>± 0.010</small><div class="under clear">+0.0530 ± 0.0040</div></td>' in shown
+    assert '<small>± 2.1</small><div class="under">\N{MINUS SIGN}1.0 ± 1.9</div></td>' in shown
+    (told,) = (section for section in card.split("## ") if section.startswith("Alignment"))
+    assert "| 0.250 ± 0.010<br>+0.0530 ± 0.0040 |" in told
+    assert "| Next line | 74.2 ± 2.1 | 74.2 ± 2.1<br>\N{MINUS SIGN}1.0 ± 1.9 |" in told
+
+
 def test_a_run_that_only_prunes(run: Path, tmp_path: Path) -> None:
     part = shutil.copytree(run, tmp_path / "run")
     for stage in ("correct", "distill", "distill-ce", "distill-random_init"):

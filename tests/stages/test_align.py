@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from talking import conversations, preferences, with_chat, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve.align import trainers
+from halve.disk.rundir import RunDir
 from halve.errors import CorpusError, RunError
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
 from halve.pipeline.export import export
 from halve.pipeline.keys import keys_of
-from halve.pipeline.order import stages
+from halve.pipeline.order import StageContext, stages
 from halve.preflight.check import check
+from halve.progress import SILENT
 from halve.recipe.schema import Recipe
 from halve.stages import align
 
@@ -131,6 +134,8 @@ def test_every_model_is_evaluated_and_the_last_one_is_the_subject(finished: tupl
     models = [*results["models"]]
     assert models == ["teacher", "pruned", "distilled", "aligned-sft", "aligned-2-rpo", "aligned-3-rpo"]
     assert results["differences"]["subject"] == "aligned-3-rpo"
+    befores = [(step["before"], name) for name, step in results["steps"].items()]
+    assert befores == [*pairwise(models[2:])]
     assert all(results["models"][name]["kl"]["value"] > 0 for name in models[1:])
 
 
@@ -153,6 +158,21 @@ def test_page_and_card_show_each_step_beside_the_teacher(finished: tuple[Recipe,
     assert "aligned student minus each other model" in page
     for path in (recipe.model, *recipe.align[0].data):
         assert str(Path(path).parent) not in page + card
+
+
+def test_the_first_step_is_compared_with_the_student_and_not_with_a_baseline(
+    aligned: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = aligned(distill={"tokens": 512, "batch": 4, "baselines": ["ce"]})
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("halve.stages.evaluate.run", lambda recipe, **how: told.update(how) or {})
+    (evaluation,) = (stage for stage in stages(recipe) if stage.name == "evaluate")
+    teacher = Checkpoint.open(recipe.model)
+    made = dict.fromkeys(evaluation.after, teacher)
+    with RunDir.open(tmp_path / "run", recipe) as folder:
+        evaluation.act(StageContext(folder, tmp_path, SILENT, teacher, made), recipe, tmp_path)
+    assert list(told["models"])[:5] == ["teacher", "pruned", "distilled", "ce", "aligned-sft"]
+    assert told["chain"] == ("distilled", "aligned-sft", "aligned-2-rpo", "aligned-3-rpo")
 
 
 def test_export_gives_the_aligned_student(finished: tuple[Recipe, Path], tmp_path: Path) -> None:

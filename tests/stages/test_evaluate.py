@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from task_rows import write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from halve.errors import CorpusError
@@ -45,7 +48,9 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluated(recipe: Recipe, models: dict[str, Path], reference: str, out: Path) -> dict[str, Any]:
+def evaluated(
+    recipe: Recipe, models: dict[str, Path], reference: str, out: Path, chain: tuple[str, ...] = ()
+) -> dict[str, Any]:
     out.mkdir()
     subject = "distilled" if "distilled" in models else None
     evaluate.run(
@@ -53,6 +58,7 @@ def evaluated(recipe: Recipe, models: dict[str, Path], reference: str, out: Path
         models={name: Checkpoint.open(path) for name, path in models.items()},
         reference=reference,
         subject=subject,
+        chain=chain,
         cache=out / "data",
         out=out,
         progress=SILENT,
@@ -124,9 +130,47 @@ def test_the_table_is_what_measure_says(
     assert completion["prompt"] + completion["texts"]["pruned"] == want_text
 
 
+def test_each_step_of_an_alignment_is_compared_with_the_model_before_it(
+    make_recipe: MakeRecipe, tiny_llama: Path, student: Path, choices: Path, tmp_path: Path
+) -> None:
+    """On the same samples and items, from the values of every item that the stage writes beside its results."""
+    chain = ("distilled", "aligned-sft", "aligned-2-rpo")
+    # a baseline stands between the student and the first step
+    models = {"teacher": tiny_llama, "distilled": student, "ce": tiny_llama}
+    for seed, name in enumerate(chain[1:], 2):
+        torch.manual_seed(seed)
+        models[name] = tmp_path / name
+        config = LlamaConfig.from_pretrained(student)
+        config.initializer_range = 0.4
+        saving.save_model(LlamaForCausalLM(config), models[name], extra_from=tiny_llama, record={})
+    data = {task: str(write_data(tmp_path, task, 6)) for task in ("truthfulqa_mc2", "ifeval")}
+    asked = {"tasks": {"truthfulqa_mc2": 0, "ifeval": 0}, "data": data, "limit": 6, "max_new_tokens": 4}
+    recipe = make_recipe(evaluate={"samples": 6, "speed": False, "choices": [str(choices)], **asked})
+    results = evaluated(recipe, models, "teacher", tmp_path / "out", chain)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "task-items.jsonl").read_text().splitlines()]
+    metrics = {"truthfulqa_mc2 (0)": "acc", "ifeval (0)": "average"}
+    assert list(results["steps"]) == list(results["tasks"]["steps"]) == list(chain[1:])
+    for before, after in pairwise(chain):
+        step, (old, new) = results["steps"][after], (results["models"][name] for name in (before, after))
+        assert step["before"] == before
+        for name in ("nll", "kl", "agreement"):
+            assert step[name]["value"] == pytest.approx(new[name]["value"] - old[name]["value"], abs=1e-9)
+        right = new["choices"]["nouns"]["value"] - old["choices"]["nouns"]["value"]
+        assert step["choices"]["nouns"]["value"] == pytest.approx(right)
+        assert set(results["tasks"]["steps"][after]) == set(metrics)
+        for key, metric in metrics.items():
+            values = [line["values"] for line in lines if line["task"] == key]
+            pairs = [value[after][metric] - value[before][metric] for value in values]
+            difference = results["tasks"]["steps"][after][key]
+            assert difference["value"] == pytest.approx(statistics.mean(pairs))
+            assert difference["stderr"] == pytest.approx(statistics.stdev(pairs) / math.sqrt(6))
+        assert results["tasks"]["steps"][after]["truthfulqa_mc2 (0)"]["stderr"] > 1e-4, "their answers are not the same"
+
+
 def test_without_distillation_and_speed(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
     results = evaluated(make_recipe(), {"teacher": tiny_llama}, "teacher", tmp_path / "out")
     assert results["differences"] is None
+    assert "steps" not in results
     assert results["models"]["teacher"]["speed"] is None
     assert results["completions"] == []
 

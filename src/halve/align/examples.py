@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from halve.errors import CorpusError
 from halve.recipe.schema import Alignment, Data
 from halve.text import sources
+from halve.text.conversations import MESSAGES_KEY
 from halve.text.preferences import Needs
 from halve.text.rendering import CODES, COUNTED, FIRST, IDS, Chat, encode_answers, encode_conversations
-from halve.text.rows import Piece
+from halve.text.rows import Piece, Wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MESSAGES = "messages"
+_LISTED = "align.data"
 _AT_ONCE = 64
+_UNANSWERED = "have no answer of the assistant and are left out"
 
 _Item = TypeVar("_Item")
 
@@ -55,6 +58,13 @@ class LeftOut:
         self.counts[why] = self.counts.get(why, 0) + number
 
     @property
+    def fix(self) -> str:
+        """What helps if nothing else is left."""
+        if [*self.counts] == [_UNANSWERED]:
+            return "give conversations in which the assistant answers"
+        return "set a larger context in that step, or give more data"
+
+    @property
     def told(self) -> str:
         """In words; empty if there are none."""
         return ", ".join(f"{number:,} {why}" for why, number in self.counts.items() if number)
@@ -65,6 +75,18 @@ def messages_field(step: Alignment, data: Data) -> str:
     return step.messages_field or data.messages_field or _MESSAGES
 
 
+def _chat(step: Alignment, data: Data) -> Chat:
+    """How the conversations of a step are read."""
+    of_data = step.messages_field is None and data.messages_field is not None
+    return Chat(messages_field(step, data), "assistant", MESSAGES_KEY if of_data else "align.messages_field")
+
+
+def wanted_of(step: Alignment, data: Data) -> Wanted:
+    """What the rows of a step are read for."""
+    wanted = _chat(step, data).wanted if step.kind == "sft" else Needs.of(step).wanted
+    return wanted._replace(listed=_LISTED)
+
+
 def dialogues(
     step: Alignment, data: Data, tokenizer: PreTrainedTokenizerBase, *, context: int, left_out: LeftOut
 ) -> Iterator[Dialogue]:
@@ -72,7 +94,7 @@ def dialogues(
 
     One that has nothing to learn within them is left out. Raises `CorpusError` and `TokenizerError`.
     """
-    wanted = Chat(messages_field(step, data), "assistant").wanted
+    wanted = wanted_of(step, data)
     for pieces in _chunks(piece for source in step.data for piece in sources.read_documents(source, wanted)):
         yield from dialogues_of(pieces, step, data, tokenizer, context, left_out)
 
@@ -86,8 +108,11 @@ def dialogues_of(
     left_out: LeftOut,
 ) -> Iterator[Dialogue]:
     """The same for some rows."""
-    chat = Chat(messages_field(step, data), "assistant")
+    chat = _chat(step, data)
     for dialogue in _decoded(encode_conversations(pieces, tokenizer=tokenizer, chat=chat).ids):
+        if not dialogue.counts[1:].any():
+            left_out.add(_UNANSWERED)
+            continue
         if len(dialogue.ids) > context:
             left_out.add(f"are longer than {context} tokens and are cut")
         cut = Dialogue(dialogue.ids[:context], dialogue.counts[:context])
@@ -99,7 +124,7 @@ def dialogues_of(
 
 def preference_rows(step: Alignment) -> Iterator[tuple[dict[str, Any], str]]:
     """The rows of a step on preferences, and the place of each in its file. Raises `CorpusError`."""
-    wanted = Needs.of(step).wanted
+    wanted = Needs.of(step).wanted._replace(listed=_LISTED)
     for source in step.data:
         for piece in sources.read_documents(source, wanted):
             yield json.loads(piece.text), piece.place
@@ -160,7 +185,7 @@ def require_examples(count: int, left_out: LeftOut, what: str) -> None:
         raise CorpusError(
             f"no {what} is left to learn from",
             why=left_out.told or "the data have none",
-            fix="set a larger context in that step, or give more data",
+            fix=left_out.fix,
         )
 
 

@@ -194,6 +194,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     """Find every error that can be found without loading weights."""
     from halve.model.checkpoint import Checkpoint
     from halve.pipeline.run import check as preflight
+    from halve.preflight import alignment
     from halve.preflight.sizes import planned_rounds
     from halve.preflight.work import trials
     from halve.report import tables as show
@@ -214,6 +215,8 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
             print(line)
         teacher = Checkpoint.open(loaded.model)
+        for line in alignment.rows_left_out(loaded, teacher):
+            print(line)
         shapes = planned_rounds(loaded, teacher)
         show.trial(trials(loaded, shapes))
         for line in times_of_the_cut(loaded, teacher, shapes):

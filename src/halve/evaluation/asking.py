@@ -26,7 +26,7 @@ from halve.evaluation import harness, programs
 from halve.evaluation.harness import CODE, Built
 from halve.evaluation.rows import read_rows, split_files, wanted
 from halve.evaluation.sandbox import Sandbox
-from halve.evaluation.suites import Ask, asked
+from halve.evaluation.suites import TASKS_KEY, Ask, asked
 from halve.model.head import split
 from halve.model.measure import end_tokens
 from halve.progress import SILENT, Progress
@@ -68,8 +68,8 @@ class Answered:
     """The number of the likeliest choice, or the text."""
 
 
-def read_exam(section: Evaluate, *, context: int | None) -> Exam:
-    """Read the rows of every task of the recipe. `context` is the models' longest sequence.
+def read_exam(section: Evaluate, *, context: int | None, key: str = TASKS_KEY) -> Exam:
+    """Read the rows of every task of the recipe. `context` is the models' longest sequence, `key` names the tasks.
 
     A task without data, and one whose programs may not run, is left out and says so. Raises `CorpusError` for rows
     that are not the task's, `RecipeError` for an unknown task or a missing package, and `RunError` where programs may
@@ -77,12 +77,12 @@ def read_exam(section: Evaluate, *, context: int | None) -> Exam:
     """
     if not section.asks_tasks:
         return Exam(section)
-    harness.require_harness()
+    harness.require_harness(key)
     built: list[Built] = []
     left: list[Left] = []
     sandbox = None
     with harness.quiet_harness():
-        for ask in asked(section):
+        for ask in asked(section, key):
             harness.require_task(ask)
             path = section.data.get(ask.task)
             if path is None:
@@ -245,20 +245,21 @@ def changed_items(one: Answered, other: Answered) -> list[dict[str, Any]]:
     return [item for item, answer_1, answer_2 in pairs if answer_1 != answer_2]
 
 
-def errors_of(section: Evaluate) -> Iterator[HalveError]:
+def errors_of(section: Evaluate, key: str = TASKS_KEY) -> Iterator[HalveError]:
     """What is wrong with the tasks of a recipe: unknown names, missing files, rows that are not the task's.
 
-    If names and rows are sound, the harness makes the tasks of the first rows, as a run would of all.
+    `key` is the recipe's key that names the tasks. If names and rows are sound, the harness makes the tasks of the
+    first rows, as a run would of all.
     """
     if not section.asks_tasks:
         return
     try:
-        harness.require_harness()
+        harness.require_harness(key)
     except HalveError as error:
         yield error
         return
     sound = True
-    for ask in asked(section):
+    for ask in asked(section, key):
         try:
             harness.require_task(ask)
             if ask.task in section.data:
@@ -269,6 +270,6 @@ def errors_of(section: Evaluate) -> Iterator[HalveError]:
             yield error
     if sound and section.data:
         try:
-            read_exam(section.model_copy(update={"limit": _TRIED, "run_untrusted_code": False}), context=None)
+            read_exam(section.model_copy(update={"limit": _TRIED, "run_untrusted_code": False}), context=None, key=key)
         except HalveError as error:
             yield error

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,8 +21,10 @@ from halve.evaluation.results import mean_score, paired
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate, Gates
 
+GATES_KEY: Final = "distill.gates"
 SURE = 3.0
 """Standard errors above chance for a gate to be armed, and below the best score for a warning."""
+_NEAR_CHANCE = "the teacher is not above chance by three standard errors"
 
 
 def gate_section(gates: Gates, evaluate: Evaluate) -> Evaluate:
@@ -56,7 +58,7 @@ class TaskGate:
         progress: Progress = SILENT,
     ) -> TaskGate:
         """Read the items. Raises the errors of `asking.read_exam`."""
-        exam = read_exam(gate_section(gates, evaluate), context=context)
+        exam = read_exam(gate_section(gates, evaluate), context=context, key=GATES_KEY)
         for left in exam.left:
             progress.say(f"gate {left.ask.key}: {left.status}, {left.why}")
         made = cls(exam, tokenizer, gates.every, file, seed, progress)
@@ -80,9 +82,21 @@ class TaskGate:
             above = paired(scores, by_neighbors(built, answers[key]).values[metric])
             armed = above["stderr"] is not None and above["value"] > SURE * above["stderr"]
             notes[key] = {"metric": metric, "score": mean_score(scores).value, "above_chance": above, "armed": armed}
-            words = "armed" if armed else "not armed: the teacher is not above chance by three standard errors"
+            words = "armed" if armed else f"not armed: {_NEAR_CHANCE}"
             self.progress.say(f"gate {key}: the teacher scores {notes[key]['score']:.3f}, {words}")
         self._keep({"teacher": notes, "best": {}})
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        """The tasks that count, with the teacher's scores, and those that do not, with the reason."""
+        notes = self._notes.get("teacher", {})
+        not_armed = {left.ask.key: f"{left.status}, {left.why}" for left in self.exam.left}
+        not_armed |= {key: _NEAR_CHANCE for key, note in notes.items() if not note["armed"]}
+        return {"armed": {key: notes[key]["score"] for key in self._armed()}, "not_armed": not_armed}
+
+    def first(self) -> dict[str, Any]:
+        """What the journal's first line says: the tasks that do not count."""
+        not_armed = self.told()["not_armed"]
+        return {"gates_not_armed": not_armed} if not_armed else {}
 
     def due(self, before: int, tokens: int, *, last: bool) -> bool:
         """Whether the items are asked between these numbers of tokens."""

@@ -28,7 +28,7 @@ from unittest import mock
 from halve.errors import CorpusError, HalveError, RecipeError
 from halve.evaluation import programs, sentences
 from halve.evaluation.rows import Row
-from halve.evaluation.suites import SAMPLING, Ask
+from halve.evaluation.suites import SAMPLING, TASKS_KEY, Ask
 from halve.evaluation.summaries import rouge_of_summary
 from halve.evaluation.verdicts import ifeval_verdicts
 
@@ -73,24 +73,36 @@ class Built:
     """Where the examples of the shots come from, in words."""
 
 
-def require_harness() -> str:
-    """The version of lm-evaluation-harness. Raises `RecipeError` if it is not installed."""
-    if importlib.util.find_spec(PACKAGE) is None:
+def is_installed() -> bool:
+    """Whether lm-evaluation-harness is there."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
+def require_harness(key: str = TASKS_KEY) -> str:
+    """The version of lm-evaluation-harness. Raises `RecipeError` if it is not installed; `key` names the tasks."""
+    if not is_installed():
+        needing = f"evaluate.suites and {key} need" if key == TASKS_KEY else f"{key} needs"
         raise RecipeError(
-            "evaluate.suites and evaluate.tasks need lm-evaluation-harness",
+            f"{needing} lm-evaluation-harness",
             why="the package lm_eval is not installed; it is an extra of halve",
-            fix="pip install 'halve[eval]', or leave suites and tasks out of evaluate",
+            fix="pip install 'halve[eval]', or leave "
+            + ("suites and tasks out of evaluate" if key == TASKS_KEY else f"{key} out"),
         )
     return version(PACKAGE)
 
 
+def has_task(ask: Ask) -> bool:
+    """Whether the harness, which is installed, has a task of this name. Imports nothing."""
+    return ask.name in _FOLDERS or ask.name in _own() or ask.name in _scanned()
+
+
 def require_task(ask: Ask) -> None:
     """Raise `RecipeError` if the harness has no task of this name. Names the nearest one. Imports nothing."""
-    if ask.name in _FOLDERS or ask.name in _own() or ask.name in _scanned():
+    if has_task(ask):
         return
     near = difflib.get_close_matches(ask.task, [*_FOLDERS, *_own(), *_scanned()], n=1, cutoff=0.6)
     raise RecipeError(
-        f"evaluate.tasks names {ask.task}, which lm-evaluation-harness {require_harness()} does not have",
+        f"{ask.asked_in} names {ask.task}, which lm-evaluation-harness {require_harness()} does not have",
         why="it has no task file with that name; groups of tasks are not asked as one, except for mmlu",
         fix=f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists the names",
     )
@@ -302,7 +314,7 @@ def _member(ask: Ask, name: str, config: Mapping[str, Any], splits: _Splits, con
     """The changes to a task file: rows, shots, and how answers are generated."""
     if "class" in config:
         raise RecipeError(
-            f"evaluate.tasks names {ask.task}, which fetches its own data",
+            f"{ask.asked_in} names {ask.task}, which fetches its own data",
             why="it is a program of the harness and not a task file",
             fix="choose another task",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,12 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def summary(
-    exam: Exam, answered: Mapping[str, Mapping[str, Answered]], *, subject: str | None, bos: str
+    exam: Exam,
+    answered: Mapping[str, Mapping[str, Answered]],
+    *,
+    subject: str | None,
+    chain: Sequence[str] = (),
+    bos: str,
 ) -> dict[str, Any] | None:
     """The part `tasks` of the evaluation's results; None where no task was asked for.
 
@@ -67,6 +73,7 @@ def summary(
         scores        model -> key -> metric -> estimate
         changed_by_batch   key -> items that the reference answers differently in batches of one; null: not asked
         differences   model -> key -> value, stderr, mcnemar: subject minus that model by the main metric
+        steps         model of `chain` -> the same: that model minus the one before it; left out without a chain
     """
     section = exam.section
     if not section.asks_tasks:
@@ -86,7 +93,7 @@ def summary(
         "suites": list(section.suites),
         "listed": listed,
         "scores": {name: _scores(tasks) for name, tasks in answered.items()},
-        "differences": None if subject is None else _differences(answered, subject, main),
+        **_compared(answered, subject, chain, main),
     }
 
 
@@ -121,15 +128,20 @@ def _finite(estimate: measure.Estimate) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in estimate.as_dict().items()}
 
 
-def _differences(
-    answered: Mapping[str, Mapping[str, Answered]], subject: str, main: Mapping[str, str]
+def _compared(
+    answered: Mapping[str, Mapping[str, Answered]], subject: str | None, chain: Sequence[str], main: Mapping[str, str]
 ) -> dict[str, Any]:
-    ours = answered[subject]
-    return {
-        name: {key: paired(ours[key].values[main[key]], theirs[key].values[main[key]]) for key in ours}
-        for name, theirs in answered.items()
-        if name != subject
+    def minus(ours: str, theirs: str) -> dict[str, Any]:
+        first, second = answered[ours], answered[theirs]
+        return {key: paired(first[key].values[main[key]], second[key].values[main[key]]) for key in first}
+
+    others = [name for name in answered if name != subject]
+    facts: dict[str, Any] = {
+        "differences": None if subject is None else {name: minus(subject, name) for name in others}
     }
+    if len(chain) > 1:
+        facts["steps"] = {after: minus(after, before) for before, after in pairwise(chain)}
+    return facts
 
 
 def item_lines(answered: Mapping[str, Mapping[str, Answered]]) -> Iterator[dict[str, Any]]:

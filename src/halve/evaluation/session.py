@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ class TaskSession:
             alone = answer(self.exam, model, self.tokenizer, seed=self.seed, batch=1, kept=kept / "one-by-one")
             self._changed = {key: changed_items(answers[key], alone[key]) for key in alone}
 
-    def write(self, *, subject: str | None) -> dict[str, Any] | None:
-        """Write every item to `task-items.jsonl`, and return the results; None where no task was asked for."""
+    def write(self, *, subject: str | None, chain: Sequence[str] = ()) -> dict[str, Any] | None:
+        """Write every item to `task-items.jsonl`, and return the results; None where no task was asked for.
+
+        `subject` is compared with every other model, and each model of `chain` with the one before it.
+        """
         bos = list(self.tokenizer("a").input_ids)[:1] == [self.tokenizer.bos_token_id]
         words = f"the tokenizer's own: sequences begin {'with' if bos else 'without'} a BOS token"
-        facts = summary(self.exam, self.answers, subject=subject, bos=words)
+        facts = summary(self.exam, self.answers, subject=subject, chain=chain, bos=words)
         if facts is None:
             return None
         with atomic_file(self.out / ITEMS) as draft:

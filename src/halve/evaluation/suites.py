@@ -8,9 +8,12 @@ need a judge or their own tools (`evaluation.imports`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from halve.recipe.evaluations import Evaluate
+
+TASKS_KEY: Final = "evaluate.tasks"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Ask:
     """Answers drawn for each item."""
     title: str = ""
     """Its name in the papers' table."""
+    asked_in: str = TASKS_KEY
+    """The recipe's key that names it, for errors."""
 
     @property
     def name(self) -> str:
@@ -69,8 +74,11 @@ SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
 _OTHER_NAMES = {"gpqa": "gpqa_main_zeroshot"}
 
 
-def asked(section: Evaluate) -> tuple[Ask, ...]:
-    """The tasks of a recipe, those of suites first. The same task with the same shots and wording is asked once."""
+def asked(section: Evaluate, key: str = TASKS_KEY) -> tuple[Ask, ...]:
+    """The tasks of a recipe, those of suites first. The same task with the same shots and wording is asked once.
+
+    `key` is the recipe's key that names the tasks of `section`.
+    """
     listed = [ask for suite in section.suites for ask in SUITES[suite]]
     known = {(ask.task, ask.shots): ask for suite in SUITES.values() for ask in suite if not ask.harness}
     for task, shots in section.tasks.items():
@@ -78,4 +86,4 @@ def asked(section: Evaluate) -> tuple[Ask, ...]:
     by_key: dict[str, Ask] = {}
     for ask in listed:
         by_key.setdefault(ask.key, ask)
-    return tuple(by_key.values())
+    return tuple(replace(ask, asked_in=key) for ask in by_key.values())

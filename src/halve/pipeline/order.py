@@ -13,7 +13,7 @@ the order. `halve.pipeline.run` runs the stages and skips those that are done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         listed += made
         models |= students
         last = models.get(named("distilled", number), named("prune", number))
+    student = next(name for name, stage in models.items() if stage == last)
     last = _align(recipe, listed, models, last)
+    chain = (student, *(named("aligned", number, step.kind) for number, step in enumerate(recipe.align, 1)))
     results = ("distilled", "aligned")
     subject = next((name for name, stage in models.items() if stage == last and name.startswith(results)), None)
     beside = {
@@ -107,7 +109,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     of_tools = ("imported",) if recipe.evaluate.imported else ()
     reads = (*reads, *(() if of_tools else ("-evaluate.imported",)))
     measured = ("teacher", "valid", "choices", *(("task_data",) if recipe.evaluate.asks_tasks else ()), *of_tools)
-    act = _evaluate(models, beside, _inside(recipe, models), subject=subject)
+    act = _evaluate(models, beside, _inside(recipe, models), subject=subject, chain=chain)
     listed.append(Stage("evaluate", "evaluate", recipe, reads, tuple(models.values()), measured, 1, act))
     everything = tuple(stage.name for stage in listed)
     listed.append(Stage("report", "report", recipe, (*_everywhere(recipe), "name"), everything, (), 1, _report))
@@ -341,11 +343,17 @@ def _aligned(number: int, name: str, start: str) -> _Act:
 
 
 def _evaluate(
-    models: Mapping[str, str], beside: Mapping[str, str], inside: Mapping[str, str], *, subject: str | None
+    models: Mapping[str, str],
+    beside: Mapping[str, str],
+    inside: Mapping[str, str],
+    *,
+    subject: str | None,
+    chain: Sequence[str],
 ) -> _Act:
     """Evaluate models, and teachers that were corrected beside, given by name and stage.
 
-    `inside` are students inside the student, by name and folder.
+    `inside` are students inside the student, by name and folder. `chain` are the student and the models of its
+    alignment.
     """
 
     def act(run: StageContext, recipe: Recipe, out: Path) -> Mapping[str, Any]:
@@ -359,6 +367,7 @@ def _evaluate(
             models={"teacher": run.teacher, **taught, **made},
             reference="corrected" if recipe.corrects_before else "teacher",
             subject=subject,
+            chain=chain,
             cache=run.cache,
             out=out,
             progress=run.progress,

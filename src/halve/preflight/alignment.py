@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.disk.textfiles import ending, extra, open_packed
-from halve.errors import HalveError, RecipeError
+from halve.errors import CorpusError, HalveError, RecipeError
 from halve.recipe.schema import Alignment, Correct, Recipe
 from halve.text import sources
 from halve.text.rows import Piece, Wanted
 
 if TYPE_CHECKING:
+    from halve.align.examples import LeftOut
     from halve.model.checkpoint import Checkpoint
 
 _ENCODED = 64
@@ -34,6 +35,22 @@ def of_the_alignment(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[
         for source in step.data:
             if not source.startswith(sources.HUB):
                 yield partial(_check_rows, recipe, step, source, teacher)
+        yield partial(_check_learned, recipe, step, teacher, where)
+
+
+def rows_left_out(recipe: Recipe, teacher: Checkpoint) -> Iterator[str]:
+    """What the steps will cut or leave out of the first rows of their sources, in words: a line for each step."""
+    from halve.align.examples import LeftOut
+
+    for number, step in enumerate(recipe.align, 1):
+        counted, rows = LeftOut(), 0
+        for source in step.data:
+            if not source.startswith(sources.HUB):
+                for piece in islice(sources.beginnings(source, _wanted(recipe, step)), _ENCODED):
+                    _length(recipe, step, piece, teacher, counted)
+                    rows += 1
+        if counted.told:
+            yield f"step {number} of align ({step.kind}): of the first {rows} rows, {counted.told}"
 
 
 def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> float:
@@ -43,6 +60,7 @@ def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> floa
     """
     if step.tokens is not None:
         return float(step.tokens)
+    from halve.align.examples import LeftOut
     from halve.model.checkpoint import Checkpoint
 
     total, known = 0.0, teacher if teacher.gguf else Checkpoint.open(teacher.folder)  # which downloads nothing
@@ -51,7 +69,7 @@ def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> floa
             files = [] if source.startswith(sources.HUB) else sources.files(source)
             first = list(islice(sources.beginnings(source, _wanted(recipe, step)), _ENCODED)) if files else []
             rows = sum(_rows(path) for path in files)
-            tokens = [_length(recipe, step, piece, known) for piece in first]
+            tokens = [_length(recipe, step, piece, known, LeftOut()) for piece in first]
         except (HalveError, OSError):
             continue  # reported by check
         if tokens:
@@ -70,13 +88,9 @@ def like_a_correction(step: Alignment) -> Correct:
 
 
 def _wanted(recipe: Recipe, step: Alignment) -> Wanted:
-    from halve.align.examples import messages_field
-    from halve.text.preferences import Needs
-    from halve.text.rendering import Chat
+    from halve.align.examples import wanted_of
 
-    if step.kind == "sft":
-        return Chat(messages_field(step, recipe.data), "assistant").wanted
-    return Needs.of(step).wanted
+    return wanted_of(step, recipe.data)
 
 
 def _require_packages(step: Alignment, where: str) -> None:
@@ -95,7 +109,7 @@ def _check_place(recipe: Recipe, step: Alignment, teacher: Checkpoint, where: st
     from halve.text.rendering import template_of
 
     measure.require_context(teacher.config, step.context or recipe.data.context, f"a sample of {where}")
-    template_of(teacher.tokenizer)
+    template_of(teacher.tokenizer, "align")
     if step.method == "lora" and step.lora_rank > (hidden := planned_rounds(recipe, teacher)[-1].after.hidden):
         raise RecipeError(
             f"lora_rank {step.lora_rank} of {where} is larger than the student's hidden {hidden}",
@@ -112,10 +126,32 @@ def _check_reward(source: str) -> None:
 
 def _check_rows(recipe: Recipe, step: Alignment, source: str, teacher: Checkpoint) -> None:
     """Read the beginning of every file, and write the first rows as tokens."""
+    from halve.align.examples import LeftOut
+
     first = list(sources.beginnings(source, _wanted(recipe, step)))[:_ENCODED]
     if teacher.tokenizer.chat_template:  # else reported already
         for piece in first:
-            _length(recipe, step, piece, teacher)
+            _length(recipe, step, piece, teacher, LeftOut())
+
+
+def _check_learned(recipe: Recipe, step: Alignment, teacher: Checkpoint, where: str) -> None:
+    """Raise `CorpusError` if all rows of a step would be left out. Reads on until one teaches something."""
+    from halve.align.examples import LeftOut
+
+    if not teacher.tokenizer.chat_template or any(source.startswith(sources.HUB) for source in step.data):
+        return
+    counted, rows = LeftOut(), 0
+    for source in step.data:
+        for piece in sources.beginnings(source, _wanted(recipe, step)):
+            if _length(recipe, step, piece, teacher, counted):
+                return
+            rows += 1
+    if rows == sum(_rows(path) for source in step.data for path in sources.files(source)):
+        raise CorpusError(
+            f"{where} has no {'conversation' if step.kind == 'sft' else 'pair'} to learn from",
+            why=counted.told,
+            fix=counted.fix,
+        )
 
 
 def _rows(path: Path) -> int:
@@ -126,17 +162,23 @@ def _rows(path: Path) -> int:
         return sum(1 for line in file if line.strip())
 
 
-def _length(recipe: Recipe, step: Alignment, piece: Piece, teacher: Checkpoint) -> int:
-    """The tokens of a row, at most those of its context, twice for a pair; those of new answers at most."""
-    from halve.align.examples import LeftOut, dialogues_of, encoded_pair
+def _length(recipe: Recipe, step: Alignment, piece: Piece, teacher: Checkpoint, counted: LeftOut) -> int:
+    """The tokens of a row, at most those of its context, twice for a pair; those of new answers at most.
+
+    0 for a row that is left out, which is then in `counted`.
+    """
+    from halve.align.examples import dialogues_of, encoded_pair
     from halve.text.rendering import encode_answers
 
-    tokenizer, context, left_out = teacher.tokenizer, step.context or recipe.data.context, LeftOut()
+    tokenizer, context = teacher.tokenizer, step.context or recipe.data.context
     if step.kind == "sft":
-        return sum(len(talk.ids) for talk in dialogues_of([piece], step, recipe.data, tokenizer, context, left_out))
+        return sum(len(talk.ids) for talk in dialogues_of([piece], step, recipe.data, tokenizer, context, counted))
     row = json.loads(piece.text)
     if step.answers is not None:
         prompt, _ = encode_answers(tokenizer, row["prompt"], (), place=piece.place)
-        return 2 * min(len(prompt) + step.answer_tokens, context) if len(prompt) < context else 0
-    pair = encoded_pair(row, piece.place, tokenizer, context=context, left_out=left_out)
+        if len(prompt) >= context:
+            counted.add(f"have a prompt of over {context} tokens and are left out")
+            return 0
+        return 2 * min(len(prompt) + step.answer_tokens, context)
+    pair = encoded_pair(row, piece.place, tokenizer, context=context, left_out=counted)
     return 0 if pair is None else 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)

@@ -23,7 +23,7 @@ def check_conversations(recipe: Recipe, teacher: Checkpoint) -> None:
     chat = Chat.of(recipe.data)
     if chat is None:
         return
-    template_of(teacher.tokenizer)
+    template_of(teacher.tokenizer, chat.key)
     for source, wanted in read_as(recipe):
         if wanted.make is not None and not source.startswith(sources.HUB):
             first = list(islice(sources.beginnings(source, wanted), RENDERED))

@@ -127,7 +127,7 @@ def _check_tokenizer(recipe: Recipe, teacher: Checkpoint) -> None:
     measure.require_context(teacher.config, recipe.data.context, "a sample")
     teacher.require_tokenizer()
     if recipe.evaluate.asks_tasks and recipe.evaluate.chat_template:
-        template_of(teacher.tokenizer)
+        template_of(teacher.tokenizer, "evaluate.chat_template")
     if recipe.data.reads_text:
         marks = tokenize.marks(teacher.tokenizer, recipe.data.boundary)
         teacher.require_embedded(max(marks.between, default=0), f"with data.boundary {recipe.data.boundary} the text")

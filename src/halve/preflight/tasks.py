@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from halve.disk.textfiles import shown
 from halve.errors import HalveError, RecipeError
 from halve.evaluation.rows import wanted
-from halve.recipe.rounds import rounds
+from halve.recipe.rounds import evaluated_models, rounds
 from halve.recipe.schema import Distill, Recipe, Training
+
+if TYPE_CHECKING:
+    from halve.evaluation.suites import Ask
 
 
 def of_the_tasks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     """Probes that raise what is wrong with the tasks of the evaluation and of gates."""
     from halve.evaluation.asking import errors_of
-    from halve.evaluation.gates import gate_section
+    from halve.evaluation.gates import GATES_KEY, gate_section
     from halve.evaluation.imports import imported
     from halve.evaluation.sandbox import Sandbox
+    from halve.evaluation.suites import TASKS_KEY, asked
 
-    sections = [recipe.evaluate]
+    sections = [(recipe.evaluate, TASKS_KEY)]
     for part in rounds(recipe):
         gates = None if part.distill is None else part.distill.gates
         if gates is not None:
             yield partial(_check_data, part)
-            sections.append(gate_section(gates, recipe.evaluate))
-    for section in sections:
-        yield from (partial(_tell, error) for error in errors_of(section))
+            sections.append((gate_section(gates, recipe.evaluate), GATES_KEY))
+    for section, key in sections:
+        yield from (partial(_tell, error) for error in errors_of(section, key))
+    yield partial(_check_read, recipe, [ask for section, key in sections for ask in asked(section, key)])
+    yield partial(_check_models, recipe)
     yield partial(imported, recipe.evaluate.imported)
     if recipe.evaluate.run_untrusted_code:
         yield Sandbox.open
@@ -52,6 +61,39 @@ def _check_data(recipe: Recipe) -> None:
             why="its items come from evaluate.data, which does not name it",
             fix=f"add {wanted(missing[0])}; or leave it out of the gates",
         )
+
+
+def _check_read(recipe: Recipe, asks: Sequence[Ask]) -> None:
+    """Raise `RecipeError` for data of a task that is not asked: it would be without data if its name is mistyped."""
+    from halve.evaluation.harness import has_task, is_installed
+
+    given, tasks = recipe.evaluate.data, list(dict.fromkeys(ask.task for ask in asks))
+    unread = [task for task in given if task not in tasks]
+    if not unread:
+        return
+    without = [ask.task for ask in asks if ask.task not in given and is_installed() and has_task(ask)]
+    near = difflib.get_close_matches(unread[0], without, n=1)
+    raise RecipeError(
+        f"evaluate.data names {unread[0]}, which is not asked",
+        why=f"the recipe asks for {', '.join(tasks) or 'no task'}",
+        fix=f"did you mean {near[0]}?"
+        if near
+        else f"add {unread[0]} to evaluate.tasks, or leave it out of evaluate.data",
+    )
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Raise `RecipeError` for an imported score of a model that the run does not have. No table would show it."""
+    known = evaluated_models(recipe)
+    for entry in recipe.evaluate.imported:
+        if entry.model not in known:
+            near = difflib.get_close_matches(entry.model, known, n=1)
+            raise RecipeError(
+                f"evaluate.imported gives {shown(Path(entry.file).name)} to the model {entry.model}, which the run"
+                " does not have",
+                why=f"its models are {', '.join(known)}",
+                fix=f"did you mean {near[0]}?" if near else "write the name of one of these models",
+            )
 
 
 def _tell(error: HalveError) -> None:

@@ -6,10 +6,11 @@ Relative paths are relative to the recipe's own folder.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,9 @@ from halve.process.fresh import distrust
 from halve.recipe import strict_yaml
 from halve.recipe.schema import Recipe
 from halve.recipe.values import path_or_name
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -80,7 +84,20 @@ def _explain(error: ValidationError, source: str) -> RecipeError:
         return RecipeError(f"{source} lacks {place}", why="it has no default", fix=f"add {place}:")
     value = "" if isinstance(first["input"], dict | BaseModel) else f" (given: {_short.repr(first['input'])})"
     message = first["msg"].removeprefix("Value error, ")
-    return RecipeError(f"bad value for {place or 'the recipe'} in {source}", why=message + value, fix="change it there")
+    near = _near_words(first)
+    return RecipeError(
+        f"bad value for {place or 'the recipe'} in {source}",
+        why=message + value,
+        fix=f"did you mean {near[0]}?" if near else "change it there",
+    )
+
+
+def _near_words(error: ErrorDetails) -> list[str]:
+    """The word nearest to a mistyped one, where only certain words may stand."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return []
+    known = re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
+    return difflib.get_close_matches(error["input"], known, n=1, cutoff=0.6)
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:

@@ -76,6 +76,20 @@ def nested_students(recipe: Recipe) -> tuple[str, ...]:
     return tuple(named("nested", number) for number in range(2, 2 + (len(recipe.nest.sizes) if recipe.nest else 0)))
 
 
+def evaluated_models(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the models that are evaluated, in the order of the report: those that `pipeline.order` makes."""
+    listed = list(enumerate(rounds(recipe), 1))
+    beside = [named("corrected", number) for number, part in listed if part.corrects_beside]
+    made = ["corrected"] if recipe.corrects_before else []
+    for number, part in listed:
+        made.append(named("pruned", number))
+        if part.distill is not None:
+            made += [named("distilled", number), *(named(variant, number) for variant in part.distill.baselines)]
+    made += [named("aligned", number, step.kind) for number, step in enumerate(recipe.align, 1)]
+    inside = nested_students(recipe) if recipe.distill is not None else ()
+    return ("teacher", *beside, *made, *inside)
+
+
 def named(base: str, number: int, variant: str = "") -> str:
     """The name of a stage or a model in round `number`.
 

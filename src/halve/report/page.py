@@ -313,7 +313,10 @@ def _markdown(section: PageSection) -> dict[str, str]:
 def _markdown_table(table: Table) -> str:
     lines = ["| " + " | ".join(table.head) + " |", "|---" + "|---:" * (len(table.head) - 1) + "|"]
     for row in table.rows:
-        cells = [f"{cell.value} ± {cell.error}" if cell.error else cell.value for cell in row.cells]
+        cells = [
+            "<br>".join(f"{one.value} ± {one.error}" if one.error else one.value for one in (cell, cell.under) if one)
+            for cell in row.cells
+        ]
         label = f"**{row.label}**" if row.subject else row.label
         lines.append("| " + " | ".join([label, *cells]) + " |")
     return "\n".join(lines)

@@ -53,19 +53,26 @@ def color(name: str) -> str:
 def subject(results: Facts) -> str | None:
     """The result of the run: the last aligned or distilled student, or the last pruned model if nothing was trained."""
     aligned: list[str] = [name for name in results["models"] if color(name) == ALIGNED]
-    if aligned:
-        return aligned[-1]
+    return aligned[-1] if aligned else student(results)
+
+
+def student(results: Facts) -> str | None:
+    """The last distilled student, from which alignment starts, or the last pruned model if nothing was trained."""
     names = [name for name in results["models"] if color(name) in (SUBJECT, "pruned")]
     return max(names, key=lambda name: (parsed(name)[1], color(name) == SUBJECT), default=None)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of a table and its standard error, as text. `clear`: over two standard errors away from zero."""
+    """One value of a table and its standard error, as text. `clear`: over two standard errors away from zero.
+
+    `under` stands below the value: its difference from another.
+    """
 
     value: str
     error: str = ""
     clear: bool = False
+    under: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def tiles(results: Facts | None) -> list[dict[str, str]]:
     headline.append({"label": "Bits per byte", "after": figure(new), "before": f"its teacher: {figure(old)}"})
     for task in after["choices"]:
         old, new = (100 * model["choices"][task]["value"] for model in (taught, after))
-        headline.append({"label": _task(task), "after": f"{new:.1f} %", "before": f"its teacher: {old:.1f} %"})
+        headline.append({"label": file_title(task), "after": f"{new:.1f} %", "before": f"its teacher: {old:.1f} %"})
     if after.get("agreement"):
         agreement = estimate(after["agreement"], percent=True).value
         headline.append(
@@ -287,7 +294,7 @@ def quality(results: Facts | None) -> PageSection | None:
         *(
             _dot_plot(
                 {name: model["choices"].get(task) for name, model in models.items()},
-                _task(task),
+                file_title(task),
                 f"Accuracy in percent over {first['choices'][task]['items']} items.",
                 scale=100,
             )
@@ -371,12 +378,13 @@ def timed_dtype(pair: tuple[Facts, Facts]) -> str:
     return first if first == second else f"{first} and {second}"
 
 
-def _task(name: str) -> str:
+def file_title(name: str) -> str:
+    """The name of a multiple-choice file as a title."""
     return name.replace("_", " ").replace("-", " ").capitalize()
 
 
 def _percent(tasks: Sequence[str]) -> list[str]:
-    return [f"{_task(task)}, %" for task in tasks]
+    return [f"{file_title(task)}, %" for task in tasks]
 
 
 def _lower(label: str) -> str:

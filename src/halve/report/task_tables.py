@@ -71,14 +71,20 @@ def _table(results: Facts, listed: Sequence[Facts], suite: str, papers: Sequence
         cells = [Cell(figure(results["models"][name][key])) for name in names]
         rows.append(TableRow(words, (*cells, *(Cell("") for _ in shown))))
     for entry in listed:
-        cells = [_score(results["tasks"], name, entry) for name in names]
+        cells = [task_score(results["tasks"], name, entry) for name in names]
         theirs = [Cell(f"{own[entry['task']]:.1f}" if entry["task"] in own else "-") for _, own in shown]
-        rows.append(TableRow(f"{entry['title'] or entry['task']} ({entry['shots']})", (*cells, *theirs)))
+        rows.append(TableRow(with_shots(entry), (*cells, *theirs)))
     head = ("benchmark (shots)", *map(label, names), *(f"{paper.label}, in the paper" for paper, _ in shown))
     return Table(head, tuple(rows))
 
 
-def _score(tasks: Facts, name: str, entry: Facts) -> Cell:
+def with_shots(entry: Facts) -> str:
+    """The name of a listed task in the papers' tables, and its shots."""
+    return f"{entry['title'] or entry['task']} ({entry['shots']})"
+
+
+def task_score(tasks: Facts, name: str, entry: Facts) -> Cell:
+    """What a model scored in a listed task, in percent, or why it was not asked."""
     if entry["status"] != "asked":
         return Cell(entry["status"])
     return estimate(tasks["scores"][name][entry["key"]].get(entry["metric"]), percent=True)

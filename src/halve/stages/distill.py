@@ -129,10 +129,13 @@ def run(
     nest = _nest(how, model, student)
     if nest is not None:
         lesson = with_smaller(lesson, nest, recipe, flops=flops_of(nest, student.anatomy, teacher.anatomy, recipe))
-    lesson = replace(lesson, gate=_gate(how, taught, teacher, file=out / ".gates.json", progress=progress))
+    gate = _gate(how, taught, teacher, file=out / ".gates.json", progress=progress)
+    lesson = replace(lesson, gate=gate)
     files = loop.TrainFiles(out / ".checkpoints", out / "metrics.jsonl", recipe.seed, how.name)
     result = loop.train(model, lesson, text.course, files, device=device, ranks=ranks, progress=progress)
     metrics = {"variant": variant, "teacher_ce": teacher_ce, **result.as_dict()}
+    if gate is not None:
+        metrics["gates"] = gate.told()
     record = {
         "stage": "distill",
         "base_model": name_of(recipe.model),

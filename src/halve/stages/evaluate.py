@@ -11,6 +11,8 @@ Format of `results.json`. An estimate is {"value", "stderr"}. What was not measu
                   decode_tokens_per_second, peak_memory_bytes}
     differences   subject, and against {name -> nll, kl, agreement, choices}: subject minus that model,
                   sample by sample (item by item), with the standard error of the pairs
+    steps         model after a step of alignment -> before (the name of the model before the step), nll, kl, agreement,
+                  choices: that model minus the one before, in the same way; left out if nothing was aligned
     completions   [{"prompt", "texts": {name: text}}], greedy
     answers       the same for chat prompts, given through the chat template; left out without a template
     tasks         tasks of lm-evaluation-harness (`evaluation.results.summary`); left out if the recipe names none.
@@ -26,6 +28,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,7 @@ def run(
     models: Mapping[str, Checkpoint],
     reference: str,
     subject: str | None,
+    chain: Sequence[str] = (),
     cache: Path,
     out: Path,
     progress: Progress = SILENT,
@@ -92,8 +96,8 @@ def run(
     """Measure every model and write `out/results.json`. Returns the main metrics of each model.
 
     `models` maps names to checkpoints, in the order of the report. KL and agreement are measured against `reference`.
-    Differences are those of `subject` from all other models (None: no differences). `cache` is the run's folder of
-    token files. The tokenizer is that of the first model.
+    Differences are `subject` minus all others (None: none), and each model of `chain`, the student and then its aligned
+    ones, minus the one before. `cache` has the run's token files. The tokenizer is that of the first model.
 
     Raises `CorpusError` for unusable held-out text, multiple-choice items or prompts, before any weight is loaded.
     """
@@ -108,7 +112,6 @@ def run(
     heldout = samples.heldout(recipe.evaluate.samples)
     samples_BS = heldout.ids
     num_bytes = measure.target_bytes(tokenizer, samples_BS, heldout.predicted)
-
     device = resolve_device(recipe.device)
 
     def load(name: str) -> PreTrainedModel:
@@ -133,9 +136,9 @@ def run(
         "reference": reference,
         **_circumstances(heldout, num_bytes, tokens.fingerprint, device),
         "models": {name: {**measurement.facts, "speed": speeds.get(name)} for name, measurement in measured.items()},
-        "differences": None if subject is None else _differences(measured, subject, heldout.weights),
+        **_compared(measured, subject, chain, heldout.weights),
         **_written(measured, recipe, asked),
-        **_solved(recipe, session, subject),
+        **_solved(recipe, session, subject, chain),
     }
     write_json(out / "results.json", facts)
     return {name: _headline(measurement.facts) for name, measurement in measured.items()}
@@ -152,9 +155,9 @@ def _asked(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizer: PreTrain
     )
 
 
-def _solved(recipe: Recipe, session: TaskSession, subject: str | None) -> dict[str, Any]:
+def _solved(recipe: Recipe, session: TaskSession, subject: str | None, chain: Sequence[str]) -> dict[str, Any]:
     """The results of tasks and of other tools, if the recipe names any."""
-    tasks = session.write(subject=subject)
+    tasks = session.write(subject=subject, chain=chain)
     facts: dict[str, Any] = {} if tasks is None else {"tasks": tasks}
     if recipe.evaluate.imported:
         facts["imported"] = imported(recipe.evaluate.imported)
@@ -290,27 +293,39 @@ def _speed_facts(speed: Speed) -> dict[str, float]:
     }
 
 
-def _differences(
-    measured: Mapping[str, _Measured], subject: str, weights_B: Int[Tensor, " samples"] | None
+def _compared(
+    measured: Mapping[str, _Measured],
+    subject: str | None,
+    chain: Sequence[str],
+    weights_B: Int[Tensor, " samples"] | None,
 ) -> dict[str, Any]:
-    """The subject minus each other model, paired by samples and items."""
-    ours = measured[subject]
-    against = {}
-    for name, theirs in measured.items():
-        if name == subject:
-            continue
-        against[name] = {
-            **{
-                metric: measure.difference(values, theirs.per_sample[metric], weights_B).as_dict()
-                for metric, values in ours.per_sample.items()
-                if metric in theirs.per_sample
-            },
-            "choices": {
-                task: measure.difference(answers.right.double(), theirs.choices[task].right.double()).as_dict()
-                for task, answers in ours.choices.items()
-            },
+    """The subject minus each other model, and each model of the chain minus the one before."""
+    facts: dict[str, Any] = {"differences": None}
+    if subject is not None:
+        others = {name: theirs for name, theirs in measured.items() if name != subject}
+        against = {name: _difference(measured[subject], theirs, weights_B) for name, theirs in others.items()}
+        facts["differences"] = {"subject": subject, "against": against}
+    if len(chain) > 1:
+        facts["steps"] = {
+            after: {"before": before, **_difference(measured[after], measured[before], weights_B)}
+            for before, after in pairwise(chain)
         }
-    return {"subject": subject, "against": against}
+    return facts
+
+
+def _difference(ours: _Measured, theirs: _Measured, weights_B: Int[Tensor, " samples"] | None) -> dict[str, Any]:
+    """Ours minus theirs, paired by samples and items."""
+    return {
+        **{
+            metric: measure.difference(values, theirs.per_sample[metric], weights_B).as_dict()
+            for metric, values in ours.per_sample.items()
+            if metric in theirs.per_sample
+        },
+        "choices": {
+            task: measure.difference(answers.right.double(), theirs.choices[task].right.double()).as_dict()
+            for task, answers in ours.choices.items()
+        },
+    }
 
 
 def _headline(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,11 +41,11 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
 _TURNS = "let user and assistant take turns, the user first; tools answer an assistant, a system message comes first"
 
 
-def conversation(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
+def conversation(row: Any, *, place: str, text_field: str, key: str = MESSAGES_KEY) -> Iterator[Piece]:
     """The conversation of one row as JSON with `messages` and, where there are some, `tools`.
 
-    `text_field` names the field with the messages, `place` the row. Raises `CorpusError` for a row without messages,
-    for a message that is none, and for turns that do not alternate.
+    `text_field` names the field with the messages, `key` the recipe's key for it, `place` the row. Raises
+    `CorpusError` for a row without messages, for a message that is none, and for turns that do not alternate.
     """
     if not isinstance(row, dict):
         raise CorpusError(
@@ -54,14 +54,14 @@ def conversation(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:
             fix="write lines such as {" + json.dumps(text_field) + ': [{"role": "user", "content": "..."}, ...]}',
         )
     if text_field not in row:
-        raise no_field(place, text_field, row, key=MESSAGES_KEY)
+        raise no_field(place, text_field, row, key=key)
     given = row[text_field]
     if not isinstance(given, list) or not given:
         held = "an empty list" if given == [] else "null" if given is None else type(given).__name__
         raise CorpusError(
             f"{place} has no messages",
             why=f"field {text_field!r} holds {held}, and a conversation is a list of messages",
-            fix=f"drop that row, or set {MESSAGES_KEY} to the field that holds the messages",
+            fix=f"drop that row, or set {key} to the field that holds the messages",
         )
     messages = [message_of(message, number, place) for number, message in enumerate(given, 1)]
     require_turns([message["role"] for message in messages], place)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from halve.disk import plain_json
 from halve.disk.rundir import MARKER
@@ -48,6 +48,8 @@ _LICENSES = re.compile(
 )
 _NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
+TEXT_KEYS: Final = "data.train or data.valid"
+
 _ARRAY = re.compile(rb"\s*\[\s*\{\s*\"")
 _OBJECT = re.compile(rb"\s*\{\s*\"")
 
@@ -69,8 +71,8 @@ class SourceFiles:
         return f"left out {names}" + (f" and {more:,} more" if more > 0 else "")
 
 
-def find(source: str) -> SourceFiles:
-    """The files of a local source: itself, or those of the folder.
+def find(source: str, key: str = TEXT_KEYS) -> SourceFiles:
+    """The files of a local source: itself, or those of the folder. `key` is the recipe's key that names it.
 
     Raises `CorpusError` for a source that is not there or cannot be read, and for a folder without text or with so
     much else that it must be a mistake.
@@ -84,7 +86,7 @@ def find(source: str) -> SourceFiles:
             why="neither a file nor a folder of that name exists"
             if isinstance(error, FileNotFoundError)
             else reason(error),
-            fix="correct data.train or data.valid; write hub:owner/name for a data set of the hub",
+            fix=f"correct {key}; write hub:owner/name for a data set of the hub",
         ) from error
     if stat.S_ISREG(mode):
         return SourceFiles((path,), ())

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -55,6 +56,8 @@ class Chat:
 
     field: str
     count: Literal["assistant", "all"]
+    key: str = MESSAGES_KEY
+    """The recipe's key that names the field."""
 
     @classmethod
     def of(cls, data: Data, *, plain: bool = False) -> Chat | None:
@@ -64,20 +67,24 @@ class Chat:
     @property
     def wanted(self) -> Wanted:
         """What rows are read for."""
-        return Wanted(self.field, MESSAGES_KEY, (TOOLS,), conversation)
+        make = conversation if self.key == MESSAGES_KEY else partial(conversation, key=self.key)
+        return Wanted(self.field, self.key, (TOOLS,), make)
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What their tokens depend on beside text and tokenizer, as plain data."""
-        return {"field": self.field, "count": self.count, "template": template_of(tokenizer), "day": _DAY}
+        return {"field": self.field, "count": self.count, "template": template_of(tokenizer, self.key), "day": _DAY}
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A tokenizer's chat templates: one, or several by name. Raises `TokenizerError` where it has none."""
+def template_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Any:
+    """A tokenizer's chat templates: one, or several by name. Raises `TokenizerError` where it has none.
+
+    `key` is the recipe's key that needs one.
+    """
     template = tokenizer.chat_template
     if not template:
         raise TokenizerError(
             "the tokenizer has no chat template",
-            why=f"{MESSAGES_KEY} and evaluate.chat_prompts need one: it says how conversations are written",
+            why=f"{key} needs one: it says how conversations are written",
             fix="use a chat model, or put its chat_template.jinja into the folder of the model",
         )
     return template
@@ -85,7 +92,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """What a chat model reads before it answers a user's message. Raises `TokenizerError`."""
-    template_of(tokenizer)
+    template_of(tokenizer, "evaluate.chat_prompts")
     try:
         text = _renderer(tokenizer, None)([{"role": "user", "content": prompt}], prompted=True)
     except Exception as error:  # a template may raise whatever Jinja and Python raise
@@ -107,7 +114,7 @@ def encode_answers(
     may hold the end of a prompt and the beginning of an answer. Raises `TokenizerError` without a template and
     `CorpusError` for messages that it cannot render.
     """
-    template_of(tokenizer)
+    template_of(tokenizer, "align")
     render = _renderer(tokenizer, None)
     try:
         texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
@@ -128,7 +135,7 @@ def encode_conversations(batch: Sequence[Piece], *, tokenizer: PreTrainedTokeniz
     Raises `CorpusError` naming the row for one that the template cannot render, and for one whose assistant's part
     cannot be told; `TokenizerError` for a tokenizer without a template, or one that cannot tell where tokens are.
     """
-    template_of(tokenizer)
+    template_of(tokenizer, chat.key)
     if chat.count == "assistant" and not tokenizer.is_fast:
         raise TokenizerError(
             "the tokenizer cannot tell which tokens are the assistant's",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from halve.disk import plain_json
 from halve.disk.textfiles import extra, half_pair
 from halve.errors import CorpusError
-from halve.text.folders import delimiter
+from halve.text.folders import TEXT_KEYS, delimiter
 
 PIECE_CHARS = 1 << 16
 LONGEST_LINE_BYTES = 1 << 28  # of rows, which have to be read whole
@@ -31,13 +31,14 @@ class Wanted(NamedTuple):
     """What rows are read for: a field that must be there, others that may, and what is made of a row.
 
     `key` is the recipe's key that names the field, empty for a field whose name is fixed. `make` is a function like
-    `pieces`; None is `pieces`.
+    `pieces`; None is `pieces`. `listed` is the key that names the sources.
     """
 
     field: str
     key: str = "data.text_field"
     also: tuple[str, ...] = ()
     make: Callable[..., Iterator[Piece]] | None = None
+    listed: str = TEXT_KEYS
 
     def made(self, row: Any, place: str) -> Iterator[Piece]:
         """The documents of a row, whose place names it in errors."""

@@ -21,6 +21,7 @@ from halve.disk.files import file_sha256
 from halve.disk.textfiles import DAMAGED, ending, extra, open_packed, reason, shown
 from halve.errors import CorpusError
 from halve.text import folders
+from halve.text.folders import TEXT_KEYS
 from halve.text.rows import Piece as Piece
 from halve.text.rows import Wanted, csv_documents, json_lines, parquet_rows, plain_text
 
@@ -39,7 +40,7 @@ def read_documents(source: str, wanted: Wanted, *, revision: str | None = None) 
     if source.startswith(HUB):
         documents = _hub_rows(source, wanted, revision=revision)
     else:
-        documents = (piece for path in files(source) for piece in _read_file(path, wanted))
+        documents = (piece for path in files(source, wanted.listed) for piece in _read_file(path, wanted))
     empty = True
     for piece in documents:
         empty = empty and not piece.text.strip()
@@ -60,7 +61,7 @@ def beginnings(source: str, wanted: Wanted) -> Iterator[Piece]:
     An error further on is found when the text is tokenized.
     """
     words, left = False, PROBED_IN_ALL
-    for path in files(source):
+    for path in files(source, wanted.listed):
         seen = 0
         for piece in _read_file(path, wanted):
             yield piece
@@ -75,9 +76,12 @@ def beginnings(source: str, wanted: Wanted) -> Iterator[Piece]:
         raise _is_empty(source)
 
 
-def files(source: str) -> list[Path]:
-    """The files of a local source that are read: itself, or those of the folder, sorted by path."""
-    return list(folders.find(source).read)
+def files(source: str, key: str = TEXT_KEYS) -> list[Path]:
+    """The files of a local source that are read: itself, or those of the folder, sorted by path.
+
+    `key` is the recipe's key that names the source.
+    """
+    return list(folders.find(source, key).read)
 
 
 def require_distinct(listed: Sequence[str], key: str) -> None:
@@ -148,9 +152,8 @@ def _read_file(path: Path, wanted: Wanted) -> Iterator[Piece]:
                 f"{shown(path)} holds no {'conversations' if wanted.key else 'pairs of answers'}",
                 why=f"it is {'a table' if kind == 'CSV' else 'plain text'}, and "
                 + (f"{wanted.key} names a field of rows" if wanted.key else "a pair is a row with prompt and answers"),
-                fix="give JSON lines or parquet; in a mixture, set plain: true for a part of plain text"
-                if wanted.key
-                else "give JSON lines or parquet",
+                fix="give JSON lines or parquet"
+                + ("; in a mixture, set plain: true for a part of plain text" if wanted.listed == TEXT_KEYS else ""),
             )
         with open_packed(path) as file:
             if kind == "JSON lines":

@@ -87,6 +87,9 @@ class Lesson:
 class Gate(Protocol):
     """A measurement of the trained model that is due now and then."""
 
+    def first(self) -> dict[str, Any]:
+        """Return part of the journal's first line, before any step."""
+
     def due(self, before: int, tokens: int, *, last: bool) -> bool:
         """Whether it is due after the step between these numbers of tokens."""
 
@@ -203,7 +206,8 @@ class _UnderWay:
 
     def begin(self, journal: Journal | Mute) -> None:
         """Measure and save what is needed before the first step."""
-        if first := self.measure(0):
+        gate = self.lesson.gate
+        if first := self.measure(0) | ({} if gate is None else gate.first()):
             journal.write({"step": 0, "tokens": 0, **first})
         if self.course.training.on_spike == "rewind":
             self.keeper.save(0)  # rewind needs a checkpoint to return to
