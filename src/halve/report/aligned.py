@@ -48,7 +48,7 @@ def alignment(
     rows = [] if start is None else [_row(start, {}, results)]
     rows += [_row(name, metrics, results) for name, metrics in steps.items()]
     kept = ("KL to teacher", "perplexity")
-    head = ("model", "examples", "steps", "tokens", *kept, "nats", "accuracy, %", "likelier, %")
+    head = ("model", "examples", "tokens", *kept, "nats", "accuracy, %", "likelier, %")
     note = (
         "Every step starts from the model in the row above it. KL to the teacher and perplexity are measured on the"
         " held-out text of the run: a step that loses what was distilled raises them. Below the KL after a step stands"
@@ -65,12 +65,16 @@ def alignment(
 def _row(name: str, metrics: Facts, results: Facts | None) -> TableRow:
     found: Facts = results or {}
     model, step = found.get("models", {}).get(name, {}), found.get("steps", {}).get(name, {})
-    counts = [Cell(figure(metrics[key]) if key in metrics else "-") for key in ("examples", "steps", "tokens")]
+    examples, tokens = (Cell(figure(metrics[key]) if key in metrics else "-") for key in ("examples", "tokens"))
+    if "steps" in metrics:
+        examples = replace(examples, under=Cell(f"{figure(metrics['steps'])} steps"))
     kept = (_over(estimate(model.get("kl")), step.get("kl")), estimate(model.get("perplexity")))
     nats = _before_after(metrics, "nats")
     accuracy = estimate(metrics.get("accuracy"), percent=True)
     return TableRow(
-        label(name), (*counts, *kept, nats, accuracy, _before_after(metrics, "likelier", percent=True)), color(name)
+        label(name),
+        (examples, tokens, *kept, nats, accuracy, _before_after(metrics, "likelier", percent=True)),
+        color(name),
     )
 
 
