@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sockets are refused, and attempts are counted, because a library may swallow the refusal."""
+    importlib.import_module("urllib3.util")  # which binds a socket of this machine at its import, to know about IPv6
     attempts: list[str] = []
     for name in ("socket", "create_connection", "getaddrinfo"):
 
         def refused(*_: Any, name: str = name, **__: Any) -> Any:
-            attempts.append(name)
+            attempts.append("".join(traceback.format_stack(limit=14)))
             raise AssertionError("something asked for a network")
 
         monkeypatch.setattr(socket, name, refused)
     yield
-    assert attempts == []
+    assert not attempts, "\n".join(attempts)
 
 
 @pytest.mark.usefixtures("no_network")
