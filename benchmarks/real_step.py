@@ -19,6 +19,7 @@ import os
 import statistics
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 from distill_peers import OURS, Pair, summed, versions
@@ -50,7 +51,7 @@ def main() -> None:
     its = Checkpoint.open(args.model).config
     own = resized(its, {axis: int(size) for axis, _, size in (pair.partition("=") for pair in args.student)})
     teacher, student = _drawn(its).requires_grad_(False), _drawn(own)
-    print(f"# A distillation step of {args.model}, {datetime.date.today()}\n")
+    print(f"# A distillation step of {Path(args.model).name}, {datetime.date.today()}\n")
     print(
         f"{args.threads} threads of {os.cpu_count()} cores, {'bfloat16' if args.half else 'float32'} products;", end=" "
     )
