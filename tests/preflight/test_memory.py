@@ -60,7 +60,7 @@ def sized(one: PretrainedConfig) -> Sized:
 
 
 def section(**keys: Any) -> Distill:
-    return Distill(**{"tokens": 10_000, "batch": 8, "micro_batch": 4, **keys})
+    return Distill(**{"tokens": 10_000, "batch": 4, "micro_batch": 2, **keys})
 
 
 def measured(student: PreTrainedModel, teacher: PreTrainedModel, training: Distill) -> int:
@@ -93,7 +93,7 @@ def measured(student: PreTrainedModel, teacher: PreTrainedModel, training: Disti
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one pass": {"micro_batch": 8},
+    "one pass": {"micro_batch": 4},
     "recomputed": {"activation_checkpointing": "full"},
     "selective": {"activation_checkpointing": "selective"},
     "muon": {"optimizer": "muon"},

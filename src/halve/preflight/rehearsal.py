@@ -285,8 +285,8 @@ def _objective(
     def summed(hidden_ND: Tensor, head: Head, target: chunked.Target) -> Tensor:
         vocab = head.weight.shape[0]
         chunk = chunked.chunk_tokens(vocab, cuda=cast.cuda)
-        hidden_ND = hidden_ND[: 2 * chunk]  # further chunks take the same memory, and more time
-        return chunked.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=operand)
+        hidden_ND = hidden_ND[: 2 * chunk]  # further chunks and blocks take the same memory, and more time
+        return chunked.chunked(hidden_ND, head, target, vocab=vocab, chunk=chunk, operand=operand, blocks=2)
 
     operand = torch.bfloat16 if cast.half else None
     if teacher is None or not isinstance(training, Distill) or not objectives.teacher_terms(training):

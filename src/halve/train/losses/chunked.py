@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ def chunked(
     vocab: int,
     chunk: int,
     operand: torch.dtype | None = None,
+    blocks: int | None = None,
 ) -> Float[Tensor, ""]:
     """Return the loss summed over tokens, differentiable by `hidden`, `head.weight` and `head.bias`.
 
@@ -63,11 +65,11 @@ def chunked(
     precision applies to all products, with float32 results. A CPU has no such product. There it applies only to the
     gradient of `hidden`, which is rounded as under autocast. Working memory is two chunks of logits (student and
     teacher), half a chunk and a few sixteenths of a chunk, and the gradient of the head. A head that `accumulates` adds
-    this gradient to its existing sum.
+    this gradient to its existing sum. A rehearsal computes so many `blocks` of a chunk (default: all).
     """
     assert 0 < vocab <= head.weight.shape[0]
     assert chunk > 0
-    pieces = _Pieces(vocab, chunk, operand)
+    pieces = _Pieces(vocab, chunk, operand, blocks)
     loss: Tensor = _Chunked.apply(hidden, head.weight, head.bias, head, target, pieces)  # type: ignore[no-untyped-call]
     return loss
 
@@ -198,11 +200,12 @@ class _Factors(NamedTuple):
 
 
 class _Pieces(NamedTuple):
-    """How the logits are computed: the number of columns, the tokens per chunk, the precision of the factors."""
+    """How the logits are computed: the columns, the tokens of a chunk, the precision of the factors, its blocks."""
 
     vocab: int
     chunk: int
     operand: torch.dtype | None
+    blocks: int | None
 
 
 class _Chunked(torch.autograd.Function):
@@ -218,7 +221,7 @@ class _Chunked(torch.autograd.Function):
         target: Target,
         pieces: _Pieces,
     ) -> Tensor:
-        vocab, chunk, operand = pieces
+        vocab, chunk, operand, blocks = pieces
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         factors = _Factors.of(hidden_ND, head, vocab, operand)
         exact = torch.promote_types(factors.hidden_ND.dtype, torch.float32)
@@ -233,7 +236,7 @@ class _Chunked(torch.autograd.Function):
             for rows in _slices(hidden_ND.shape[0], chunk):
                 z_CV = _raw_logits(factors, rows, room_CV)
                 row_loss = target(rows)
-                for block in _blocks(z_CV, chunk):
+                for block in islice(_blocks(z_CV, chunk), blocks):
                     total += _into_gradient(z_CV[block], head, row_loss, block)
                 if bias_grad_V is not None:
                     bias_grad_V[:vocab] += z_CV.sum(0)
