@@ -1,4 +1,4 @@
-"""The sections of the report that are only plots: how the students learned, and what was important.
+"""The sections of the report that are plots: how the students learned, what they could do, and what was important.
 
 Nothing here reads a file. A section whose facts are missing is None.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halve.report import plots
-from halve.report.plots import Number, Series
+from halve.report.plots import Level, Number, Series
 from halve.report.sections import ALIGNED, SUBJECT, Facts, Figure, PageSection, color, label
 
 _CURVE_POINTS = 160
@@ -85,6 +85,37 @@ def loss_curve(name: str, log: Sequence[Facts]) -> Series | None:
     groups = [steps[i : i + width] for i in range(0, len(steps), width)]
     points = tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
     return Series(label(name).split(",")[0], color(name), points)
+
+
+def gates(logs: Mapping[str, Sequence[Facts]], told: Mapping[str, Facts]) -> PageSection | None:
+    """Scores of tasks during distillations. `told` has the gates of each model's manifest."""
+    if not told:
+        return None
+    figures = []
+    for task, teacher in {task: score for facts in told.values() for task, score in facts["armed"].items()}.items():
+        scored = [
+            Series(label(name).split(",")[0], color(name), points)
+            for name in told
+            if (points := _gate(logs.get(name, ()), task))
+        ]
+        if scored:
+            levels = [Level(label("teacher"), teacher)]
+            svg = plots.curves(scored, title=f"Gate: {task}", x_label="tokens", levels=levels)
+            figures.append(Figure(task, "Score of a few items; the dashed line is the teacher's.", svg))
+    note = ["Scores of a few generated answers, measured during the distillation. They do not change it."]
+    note += [f"{task} does not count: {why}." for task, why in _not_armed(told).items()]
+    warnings = (line.get("gate_warnings", {}) for name in told for line in logs.get(name, ()))
+    note += [f"Warning: {words}." for found in warnings for words in found.values()]
+    return PageSection("Gates", " ".join(note), figures=tuple(figures))
+
+
+def _gate(log: Sequence[Facts], task: str) -> tuple[tuple[float, float], ...]:
+    found = ((float(line["tokens"]), line.get("gates", {}).get(task)) for line in log)
+    return tuple((tokens, float(score)) for tokens, score in found if score is not None)
+
+
+def _not_armed(told: Mapping[str, Facts]) -> dict[str, str]:
+    return {task: why for facts in told.values() for task, why in facts["not_armed"].items()}
 
 
 # ---- importance ----------------------------------------------------------------------------------------------

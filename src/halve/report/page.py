@@ -173,6 +173,7 @@ def _view(run: Run) -> dict[str, Any]:
             for number, facts in run.searches.items()
         ),
         charts.learning_curves(run.logs),
+        charts.gates(run.logs, _gates(run)),
         *(
             charts.importance(cut.scores, cut.about_scores, cut.plan, title=_numbered("Importance", number))
             for number, cut in enumerate(run.cuts, 1)
@@ -208,6 +209,12 @@ def _view(run: Run) -> dict[str, Any]:
             if section is not None and section.table
         ],
     }
+
+
+def _gates(run: Run) -> dict[str, Mapping[str, Any]]:
+    """By trained model, the tasks that were asked during its distillation."""
+    metrics = {stage: manifest.get("metrics") or {} for stage, manifest in run.manifests.items()}
+    return {_model_name(stage): found["gates"] for stage, found in metrics.items() if "gates" in found}
 
 
 def _numbered(title: str, number: int) -> str:
