@@ -77,6 +77,15 @@ def test_missing_data_are_found(aligned: MakeRecipe, tmp_path: Path, kind: str) 
     assert error.fix.startswith("correct align.data;")
 
 
+def test_the_plan_says_which_steps_it_does_not_count(aligned: MakeRecipe, tmp_path: Path) -> None:
+    """A plan is made before the data are there, and data sets of the hub are read in the run."""
+    talks = conversations(tmp_path / "talks.jsonl", 4)
+    steps = [{"kind": "sft", "data": [place]} for place in (str(talks), "later.jsonl", "hub:some/set")]
+    planned = forecasts.forecast(aligned(*steps))
+    assert planned.tokens["align-sft"] > 0
+    assert planned.unknown == dict.fromkeys(("align-2-sft", "align-3-sft"), "none of its rows are on this machine")
+
+
 def test_the_field_of_a_step_is_that_of_the_step(aligned: MakeRecipe, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"talk": []}])
     (error,) = check(aligned({"kind": "sft", "data": [str(path)]}))

@@ -52,3 +52,16 @@ def test_a_real_model_is_cut_by_the_defaults(name: str) -> None:
     assert recipe.distill is not None
     steps = recipe.distill.tokens / recipe.distill.batch / recipe.data.context
     assert steps > 5 * recipe.distill.warmup_steps, "warm-up is a small part of the training"
+
+
+def test_a_recipe_goes_on_to_an_aligned_and_evaluated_model() -> None:
+    """The same cut and distillation, then the papers' order: instructions, rewards of the data, its own answers."""
+    whole, plain = (load_recipe(RECIPES / f"smollm2-135m-70{end}.yaml") for end in ("-aligned", ""))
+    assert [(step.kind, step.rewards, step.answers) for step in whole.align] == [
+        ("sft", "data", None),
+        ("rpo", "data", None),
+        ("rpo", "gsm8k", 4),
+    ]
+    assert whole.evaluate.suites == ("minitron-instruct",)
+    parts = {"name": plain.name, "align": (), "evaluate": plain.evaluate}
+    assert whole.model_copy(update=parts) == plain

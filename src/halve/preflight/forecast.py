@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -175,7 +175,7 @@ def forecast(
         flops={stage: float(stage_work.flops) for stage, stage_work in done.items()},
         hours_by_stage=hours_by_stage(done, device, ranks=ranks, half=place.half),
         gpu_hours_by_stage={stage: hours or 0.0 for stage, hours in hours_by_stage(done, a_card(device)).items()},
-        unknown=dict(asked.unknown),
+        unknown={**asked.unknown, **_unread(done)},
         memory=memory,
         held=_held(recipe, shapes, on_cpu=not device.cuda),
         settings=settings,
@@ -193,6 +193,12 @@ def _made(shape: PlannedRound, context: int) -> Round:
     return Round(
         shape.after, shape.counts(context=context), () if kept is None else tuple(i for i in layers if i not in kept)
     )
+
+
+def _unread(done: Mapping[str, work.Work]) -> dict[str, str]:
+    """Steps of alignment of whose data nothing could be read."""
+    steps = (stage for stage, its in done.items() if parsed(stage)[0] == "align" and not its.tokens)
+    return dict.fromkeys(steps, "none of its rows are on this machine")
 
 
 def _inside(recipe: Recipe, shapes: Sequence[PlannedRound]) -> tuple[Round, ...]:
