@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import ALSO, PROVED, config
+from scripted import script
 from transformers import AutoConfig, PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch, discover
@@ -18,8 +21,12 @@ from halve.recipe.searching import ByteLimits, FlopsLimits, Limits, MemoryLimits
 from halve.search.quantities import Prices
 from halve.search.space import Space, legal_shapes
 
+WALK = script("families")
 EVERY = [*PROVED, *ALSO]
 RANDOM = random.Random(15).sample(EVERY, 10)
+WALKED: dict[str, dict[str, Any]] = json.loads(WALK.RESULTS.read_text(encoding="utf-8"))
+"""What the proof refuses, of every family of transformers."""
+CUT = sorted(name for name, found in WALKED.items() if len(found.get("refused", WALK.AXES)) < len(WALK.AXES))
 WINDOW, CONTEXT, BATCH = 8, 13, 3
 FREE = Search.model_validate({"budget": {"total": 1}, "axes": {"heads": "allowed", "hidden": 4, "ffn": 4}})
 FREE_TOGETHER = FREE.model_copy(update={"axes": {}})
@@ -69,6 +76,13 @@ def cached_bytes(model: PreTrainedModel) -> int:
     return sum(2 * tensor.numel() // tensor.shape[-2] * (tensor.shape[-2] + 1) for tensor in tensors)
 
 
+def counted(anatomy: Anatomy, model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters of a model: all, and without embeddings."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    return total, total - sum(sizes.get(name, 0) for name in anatomy.embeddings)
+
+
 @pytest.mark.parametrize("family", EVERY, indirect=True)
 def test_counts_are_those_of_the_built_model(family: str) -> None:
     anatomy = anatomy_of(family)
@@ -78,19 +92,41 @@ def test_counts_are_those_of_the_built_model(family: str) -> None:
     assert len({arch for *_, arch in shapes}) > 2
     for layers, width, ffn, arch in shapes:
         model = built(anatomy, arch)
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        total = sum(sizes.values())
+        total, non_embedding = counted(anatomy, model)
 
         def priced(quantity: str, limits: Limits, layers: int = layers, place: tuple[int, int] = (width, ffn)) -> float:
             return float(prices.values(quantity, limits, layers)[place])  # type: ignore[arg-type]
 
         assert priced("total", some) == priced("active", some) == total
-        assert priced("non_embedding", some) == total - sum(sizes.get(name, 0) for name in anatomy.embeddings)
+        assert priced("non_embedding", some) == non_embedding
         assert priced("weight_bytes", ByteLimits(max="1GB", dtype="float32")) == 4 * total
         memory = priced("memory", MemoryLimits(max="1GB", batch=BATCH, context=CONTEXT))
         assert memory == 2 * total + BATCH * cached_bytes(model)
         counts = anatomy.ledger.count(arch, context=CONTEXT)
         assert priced("flops", FlopsLimits(max="1G", context=CONTEXT)) == counts.flops_per_token
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_counts_are_those_of_the_built_model_in_every_family_that_is_cut(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    """A small twin of each family, in the axes that its proof allows."""
+    if not request.config.getoption("--every-family"):
+        pytest.skip("make long looks at every family")
+    with quiet():
+        anatomy = discover(AutoConfig.for_model(family, **WALK.CHANGES.get(family, {}))).twin()
+        free = {axis: step for axis, step in {"hidden": 4, "ffn": 4, "heads": "allowed"}.items() if not anatomy.coupled}
+        refused = dict.fromkeys(WALKED[family]["refused"], "frozen")
+        space = legal_shapes(anatomy, FREE.model_copy(update={"axes": free | refused}))
+        prices, some = Prices(space), Limits(max="1B")
+        shapes = drawn(anatomy, space, 3)
+        assert shapes
+        for layers, width, ffn, arch in shapes:
+            total, active, rest = (
+                float(prices.values(name, some, layers)[width, ffn]) for name in ("total", "active", "non_embedding")
+            )
+            assert (total, rest) == counted(anatomy, built(anatomy, arch))
+            assert active <= total
 
 
 def test_a_window_bounds_the_cache() -> None:
