@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,6 +42,7 @@ from halve.model import saving
 from halve.model.checkpoint import Checkpoint
 from halve.progress import SILENT
 from halve.recipe.schema import Alignment, Data
+from halve.studies.statistics import differences, mean, standard_error, verdict
 
 CERTAIN = 1e-3
 """A probability is not taken to be closer than this to 0 or 1: log-odds of 7."""
@@ -247,13 +247,9 @@ def _took(done: trainers.AlignedModel, trained: float, began: float) -> dict[str
 
 def _compared(first: str, second: str, accuracy: dict[str, list[float]]) -> dict[str, Any]:
     """The verdict on the claim that the first kind reaches a higher accuracy than the second."""
-    gains = [a - b for a, b in zip(accuracy[first], accuracy[second], strict=True)]
-    mean = sum(gains) / len(gains)
-    test = stats.ttest_1samp(gains, 0.0) if len({*gains}) > 1 else None
-    clear = test is not None and test.pvalue < 0.05
-    verdict = ("held" if mean > 0 else "reversed") if clear else "inconclusive"
-    p = None if test is None else float(test.pvalue)
-    return {"claim": f"{first} above {second}", "gains": gains, "mean": mean, "p": p, "verdict": verdict}
+    gains = differences(accuracy[first], accuracy[second])
+    claim = {"claim": f"{first} above {second}", "gains": gains}
+    return claim | {"mean": mean(gains), "stderr": standard_error(gains), "verdict": verdict(gains)}
 
 
 if __name__ == "__main__":

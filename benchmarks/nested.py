@@ -11,7 +11,8 @@ On the demo's teacher and texts, three sizes. All arms see the same number of tr
 
 A row for each student and seed: parameters, KL to the teacher, bits per byte and their standard errors, straight after
 the cut and after training (a nest's smaller students after the cut are on the samples of the training's measurements).
-Runs live in WORK and resume; a row that stands in the file is not made again. The teacher is not corrected.
+Runs live in WORK and resume; a row that stands in the file is not made again. The teacher is not corrected. The last
+lines compare arms: the difference in KL for each size, paired by seed, and the studies' verdict on "lower".
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from halve.demo.run import make_recipe
 from halve.pipeline import run as pipeline
 from halve.recipe.schema import Recipe
+from halve.studies.statistics import differences, mean, standard_error, verdict
 
 SIZES = (
     {"hidden": 96, "ffn": 224, "layers": 10},
@@ -58,6 +60,24 @@ def main() -> None:
                 for row in list(rows(base, arm, seed, args)):
                     file.write(json.dumps(about | row) + "\n")
                     print(json.dumps(about | row), flush=True)
+                    known.append(about | row)
+    asked = [row for row in known if (row["tokens"], row["draws"]) == (args.tokens, args.draws)]
+    for line in compared(asked, args.seeds):
+        print(json.dumps(line))
+
+
+PAIRS = (("nested", "separate"), ("nested-plain", "separate-plain"), ("nested", "nested-plain"))
+
+
+def compared(known: list[dict[str, Any]], seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """The claims that the first arm of a pair has a lower KL, for each size."""
+    for first, second in PAIRS:
+        for number in range(1, len(SIZES) + 1):
+            kl = {(row["arm"], row["seed"]): row["kl"] for row in known if row["size"] == number}
+            if all((arm, seed) in kl for arm in (first, second) for seed in seeds):
+                gains = differences([kl[second, seed] for seed in seeds], [kl[first, seed] for seed in seeds])
+                about = {"claim": f"{first} below {second}", "size": number, "gains": gains}
+                yield about | {"mean": mean(gains), "stderr": standard_error(gains), "verdict": verdict(gains)}
 
 
 def rows(base: Recipe, arm: str, seed: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
