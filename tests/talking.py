@@ -31,19 +31,19 @@ def conversations(path: Path, num: int = 60, *, seed: int = 0) -> Path:
 
 
 def preferences(num: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs in which the better answer is always of the same kind, better by a different amount each time."""
+    """Pairs of as many prompts. The better answer is of the same kind, better by a different amount each time."""
     draw = random.Random(seed)
     words = ("cat", "dog", "tree", "river", "house", "stone", "bird", "cloud")
     return [
         {
-            "prompt": f"Who sees the {draw.choice(words)}?",
+            "prompt": f"Who sees the {draw.choice(words)} {i}?",
             "chosen": f"The {draw.choice(words)} sees it.",
             "rejected": f"A {draw.choice(words)} was lost.",
             "chosen_reward": 1.0 + 3 * draw.random(),
             "rejected_reward": draw.random(),
             "answer": str(draw.randint(0, 9)),
         }
-        for _ in range(num)
+        for i in range(num)
     ]
 
 

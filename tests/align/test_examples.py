@@ -103,14 +103,58 @@ def test_largest_id_of_both_kinds(tmp_path: Path, chat_tokenizer: PreTrainedToke
     assert largest_id([]) == -1
 
 
+def of_prompts(*prompts: int) -> list[Preference]:
+    """A pair of each of these prompts."""
+    return [Preference([prompt], [i], [i + 1], asked=str(prompt)) for i, prompt in enumerate(prompts)]
+
+
 def test_what_is_held_out_is_fixed_by_the_seed_and_never_trained_on() -> None:
-    items = list(range(100))
-    train, heldout = parted(items, 8, seed=1)
-    assert sorted([*train, *heldout]) == items
-    assert len(heldout) == 8
-    assert parted(items, 8, seed=1)[1] == heldout != parted(items, 8, seed=2)[1]
-    assert parted(items, 0, seed=1) == (items, [])
-    assert len(parted(items, 64, seed=1)[1]) == 10
+    pairs = of_prompts(*range(100))
+    train, heldout, beside = parted(pairs, 8, seed=1)
+    assert sorted([*train, *heldout]) == pairs
+    assert (len(heldout), beside) == (8, [])
+    assert parted(pairs, 8, seed=1)[1] == heldout != parted(pairs, 8, seed=2)[1]
+    assert parted(pairs, 0, seed=1) == (pairs, [], [])
+    assert len(parted(pairs, 64, seed=1)[1]) == 10
+
+
+@pytest.mark.parametrize(("num_prompts", "asked", "held"), [(100, 64, 10), (100, 3, 3), (20, 64, 2), (9, 64, 0)])
+def test_one_pair_of_a_held_out_prompt_is_held_out_and_none_trained_on(num_prompts: int, asked: int, held: int) -> None:
+    pairs = of_prompts(*(i % num_prompts for i in range(3 * num_prompts)))
+    train, heldout, beside = parted(pairs, asked, seed=0)
+    assert (len(heldout), len(beside)) == (held, 2 * held)
+    assert sorted([*train, *heldout, *beside]) == sorted(pairs)
+    prompts = {pair.asked for pair in heldout}
+    assert len(prompts) == held
+    assert {pair.asked for pair in beside} == prompts
+    assert not prompts & {pair.asked for pair in train}
+
+
+def test_a_prompt_of_most_pairs_is_not_held_out() -> None:
+    pairs = of_prompts(*([0] * 900), *range(1, 101))
+    for seed in range(20):
+        train, heldout, _ = parted(pairs, 64, seed=seed)
+        assert (len(train), len(heldout)) == (990, 10)
+
+
+def test_pairs_of_one_prompt_have_one_group(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    """However the prompt is written, and whatever its last token is beside an answer."""
+    one, other = preferences(2)
+    messages = [{"content": one["prompt"], "role": "user"}]
+    rows = [one, {**one, "chosen": "Nobody."}, {**one, "prompt": messages}, other]
+    groups = [encoded(row, chat_tokenizer, tmp_path / "a.jsonl").group for row in rows]
+    assert groups[0] == groups[1] == groups[2] != groups[3]
+
+
+def test_a_file_that_is_given_twice_leaks_nothing(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    path = str(conversations(tmp_path / "a.jsonl", 60))
+    step = Alignment(kind="sft", data=(path, path))
+    talks = list(dialogues(step, DATA, chat_tokenizer, context=64, left_out=LeftOut()))
+    train, heldout, beside = parted(talks, 64, seed=0)
+    held = {talk.ids.tobytes() for talk in heldout}
+    assert len(talks) == 120 == len(train) + len(heldout) + len(beside)
+    assert 4 <= len(held) == len(heldout) <= 6
+    assert not held & {talk.ids.tobytes() for talk in train}
 
 
 def test_nothing_left_is_an_error() -> None:

@@ -58,6 +58,12 @@ def test_accuracy_counts_what_was_gained_and_a_tie_half() -> None:
     assert start["accuracy"] == {"value": 0.5, "stderr": 0.0}
 
 
+def test_pairs_without_a_better_answer_have_no_accuracy() -> None:
+    pairs = [Preference([1], [2], [3], 0.0)] * 3
+    before, after = torch.zeros(2, 3).double(), torch.ones(2, 3).double()
+    assert measured.told_of_pairs(pairs, before, after, beta=0.1) == {"heldout": 0}
+
+
 def test_nats_are_means_over_tokens() -> None:
     talks = [Dialogue(np.arange(n, dtype=np.int32), np.ones(n, dtype=np.bool_)) for n in (3, 5)]
     before, after = torch.tensor([-4.0, -4.0]).double(), torch.tensor([-2.0, -1.0]).double()

@@ -208,7 +208,7 @@ def dying(how: StepSetting, *, at: int) -> StepSetting:
     return replace(how, progress=Dying())
 
 
-@pytest.mark.parametrize(("kind", "method"), [("rpo", "full"), ("rpo", "lora"), ("dpo", "full"), ("sft", "full")])
+@pytest.mark.parametrize(("kind", "method"), [("rpo", "full"), ("rpo", "lora"), ("ipo", "full"), ("sft", "full")])
 def test_a_killed_training_ends_with_the_same_bits(
     kind: str,
     method: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +82,17 @@ def test_the_best_and_the_worst_become_the_pair() -> None:
     assert left_out.told == "1 have answers of equal reward and are left out"
 
 
-def test_a_reward_that_is_no_number_ends_the_step() -> None:
-    with pytest.raises(TrainError, match=r"the reward of an answer is not finite\n  why: it is nan"):
-        list(writing.judged(ROWS[:1], [["a", "b"]], lambda row, text: math.nan, left_out=LeftOut()))
+def test_a_prompt_with_an_answer_that_was_not_read_is_left_out() -> None:
+    left_out = LeftOut()
+    rewards = {"a": 1.0, "b": None, "c": 2.0}
+    (pair,) = writing.judged(ROWS[:2], [["a", "b"], ["a", "c"]], lambda row, text: rewards[text], left_out=left_out)
+    assert pair["prompt"] == ROWS[1]["prompt"]
+    assert left_out.told == "1 have answers that are too long for the reward model and are left out"
+    assert left_out.fix == "give a reward model that reads more tokens, or shorter answers"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e16])
+def test_a_reward_that_is_no_number_ends_the_step(value: float) -> None:
+    want = re.escape(f"the reward of an answer is {value:g}\n  why: a reward is a number of at most 1e+15")
+    with pytest.raises(TrainError, match=want):
+        list(writing.judged(ROWS[:1], [["a", "b"]], lambda row, text: value, left_out=LeftOut()))

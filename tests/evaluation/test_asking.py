@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from task_rows import rows_of, small_model, write_data
+from rich.console import Console
+from task_rows import rows_of, small_model, write_data, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +16,7 @@ from halve.evaluation import asking
 from halve.evaluation.results import item_lines, summary
 from halve.model.checkpoint import Checkpoint
 from halve.model.choices import Item, answer_encoded, encode
+from halve.progress import RichProgress
 from halve.recipe.evaluations import Evaluate
 
 
@@ -105,3 +107,30 @@ def test_the_summary_has_every_task_and_every_item(model: Checkpoint, exam: aski
     lines = list(item_lines(both))
     assert len(lines) == 15
     assert lines[0]["values"]["teacher"] == lines[0]["values"]["student"]
+
+
+def test_prompts_that_lose_their_beginning_are_counted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of four questions are longer than the context, and each prompt of gsm8k than what its answer leaves."""
+    long = {"question": "What is it? " * 60}
+    arc = [row | (long if i > 1 else {}) for i, row in enumerate(rows_of("arc_easy", 4))]
+    places = {"arc_easy": arc, "gsm8k": [row | long for row in rows_of("gsm8k", 3)]}
+    data = {task: str(write_rows(tmp_path / f"{task}.jsonl", rows)) for task, rows in places.items()}
+    section = Evaluate(tasks=dict.fromkeys(data, 0), data=data, max_new_tokens=2)
+    teacher = Checkpoint.open(small_model(tmp_path / "model", tokenizer))
+    model = teacher.load()
+
+    def cut(context: int) -> dict[str, int]:
+        model.config.max_position_embeddings = context
+        exam = asking.read_exam(section, context=context)
+        answers = asking.answer(exam, model, teacher.tokenizer, seed=0, progress=RichProgress(Console(width=200)))
+        found = summary(exam, {"teacher": answers}, subject=None, bos="")
+        assert found is not None
+        return {entry["task"]: entry["cut"] for entry in found["listed"]}
+
+    assert cut(4096) == {"arc_easy": 0, "gsm8k": 0}
+    assert "lost" not in capsys.readouterr().out
+    assert cut(128) == {"arc_easy": 2, "gsm8k": 3}
+    told = "arc_easy (0): 4 items; the prompts of 2 lost their beginning, for they do not fit into 128 tokens"
+    assert told in capsys.readouterr().out

@@ -99,6 +99,14 @@ def test_items_that_change_with_the_batch_are_named() -> None:
     assert list(task_tables._changed(tasks, asked)) == [words]
 
 
+def test_prompts_that_were_cut_are_told_in_the_line_of_their_task() -> None:
+    entry = {"key": "arc_easy (25)", "items": 40, "metric": "acc_norm"}
+    words = "arc_easy (25): 40 items by acc_norm"
+    assert task_tables._counts(entry) == task_tables._counts({**entry, "cut": 0}) == words
+    told = f"{words} (12 prompts did not fit into the context and lost their beginning)"
+    assert task_tables._counts({**entry, "cut": 12}) == told
+
+
 def test_a_table_has_the_papers_columns() -> None:
     (paper,) = (paper for paper in PAPER_MODELS if paper.label == "4B-Width")
     entry = {"task": "gsm8k", "key": "gsm8k (5)", "shots": 5, "title": "GSM8k", "suites": ["minitron-base"]}

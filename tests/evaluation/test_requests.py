@@ -151,7 +151,7 @@ def test_unknown_tasks_and_missing_files_are_known_before_a_run(
     ("shots", "rows", "words"),
     [
         (5, 5, "winogrande has too few rows for 5 shots"),
-        (0, 0, "lm-evaluation-harness cannot read the rows of winogrande"),
+        (0, 0, "lm-evaluation-harness cannot use {path} line 1, a row of winogrande"),
     ],
 )
 def test_rows_of_which_no_task_can_be_made_are_known_before_a_run(
@@ -162,7 +162,7 @@ def test_rows_of_which_no_task_can_be_made_are_known_before_a_run(
     bad = [] if rows else [{"sentence": "No gap.", "option1": "a", "option2": "b", "answer": "1"}]
     path = write_rows(tmp_path / "rows.jsonl", bad or rows_of("winogrande", rows))
     (error,) = check(make_recipe(evaluate={"tasks": {"winogrande": shots}, "data": {"winogrande": str(path)}}))
-    assert error.what == words
+    assert error.what == words.format(path=path)
 
 
 def test_a_chat_template_that_is_missing_is_known_before_a_run(

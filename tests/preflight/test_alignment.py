@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from talking import conversations, preferences, with_chat, write_lines
+from talking import SHORT_CHAT, conversations, preferences, with_chat, write_lines
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from halve.errors import RecipeError
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import forecast as forecasts
 from halve.preflight.alignment import rows_left_out
 from halve.preflight.check import check
 from halve.recipe.schema import Recipe
+
+CALLS = SHORT_CHAT.replace("message['content']", "(message['content'] or message['tool_calls'][0]['name'])")
+"""A template that writes calls of tools."""
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -52,6 +58,10 @@ def test_sound_steps_pass(aligned: MakeRecipe, tmp_path: Path) -> None:
         ({"chosen_reward": None}, {}, "line 2 has no reward for its chosen answer"),
         ({"rejected_reward": float("nan")}, {}, "line 2 has no reward for its rejected answer"),
         ({"answer": None}, {"rewards": "gsm8k"}, "line 2 has no answer to compare with"),
+        ({"answer": "none"}, {"rewards": "gsm8k", "answers": 2}, "line 2 has no number to compare with"),
+        ({"chosen_reward": 10**400}, {}, "line 2 has no reward for its chosen answer"),
+        ({"chosen_reward": 1e308, "rejected_reward": -1e308}, {}, "line 2 has no reward for its chosen answer"),
+        ({"chosen": {"role": "assistant", "content": None}}, {}, "line 2 has no chosen answer"),
         ({"prompt": ""}, {"kind": "dpo"}, "line 2 has no field 'prompt'"),
     ],
 )
@@ -118,6 +128,22 @@ def test_conversations_without_any_answer_are_refused(aligned: MakeRecipe, tmp_p
     ]
 
 
+@pytest.mark.parametrize("content", ["", None, " \n"])
+def test_an_answer_that_says_nothing_is_refused(aligned: MakeRecipe, tmp_path: Path, content: str | None) -> None:
+    silent = {"role": "assistant", "content": content}
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER, QUESTION, silent]}]
+    (error,) = check(aligned({"kind": "sft", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]}))
+    assert error.what.endswith("a.jsonl, line 2 has no answer in message 4")
+    assert len(str(error).splitlines()) == 3
+
+
+def test_a_call_of_a_tool_is_an_answer(aligned: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
+    model = with_chat(tiny_llama, tmp_path / "calling", template=CALLS)
+    call = {**ANSWER, "content": "", "tool_calls": [{"name": "look"}]}
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [QUESTION, call]}])
+    assert check(aligned({"kind": "sft", "data": [str(path)]}, model=model)) == ()
+
+
 def test_pairs_without_any_room_are_refused(aligned: MakeRecipe, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "b.jsonl", preferences(3))
     (error,) = check(aligned({"kind": "dpo", "data": [str(path)], "context": 4}))
@@ -130,7 +156,7 @@ def test_rows_that_are_left_out_are_told(aligned: MakeRecipe, tmp_path: Path) ->
     rows = [{"messages": [QUESTION]}] * 2 + [{"messages": [QUESTION, ANSWER]}] * 98
     recipe = aligned(
         {"kind": "sft", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]},
-        {"kind": "dpo", "data": [str(write_lines(tmp_path / "b.jsonl", preferences(4)))]},
+        {"kind": "dpo", "data": [str(write_lines(tmp_path / "b.jsonl", preferences(4)))], "context": 64},
     )
     assert check(recipe) == ()
     assert list(rows_left_out(recipe, Checkpoint.open(recipe.model))) == [
@@ -155,6 +181,7 @@ def test_a_tokenizer_without_a_template_is_found(aligned: MakeRecipe, tiny_llama
 @pytest.mark.parametrize(
     ("step", "what"),
     [
+        ({"context": 4096}, "set context in step 1 of align (dpo) to"),
         ({"context": 4096}, "a sample of step 1 of align (dpo) has 4096 tokens"),
         ({"method": "lora", "lora_rank": 64}, "lora_rank 64 of step 1 of align (dpo) is larger than"),
         ({"rewards": "model", "reward_model": "./no/judge"}, "there is no model"),
@@ -165,6 +192,37 @@ def test_what_does_not_fit_the_model_is_found(
 ) -> None:
     pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
     assert what in errors(aligned({"kind": "dpo", "data": [str(pairs)], **step}))
+
+
+def test_a_rank_that_is_too_high_is_one_error(aligned: MakeRecipe, tmp_path: Path) -> None:
+    """Also where the disk is planned, which knows the step as a correction."""
+    talks = conversations(tmp_path / "a.jsonl", 4)
+    recipe = aligned({"kind": "sft", "data": [str(talks)], "method": "lora", "lora_rank": 100})
+    (error,) = check(recipe, tmp_path / "run")
+    assert error.what.startswith("lora_rank 100 of step 1 of align (sft) is larger")
+    with pytest.raises(RecipeError, match=re.escape(error.what)):
+        forecasts.forecast(recipe)
+
+
+def test_a_reward_model_that_cannot_judge_is_found(aligned: MakeRecipe, tmp_path: Path, chat_model: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        max_position_embeddings=16,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
+    step = {"data": [str(pairs)], "rewards": "model", "reward_model": str(tmp_path / "judge")}
+    recipe = aligned({"kind": "rpo", **step})
+    (error,) = check(recipe)
+    assert error.what == f"align.reward_model: {tmp_path / 'judge'} has no tokenizer"
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(tmp_path / "judge")
+    (error,) = check(recipe)
+    assert "reads 16 tokens, and step 1 of align (rpo) has context 32" in error.what
 
 
 def test_a_missing_package_is_found(aligned: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,36 @@ def test_an_unknown_task_of_a_gate_is_the_gates(make_recipe: MakeRecipe, rows: C
     assert error.fix == "did you mean gsm8k?"
 
 
+# ---- tasks of gates
+
+
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        ("arc_easy", "this task has no written answers"),
+        ("winogrande", "this task has no written answers"),
+        ("humaneval", "programs are not run during a training"),
+        ("mbpp_instruct", "programs are not run during a training"),
+    ],
+)
+def test_a_gate_needs_written_answers(task: str, why: str, make_recipe: MakeRecipe, rows: Callable[[str], str]) -> None:
+    gates = {"every": 256, "tasks": {"gsm8k": 0, task: 0}}
+    data = {"gsm8k": rows("gsm8k"), task: rows(task.removesuffix("_instruct"))}
+    (error,) = check(make_recipe(distill={**GATED, "gates": gates}, evaluate={"data": data}))
+    assert error.what == f"distill.gates.tasks names {task}, which is no gate"
+    assert why in error.why
+
+
+def test_a_gate_of_whole_texts_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    data = {"wikitext": str(write_rows(tmp_path / "rows.jsonl", [{"page": "The cat sees the dog."}]))}
+    gates = {"every": 256, "tasks": {"wikitext": 0}}
+    found = check(make_recipe(distill={**GATED, "gates": gates}, evaluate={"data": data}))
+    assert {error.what.partition(" names ")[2] for error in found} == {
+        "wikitext, which is no gate",
+        "wikitext, whose items have no scores",
+    }
+
+
 # ---- scores of other tools
 
 

@@ -52,6 +52,7 @@ def test_a_step_takes_one_pass_if_nothing_is_said() -> None:
         ({"kind": "rpo", "reward_model": "j"}, "belong together"),
         ({"kind": "rpo", "answers": 4}, "new answers have no rewards in the data"),
         ({"kind": "rpo", "answers": 1, "rewards": "gsm8k"}, "greater than or equal to 2"),
+        ({"kind": "rpo", "answers": 65, "rewards": "gsm8k"}, "less than or equal to 64"),
         ({"kind": "rpo", "eta": 0}, "greater than 0"),
         ({"kind": "rpo", "data": []}, "at least 1"),
     ],

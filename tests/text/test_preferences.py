@@ -22,6 +22,7 @@ GOOD, BAD = ({"role": "assistant", "content": text} for text in ("The cat.", "No
 PLAIN = {"prompt": "Who sees it?", "chosen": "The cat.", "rejected": "No."}
 PAIR = Needs(answers=True, rewards=False, reference=False)
 REWARDED = Needs(answers=True, rewards=True, reference=False)
+CHECKED = Needs(answers=True, rewards=False, reference=True)
 
 
 def read(tmp_path: Path, *rows: Any, needs: Needs = PAIR) -> list[dict[str, Any]]:
@@ -89,19 +90,27 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ({"chosen": None}, PAIR, "has no chosen answer", "its field 'chosen' is null"),
         ({"chosen": " \n"}, PAIR, "has no chosen answer", "is empty"),
         ({"rejected": []}, PAIR, "has no rejected answer", "is empty"),
+        ({"chosen": {"role": "assistant", "content": None}}, PAIR, "has no chosen answer", "says nothing"),
+        ({"rejected": [USER, {"role": "assistant", "content": " "}]}, PAIR, "has no rejected answer", "says nothing"),
         ({"chosen": [USER]}, PAIR, "has no chosen answer", "messages of nobody after the prompt"),
         ({"chosen": [GOOD, USER]}, PAIR, "has no chosen answer", "messages of assistant, user"),
         ({"chosen": 7}, PAIR, "field 'chosen' holds neither text nor messages", "it holds int"),
         ({"prompt": None}, PAIR, "has no field 'prompt'", "its fields are prompt, chosen, rejected"),
         ({"prompt": [GOOD]}, PAIR, "does not alternate", "message 1 is of assistant"),
+        ({"prompt": [USER, GOOD]}, PAIR, "the prompt ends with an answer", "its message 2 is of assistant"),
         ({"chosen": "cut \ud83d"}, PAIR, "holds half a character", "half of a surrogate pair"),
         ({}, REWARDED, "has no reward for its chosen answer", "its field 'chosen_reward' is missing"),
         ({"chosen_reward": 1}, REWARDED, "has no reward for its rejected answer", "'rejected_reward' is missing"),
         ({"chosen_reward": math.nan}, REWARDED, "has no reward for its chosen answer", "holds nan"),
         ({"chosen_reward": math.inf}, REWARDED, "has no reward for its chosen answer", "holds inf"),
+        ({"chosen_reward": 10**400}, REWARDED, "has no reward for its chosen answer", "holds 1000"),
+        ({"chosen_reward": 1e39}, REWARDED, "has no reward for its chosen answer", "holds 1e+39"),
+        ({"chosen_reward": 1, "rejected_reward": -3e38}, REWARDED, "has no reward for its rejected", "holds -3e+38"),
         ({"chosen_reward": True}, REWARDED, "has no reward for its chosen answer", "holds True"),
         ({"score_chosen": "5"}, REWARDED, "has no reward for its chosen answer", "'score_chosen' holds '5'"),
-        ({}, Needs(True, False, True), "has no answer to compare with", "rewards: gsm8k reads it from field 'answer'"),
+        ({"answer": "four"}, CHECKED, "has no number to compare with", "field 'answer' holds 'four'"),
+        ({"answer": "4 #### none"}, CHECKED, "has no number to compare with", "rewards: gsm8k compares numbers"),
+        ({}, CHECKED, "has no answer to compare with", "rewards: gsm8k reads it from field 'answer'"),
     ],
 )
 def test_a_row_that_lacks_something_is_named(
@@ -114,6 +123,17 @@ def test_a_row_that_lacks_something_is_named(
     assert what in raised.value.what
     assert why in raised.value.why
     assert raised.value.fix
+
+
+def test_an_answer_may_be_a_call_alone(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    (row,) = read(tmp_path, {**PLAIN, "chosen": call})
+    assert row["chosen"] == {**call, "content": ""}
+
+
+def test_a_conversation_has_no_chosen_answer(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"line 1 has no chosen answer\n  why: its field 'chosen' is missing"):
+        read(tmp_path, {"messages": [USER, GOOD, USER, GOOD]})
 
 
 def test_a_missing_answer_is_missing(tmp_path: Path) -> None:

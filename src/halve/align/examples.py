@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from halve.errors import CorpusError
 from halve.recipe.schema import Alignment, Data
 from halve.text import sources
-from halve.text.conversations import MESSAGES_KEY
+from halve.text.conversations import MESSAGES_KEY, answered
 from halve.text.preferences import Needs
 from halve.text.rendering import CODES, COUNTED, FIRST, IDS, Chat, encode_answers, encode_conversations
 from halve.text.rows import Piece, Wanted
@@ -27,8 +28,11 @@ _MESSAGES = "messages"
 _LISTED = "align.data"
 _AT_ONCE = 64
 _UNANSWERED = "have no answer of the assistant and are left out"
-
-_Item = TypeVar("_Item")
+UNREAD = "have answers that are too long for the reward model and are left out"
+_FIXES = {
+    _UNANSWERED: "give conversations in which the assistant answers",
+    UNREAD: "give a reward model that reads more tokens, or shorter answers",
+}
 
 
 class Dialogue(NamedTuple):
@@ -37,14 +41,32 @@ class Dialogue(NamedTuple):
     ids: NDArray[np.int32]
     counts: NDArray[np.bool_]
 
+    @property
+    def group(self) -> Hashable:
+        """Equal for equal conversations."""
+        return self.ids.tobytes()
+
 
 class Preference(NamedTuple):
-    """Two answers to a prompt as ids, and by how much the reward of the chosen one is higher, from 0."""
+    """Two answers to a prompt as ids, and by how much the reward of the chosen one is higher, from 0.
+
+    `asked` is the prompt as text: its last token may be another one beside another answer, and then it is not in the
+    ids of the prompt.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     gap: float = 1.0
+    asked: str = ""
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for pairs of one prompt."""
+        return self.asked
+
+
+_Example = TypeVar("_Example", Dialogue, Preference)
 
 
 @dataclass
@@ -60,9 +82,9 @@ class LeftOut:
     @property
     def fix(self) -> str:
         """What helps if nothing else is left."""
-        if [*self.counts] == [_UNANSWERED]:
-            return "give conversations in which the assistant answers"
-        return "set a larger context in that step, or give more data"
+        reasons = [why for why, number in self.counts.items() if number]
+        usual = "set a larger context in that step, or give more data"
+        return _FIXES.get(reasons[0], usual) if len(reasons) == 1 else usual
 
     @property
     def told(self) -> str:
@@ -83,8 +105,10 @@ def _chat(step: Alignment, data: Data) -> Chat:
 
 def wanted_of(step: Alignment, data: Data) -> Wanted:
     """What the rows of a step are read for."""
-    wanted = _chat(step, data).wanted if step.kind == "sft" else Needs.of(step).wanted
-    return wanted._replace(listed=_LISTED)
+    if step.kind != "sft":
+        return Needs.of(step).wanted._replace(listed=_LISTED)
+    chat = _chat(step, data)
+    return chat.wanted._replace(listed=_LISTED, make=partial(answered, key=chat.key))
 
 
 def dialogues(
@@ -152,7 +176,8 @@ def encoded_pair(
         return None
     if max(len(chosen), len(rejected)) > room:
         left_out.add(f"are longer than {context} tokens and are cut")
-    return Preference(prompt, chosen[:room], rejected[:room], better - worse)
+    asked = json.dumps(row["prompt"], sort_keys=True)
+    return Preference(prompt, chosen[:room], rejected[:room], better - worse, asked)
 
 
 def largest_id(examples: Iterable[Dialogue | Preference]) -> int:
@@ -164,19 +189,25 @@ def largest_id(examples: Iterable[Dialogue | Preference]) -> int:
     return most
 
 
-def parted(items: Sequence[_Item], heldout: int, *, seed: int) -> tuple[list[_Item], list[_Item]]:
-    """Items to train on and held-out ones, in their order: `heldout` of them, and at most a tenth.
+def parted(
+    examples: Sequence[_Example], heldout: int, *, seed: int
+) -> tuple[list[_Example], list[_Example], list[_Example]]:
+    """Examples to train on, held-out ones, and those that are neither, in their order.
 
-    >>> train, heldout = parted(range(30), 8, seed=0)
-    >>> len(train), len(heldout)
-    (27, 3)
+    `heldout` groups are drawn, at most a tenth of them. One example of each is held out. The others of its group would
+    be no independent ones, and the training must not see them. A group with over a tenth of all examples is not drawn:
+    the training would lose too much.
     """
-    number = min(heldout, len(items) // 10)
-    kept = set(random.Random(seed).sample(range(len(items)), number))
-    return (
-        [item for i, item in enumerate(items) if i not in kept],
-        [item for i, item in enumerate(items) if i in kept],
-    )
+    groups: dict[Hashable, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.group, []).append(i)
+    small = [group for group in groups.values() if 10 * len(group) <= len(examples)]
+    draw = random.Random(seed)
+    drawn = draw.sample(small, min(heldout, len(groups) // 10, len(small)))
+    kept = {draw.choice(group) for group in drawn}
+    beside = {i for group in drawn for i in group} - kept
+    train = [example for i, example in enumerate(examples) if i not in kept and i not in beside]
+    return train, [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(beside)]
 
 
 def require_examples(count: int, left_out: LeftOut, what: str) -> None:

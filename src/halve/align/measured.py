@@ -57,9 +57,12 @@ def told_of_pairs(
 
     `accuracy` is the share of pairs in which the chosen answer gained more log-probability than the rejected one. A tie
     counts half, so that the accuracy of the step's start is 1/2. `likelier` is the share in which the chosen answer is
-    the more probable one, before and after. `margin` is the mean of `beta D` (see `losses`).
+    the more probable one, before and after. `margin` is the mean of `beta D` (see `losses`). All are left out where no
+    pair has a better answer.
     """
     clear = torch.tensor([pair.gap > 0 for pair in pairs])
+    if not clear.any():
+        return {"heldout": 0}
     was, now = (logps[0, clear] - logps[1, clear] for logps in (before, after))
     first, last = _better(was), _better(now)
     return {

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from halve.align.examples import LeftOut
+from halve.align.examples import UNREAD, LeftOut
 from halve.align.rewards import Reward
 from halve.align.setting import StepSetting
 from halve.disk.files import read_json, write_json
 from halve.errors import TrainError
 from halve.model import measure
 from halve.recipe.schema import Alignment
+from halve.text.preferences import LARGEST_REWARD
 from halve.text.rendering import encode_answers
 
 _PROMPTS = 8
@@ -59,7 +60,10 @@ def judged(
     Raises `TrainError` for a reward that is not finite.
     """
     for row, texts in zip(rows, answers, strict=True):
-        rewards = [rewarded(reward, row, text) for text in texts]
+        rewards = all_rewarded(reward, row, texts)
+        if rewards is None:
+            left_out.add(UNREAD)
+            continue
         best, worst = max(rewards), min(rewards)
         if best == worst:
             left_out.add("have answers of equal reward and are left out")
@@ -73,16 +77,25 @@ def judged(
         }
 
 
-def rewarded(reward: Reward, row: Mapping[str, Any], text: str) -> float:
-    """The reward of an answer. Raises `TrainError` for one that is not finite."""
-    value = reward(row, text)
-    if value - value != 0:
-        raise TrainError(
-            "the reward of an answer is not finite",
-            why=f"it is {value} for an answer to {json.dumps(row['prompt'])[:80]}",
-            fix="use another reward model, or load it in a wider precision",
-        )
-    return value
+def all_rewarded(reward: Reward, row: Mapping[str, Any], texts: Sequence[str]) -> list[float] | None:
+    """The rewards of answers to the prompt of a row. None if one of them is too long to be judged.
+
+    Raises `TrainError` for a reward that is not finite or too large for a loss.
+    """
+    rewards = []
+    for text in texts:
+        value = reward(row, text)
+        if value is None:
+            return None
+        if not abs(value) <= LARGEST_REWARD:  # which nan is not
+            raise TrainError(
+                f"the reward of an answer is {value:g}",
+                why=f"a reward is a number of at most {LARGEST_REWARD:.0e}; the answer is to"
+                f" {json.dumps(row['prompt'])[:80]}",
+                fix="use another reward model",
+            )
+        rewards.append(value)
+    return rewards
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,17 +24,18 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from halve.disk.files import plain, read_json, write_json
 from halve.errors import HalveError
 from halve.evaluation import harness, programs
-from halve.evaluation.harness import CODE, Built
+from halve.evaluation.building import build_task
+from halve.evaluation.harness import Built, is_code
+from halve.evaluation.metrics import figures_unread, is_of_items
 from halve.evaluation.rows import read_rows, split_files, wanted
 from halve.evaluation.sandbox import Sandbox
 from halve.evaluation.suites import TASKS_KEY, Ask, asked
+from halve.evaluation.trying import try_items
 from halve.model.head import split
 from halve.model.measure import end_tokens
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate
 
-_TRIED = 2
-"""Items of each task that are made before a run."""
 _AVERAGED = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
 """The metrics of ifeval. The papers show their mean (2408.11796, Table 2)."""
 
@@ -66,6 +68,8 @@ class Answered:
     values: dict[str, list[float]] = field(default_factory=dict)
     answers: list[Any] = field(default_factory=list)
     """The number of the likeliest choice, or the text."""
+    cut: int = 0
+    """Items whose prompt did not fit into the model's context and lost its beginning."""
 
 
 def read_exam(section: Evaluate, *, context: int | None, key: str = TASKS_KEY) -> Exam:
@@ -84,17 +88,21 @@ def read_exam(section: Evaluate, *, context: int | None, key: str = TASKS_KEY) -
     with harness.quiet_harness():
         for ask in asked(section, key):
             harness.require_task(ask)
-            path = section.data.get(ask.task)
-            if path is None:
+            if ask.task not in section.data:
                 left.append(Left(ask, "no data", f"it wants {wanted(ask.task)}"))
-            elif ask.task in CODE and not section.run_untrusted_code:
+            elif is_code(ask) and not section.run_untrusted_code:
                 left.append(Left(ask, "not run", "its answers are programs, and evaluate.run_untrusted_code is off"))
             else:
-                if ask.task in CODE:
+                if is_code(ask):
                     sandbox = sandbox or Sandbox.open()
-                rows = {name: read_rows(file, ask.task) for name, file in split_files(Path(path)).items()}
-                built.append(harness.build_task(ask, rows, limit=section.limit, context=context))
+                built.append(_built(ask, section, context=context))
     return Exam(section, tuple(built), tuple(left), sandbox)
+
+
+def _built(ask: Ask, section: Evaluate, *, context: int | None) -> Built:
+    files = split_files(Path(section.data[ask.task]))
+    rows = {name: read_rows(file, ask.task) for name, file in files.items()}
+    return build_task(ask, rows, limit=section.limit, context=context)
 
 
 def answer(
@@ -127,7 +135,7 @@ def answer(
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, plain(vars(answered)))
-            progress.say(f"{built.ask.key}: {len(answered.items)} items")
+            progress.say(f"{built.ask.key}: {len(answered.items)} items{_told_cut(answered, wrapped.max_length)}")
     return done
 
 
@@ -166,7 +174,7 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> Answered:
     for part in built.parts.values():
         part.set_fewshot_seed(harness.FEWSHOT_SEED)
-    with torch.no_grad():
+    with torch.no_grad(), figures_unread(built.parts), _prompts_cut(wrapped) as cut:
         results = lm_eval.evaluator.evaluate(
             wrapped,
             {"tasks": dict(built.parts)},
@@ -176,24 +184,57 @@ def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> 
             confirm_run_unsafe_code=True,
         )
     answered = Answered()
-    for part, samples in results["samples"].items():
-        _gather(answered, part, samples)
-    _pool(answered.values)
+    for name, samples in results["samples"].items():
+        _gather(answered, built.parts[name], name, samples, cut)
+    _pool(answered)
     return answered
 
 
-def _gather(answered: Answered, part: str, samples: Sequence[Mapping[str, Any]]) -> None:
+@contextmanager
+def _prompts_cut(wrapped: Any) -> Iterator[set[str]]:
+    """In this context prompts are collected that do not fit. The harness drops their beginning without a word."""
+    cut: set[str] = set()
+    score, encode = wrapped._loglikelihood_tokens, wrapped.tok_batch_encode
+
+    def scored(requests: Sequence[Any], **how: Any) -> Any:
+        for (prompt, _), context, continuation in requests:
+            if len(context) + len(continuation) > wrapped.max_length + 1:  # the last token is not read
+                cut.add(prompt)
+        return score(requests, **how)
+
+    def encoded(prompts: Sequence[str], left_truncate_len: int, **how: Any) -> Any:
+        cut.update(prompt for prompt in prompts if len(wrapped.tok_encode(prompt)) > left_truncate_len)
+        return encode(prompts, left_truncate_len=left_truncate_len, **how)
+
+    with (
+        mock.patch.object(wrapped, "_loglikelihood_tokens", scored),
+        mock.patch.object(wrapped, "tok_batch_encode", encoded),
+    ):
+        yield cut
+
+
+def _told_cut(answered: Answered, context: int) -> str:
+    if not answered.cut:
+        return ""
+    return f"; the prompts of {answered.cut} lost their beginning, for they do not fit into {context} tokens"
+
+
+def _gather(
+    answered: Answered, part: Any, name: str, samples: Sequence[Mapping[str, Any]], cut: Set[str] = frozenset()
+) -> None:
     """Add the samples of a part, which the harness lists once for each of its filters."""
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     for sample in samples:
         if sample["filter"] == filters[0]:
             arguments = json.dumps(sample["arguments"], sort_keys=True, default=str)
             request = hashlib.sha256(arguments.encode()).hexdigest()
-            answered.items.append({"part": part, "item": sample["doc_id"], "request": request})
+            answered.items.append({"part": name, "item": sample["doc_id"], "request": request})
             answered.answers.append(_said(sample))
+            answered.cut += any(prompt in cut for prompt, *_ in sample["arguments"])
         for metric in sample["metrics"]:
-            name = metric if len(filters) == 1 else f"{metric},{sample['filter']}"
-            answered.values.setdefault(name, []).append(plain(sample[metric]))
+            if is_of_items(part, metric, sample[metric]):
+                shown = metric if len(filters) == 1 else f"{metric},{sample['filter']}"
+                answered.values.setdefault(shown, []).append(plain(sample[metric]))
 
 
 def _said(sample: Mapping[str, Any]) -> Any:
@@ -204,8 +245,14 @@ def _said(sample: Mapping[str, Any]) -> Any:
     return max(range(len(likelihoods)), key=likelihoods.__getitem__)
 
 
-def _pool(values: dict[str, list[Any]]) -> None:
-    """Turn lists of verdicts into numbers whose mean is the share of all verdicts, and add ifeval's average."""
+def _pool(answered: Answered) -> None:
+    """Turn lists of verdicts into numbers whose mean is the share of all verdicts, and add ifeval's average.
+
+    A metric that the harness gave to some items only is left out.
+    """
+    values: dict[str, list[Any]] = answered.values
+    for name in [name for name, listed in values.items() if len(listed) < len(answered.items)]:
+        del values[name]
     for name, listed in values.items():
         if any(isinstance(value, list) for value in listed):
             total = sum(len(value) for value in listed)
@@ -234,8 +281,8 @@ def by_neighbors(built: Built, answered: Answered) -> Answered:
                     metrics = part.process_results(instance.doc, [instance.filtered_resps[chosen]])
                     about = {"filter": chosen, "doc_id": instance.doc_id, "arguments": [], "resps": [instance.resps]}
                     samples.append({**about, "metrics": list(metrics), **metrics})
-            _gather(moved, name, samples)
-    _pool(moved.values)
+            _gather(moved, part, name, samples)
+    _pool(moved)
     return moved
 
 
@@ -248,8 +295,8 @@ def changed_items(one: Answered, other: Answered) -> list[dict[str, Any]]:
 def errors_of(section: Evaluate, key: str = TASKS_KEY) -> Iterator[HalveError]:
     """What is wrong with the tasks of a recipe: unknown names, missing files, rows that are not the task's.
 
-    `key` is the recipe's key that names the tasks. If names and rows are sound, the harness makes the tasks of the
-    first rows, as a run would of all.
+    `key` is the recipe's key that names the tasks. If names and files are sound, every item is made and scored once
+    without a model.
     """
     if not section.asks_tasks:
         return
@@ -269,7 +316,16 @@ def errors_of(section: Evaluate, key: str = TASKS_KEY) -> Iterator[HalveError]:
             sound = False
             yield error
     if sound and section.data:
-        try:
-            read_exam(section.model_copy(update={"limit": _TRIED, "run_untrusted_code": False}), context=None, key=key)
-        except HalveError as error:
-            yield error
+        yield from _errors_of_items(section, key)
+
+
+def _errors_of_items(section: Evaluate, key: str) -> list[HalveError]:
+    errors = []
+    with harness.quiet_harness():
+        for ask in asked(section, key):
+            try:
+                if ask.task in section.data:
+                    try_items(_built(ask, section, context=None))
+            except HalveError as error:
+                errors.append(error)
+    return errors

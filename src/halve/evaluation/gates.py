@@ -15,9 +15,11 @@ from typing import Any, Final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.disk.files import plain, read_json, write_json
+from halve.errors import RecipeError
 from halve.evaluation.asking import Exam, answer, by_neighbors, read_exam
-from halve.evaluation.harness import main_metric
+from halve.evaluation.harness import has_task, is_code, is_installed, main_metric, output_type, quiet_harness
 from halve.evaluation.results import mean_score, paired
+from halve.evaluation.suites import asked
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate, Gates
 
@@ -29,8 +31,28 @@ _NEAR_CHANCE = "the teacher is not above chance by three standard errors"
 
 def gate_section(gates: Gates, evaluate: Evaluate) -> Evaluate:
     """The section that asks the gates' tasks, on the data of the evaluation."""
-    asked = {"tasks": gates.tasks, "limit": gates.items, "max_new_tokens": gates.max_new_tokens, "suites": ()}
-    return evaluate.model_copy(update={**asked, "run_untrusted_code": False, "check_batch": False})
+    own = {"tasks": gates.tasks, "limit": gates.items, "max_new_tokens": gates.max_new_tokens, "suites": ()}
+    return evaluate.model_copy(update={**own, "run_untrusted_code": False, "check_batch": False})
+
+
+def require_texts(section: Evaluate) -> None:
+    """Raise `RecipeError` for a gate whose answers are no texts to be compared: choices, likelihoods or programs.
+
+    `section` is the one of `gate_section`. Tasks that the harness does not have are left to `asking.errors_of`.
+    """
+    asks = [ask for ask in asked(section, GATES_KEY) if is_installed() and has_task(ask)]
+    if not asks:
+        return
+    with quiet_harness():
+        unfit = [ask for ask in asks if is_code(ask) or output_type(ask) != "generate_until"]
+    for ask in unfit[:1]:
+        raise RecipeError(
+            f"{GATES_KEY}.tasks names {ask.task}, which is no gate",
+            why="programs are not run during a training"
+            if is_code(ask)
+            else "chance is what answers score on other items, and this task has no written answers",
+            fix="name tasks with written answers, such as gsm8k or ifeval; ask this one in evaluate.tasks",
+        )
 
 
 @dataclass

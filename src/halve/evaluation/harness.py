@@ -25,10 +25,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from halve.errors import CorpusError, HalveError, RecipeError
+from halve.errors import RecipeError
 from halve.evaluation import programs, sentences
-from halve.evaluation.rows import Row
-from halve.evaluation.suites import SAMPLING, TASKS_KEY, Ask
+from halve.evaluation.rows import PlacedRow
+from halve.evaluation.suites import TASKS_KEY, Ask
 from halve.evaluation.summaries import rouge_of_summary
 from halve.evaluation.verdicts import ifeval_verdicts
 
@@ -55,12 +55,20 @@ _FOLDERS = {
     "piqa": "piqa",
 }
 """Where the tasks of the suites are, so that the 14,000 files of the harness need not be read."""
-_SCORERS = {"xlsum_en": rouge_of_summary, "ifeval": ifeval_verdicts}
+SCORERS = {"xlsum_en": rouge_of_summary, "ifeval": ifeval_verdicts}
 _NAME = re.compile(r"""^["']?task["']?:\s*["']?([\w.+:-]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
 GROUPS = {"mmlu": "mmlu_"}
 """Tasks of several parts, and how the names of their parts begin; what follows is the row's `subject`."""
 CODE = ("humaneval", "mbpp")
-"""Data whose answers are programs."""
+"""How the names of tasks begin whose answers are programs that the sandbox runs."""
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """The rows of a part: those that are asked, and those from which the examples are drawn."""
+
+    asked: Sequence[PlacedRow] = ()
+    examples: Sequence[PlacedRow] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Built:
 
     ask: Ask
     parts: Mapping[str, Any]
+    rows: Mapping[str, PartRows]
     examples: str
     """Where the examples of the shots come from, in words."""
 
@@ -106,6 +115,30 @@ def require_task(ask: Ask) -> None:
         why="it has no task file with that name; groups of tasks are not asked as one, except for mmlu",
         fix=f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists the names",
     )
+
+
+def is_code(ask: Ask) -> bool:
+    """Whether its answers are programs, which run only in the sandbox."""
+    return ask.name.startswith(CODE)
+
+
+def output_type(ask: Ask) -> str:
+    """How the harness asks a task that it has: `generate_until`, `multiple_choice`, ... Call it in `quiet_harness`."""
+    manager = task_manager(ask)
+    return str(manager.task_index[part_names(ask, manager)[0]].cfg.get("output_type", "generate_until"))
+
+
+def task_manager(ask: Ask) -> Any:
+    """What loads the task's files, and no others."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False, include_path=[str(_folder(ask.name))])
+
+
+def part_names(ask: Ask, manager: Any) -> list[str]:
+    """The harness's names of the task's parts."""
+    group = GROUPS.get(ask.name)
+    return [ask.name] if group is None else [name for name in manager.all_subtasks if name.startswith(group)]
 
 
 def _own() -> list[str]:
@@ -157,9 +190,12 @@ def quiet_harness() -> Iterator[ModuleType]:
         import lm_eval.api.task
         import lm_eval.evaluator
         import lm_eval.models.huggingface
+        import lm_eval.utils
 
         for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
             stack.enter_context(mock.patch.object(module, "tqdm", _NoBar))
+        # the harness compiles the templates of a task anew for every row
+        stack.enter_context(mock.patch.object(lm_eval.utils.env, "from_string", cache(lm_eval.utils.env.from_string)))
         yield lm_eval
 
 
@@ -187,7 +223,7 @@ class _NoBar:
         """Nothing."""
 
 
-class _Splits(dict[str, Any]):
+class Splits(dict[str, Any]):
     """The rows of a task by split. What is not there is the split that is evaluated.
 
     Some tasks shuffle the choices of a row with Python's random numbers whenever they read a split. The requests and
@@ -204,137 +240,6 @@ class _Splits(dict[str, Any]):
     def __getitem__(self, split: str) -> Any:
         random.seed(ROWS_SEED)
         return super().__getitem__(split)
-
-
-def build_task(ask: Ask, rows: Mapping[str, Sequence[Row]], *, limit: int | None, context: int | None) -> Built:
-    """Make the harness's task of these rows by split ("" for rows of no named split). Call it in `quiet_harness`.
-
-    `context` is the longest sequence of the models, None for no limit.
-    Where the rows of the examples are missing, the last of the evaluated rows are used for them and are not asked.
-    Raises `CorpusError` if there are too few rows or the harness cannot read them.
-    """
-    from lm_eval.tasks import TaskManager
-
-    group = GROUPS.get(ask.name)
-    manager = TaskManager(include_defaults=False, include_path=[str(_folder(ask.name))])
-    names = [ask.name] if group is None else [name for name in manager.all_subtasks if name.startswith(group)]
-    members, examples = [], ""
-    per_part = _limits(limit, names, rows, group)
-    for name in names:
-        mine = rows if group is None else _of_subject(rows, name.removeprefix(group))
-        if not any(mine.values()) or per_part[name] == 0:
-            continue
-        config = manager.task_index[name].cfg
-        splits, examples = _split(ask, config, mine, limit=per_part[name])
-        members.append(_member(ask, name, config, splits, context))
-    if not members:
-        raise CorpusError(
-            f"no row of {ask.task} belongs to one of its parts",
-            why=f"their names are {', '.join(name.removeprefix(group or '') for name in names[:4])}, ...",
-            fix="correct the field subject of its rows",
-        )
-    try:
-        parts = manager.load([{"group": "halve", "task": members}])["tasks"]
-    except HalveError:
-        raise
-    except Exception as error:  # any error of a task file's templates and functions
-        raise CorpusError(
-            f"lm-evaluation-harness cannot read the rows of {ask.task}",
-            why=f"{type(error).__name__}: {error}",
-            fix="compare the rows with those of the task's own data set",
-        ) from error
-    return Built(ask, parts, examples)
-
-
-def _of_subject(rows: Mapping[str, Sequence[Row]], subject: str) -> dict[str, list[Row]]:
-    return {split: [row for row in listed if row.get("subject") == subject] for split, listed in rows.items()}
-
-
-def _limits(
-    limit: int | None, names: Sequence[str], rows: Mapping[str, Sequence[Row]], group: str | None
-) -> dict[str, int | None]:
-    """The limit of each part. The items of a task of several parts are spread evenly over them."""
-    if group is None or limit is None:
-        return dict.fromkeys(names, limit)
-    subjects = {row.get("subject") for split in ("test", "validation", "") for row in rows.get(split, ())}
-    there = [name for name in names if name.removeprefix(group) in subjects]
-    each, more = divmod(limit, max(1, len(there)))
-    return {name: each + (there.index(name) < more) if name in there else 0 for name in names}
-
-
-def _split(
-    ask: Ask, config: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], *, limit: int | None
-) -> tuple[_Splits, str]:
-    """The rows by the harness's names of splits, and where the examples come from."""
-    import datasets
-
-    fewshot = config.get("fewshot_config") or {}
-    asked_in = config.get("test_split") or config.get("validation_split") or "test"
-    shown_in = config.get("fewshot_split") or fewshot.get("split") or config.get("training_split")
-    named = {**rows}
-    split = next((name for name in (asked_in, "test", "") if named.get(name)), None)
-    if split is None and len(named) == 1:  # the only split that there is
-        (split,) = named
-    listed = [] if split is None else list(named.pop(split))
-    if not listed:
-        raise CorpusError(
-            f"{ask.task} has no rows to ask",
-            why=f"its items are the split {asked_in}, and evaluate.data has {', '.join(rows) or 'none'}",
-            fix=f"add a file {asked_in}.jsonl to the folder",
-        )
-    listed = listed[:: round(1 / ask.share)]
-    examples = list(named.get(shown_in or "", ()))
-    words = f"{len(examples)} rows of {shown_in}"
-    if not ask.shots or fewshot.get("samples"):
-        examples, words = [], "of the task file" if ask.shots else ""
-    elif not examples:
-        kept = max(ask.shots, min(4 * ask.shots, len(listed) // 4))
-        if len(listed) <= kept:
-            raise CorpusError(
-                f"{ask.task} has too few rows for {ask.shots} shots",
-                why=f"it has {len(listed)} rows, and no split {shown_in or 'train'} for the examples",
-                fix=f"add a file {shown_in or 'train'}.jsonl to the folder, or ask for fewer shots",
-            )
-        examples, listed = listed[-kept:], listed[:-kept]
-        words = f"the last {kept} of the evaluated rows, which are not asked"
-    listed = listed[:limit]
-    try:
-        evaluated = datasets.Dataset.from_list(listed)
-        splits = {asked_in: evaluated} | ({shown_in: datasets.Dataset.from_list(examples)} if examples else {})
-    except Exception as error:  # errors of pyarrow, which has its own types
-        raise CorpusError(
-            f"the rows of {ask.task} are not alike",
-            why=f"{type(error).__name__}: {error}",
-            fix="give every field the same type in all rows",
-        ) from error
-    return _Splits(splits, evaluated), words
-
-
-def _member(ask: Ask, name: str, config: Mapping[str, Any], splits: _Splits, context: int | None) -> dict[str, Any]:
-    """The changes to a task file: rows, shots, and how answers are generated."""
-    if "class" in config:
-        raise RecipeError(
-            f"{ask.asked_in} names {ask.task}, which fetches its own data",
-            why="it is a program of the harness and not a task file",
-            fix="choose another task",
-        )
-    member: dict[str, Any] = {
-        "task": name,
-        "custom_dataset": lambda **_: splits,
-        "num_fewshot": ask.shots,
-        "dataset_kwargs": None,
-    }
-    generation = dict(config.get("generation_kwargs") or {})
-    if context is not None and context // 2 < generation.get("max_gen_toks", LONGEST_ANSWER):
-        generation["max_gen_toks"] = context // 2  # the rest is left to the prompt
-    if ask.name in _SCORERS:
-        member["process_results"] = _SCORERS[ask.name]
-    if ask.answers > 1:
-        member["repeats"] = ask.answers
-        generation |= SAMPLING
-    if generation:
-        member["generation_kwargs"] = generation
-    return member
 
 
 def main_metric(ask: Ask, metrics: Sequence[str]) -> str:

@@ -69,7 +69,7 @@ def summary(
         settings      add_bos_token, chat_template, fewshot_as_turns, limit, batch, max_new_tokens
         suites        names
         listed        task, key, shots, title, suites, status ("asked", "no data", "not run"), why, metric, items,
-                      answers (drawn for each item), examples
+                      answers (drawn for each item), examples, cut (items whose prompt lost its beginning)
         scores        model -> key -> metric -> estimate
         changed_by_batch   key -> items that the reference answers differently in batches of one; null: not asked
         differences   model -> key -> value, stderr, mcnemar: subject minus that model by the main metric
@@ -109,6 +109,7 @@ def _asked(exam: Exam, answered: Mapping[str, Mapping[str, Answered]]) -> Iterat
             "items": len(of_task.items),
             "answers": ask.answers,
             "examples": built.examples,
+            "cut": of_task.cut,
         }
 
 

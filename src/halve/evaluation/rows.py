@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halve.disk import plain_json
-from halve.disk.textfiles import DAMAGED, ending, extra, open_packed, reason, require_file, shown
+from halve.disk.textfiles import DAMAGED, ending, extra, half_pair, open_packed, reason, require_file, shown
 from halve.errors import CorpusError
 
 Row = dict[str, Any]
+
+
+class PlacedRow(Row):
+    """A row of a task. `place` says where it stands, for errors."""
+
+    place = ""
+
 
 LONGEST_FILE_BYTES = 1 << 31
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "dev"}
@@ -139,7 +147,7 @@ def split_of(path: Path) -> str:
     return split if split in ("train", "validation", "test", "dev") else ""
 
 
-def read_rows(path: Path, task: str) -> list[Row]:
+def read_rows(path: Path, task: str) -> list[PlacedRow]:
     """The rows of one file in the harness's form. Raises `CorpusError` naming the row that is none of the task's."""
     rows = [_as_task(row, task, place) for place, row in _raw(path)]
     if task in _NUMBERS and not split_of(path):
@@ -150,9 +158,16 @@ def read_rows(path: Path, task: str) -> list[Row]:
     return rows
 
 
-def _as_task(row: Any, task: str, place: str) -> Row:
+def _as_task(row: Any, task: str, place: str) -> PlacedRow:
+    made = PlacedRow(_in_form(row, task, place))
+    made.place = place
+    return made
+
+
+def _in_form(row: Any, task: str, place: str) -> Row:
     if not isinstance(row, dict):
         raise _no_row(place, task, f"it is a {type(row).__name__}, not an object")
+    _check_characters(row, place)
     forms = FORMS.get(task)
     if forms is None:
         return row
@@ -164,6 +179,16 @@ def _as_task(row: Any, task: str, place: str) -> Row:
         return form.make(row)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise _no_row(place, task, f"{type(error).__name__}: {error}") from None
+
+
+def _check_characters(row: Row, place: str) -> None:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if (at := half_pair(text)) is not None:
+        raise CorpusError(
+            f"{place} holds half a character",
+            why=f"{ascii(text[at])[1:-1]} is half of a surrogate pair, which no text can hold",
+            fix="correct or drop that row; it was most often cut in the middle of an emoji",
+        )
 
 
 def _no_row(place: str, task: str, why: str) -> CorpusError:

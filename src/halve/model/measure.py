@@ -250,14 +250,17 @@ def row_chunks(num_rows: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
-def require_context(config: PretrainedConfig, num_tokens: int, what: str) -> None:
-    """Raise `CorpusError` if `what`, which has this many tokens, is longer than the model's context."""
+def require_context(config: PretrainedConfig, num_tokens: int, what: str, *, key: str = "data.context") -> None:
+    """Raise `CorpusError` if `what`, which has this many tokens, is longer than the model's context.
+
+    `key` is the recipe's key that says how many it has.
+    """
     limit = context_length(config)
     if limit is not None and num_tokens > limit:
         raise CorpusError(
             f"{what} has {num_tokens} tokens, the model's context has {limit}",
             why="positions past the context were never trained, so that their likelihood means nothing",
-            fix=f"set data.context to {limit} or less, or shorten the text",
+            fix=f"set {key} to {limit} or less, or shorten the text",
         )
 
 

@@ -27,11 +27,11 @@ _ENCODED = 64
 def of_the_alignment(recipe: Recipe, teacher: Checkpoint) -> Iterator[Callable[[], Any]]:
     """The checks of every step. Each raises a `HalveError`."""
     for number, step in enumerate(recipe.align, 1):
-        where = f"step {number} of align ({step.kind})"
+        where = _where(number, step)
         yield partial(_require_packages, step, where)
         yield partial(_check_place, recipe, step, teacher, where)
         if step.reward_model is not None:
-            yield partial(_check_reward, step.reward_model)
+            yield partial(_check_reward, recipe, step, step.reward_model, where)
         for source in step.data:
             if not source.startswith(sources.HUB):
                 yield partial(_check_rows, recipe, step, source, teacher)
@@ -50,7 +50,7 @@ def rows_left_out(recipe: Recipe, teacher: Checkpoint) -> Iterator[str]:
                     _length(recipe, step, piece, teacher, counted)
                     rows += 1
         if counted.told:
-            yield f"step {number} of align ({step.kind}): of the first {rows} rows, {counted.told}"
+            yield f"{_where(number, step)}: of the first {rows} rows, {counted.told}"
 
 
 def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> float:
@@ -77,14 +77,28 @@ def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> floa
     return total * (step.passes or 1.0)
 
 
-def like_a_correction(step: Alignment) -> Correct:
-    """A correction that takes as much memory and disk as a step of alignment. A pair is two samples."""
+def like_corrections(recipe: Recipe, hidden: int) -> Iterator[Correct]:
+    """Corrections that take as much memory and disk as the steps. `hidden` is the student's.
+
+    Raises `RecipeError` for adapters of a higher rank.
+    """
+    for number, step in enumerate(recipe.align, 1):
+        _require_rank(step, _where(number, step), hidden)
+        yield _like_a_correction(step)
+
+
+def _like_a_correction(step: Alignment) -> Correct:
+    """A pair is two samples."""
     each = 1 if step.kind == "sft" else 2
     micro_batch = None if step.micro_batch is None else each * step.micro_batch
     shared = ("method", "lora_rank", "lora_alpha", "activation_checkpointing", "precision", "checkpoint_every")
     return Correct(
         tokens=1, batch=each * step.batch, micro_batch=micro_batch, **{key: getattr(step, key) for key in shared}
     )
+
+
+def _where(number: int, step: Alignment) -> str:
+    return f"step {number} of align ({step.kind})"
 
 
 def _wanted(recipe: Recipe, step: Alignment) -> Wanted:
@@ -108,9 +122,14 @@ def _check_place(recipe: Recipe, step: Alignment, teacher: Checkpoint, where: st
     from halve.preflight.sizes import planned_rounds
     from halve.text.rendering import template_of
 
-    measure.require_context(teacher.config, step.context or recipe.data.context, f"a sample of {where}")
+    key = "data.context" if step.context is None else f"context in {where}"
+    measure.require_context(teacher.config, step.context or recipe.data.context, f"a sample of {where}", key=key)
     template_of(teacher.tokenizer, "align")
-    if step.method == "lora" and step.lora_rank > (hidden := planned_rounds(recipe, teacher)[-1].after.hidden):
+    _require_rank(step, where, planned_rounds(recipe, teacher)[-1].after.hidden)
+
+
+def _require_rank(step: Alignment, where: str, hidden: int) -> None:
+    if step.method == "lora" and step.lora_rank > hidden:
         raise RecipeError(
             f"lora_rank {step.lora_rank} of {where} is larger than the student's hidden {hidden}",
             why="no matrix that reads or writes hidden states has a higher rank than that",
@@ -118,10 +137,10 @@ def _check_place(recipe: Recipe, step: Alignment, teacher: Checkpoint, where: st
         )
 
 
-def _check_reward(source: str) -> None:
+def _check_reward(recipe: Recipe, step: Alignment, source: str, where: str) -> None:
     from halve.align.rewards import require_classifier
 
-    require_classifier(source)
+    require_classifier(source, context=step.context or recipe.data.context, where=where)
 
 
 def _check_rows(recipe: Recipe, step: Alignment, source: str, teacher: Checkpoint) -> None:

@@ -11,7 +11,7 @@ from halve.anatomy.runtimes import runtimes, worst
 from halve.model.checkpoint import Checkpoint
 from halve.model.precision import computing_dtype, stored_dtype
 from halve.preflight import work
-from halve.preflight.alignment import like_a_correction
+from halve.preflight.alignment import like_corrections
 from halve.preflight.asked import Asked
 from halve.preflight.cutting import pruning
 from halve.preflight.device import PlannedDevice, at_hand
@@ -262,11 +262,10 @@ def _memory(
         if recipe.nest is not None:
             memory[name] = nest_memory(memory[name], *planned_nest(recipe, found), recipe.nest.draws)
     alone, last = Hardware(cuda=place.cuda, half=place.half), _sized(found[-1], found[-1].after)
-    for number, step in enumerate(recipe.align, 1):
+    likenesses = like_corrections(recipe, found[-1].after.hidden)
+    for number, (step, training) in enumerate(zip(recipe.align, likenesses, strict=True), 1):
         length = step.context or recipe.data.context
-        memory[named("align", number, step.kind)] = correction_memory(
-            like_a_correction(step), last, alone, context=length
-        )
+        memory[named("align", number, step.kind)] = correction_memory(training, last, alone, context=length)
     if not (distillations and compare):
         return memory, ()
     return memory, distillations[max(distillations, key=lambda name: memory[name].total_bytes)].settings()

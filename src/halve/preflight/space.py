@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from halve.disk.gguf_header import DEQUANTIZED_BYTES, is_gguf
 from halve.errors import HalveError
 from halve.model.precision import stored_dtype
-from halve.preflight.alignment import like_a_correction
+from halve.preflight.alignment import like_corrections
 from halve.preflight.memory import moments
 from halve.preflight.nests import planned_nest
 from halve.preflight.rehearsal import Learned, learned
@@ -106,7 +106,7 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
                 made, states = made + whole, states + beside
             line.make(made, state=states, training=training, context=context)
     last = found[-1]
-    for step in map(like_a_correction, recipe.align):
+    for step in like_corrections(recipe, last.after.hidden):
         made, changed = last.counts().params * itemsize, learned(last.config(), step)
         line.make(made, state=_state(step, changed, changed.trained), training=step, context=context)
     return Disk(line.peak, _cache_bytes(recipe, found, cuda=cuda), _text_bytes(recipe, teacher.sizes.vocab))

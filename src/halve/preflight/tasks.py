@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def of_the_tasks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     """Probes that raise what is wrong with the tasks of the evaluation and of gates."""
     from halve.evaluation.asking import errors_of
-    from halve.evaluation.gates import GATES_KEY, gate_section
+    from halve.evaluation.gates import GATES_KEY, gate_section, require_texts
     from halve.evaluation.imports import imported
     from halve.evaluation.sandbox import Sandbox
     from halve.evaluation.suites import TASKS_KEY, asked
@@ -30,8 +30,10 @@ def of_the_tasks(recipe: Recipe) -> Iterator[Callable[[], Any]]:
     for part in rounds(recipe):
         gates = None if part.distill is None else part.distill.gates
         if gates is not None:
+            section = gate_section(gates, recipe.evaluate)
             yield partial(_check_data, part)
-            sections.append((gate_section(gates, recipe.evaluate), GATES_KEY))
+            yield partial(require_texts, section)
+            sections.append((section, GATES_KEY))
     for section, key in sections:
         yield from (partial(_tell, error) for error in errors_of(section, key))
     yield partial(_check_read, recipe, [ask for section, key in sections for ask in asked(section, key)])

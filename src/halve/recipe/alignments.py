@@ -59,7 +59,8 @@ class Alignment(Section):
     )
     checkpoint_every: Count = Field(200, description="steps between checkpoints; a kill loses at most this many")
     heldout: CountFromZero = Field(
-        64, description="conversations or pairs that are measured before and after; at most a tenth of the data"
+        64,
+        description="conversations or prompts that are measured before and after; at most a tenth of the data",
     )
     beta: Scale = Field(0.1, description="with rpo, dpo, ipo: how strongly the model is held to its start")
     form: PairForm = Field("backward", description="with rpo: the divergence between rewards and model")
@@ -75,6 +76,7 @@ class Alignment(Section):
     answers: Count | None = Field(
         None,
         ge=2,
+        le=64,
         description="the current model writes this many answers to each prompt; the best and the worst become the pair",
     )
     answer_tokens: Count = Field(256, description="with answers: tokens of an answer at most")

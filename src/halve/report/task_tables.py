@@ -95,8 +95,7 @@ def _note(tasks: Facts, listed: Sequence[Facts], papers: Sequence[PaperModel]) -
     asked = [entry for entry in listed if entry["status"] == "asked"]
     words = [f"Tasks of lm-evaluation-harness {tasks['harness']}, in percent, with one standard error."]
     if asked:
-        counts = ", ".join(f"{entry['key']}: {entry['items']} items by {entry['metric']}" for entry in asked)
-        words.append(f"{counts}.")
+        words.append(f"{', '.join(map(_counts, asked))}.")
     words.append(f"add_bos_token is {settings['add_bos_token']}.")
     if settings["limit"]:
         words.append(f"At most {settings['limit']} items of each task were asked.")
@@ -111,6 +110,13 @@ def _note(tasks: Facts, listed: Sequence[Facts], papers: Sequence[PaperModel]) -
     if papers:
         words.append("Columns of the paper have its own numbers, from 2408.11796 (anonymous revision).")
     return " ".join(words)
+
+
+def _counts(entry: Facts) -> str:
+    words = f"{entry['key']}: {entry['items']} items by {entry['metric']}"
+    if entry.get("cut"):  # results of older versions do not say
+        words += f" ({entry['cut']} prompts did not fit into the context and lost their beginning)"
+    return words
 
 
 def _changed(tasks: Facts, asked: Sequence[Facts]) -> Iterator[str]:

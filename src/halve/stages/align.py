@@ -13,14 +13,15 @@ stage, for the model of every step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.align import measured, rewards, trainers, writing
 from halve.align.examples import (
+    UNREAD,
     Dialogue,
     LeftOut,
     Preference,
@@ -40,6 +41,8 @@ from halve.model.precision import cast_weights
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Alignment, Recipe
 from halve.train.loop.loop import is_half
+
+_Example = TypeVar("_Example", Dialogue, Preference)
 
 
 def run(
@@ -61,7 +64,8 @@ def run(
     """
     device = resolve_device(recipe.device)
     context = step.context or recipe.data.context
-    measure.require_context(student.config, context, "a sample of align")
+    key = "data.context" if step.context is None else f"context in step {number} of align"
+    measure.require_context(student.config, context, "a sample of align", key=key)
     half = is_half(step, device)
     how = StepSetting(step, name, out / ".checkpoints", context, recipe.seed + number, device, half, progress)
     model = student.load(dtype=recipe.dtype, device=device)
@@ -91,7 +95,7 @@ def _on_dialogues(
         dialogues(how.step, recipe.data, student.tokenizer, context=how.context, left_out=left_out)
     )
     _require(talks, left_out, "conversation", student, how)
-    train, heldout = parted(talks, how.step.heldout, seed=how.seed)
+    train, heldout = _parted(talks, how)
     model = model.float()
     before = measured.dialogue_logps(model, heldout) if heldout else None
     done = trainers.train_on_dialogues(model, student.tokenizer, train, how)
@@ -112,7 +116,7 @@ def _on_pairs(
     )
     pairs: list[Preference] = [pair for pair in encoded if pair is not None]
     _require(pairs, left_out, "pair", student, how)
-    train, heldout = parted(pairs, how.step.heldout, seed=how.seed)
+    train, heldout = _parted(pairs, how)
     model = model.float()
     before = measured.pair_logps(model, heldout) if heldout else None
     done = trainers.train_on_pairs(model, student.tokenizer, train, how)
@@ -133,14 +137,23 @@ def _rewarded_rows(
         return listed
     reward = rewards.open_reward(how.step, device=how.device)
     if how.step.answers is None:
-        for row, _ in listed:
-            both = [row[name]["content"] for name in ("chosen", "rejected")]
-            row["rewards"] = [writing.rewarded(reward, row, text) for text in both]
-        return listed
+        return [*_judged(listed, reward, left_out)]
     asked = [row for row, _ in listed if len(writing.prompt_ids_of(row, tokenizer)) < how.context]
     left_out.add(f"have a prompt of over {how.context} tokens and are left out", len(listed) - len(asked))
     answers = writing.written_answers(asked, model, tokenizer, how)
     return [(row, "an answer") for row in writing.judged(asked, answers, reward, left_out=left_out)]
+
+
+def _judged(
+    listed: Sequence[tuple[dict[str, Any], str]], reward: rewards.Reward, left_out: LeftOut
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows with rewards of their own answers."""
+    for row, place in listed:
+        both = writing.all_rewarded(reward, row, [row[name]["content"] for name in ("chosen", "rejected")])
+        if both is None:
+            left_out.add(UNREAD)
+        else:
+            yield {**row, "rewards": both}, place
 
 
 def _require(
@@ -151,6 +164,15 @@ def _require(
         how.progress.say(f"{how.name}: {left_out.told}")
     require_examples(len(examples), left_out, what)
     student.require_embedded(largest_id(examples), f"the data of {how.name}")
+
+
+def _parted(examples: Sequence[_Example], how: StepSetting) -> tuple[list[_Example], list[_Example]]:
+    """Examples to train on and held-out ones. Says how many are neither."""
+    train, heldout, beside = parted(examples, how.step.heldout, seed=how.seed)
+    if beside:
+        alike = "equal a held-out conversation" if how.step.kind == "sft" else "have the prompt of a held-out pair"
+        how.progress.say(f"{how.name}: {len(beside):,} {alike} and are left out")
+    return train, heldout
 
 
 def _told(log: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:

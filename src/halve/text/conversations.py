@@ -30,6 +30,8 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
+_SPOKEN = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What of a message templates write."""
 _CALLS = "function_call"  # of ShareGPT: an assistant's turn whose value is a call
 _FIRST = ("system", "developer")
 _AFTER: Mapping[str, tuple[str, ...]] = {
@@ -69,6 +71,29 @@ def conversation(row: Any, *, place: str, text_field: str, key: str = MESSAGES_K
     if tools := _tools(row.get(TOOLS), place):
         fields[TOOLS] = tools
     yield Piece(json.dumps(fields, ensure_ascii=False), last=True, place=place)
+
+
+def answered(row: Any, *, place: str, text_field: str, key: str = MESSAGES_KEY) -> Iterator[Piece]:
+    """The same for rows whose answers are learned. Raises `CorpusError` also for an answer that says nothing."""
+    for piece in conversation(row, place=place, text_field=text_field, key=key):
+        for number, message in enumerate(json.loads(piece.text)["messages"], 1):
+            if message["role"] == "assistant" and says_nothing(message):
+                raise CorpusError(
+                    f"{place} has no answer in message {number}",
+                    why="without content and calls of tools it would teach the student to say nothing",
+                    fix="write the answer, or drop the row",
+                )
+        yield piece
+
+
+def says_nothing(message: Mapping[str, Any]) -> bool:
+    """Whether a message has neither words nor calls of tools.
+
+    >>> says_nothing({"role": "assistant", "content": ""})
+    True
+    """
+    spoken = (message.get(key) for key in _SPOKEN)
+    return not any(said.strip() if isinstance(said, str) else said for said in spoken)
 
 
 def message_of(given: Any, number: int, place: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ in `score_chosen` and `score_rejected`. `answer` is the reference that a verifie
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +17,17 @@ from typing import Any, Final
 from halve.disk.textfiles import half_pair
 from halve.errors import CorpusError
 from halve.recipe.alignments import Alignment
-from halve.text.conversations import message_of, require_turns
+from halve.text.conversations import message_of, require_turns, says_nothing
+from halve.text.numbers import last_number
 from halve.text.rows import Piece, Wanted, no_field
 
 _PROMPTS = ("prompt", "question", "messages", "conversations")
 _ANSWERS = ("chosen", "rejected")
 _REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
 _REFERENCE: Final = "answer"
+
+LARGEST_REWARD: Final = 1e15
+"""Losses take squares of rewards' differences in single precision, whose largest number is 3e38."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Needs:
 def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterator[Piece]:
     """One row as JSON: `prompt` and, if they are needed, `chosen`, `rejected`, `rewards` and `reference`.
 
-    `place` names the row. Raises `CorpusError` for a row that lacks something, for a reward that is no finite number,
-    and for messages that do not alternate.
+    `place` names the row. Raises `CorpusError` for a row that lacks something, for a reward that is no number of
+    a moderate size, for a reference without a number, and for messages that do not alternate.
     """
     if not isinstance(row, dict):
         raise CorpusError(
@@ -61,8 +64,10 @@ def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterat
             why=f"each row has a prompt and answers; this is {type(row).__name__}",
             fix='write lines such as {"prompt": "...", "chosen": "...", "rejected": "..."}',
         )
+    for name in _ANSWERS if needs.answers else ():
+        _require_given(row, name, place)
     prompt = _prompt(row, place, needs)
-    require_turns([*(message["role"] for message in prompt), "assistant"], place)
+    _require_open(prompt, place)
     fields: dict[str, Any] = {"prompt": prompt}
     if needs.answers:
         fields |= {name: _answer(row, name, prompt, place) for name in _ANSWERS}
@@ -99,16 +104,33 @@ def _messages(given: Any, place: str, field: str) -> list[dict[str, Any]]:
     return [message_of(message, number, f"{place}, {field}") for number, message in enumerate(listed, 1)]
 
 
-def _answer(row: Mapping[str, Any], name: str, prompt: list[dict[str, Any]], place: str) -> dict[str, Any]:
-    """The assistant's message."""
+def _require_open(prompt: list[dict[str, Any]], place: str) -> None:
+    """Raise `CorpusError` unless the prompt's turns alternate and it ends where the assistant answers."""
+    roles = [message["role"] for message in prompt]
+    require_turns(roles, place)
+    if roles[-1:] == ["assistant"]:
+        raise CorpusError(
+            f"{place}: the prompt ends with an answer",
+            why=f"its message {len(roles)} is of assistant, and a prompt is what the assistant answers",
+            fix="leave the last answer out of the prompt, or drop the row",
+        )
+    require_turns([*roles, "assistant"], place)
+
+
+def _require_given(row: Mapping[str, Any], name: str, place: str) -> None:
     given = row.get(name)
     if not given or (isinstance(given, str) and not given.strip()):
         held = "is empty" if name in row and given is not None else "is null" if name in row else "is missing"
-        raise CorpusError(
-            f"{place} has no {name} answer",
-            why=f"its field {name!r} {held}",
-            fix=f"write the answer into {name}, or drop the row",
-        )
+        raise _no_answer(place, name, why=f"its field {name!r} {held}")
+
+
+def _no_answer(place: str, name: str, *, why: str) -> CorpusError:
+    return CorpusError(f"{place} has no {name} answer", why=why, fix=f"write the answer into {name}, or drop the row")
+
+
+def _answer(row: Mapping[str, Any], name: str, prompt: list[dict[str, Any]], place: str) -> dict[str, Any]:
+    """The assistant's message."""
+    given = row[name]
     if isinstance(given, str):
         return {"role": "assistant", "content": _whole(given, place)}
     messages = _messages(given, place, name)
@@ -121,6 +143,8 @@ def _answer(row: Mapping[str, Any], name: str, prompt: list[dict[str, Any]], pla
             why=f"field {name!r} holds messages of {roles} after the prompt, and an answer is one of the assistant",
             fix="put what comes before the last answer into the prompt, or drop the row",
         )
+    if says_nothing(messages[0]):
+        raise _no_answer(place, name, why=f"the message in its field {name!r} says nothing")
     return messages[0]
 
 
@@ -130,12 +154,12 @@ def _rewards(row: Mapping[str, Any], place: str) -> list[float]:
     rewards = []
     for field, name in zip(fields, _ANSWERS, strict=True):
         given = row.get(field)
-        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+        if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) <= LARGEST_REWARD:
             held = "is missing" if field not in row else f"holds {'null' if given is None else repr(given)[:40]}"
             raise CorpusError(
                 f"{place} has no reward for its {name} answer",
-                why=f"its field {field!r} {held}; a reward is a finite number",
-                fix=f"write numbers into {fields[0]} and {fields[1]}, set rewards: model, or use kind: dpo",
+                why=f"its field {field!r} {held}; a reward is a number of at most {LARGEST_REWARD:.0e}",
+                fix=f"write such numbers into {fields[0]} and {fields[1]}, set rewards: model, or use kind: dpo",
             )
         rewards.append(float(given))
     return rewards
@@ -150,6 +174,12 @@ def _reference(row: Mapping[str, Any], place: str) -> str:
             f"{place} has no answer to compare with",
             why=f"rewards: gsm8k reads it from field {_REFERENCE!r}",
             fix=f"write the right answer into {_REFERENCE}, or drop the row",
+        )
+    if last_number(given) is None:
+        raise CorpusError(
+            f"{place} has no number to compare with",
+            why=f"rewards: gsm8k compares numbers, and field {_REFERENCE!r} holds {given[:40]!r}",
+            fix=f"write the right number into {_REFERENCE}, or drop the row",
         )
     return given
 
