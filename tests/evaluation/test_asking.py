@@ -12,6 +12,7 @@ from task_rows import rows_of, small_model, write_data, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from halve.errors import CorpusError
 from halve.evaluation import asking
 from halve.evaluation.results import item_lines, summary
 from halve.model.checkpoint import Checkpoint
@@ -134,3 +135,17 @@ def test_prompts_that_lose_their_beginning_are_counted(
     assert cut(128) == {"arc_easy": 2, "gsm8k": 3}
     told = "arc_easy (0): 4 items; the prompts of 2 lost their beginning, for they do not fit into 128 tokens"
     assert told in capsys.readouterr().out
+
+
+def test_a_choice_that_is_longer_than_the_context_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = rows_of("arc_easy", 2)
+    rows[1]["choices"]["text"][0] = "a long choice " * 60
+    section = Evaluate(tasks={"arc_easy": 0}, data={"arc_easy": str(write_rows(tmp_path / "arc.jsonl", rows))})
+    teacher = Checkpoint.open(small_model(tmp_path / "model", tokenizer))
+    model = teacher.load()
+    model.config.max_position_embeddings = 64
+    with pytest.raises(CorpusError, match="a choice of arc_easy is longer than the model's context") as told:
+        asking.answer(asking.read_exam(section, context=64), model, teacher.tokenizer, seed=0)
+    assert "drop the row with the choice ' a long choice" in told.value.fix

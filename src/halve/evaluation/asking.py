@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.disk.files import plain, read_json, write_json
-from halve.errors import HalveError
+from halve.errors import CorpusError, HalveError
 from halve.evaluation import harness, programs
 from halve.evaluation.building import build_task
 from halve.evaluation.harness import Built, is_code
@@ -174,7 +174,7 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> Answered:
     for part in built.parts.values():
         part.set_fewshot_seed(harness.FEWSHOT_SEED)
-    with torch.no_grad(), figures_unread(built.parts), _prompts_cut(wrapped) as cut:
+    with torch.no_grad(), figures_unread(built.parts), _prompts_cut(wrapped, built.ask) as cut:
         results = lm_eval.evaluator.evaluate(
             wrapped,
             {"tasks": dict(built.parts)},
@@ -191,13 +191,22 @@ def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> 
 
 
 @contextmanager
-def _prompts_cut(wrapped: Any) -> Iterator[set[str]]:
-    """In this context prompts are collected that do not fit. The harness drops their beginning without a word."""
+def _prompts_cut(wrapped: Any, ask: Ask) -> Iterator[set[str]]:
+    """In this context prompts are collected that do not fit. The harness drops their beginning without a word.
+
+    Raises `CorpusError` for a choice that does not fit by itself.
+    """
     cut: set[str] = set()
     score, encode = wrapped._loglikelihood_tokens, wrapped.tok_batch_encode
 
     def scored(requests: Sequence[Any], **how: Any) -> Any:
-        for (prompt, _), context, continuation in requests:
+        for (prompt, choice), context, continuation in requests:
+            if len(continuation) > wrapped.max_length:
+                raise CorpusError(
+                    f"a choice of {ask.task} is longer than the model's context",
+                    why=f"it has {len(continuation)} tokens, and the context {wrapped.max_length}",
+                    fix=f"drop the row with the choice {choice[:40]!r}",
+                )
             if len(context) + len(continuation) > wrapped.max_length + 1:  # the last token is not read
                 cut.add(prompt)
         return score(requests, **how)
