@@ -22,6 +22,7 @@ import torch
 from halve.anatomy import Arch, Counts
 from halve.preflight.rehearsal import Cast, Learned, Rehearsal, rehearse
 from halve.recipe.schema import Correct, Distill, Training
+from halve.train.loop.optimizers import iterates_wide
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -225,7 +226,9 @@ def _learning(training: Training, model: Sized, found: Rehearsal, place: Hardwar
     """The memory of one learner. `batch` says how many micro-batches make a step."""
     one_pass = place.ranks == 1 and _samples(batch, 1) == batch.batch
     gradients = 4 * found.trained / place.shards
-    scratch = 10 * found.largest if training.optimizer == "muon" else 0  # its update in float32, three factors in half
+    # of Muon the update in float32 and three factors, in half or in float32
+    factor = 4 if iterates_wide(on_cpu=not place.cuda) else 2
+    scratch = (4 + 3 * factor) * found.largest if training.optimizer == "muon" else 0
     passing = max(found.first - gradients, 0) if one_pass else found.later
     return Memory(
         masters_bytes=round(4 * model.counts.params / place.shards),

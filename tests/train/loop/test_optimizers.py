@@ -74,6 +74,25 @@ def test_muon_moves_matrices_between_hidden_states_alone() -> None:
     assert sum("exp_avg" in made.state[p] for p in model.parameters()) == len(list(model.parameters())) - 14
 
 
+@pytest.mark.parametrize(("slow", "apart"), [(True, (0.0, 1e-5)), (False, (1e-3, 5e-2))])
+def test_muon_iterates_in_float32_where_bfloat16_is_slow(
+    monkeypatch: pytest.MonkeyPatch, slow: bool, apart: tuple[float, float]
+) -> None:
+    """Against five Newton-Schulz iterations in float64; from zero the first step is the orthogonalized gradient."""
+    monkeypatch.setattr(optimizers, "is_slow_here", lambda dtype: slow)
+    weight = torch.nn.Parameter(torch.zeros(48, 32))
+    weight.grad = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    gradient = weight.grad.clone()
+    x = gradient.double().T / gradient.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    make_optimizer([weight], training(optimizer="muon", lr=1e-2), between=[weight]).step()
+    assert torch.equal(weight.grad, gradient)
+    want = -1e-2 * 0.2 * 48**0.5 * x.T
+    assert apart[0] <= ((weight.double() - want).norm() / want.norm()).item() < apart[1]
+
+
 def test_moments_in_8_bits_take_a_byte_an_entry() -> None:
     weight = torch.nn.Parameter(torch.ones(64, 64))
     made = make_optimizer([weight], training(optimizer="adamw8bit"))

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+from torch.overrides import TorchFunctionMode
 
 from halve.errors import TrainError
+from halve.model.precision import is_slow_here
 from halve.recipe.schema import Training
 
 
@@ -128,10 +130,33 @@ def _muon(moved: Sequence[nn.Parameter], training: Training, between: set[int]) 
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         decay = training.weight_decay
-        parts.append(torch.optim.Muon(matrices, training.lr, decay, adjust_lr_fn="match_rms_adamw"))
+        kind = _WideMuon if iterates_wide(on_cpu=matrices[0].device.type == "cpu") else torch.optim.Muon
+        parts.append(kind(matrices, training.lr, decay, adjust_lr_fn="match_rms_adamw"))
     if rest:
         parts.append(_adamw(rest, training))
     return Together(parts)
+
+
+def iterates_wide(*, on_cpu: bool) -> bool:
+    """Whether Muon's iteration is computed in float32: on a CPU that has no units for bfloat16."""
+    return on_cpu and is_slow_here(torch.bfloat16)
+
+
+class _WideMuon(torch.optim.Muon):
+    """Muon whose iteration is computed in float32. PyTorch's own rounds each update to bfloat16 first."""
+
+    def step(self, closure: Any = None) -> Any:
+        with _Unrounded():
+            return super().step(closure)  # type: ignore[no-untyped-call]
+
+
+class _Unrounded(TorchFunctionMode):
+    """In this context a tensor that is cast to bfloat16 is copied to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
 
 
 def _eight_bit(moved: Sequence[nn.Parameter], training: Training) -> torch.optim.Optimizer:
