@@ -57,7 +57,7 @@ def judged(
 ) -> Iterator[dict[str, Any]]:
     """For each prompt the best and the worst of its answers, with their rewards. `left_out` counts prompts without.
 
-    Raises `TrainError` for a reward that is not finite.
+    Raises `TrainError` for a reward that is not finite or too large for a loss.
     """
     for row, texts in zip(rows, answers, strict=True):
         rewards = all_rewarded(reward, row, texts)
