@@ -4,12 +4,13 @@
         --ratios 0.7 [--tokens 250000]
 
 Rows are those of `real_model.py`. Of each, three learning rates are tried on few tokens and compared on documents that
-are not reported, and further ones while the best is the lowest or the highest; the best one trains all tokens, in
-bfloat16. What has a line in FILE is not trained again. A killed training resumes from its checkpoint in FOLDER.
+are not reported, and further ones while the best is the lowest or the highest; the best one trains all tokens.
+What has a line in FILE is not trained again. A killed training resumes from its checkpoint in FOLDER.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from real_held import Held
-from real_model import Bench, Lines, arguments, prepared, where
+from real_model import Bench, Lines, arguments, prepared, slug, where
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halve.model import measure
@@ -39,13 +40,14 @@ def main() -> None:
     parser = arguments("Students of a real model after distillation.")
     parser.add_argument("--tokens", type=int, default=250_000)
     parser.add_argument("--sweep-tokens", type=int, default=25_000)
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the products")
     parser.add_argument("--lr", type=float, help="train at this rate, without a sweep")
     args = parser.parse_args()
     bench, book = prepared(args)
     for ratio in args.ratios:
         for name in args.rows:
             rate = args.lr or best_rate(bench, book, name, ratio)
-            key = {"distilled": name, "ratio": ratio, "seed": args.seed, "lr": rate, "tokens": args.tokens}
+            key = {"distilled": name, **training_key(args, ratio, rate, args.tokens)}
             if book.find(**key) is None:
                 trained, line = retrained(bench, name, ratio, lr=rate, tokens=args.tokens, held=bench.held)
                 trained.save_pretrained(place(bench, name, ratio, lr=rate, tokens=args.tokens) / "model")
@@ -63,10 +65,15 @@ def best_rate(bench: Bench, book: Lines, name: str, ratio: float) -> float:
         found |= {i: swept(bench, book, name, ratio, RATES[i]) for i in further}
 
 
+def training_key(args: argparse.Namespace, ratio: float, lr: float, tokens: int) -> dict[str, Any]:
+    """What tells a row's trainings apart."""
+    return {"ratio": ratio, "seed": args.seed, "lr": lr, "tokens": tokens, "precision": args.precision}
+
+
 def swept(bench: Bench, book: Lines, name: str, ratio: float, rate: float) -> float:
     """KL to the teacher after few tokens at this rate, on documents that choose."""
     tokens = bench.args.sweep_tokens
-    key = {"swept": name, "ratio": ratio, "seed": bench.seed, "lr": rate, "tokens": tokens}
+    key = {"swept": name, **training_key(bench.args, ratio, rate, tokens)}
     line = book.find(**key)
     if line is None:
         trained, spent = retrained(bench, name, ratio, lr=rate, tokens=tokens, held=bench.choosing)
@@ -91,7 +98,7 @@ def retrained(
         warmup_steps=min(5, steps // 4),
         eval_every=max(1, steps // MEASUREMENTS),
         checkpoint_every=max(1, steps // MEASUREMENTS),
-        precision="bfloat16",
+        precision=bench.args.precision,
     )
     teacher = Live(*split(bench.model))
     vocab = bench.anatomy.sizes.vocab
@@ -111,7 +118,8 @@ def retrained(
 
 def place(bench: Bench, name: str, ratio: float, *, lr: float, tokens: int) -> Path:
     """The folder of a training. What trained all tokens is left there as `model`."""
-    folder: Path = bench.work / "trained" / f"{slug(name, ratio)}-{lr:g}-{tokens}-{bench.seed}"
+    about = f"{slug(name, ratio)}-{lr:g}-{tokens}-{bench.seed}-{bench.args.precision}"
+    folder: Path = bench.work / "trained" / about
     return folder
 
 
@@ -128,16 +136,11 @@ def figures(held: Held) -> objectives.Heldout:
 
 def start(bench: Bench, name: str, ratio: float) -> PreTrainedModel:
     """A row's student before training; cut once and kept in the work folder."""
-    folder: Path = bench.work / "students" / slug(name, ratio)
+    folder = bench.place(name, ratio)
     if not (folder / "config.json").exists():
         bench.student(name, ratio)[0].save_pretrained(folder)
     student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     return student
-
-
-def slug(name: str, ratio: float) -> str:
-    """A row's name as a folder's."""
-    return "-".join([*"".join(c if c.isalnum() else " " for c in name).split(), f"{100 * ratio:.0f}"])
 
 
 if __name__ == "__main__":

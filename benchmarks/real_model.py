@@ -59,6 +59,9 @@ MICRO_BATCH = 8
 def main() -> None:
     """Measure what is not known yet."""
     parser = arguments("How close cuts of a real model start to their teacher.")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave each student in the work folder, for real_distill.py"
+    )
     args = parser.parse_args()
     bench, book = prepared(args)
     if book.find(row="teacher", seed=args.seed) is None:
@@ -67,7 +70,10 @@ def main() -> None:
         for name in args.rows:
             key = {"row": name, "ratio": ratio, "seed": args.seed}
             if book.find(**key) is None:
-                book.add({**key, **bench.measure(name, ratio), **where()})
+                student, line = bench.measure(name, ratio)
+                if args.keep:
+                    student.save_pretrained(bench.place(name, ratio))
+                book.add({**key, **line, **where()})
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -162,8 +168,8 @@ class Bench:
             prune=Prune(non_embedding_ratio=ratio),
         )
 
-    def measure(self, name: str, ratio: float) -> dict[str, Any]:
-        """One row at one ratio."""
+    def measure(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """One row at one ratio: its student, and what is found of it."""
         began, cpu = time.perf_counter(), time.process_time()
         student, line = self.student(name, ratio)
         line["seconds"] = {
@@ -174,7 +180,13 @@ class Bench:
         ledger, arch = self.anatomy.ledger, discover(student.config).sizes
         kept = discover(student.config).ledger.count(arch).non_embedding
         share = kept / ledger.count(self.anatomy.sizes).non_embedding
-        return {**line, "sizes": arch.sizes, "non_embedding": kept, "share": share, **self._figures(student)}
+        sizes = {"sizes": arch.sizes, "non_embedding": kept, "share": share}
+        return student, {**line, **sizes, **self._figures(student)}
+
+    def place(self, name: str, ratio: float) -> Path:
+        """The folder of a row's student."""
+        folder: Path = self.work / "students" / slug(name, ratio)
+        return folder
 
     def student(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The student of a row, and how it came about."""
@@ -275,6 +287,11 @@ class Bench:
         context = min(HELD_CONTEXT, self.args.context)
         found = held_documents(self.args.text, tokenizer, of_each=of_each, context=context, skip=skip)
         return Held(self.model, found)
+
+
+def slug(name: str, ratio: float) -> str:
+    """A row's name as a folder's."""
+    return "-".join([*"".join(c if c.isalnum() else " " for c in name).split(), f"{100 * ratio:.0f}"])
 
 
 if __name__ == "__main__":

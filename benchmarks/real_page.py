@@ -131,11 +131,11 @@ def distilled_table(lines: Sequence[Line]) -> list[str]:
     if not lines:
         return []
     return [
-        "| distilled | tokens | learning rate | KL | perplexity | KL by tokens |",
-        "|---|---:|---:|---:|---:|---|",
+        "| distilled | tokens | products in | learning rate | KL | perplexity | KL by tokens |",
+        "|---|---:|---|---:|---:|---:|---|",
         *(
-            f"| {line['distilled']} | {line['tokens']:,} | {line['lr']:g} | {spelled(line['kl'])} |"
-            f" {spelled(line['perplexity'], 1)} | {', '.join(f'{n:,}: {kl:.3f}' for n, kl, _ in line['curve'])} |"
+            f"| {line['distilled']} | {line['tokens']:,} | {line['precision']} | {line['lr']:g} |"
+            f" {spelled(line['kl'])} | {spelled(line['perplexity'], 1)} | {', '.join(f'{n:,}: {kl:.3f}' for n, kl, _ in line['curve'])} |"
             for line in lines
         ),
         "",

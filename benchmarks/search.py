@@ -1,6 +1,7 @@
 """Does the tournament choose the shape that is best once all are trained, and is that better than the baselines?
 
     python benchmarks/search.py WORK [--seed 0] [--tokens 2000000] [--lr 2e-3] [--finalists 8] [--only STEP ...]
+    python benchmarks/search.py WORK --seed 9 --only finalists rates --rates 5e-4 1e-3 2e-3
 
 On the demo's teacher, corrected as in the demo. Steps, each resumable, each adding lines of JSON to
 benchmarks/results/search/demo-SEED-TOKENS.jsonl:
@@ -10,7 +11,9 @@ benchmarks/results/search/demo-SEED-TOKENS.jsonl:
     baselines    BI's contiguous block, greedy removal, the additive program: at the same budget
     field        every finalist and every baseline trained to the end, on the same samples in the same order
     verdict      the choice against the best of the field and against each baseline, paired by sample; flips
+    rates        the first and the last finalist trained to the end at each of --rates: for another seed
 
+The tournament chooses, and a rate is chosen, on the first CHOSEN_ON held-out samples. The verdict is on the other ones.
 A kill loses at most the steps since the last checkpoint. Speed is printed by the training itself (metrics.jsonl).
 """
 
@@ -20,7 +23,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,9 @@ from halve.train.teachers import answers
 
 RESULTS = Path(__file__).with_name("results") / "search"
 STEPS = ("finalists", "tournament", "baselines", "field", "verdict")
+ELSE = ("rates",)
+HELD_OUT, CHOSEN_ON = 176, 96
+"""Held-out samples in all, and how many of them choose."""
 SHARE, RUNGS, KEEP = 0.4, 3, 0.5
 """A tournament's winner trains on this share of the tokens. With eight finalists and room for ties that is a quarter of
 what training all of them takes."""
@@ -69,7 +75,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--finalists", type=int, default=8)
     parser.add_argument("--ratio", type=float, default=0.5, help="of the non-embedding parameters")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--only", nargs="+", choices=STEPS + ELSE, default=list(STEPS))
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="of the step rates")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     bench = Bench(args)
@@ -108,7 +115,7 @@ class Bench:
                 "lr": args.lr,
                 "min_lr": args.lr / 20,
                 "cache": "hidden",
-                "eval_samples": recipe.evaluate.samples,
+                "eval_samples": HELD_OUT,
                 "eval_every": 10**9,  # rungs alone
                 "baselines": (),
                 "checkpoint_every": 32,
@@ -144,7 +151,7 @@ class Bench:
     def tournament(self) -> None:
         """Play it, and write what it found."""
         began, entries = time.monotonic(), self.entries("finalist")
-        school = self.school(self._short)
+        school = self.school(self._short, CHOSEN_ON)
         plan = self.plan(len(entries))
         played = play(
             [entry.checkpoint for entry in entries],
@@ -185,12 +192,13 @@ class Bench:
     def field(self) -> None:
         """Train everything to the end: finalists first."""
         entries = [*self.entries("finalist"), *self.entries("baseline")]
-        school = self.school(self.distill)
-        plan = ladder(1, tokens=self.args.tokens, rungs=1, keep=KEEP, step=self._step)
+        school = self.school(self.distill, HELD_OUT)
         for entry in entries:
-            began, out = time.monotonic(), self._folder(f"field/{entry.name}")
-            played = play([entry.checkpoint], plan, school, out=out, progress=self.progress)
-            kl = [average(_row(played, rung)).as_dict() for rung in (0, 1)]
+            began = time.monotonic()
+            played = play(
+                [entry.checkpoint], self._alone, school, out=self._folder(f"field/{entry.name}"), progress=self.progress
+            )
+            kl = [average(_row(played, rung)[CHOSEN_ON:]).as_dict() for rung in (0, 1)]
             self._tell("trained", name=entry.name, seconds=time.monotonic() - began, before=kl[0], after=kl[1])
 
     def verdict(self) -> None:
@@ -218,6 +226,16 @@ class Bench:
                 if name.startswith("baseline") and chosen in field
             },
         )
+
+    def rates(self) -> None:
+        """What each learning rate reaches. The verdicts of other seeds use the best."""
+        entries = self.entries("finalist")
+        for lr in self.args.rates:
+            school = self.school(self.distill.model_copy(update={"lr": lr, "min_lr": lr / 20}), CHOSEN_ON)
+            for entry in (entries[0], entries[-1]):
+                out = self._folder(f"rates/{lr:g}/{entry.name}")
+                played = play([entry.checkpoint], self._alone, school, out=out, progress=self.progress)
+                self._tell("rate", name=entry.name, rate=lr, after=average(_row(played, 1)).as_dict())
 
     # ---- what they need
 
@@ -255,8 +273,12 @@ class Bench:
             progress=self.progress,
         )
 
-    def school(self, training: Distill) -> School:
-        """The answers of the teacher for a training, made once, and its text."""
+    @property
+    def _alone(self) -> Ladder:
+        return ladder(1, tokens=self.args.tokens, rungs=1, keep=KEEP, step=self._step)
+
+    def school(self, training: Distill, held_out: int) -> School:
+        """The answers of the teacher for a training, made once, and its text with this many held-out samples."""
         recipe = self.recipe.model_copy(update={"distill": self.distill})
         stored, data = self.args.work / f"answers-{self.args.seed}-{self.args.tokens}", self.args.work / "data"
         if not (stored / "index.json").exists():
@@ -265,7 +287,7 @@ class Bench:
         text = open_text(recipe, training, self.teacher, cache=data, progress=self.progress)
         digest = self.teacher.fingerprint
         store = answers.open_store(stored, recipe, training, teacher=digest, text=text)
-        return School(recipe, training, text, store, "cpu", ALONE)
+        return School(recipe, training, replace(text, heldout=text.heldout[:held_out]), store, "cpu", ALONE)
 
     def entries(self, kind: str) -> list[Entry]:
         """What was cut, by its name."""
@@ -288,11 +310,11 @@ class Bench:
         return [path.parent.name for path in sorted(self.place.glob("field/*/rungs.jsonl")) if len(_lines(path)) == 2]
 
     def _trained(self, name: str) -> tuple[Tensor, Tensor]:
-        """KL by sample before and after."""
+        """KL before and after of each sample that chose nothing."""
         before, after = (
             torch.tensor(line["by_sample"]) for line in _lines(self.place / "field" / name / "rungs.jsonl")
         )
-        return before.double(), after.double()
+        return before.double()[CHOSEN_ON:], after.double()[CHOSEN_ON:]
 
     def _folder(self, name: str) -> Path:
         folder = self.place / name
