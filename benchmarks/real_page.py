@@ -135,7 +135,8 @@ def distilled_table(lines: Sequence[Line]) -> list[str]:
         "|---|---:|---|---:|---:|---:|---|",
         *(
             f"| {line['distilled']} | {line['tokens']:,} | {line['precision']} | {line['lr']:g} |"
-            f" {spelled(line['kl'])} | {spelled(line['perplexity'], 1)} | {', '.join(f'{n:,}: {kl:.3f}' for n, kl, _ in line['curve'])} |"
+            f" {spelled(line['kl'])} | {spelled(line['perplexity'], 1)} |"
+            f" {', '.join(f'{n:,}: {kl:.3f}' for n, kl, _ in line['curve'])} |"
             for line in lines
         ),
         "",
