@@ -2,12 +2,13 @@
 
 import sys
 
-from halve.process import fresh, interrupts
+from halve.process import fresh, interrupts, spins
 
 
 def main() -> int:
     """Run the command line in a process that finds no code in the working folder."""
     fresh.shut_program()
+    spins.shorten()
     try:
         from halve.cli.app import main as command
     except KeyboardInterrupt:
