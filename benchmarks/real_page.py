@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from real_claims import claims_table
 from real_cuts import BASELINES, DEFAULT, OWN, ROWS
 
 from halve.model import measure
@@ -52,6 +54,7 @@ def page(lines: Sequence[Line]) -> list[str]:
         text += table([line for line in measured if line["row"] not in OWN], ratio, weights_D)
         text += own_table([line for line in measured if line["row"] in OWN])
         text += distilled_table([line for line in lines if line.get("ratio") == ratio and "distilled" in line])
+    text += claims_table(lines, partial(paired, weights_D=weights_D), spelled)
     text += tasks_table([line for line in lines if "tasks" in line])
     return text + decode_table([line for line in lines if "decoded" in line])
 
