@@ -18,6 +18,7 @@ import checks  # noqa: F401  before anything of halve is imported
 import pytest
 import torch
 from chat import CHATML, small_talk
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +37,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 waits.AFTER_S = 600.0  # a busy machine says no more than an idle one
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 # programs that tests start; they import what lies beside them
 collect_ignore = ["train/loop/ranks_driver.py", "train/teachers/cache_driver.py"]

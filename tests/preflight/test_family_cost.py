@@ -101,6 +101,47 @@ def test_the_family_of_a_recipe_is_what_its_dry_run_counts(tmp_path: Path) -> No
     assert family.money(3.6e18) == pytest.approx(2.0 * 3.6e18 / (989e12 * 0.4) / 3600)
 
 
+ALIGN = [{"kind": kind, "data": ["a.jsonl"], "tokens": tokens} for kind, tokens in (("sft", 700), ("dpo", 300))]
+
+
+def costed(recipe: Recipe) -> FamilyCost:
+    return cost_of_recipe(recipe, Checkpoint.open(recipe.model), scratch_tokens=10**6, device=gpu("H100"))
+
+
+@pytest.mark.parametrize("then", [[], [{"prune": {"ffn": 32}, "distill": {"tokens": 2000}}]])
+def test_alignment_belongs_to_the_last_student(tmp_path: Path, then: list[object]) -> None:
+    plain, recipe = small(tmp_path, then=then), small(tmp_path, then=then, align=ALIGN)
+    opened = Checkpoint.open(recipe.model)
+    work = planned_work(recipe, planned_rounds(recipe, opened), opened)
+    before, after = costed(plain).members, costed(recipe).members
+    assert after[:-1] == before[:-1]
+    assert after[-1].made.tokens == before[-1].made.tokens + 1000
+    steps = work["align-sft"].flops + work["align-2-dpo"].flops
+    assert after[-1].made.flops == pytest.approx(before[-1].made.flops + steps)
+
+
+def test_alignment_belongs_to_the_student_and_not_to_those_inside_it(tmp_path: Path) -> None:
+    inside = {"then": [], "nest": {"sizes": [{"ffn": 48}]}, "distill": {"tokens": 3000}}
+    before, after = (costed(small(tmp_path, **inside, align=align)).members for align in ([], ALIGN))
+    assert [member.name for member in after] == ["teacher", "student", "nested 2"]
+    assert after[1].made.tokens == before[1].made.tokens + 1000
+    assert after[1].made.flops > before[1].made.flops
+    assert after[2] == before[2]
+
+
+def test_a_tournament_trains_on_tokens_too(tmp_path: Path) -> None:
+    searching = {"candidates": 2, "tournament": {"tokens": 800, "rungs": 2, "batch": 1}}
+    plain = {"then": [], "prune": {}, "distill": {"tokens": 2000, "batch": 1}}
+    recipe = small(tmp_path, **plain, search={"targets": ["70%", "50%"], **searching})
+    opened = Checkpoint.open(recipe.model)
+    work = planned_work(recipe, planned_rounds(recipe, opened), opened)
+    found = costed(recipe).members
+    assert [member.name for member in found] == ["teacher", "student 1", "student 2"]
+    searched = [work["search"].tokens, work["search-2"].tokens]
+    assert all(tokens >= 800 for tokens in searched)
+    assert [member.made.tokens for member in found[1:]] == [2000 + tokens for tokens in searched]
+
+
 def test_students_of_a_nest_share_their_training(tmp_path: Path) -> None:
     inside = {"sizes": [{"ffn": 48}, {"ffn": 32, "layers": 3}], "draws": 2}
     recipe = small(tmp_path, then=[], nest=inside, distill={"tokens": 3000})
@@ -121,6 +162,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(plain) == 0
     said = capsys.readouterr().out
     assert "40.4x" in said
+    assert "3.8T" in said
     assert "without the teacher's passes and the cut, 1.77 times less" in said
     small(tmp_path)
     (tmp_path / "recipe.yaml").write_text(
@@ -140,6 +182,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--sizes", "8B"], "at least two sizes"),
         (["--sizes", "4B,8B", "--tokens", "1B"], "the largest, comes first"),
         (["--sizes", "8B,4B", "--tokens", "1B", "--device", "abacus"], "known are H100"),
+        (["--sizes", "8B,4B", "--tokens", "-1B"], "cannot read --tokens '-1B' as a token count"),
+        (["--sizes", "8B,4B", "--tokens", "1B", "--scratch", "50%"], "cannot read --scratch '50%' as a token count"),
+        (["--sizes", "8B,4X", "--tokens", "1B"], "cannot read --sizes '4X' as a parameter count"),
     ],
 )
 def test_what_it_refuses(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import torch
 from conftest import teach
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from halve.disk.textfiles import unpacked_bytes
 from halve.pipeline import run as pipeline
 from halve.preflight import check as preflight
+from halve.preflight import space
 from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
 from halve.train.loop import checkpoints
@@ -98,6 +101,32 @@ def test_text_takes_as_much_as_its_files_and_of_a_hub_what_is_trained_on(make_re
     from_hub = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": ("hub:some/text",)})})
     valid = sum(Path(source).stat().st_size for source in recipe.data.valid)
     assert forecast(from_hub).disk.text_bytes == valid + 2 * 12 * 128
+
+
+def test_compressed_text_takes_what_it_unpacks_to(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    text = "".join(f'{{"text": "line {i} of {i * i % 977}"}}\n' for i in range(60_000))
+    (tmp_path / "short.jsonl.gz").write_bytes(gzip.compress(text[:9_000].encode()))
+    (tmp_path / "long.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
+    assert unpacked_bytes(tmp_path / "short.jsonl.gz") == 9_000
+    assert len(text) <= unpacked_bytes(tmp_path / "long.jsonl.gz") <= 3 * len(text)
+    data = make_recipe().data
+    names = ("short", "broken")
+    packed = data.model_copy(update={"train": tuple(str(tmp_path / f"{name}.jsonl.gz") for name in names)})
+    recipe = make_recipe(distill=STEPS).model_copy(update={"data": packed})
+    valid = sum(Path(source).stat().st_size for source in data.valid)
+    assert forecast(recipe).disk.text_bytes == 9_000 + len(b"no gzip") + valid
+    talk = recipe.model_copy(update={"data": packed.model_copy(update={"messages_field": "messages"})})
+    assert space._text_bytes(talk, 1000) == 2 * space._text_bytes(recipe, 1000)
+
+
+def test_parquet_says_how_much_it_holds(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"{i} " * 500 for i in range(300)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
+    told = unpacked_bytes(tmp_path / "a.parquet")
+    assert told == pytest.approx(sum(map(len, texts)), rel=0.1)
+    assert told > 5 * (tmp_path / "a.parquet").stat().st_size
 
 
 def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -15,20 +15,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from halve.anatomy.work import Costed
-from halve.cut import apply, trial
+from halve.cut import apply, cost, trial
 from halve.cut.cost import trying
+from halve.cut.given import calibration_samples
 from halve.cut.layers import chosen as removal
 from halve.cut.proof.prove import prove
 from halve.cut.repair import rotate
 from halve.cut.trial import Tried
 from halve.model.checkpoint import Checkpoint
-from halve.preflight import evaluation
+from halve.preflight import cutting, evaluation
 from halve.preflight.forecast import forecast
 from halve.preflight.sizes import planned_rounds
 from halve.preflight.work import trials
 from halve.recipe.schema import Recipe
 from halve.report.tables import forecast_tables
 from halve.stages import evaluate, prune, score
+from halve.text.mixture import Mixture
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -238,3 +240,25 @@ def test_the_row_of_a_trial_counts_every_shape(counted: Callable[..., tuple[Reci
     own = trying(before, anatomy, recipe.prune, recipe.score, [one.arch for one in found.tried], turned=True)
     assert own.flops == pytest.approx(found.flops["trial"], rel=0.05)
     assert forecast(recipe).flops["trial"] >= own.flops
+
+
+@pytest.mark.parametrize("samples", [8, 400])
+def test_a_trial_is_planned_with_the_samples_that_the_run_gives_it(
+    samples: int, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(score={"samples": samples}, prune={"non_embedding_ratio": 0.5})
+    sizes = Checkpoint.open(recipe.model).anatomy.sizes
+    length = recipe.data.context
+    monkeypatch.setattr(Mixture, "calibration", lambda _, number: torch.zeros(number, length, dtype=torch.long))
+    given = calibration_samples(recipe, recipe.prune, sizes, Mixture((), ()))
+    asked: list[int] = []
+    whole = cost.trial_budget
+
+    def noted(*args: Any, available: int, **about: Any) -> Any:
+        asked.append(available)
+        return whole(*args, available=available, **about)
+
+    monkeypatch.setattr(cost, "trial_budget", noted)
+    monkeypatch.setattr(cutting, "trial_budget", noted)
+    forecast(recipe)
+    assert {*asked} == {len(given)}

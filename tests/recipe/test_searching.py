@@ -44,6 +44,11 @@ def test_targets_are_shares_or_budgets() -> None:
     assert (second.memory.given, second.memory.context) == ({"max": Amount(0.5, is_share=True)}, 8192)
 
 
+def test_targets_that_differ_in_a_condition_are_two_sizes() -> None:
+    memory = [{"memory": {"max": "50%", "context": context}} for context in (4096, 8192)]
+    assert len(section({"targets": ["50%", {"total": "50%"}, *memory]}).targets) == 4
+
+
 def test_an_axis_is_frozen_allowed_stepped_or_listed() -> None:
     axes = {"heads": "frozen", "ffn": "allowed", "hidden": 64, "layers": [12, 16]}
     assert section({"budget": {"total": "1B"}, "axes": axes}).axes == {**axes, "layers": (12, 16)}
@@ -95,6 +100,8 @@ def test_other_text_is_no_amount(text: str) -> None:
         ({"budget": {"total": "1B"}, "layers": {"min": 9, "max": 8}}, "min 9 is above max 8"),
         ({"budget": {"total": "1B"}, "layers": {"keep": [1, 1]}}, "keep names a layer twice"),
         ({"budget": {"total": "1B"}, "layers": {"keep": [0, 1], "max": 1}}, "keep names 2 layers, more than max 1"),
+        ({"targets": ["50%", "50%"]}, r"bad value for search .*\n.*targets 1 and 2 are the same size.*\n  fix: "),
+        ({"targets": ["70%", "50%", {"non_embedding": "50.0 %"}]}, "targets 2 and 3 are the same size"),
         ({"targets": ["70 parts"]}, r"search\.targets.*\n.*no amount of parameters"),
     ],
 )

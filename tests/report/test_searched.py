@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -65,6 +66,18 @@ def test_a_trial_that_agrees_and_a_clear_gap() -> None:
     assert "0.0500 ± 0.0040 behind, sample by sample. " in words
 
 
+def test_one_sample_has_no_standard_error() -> None:
+    second = {"finalist": 2, "gap": {"value": 0.028, "stderr": math.nan}, "clear": False}
+    found = facts(samples=1, second=second)
+    words = " ".join(search_words(found, RECIPE))
+    assert "Finalist 3 is 0.028 behind. One sample has no standard error" in words
+    assert "two standard errors" not in words
+    section = searched(found, RECIPE)
+    assert section is not None
+    assert "measured on one held-out sample, in nats per token." in section.note
+    assert "±" not in section.note
+
+
 def test_a_rise_is_a_warning() -> None:
     rises = [{"finalist": i, "rung": 1, "value": 0.02, "stderr": 0.004} for i in (3, 4)]
     (words,) = (line for line in search_words(facts(rises=rises), RECIPE) if line.startswith("Warning"))
@@ -83,7 +96,8 @@ def test_a_narrow_range_has_ticks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("best", "says"), [(1, "It also answers most of the 400 items"), (2, "the winner is another: finalist 3")]
+    ("best", "says"),
+    [(1, "No finalist answers more of the 400 items of next-line."), (2, "the winner is another: finalist 3")],
 )
 def test_both_winners_are_named(best: int, says: str) -> None:
     accuracies = {"1": {"value": 0.6, "stderr": 0.02}, "2": {"value": 0.62, "stderr": 0.02}}

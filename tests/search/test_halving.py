@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +35,26 @@ def test_rungs_and_places() -> None:
     assert found.left(1, 5) == 5 * 200 + 2 * 400
 
 
+@pytest.mark.parametrize(
+    ("keep", "share"),
+    [
+        (0.1, Fraction(1, 10)),
+        (0.2, Fraction(1, 5)),
+        (0.25, Fraction(1, 4)),
+        (0.4, Fraction(2, 5)),
+        (0.5, Fraction(1, 2)),
+    ],
+)
+def test_no_rung_is_a_step_too_long(keep: float, share: Fraction) -> None:
+    for rungs, factor in itertools.product((2, 3, 4, 5), (1, 3, 7)):
+        last = factor * share.denominator ** (rungs - 1)
+        found = ladder(8, tokens=last * 4096, rungs=rungs, keep=keep, step=4096)
+        exact = [last * share ** (rungs - rung) for rung in range(1, rungs + 1)]
+        assert found.tokens == (0, *(4096 * steps for steps in exact)), (rungs, factor)
+        found = ladder(8, tokens=last * 4096 + 1, rungs=rungs, keep=keep, step=4096)
+        assert found.tokens == (0, *(4096 * (steps + 1) for steps in exact)), "a started step is a whole one"
+
+
 def test_no_rung_trains_nothing() -> None:
     found = ladder(8, tokens=800, rungs=0, keep=0.5, step=10)
     assert (found.tokens, found.places, found.budget) == ((0,), (8,), 0)
@@ -49,8 +72,9 @@ def test_one_candidate_needs_no_place_for_another() -> None:
 
 
 def test_too_few_tokens_are_refused() -> None:
-    with pytest.raises(RecipeError, match="20 tokens are too few for 3 rungs"):
-        ladder(8, tokens=20, rungs=3, keep=0.5, step=10)
+    for tokens, rungs in ((20, 3), (800, 10**12)):
+        with pytest.raises(RecipeError, match=f"{tokens} tokens are too few for {rungs} rungs"):
+            ladder(8, tokens=tokens, rungs=rungs, keep=0.5, step=10)
 
 
 def test_the_worse_half_goes() -> None:

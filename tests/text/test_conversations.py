@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat import turns, write_rows
+from chat import Message, turns, write_rows
 
 from halve.errors import CorpusError
 from halve.text import sources
@@ -56,7 +56,7 @@ def test_calls_of_tools_are_the_assistants(tmp_path: Path) -> None:
     (found,) = read(tmp_path / "a.jsonl")
     assert [message["role"] for message in found["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert found["messages"][1]["tool_calls"] == [{"type": "function", "function": call}]
-    assert found["tools"] == [{"name": "weather", "parameters": {}}]
+    assert found["tools"] == tools
 
 
 def test_parts_and_null_are_text_and_other_keys_stay(tmp_path: Path) -> None:
@@ -68,6 +68,20 @@ def test_parts_and_null_are_text_and_other_keys_stay(tmp_path: Path) -> None:
     (found,) = read(tmp_path / "a.jsonl")
     assert found["messages"][0] == {"role": "user", "content": "one two"}
     assert found["messages"][1] == {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def test_null_is_an_argument_of_a_call_and_what_fills_up_a_column(tmp_path: Path) -> None:
+    def called(arguments: dict[str, Any]) -> Message:
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    user = {"role": "user", "content": "Hi?"}
+    (tmp_path / "a.jsonl").write_text(row(user, called({"limit": None, "q": "x"})))
+    (found,) = read(tmp_path / "a.jsonl")
+    assert found["messages"][1] == called({"limit": None, "q": "x"})
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [[user, called({"q": "x"})], [user, called({"limit": 3})]]  # each column has all keys of all rows
+    parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "a.parquet")
+    assert [one["messages"] for one in read(tmp_path / "a.parquet")] == rows
 
 
 def test_parquet_gives_the_same(tmp_path: Path) -> None:
@@ -105,6 +119,19 @@ USER, ANSWER = turns("Hi?", "Hello.")
         (row(ANSWER), "does not alternate\n  why: message 1 is of assistant and is the first"),
         (row(USER, {"role": "tool", "content": "x"}), "does not alternate\n  why: message 2 is of tool"),
         (row(USER, {"role": "system", "content": "x"}), "does not alternate\n  why: message 2 is of system"),
+        (
+            row(USER, {"role": "assistant", "value": "Hello."}),
+            "line 2, message 2 has no content\n  why: its keys are role, value\n  fix: write what was said as content",
+        ),
+        (
+            row(USER, {"role": "assistant", "text": "Hello."}),
+            "message 2 has no content\n  why: its keys are role, text",
+        ),
+        (row({"from": "human", "content": "Hi?"}), "message 1 has no value\n  why: its keys are from, content"),
+        (
+            row(USER, {"role": "assistant", "content": None, "refusal": "I cannot."}),
+            "message 2 has no content\n  why: it is null; its other keys are role, refusal",
+        ),
         (row({"role": "user", "content": 3}), "line 2, message 1 is not text\n  why: it holds int"),
         (row({"role": "user", "content": [{"type": "image"}]}), "message 1 is not text\n  why: it holds dict"),
         (row({"role": "user", "content": "\ud83d"}), "message 1 holds half a character"),

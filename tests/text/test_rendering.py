@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat import CHATML, MARKED, small_talk, turns, with_template, write_rows
+from chat import CHATML, MARKED, Message, small_talk, turns, with_template, write_rows
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from halve.errors import CorpusError, TokenizerError
@@ -61,6 +62,10 @@ def test_a_template_that_would_leave_calls_out_is_refused(tokenizer: PreTrainedT
     said = [*turns("Who?"), {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
     with pytest.raises(CorpusError, match="line 1: the chat template does not write calls of tools"):
         codes(with_template(tokenizer, MARKED), ALL, said)
+    older = [*turns("Who?"), {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]
+    with pytest.raises(CorpusError, match="does not write calls of tools\n  why: a message has function_call"):
+        codes(with_template(tokenizer), ALL, older)
+    assert len(codes(with_template(tokenizer, MARKED), ALL, [*turns("Who?"), {**turns("", "I.")[1], "tool_calls": []}]))
 
 
 def test_marks_in_the_template_say_the_same(
@@ -68,6 +73,48 @@ def test_marks_in_the_template_say_the_same(
 ) -> None:
     talk = small_talk(8)
     assert np.array_equal(codes(with_template(tokenizer, MARKED), ANSWERS, *talk), codes(chatty, ANSWERS, *talk))
+
+
+CONTENT_ONLY = MARKED.replace(
+    "{% generation %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}",
+    "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' + '\n' }}",
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, CONTENT_ONLY])
+@pytest.mark.parametrize(
+    "said",
+    [
+        turns("Hi?", "  x = 1", "more", "bye"),
+        turns("Hi?", "bye  ", "SECRET", "ok"),
+        turns("Hi?", "def f():\n\n    return  1\n"),
+        turns("Hi?", "a \U0001f600", "and", "\U0001f600"),
+    ],
+)
+def test_a_tokenizer_that_does_not_place_spaces_counts_the_same(
+    tokenizer: PreTrainedTokenizerFast, template: str, said: list[Message]
+) -> None:
+    placing = with_template(tokenizer, template)
+    trimming = with_template(tokenizer, template)
+    placing.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    both = [processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing(single="$A", pair="$A $B:1")]
+    trimming.backend_tokenizer.post_processor = processors.Sequence(both)
+    found = codes(trimming, ANSWERS, said)
+    assert np.array_equal(found, codes(placing, ANSWERS, said))
+    ends = "" if template == CONTENT_ONLY else "<|im_end|>\n"
+    assert counted(trimming, found) == "".join(one["content"] + ends for one in said if one["role"] == "assistant")
+    assert trimming(" x", return_offsets_mapping=True)["offset_mapping"] != [(0, 2)]  # the caller's stays as it was
+
+
+def test_reasoning_that_a_template_would_leave_out_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    thought = [*turns("Who?"), {"role": "assistant", "content": "", "thinking": "The dog?"}]
+    with pytest.raises(CorpusError, match=r"line 1: the chat template does not write reasoning\n  why: .* thinking"):
+        codes(with_template(tokenizer), ANSWERS, thought)
+    writes = CHATML.replace("message['content'] +", "(message['reasoning_content'] or '') + message['content'] +")
+    assert "The dog?" in counted(
+        with_template(tokenizer, writes), codes(with_template(tokenizer, writes), ALL, thought)
+    )
+    assert len(codes(with_template(tokenizer), ANSWERS, [*turns("Who?"), {**thought[1], "content": "The dog."}]))
 
 
 def test_all_counts_everything_but_the_first_token(chatty: PreTrainedTokenizerFast) -> None:

@@ -54,7 +54,8 @@ def cost(
     from halve.report.tables import as_json
 
     family = _family(recipe, sizes, tokens)
-    costs = family(scratch_tokens=parse_count(scratch), device=gpu(device, mfu), price=price)
+    scratch_tokens = parse_count(scratch, given_as="--scratch", of="token")
+    costs = family(scratch_tokens=scratch_tokens, device=gpu(device, mfu), price=price)
     if json_:
         as_json(costs.to_json())
         return
@@ -74,7 +75,7 @@ def _family(recipe: Path | None, sizes: str | None, tokens: str | None) -> Calla
             raise _unclear("a recipe has its own sizes and tokens", "leave out --sizes and --tokens")
         loaded = load_recipe(recipe)
         return partial(cost_of_recipe, loaded, Checkpoint.open(loaded.model))
-    counts = [parse_count(size.strip()) for size in (sizes or "").split(",") if size.strip()]
+    counts = [parse_count(size.strip(), given_as="--sizes") for size in (sizes or "").split(",") if size.strip()]
     if len(counts) < 2 or tokens is None:
         raise _unclear(
             "without a recipe it takes at least two sizes, and the tokens of the smaller ones",
@@ -82,7 +83,7 @@ def _family(recipe: Path | None, sizes: str | None, tokens: str | None) -> Calla
         )
     if counts != sorted(counts, reverse=True):
         raise _unclear("the teacher, which is the largest, comes first", "order --sizes from large to small")
-    return partial(cost_of_sizes, counts, tokens=parse_count(tokens))
+    return partial(cost_of_sizes, counts, tokens=parse_count(tokens, given_as="--tokens", of="token"))
 
 
 def _unclear(why: str, fix: str) -> PlanError:

@@ -18,7 +18,7 @@ from halve.anatomy.axes import Expr
 from halve.anatomy.work import Costed
 from halve.cut.apply import FEW_SAMPLES, doubts_rotation, selects_by_refit
 from halve.cut.iterative import sizes_on_the_way
-from halve.cut.repair.budget import Budget, refit_budget, trial_budget
+from halve.cut.repair.budget import Budget, refit_budget, samples_needed, trial_budget
 from halve.cut.repair.refit_scores import choices
 from halve.cut.score.sites import output_expr, writes
 from halve.cut.score.taps import width
@@ -195,7 +195,8 @@ def trying(
 
     The teacher runs once in each basis where memory holds what it did, and for every shape otherwise.
     """
-    budget = trial_budget(prune, before.arch, context=before.context, available=max(score.samples, 3))
+    available = max(samples_needed(prune, before.arch, before.context), score.samples, 3)
+    budget = trial_budget(prune, before.arch, context=before.context, available=available)
     asked, measured = without_extras(prune), budget.compared * before.context
     done = Work(measured, measured * before.whole) if shapes else Work()
     tokens = float(budget.used * before.context)

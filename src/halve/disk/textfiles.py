@@ -21,7 +21,7 @@ PACKED = (".gz", ".xz", ".bz2", ".zst")
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 """The errors of reading a file that cannot be opened, or whose compressed content is incomplete."""
 
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES, _BEGINNING_BYTES = 1 << 16, 1 << 20
 _SHOWN_CHARS = 120
 
 
@@ -84,6 +84,25 @@ def open_packed(path: Path) -> io.BufferedIOBase:
             return io.BufferedReader(_ZstdFile(path, extra("zstandard", path)), _CHUNK_BYTES)
         case _:
             return path.open("rb")
+
+
+def unpacked_bytes(path: Path) -> int:
+    """About how many bytes of text a file holds, from its size and its beginning. Raises what reading it raises.
+
+    Of a compressed file the beginning is compressed again, densely, so that the estimate is rather too high. Parquet
+    says how much its columns are.
+    """
+    size: int = status(path).st_size
+    if path.suffix.lower() == ".parquet":
+        about = extra("pyarrow.parquet", path).ParquetFile(path).metadata
+        return max(size, sum(int(about.row_group(i).total_byte_size) for i in range(about.num_row_groups)))
+    if path.suffix.lower() not in PACKED:
+        return size
+    with open_packed(path) as file:
+        begin = file.read(_BEGINNING_BYTES)
+    if len(begin) < _BEGINNING_BYTES:
+        return len(begin)
+    return round(size * max(1.0, len(begin) / len(bz2.compress(begin))))
 
 
 def half_pair(text: str) -> int | None:

@@ -84,7 +84,7 @@ def load_items(path: str | Path) -> tuple[Item, ...]:
         raise CorpusError(
             f"cannot read multiple-choice file {shown(path)}",
             why=reason(error),
-            fix="correct the recipe: evaluate.choices or score.depth_task names it",
+            fix="correct the recipe: evaluate.choices, score.depth_task or search.tournament.choices names it",
         ) from error
     if not items:
         raise CorpusError(

@@ -66,9 +66,10 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     from halve.model.choices import encode, load_items
     from halve.text.questions import encoded_chat, encoded_choices, encoded_prompts
 
-    evaluated, task = recipe.evaluate, recipe.score.depth_task
-    named = evaluated.chat_prompts != CHAT_PROMPTS
-    if not (evaluated.choices or evaluated.prompts or task or named):
+    evaluated, named = recipe.evaluate, recipe.evaluate.chat_prompts != CHAT_PROMPTS
+    played = None if recipe.search is None else recipe.search.tournament.choices
+    others = list(filter(None, (recipe.score.depth_task, played)))
+    if not (evaluated.choices or evaluated.prompts or others or named):
         return
     teacher.require_tokenizer()
     limit = context_length(teacher.config)
@@ -78,8 +79,7 @@ def _check_questions(recipe: Recipe, teacher: Checkpoint) -> None:
     for row in encoded_chat(recipe, teacher.tokenizer, limit, num_tokens=vocab).values():
         teacher.require_embedded(max(row), "a prompt of evaluate.chat_prompts")
     files = encoded_choices(recipe, teacher.tokenizer, limit)
-    if task is not None:
-        files = {**files, task: encode(teacher.tokenizer, load_items(task), max_tokens=limit)}
+    files |= {path: encode(teacher.tokenizer, load_items(path), max_tokens=limit) for path in others}
     for name, items in files.items():
         largest = max(max(row) for item in items for row in item.sequences)
         teacher.require_embedded(largest, f"multiple-choice file {name}")

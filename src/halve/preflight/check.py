@@ -24,6 +24,7 @@ from halve.text import sources
 from halve.text.rows import Wanted
 
 if TYPE_CHECKING:
+    from halve.anatomy import Arch
     from halve.model.checkpoint import Checkpoint
     from halve.preflight.sizes import PlannedRound
 
@@ -145,13 +146,31 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
     asked = recipe.search.tournament
     keys = {"key": "search.tournament.train", "rank_key": "search.tournament.lora_rank", "instead": "train: full"}
     for part in rounds(recipe):
+        if part.search is None:
+            continue
         candidates = shapes_to_try(part, teacher.anatomy)
+        for candidate in candidates if recipe.then else ():
+            _require_followers(recipe, teacher, candidate.arch)
         if recipe.search.method != "tournament":
             continue
         planned_rungs(part, min(recipe.search.candidates, len(candidates)))
         for candidate in candidates if asked.train == "lora" else ():
             narrow = replace(teacher.anatomy, sizes=candidate.arch)
             adapters.require_lora(narrow, asked.lora_rank, **keys)
+
+
+def _require_followers(recipe: Recipe, teacher: Checkpoint, chosen: Arch) -> None:
+    """Raise what planning the later rounds raises if the search chooses this shape."""
+    from halve.preflight.sizes import planned_rounds
+
+    try:
+        planned_rounds(recipe, teacher, chosen=chosen)
+    except HalveError as error:
+        raise type(error)(
+            f"{error.what}, if the search chooses {chosen}",
+            why=error.why,
+            fix=f"{error.fix}; or narrow search.axes and search.layers, so that then fits every candidate",
+        ) from error
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:

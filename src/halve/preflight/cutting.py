@@ -20,7 +20,7 @@ from halve.anatomy.work import Costed
 from halve.cut import cost
 from halve.cut.apply import doubts_rotation, selects_by_refit
 from halve.cut.proof.twins import running_twin
-from halve.cut.repair.budget import Budget, trial_budget
+from halve.cut.repair.budget import Budget, samples_needed, trial_budget
 from halve.cut.repair.refit_scores import choices
 from halve.cut.score.sites import find_sites, output_expr, writes
 from halve.cut.score.taps import width
@@ -144,7 +144,8 @@ class Cutting:
 
     def _trying(self) -> Iterator[Held]:
         prune, score = self.part.prune, self.part.score
-        budget = trial_budget(prune, self.before.arch, context=self.before.context, available=max(score.samples, 3))
+        available = max(samples_needed(prune, self.before.arch, self.before.context), score.samples, 3)
+        budget = trial_budget(prune, self.before.arch, context=self.before.context, available=available)
         kept = budget.used * self.before.context * self.before.arch.hidden * self.dtype.itemsize
         kept *= (1 + self.sites) * self.before.arch.layers + 1
         reference = self._reference(budget)

@@ -10,7 +10,7 @@ Tokens are training tokens. Calibration adds to FLOPs alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halve.anatomy.work import Costed, learning
@@ -124,9 +124,10 @@ def cost_of_recipe(
     """The family of a recipe: its teacher and the student of every round. Reads no weights.
 
     A size takes the `learning` FLOPs of `scratch_tokens` tokens from scratch, with samples of `data.context` tokens. In
-    the family it takes what the dry run counts for its round, without the baselines. A correction of the teacher counts
-    for the first student. Students of a nest share their training. Raises `RecipeError` if a round has no distillation,
-    and what `planned_rounds` raises.
+    the family it takes what the dry run counts for its round, without the baselines; of a tournament that is the most
+    it may take. A correction of the teacher counts for the first student, alignment for the last. Students of a nest
+    share the training of their round. Raises `RecipeError` if a round has no distillation, and what `planned_rounds`
+    raises.
     """
     shapes, context = planned_rounds(recipe, teacher), recipe.data.context
     if any(part.distill is None for part in rounds(recipe)):
@@ -144,15 +145,21 @@ def cost_of_recipe(
     members = [Member("teacher", whole.anatomy.ledger.count(whole.arch).params, first, first)]
     work = planned_work(recipe, shapes, teacher)
     del work["evaluate"]  # it makes nothing, and models from scratch are measured as well
+    aligning = [work.pop(name) for name in [*work] if parsed(name)[0] == "align"]  # its number is that of a step
+    made = {name: done for name, done in work.items() if " (" not in name}
     for number, (part, shape) in enumerate(zip(rounds(recipe), shapes, strict=True), 1):
         assert part.distill is not None
-        mine = [done.flops for name, done in work.items() if " (" not in name and parsed(name)[1] == number]
-        tokens = part.distill.tokens + (recipe.correct.tokens if recipe.correct and number == 1 else 0)
+        mine = {name: done for name, done in made.items() if parsed(name)[1] == number}
+        tokens: float = part.distill.tokens + (recipe.correct.tokens if recipe.correct and number == 1 else 0)
+        tokens += sum(done.tokens for name, done in mine.items() if parsed(name)[0] == "search")
         student = Costed(shape.student, shape.after, context, shape.kept_layers)
-        name = "student" if not recipe.then else f"student {number}"
-        members.append(Member(name, shape.counts().params, scratch(student), Work(tokens, sum(mine))))
+        name = "student" if len(shapes) == 1 else f"student {number}"
+        flops = sum(done.flops for done in mine.values())
+        members.append(Member(name, shape.counts().params, scratch(student), Work(tokens, flops)))
+    last = len(members) - 1  # a step starts from the last student, not from those inside it
     if recipe.nest is not None:
         members = [*members[:-1], *_nested(recipe, shapes, members[-1], scratch)]
+    members[last] = replace(members[last], made=members[last].made + sum(aligning, Work()))
     return FamilyCost(tuple(members), device, price)
 
 

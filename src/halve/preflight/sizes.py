@@ -58,11 +58,11 @@ def require_met(recipe: Recipe, teacher: Checkpoint) -> None:
         look(anatomy, budget, recipe.search, refused=refused, timed=False)
 
 
-def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, ...]:
+def planned_rounds(recipe: Recipe, teacher: Checkpoint, *, chosen: Arch | None = None) -> tuple[PlannedRound, ...]:
     """The sizes before and after every round, from the teacher's config alone.
 
     Which layers a round drops may be known only after scoring. Until then, the first layers are taken as the kept ones.
-    The size that a search chooses is known only after it. Until then, its first candidate stands for it.
+    The size that a search chooses is known only after it. Until then, its first candidate stands for it, or `chosen`.
     Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     planned: list[PlannedRound] = []
@@ -70,7 +70,7 @@ def planned_rounds(recipe: Recipe, teacher: Checkpoint) -> tuple[PlannedRound, .
         anatomy = teacher.anatomy if cuts_original(recipe, number) else discover(planned[-1].config())
         student = student_anatomy(anatomy, part.prune)
         if part.search is not None:
-            after, kept = shapes_to_try(part, anatomy)[0].arch, None
+            after, kept = chosen or shapes_to_try(part, anatomy)[0].arch, None
         else:
             after, kept = target(student, part.prune)
         planned.append(PlannedRound(anatomy, student, after, kept))

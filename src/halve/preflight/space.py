@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from halve.disk.gguf_header import DEQUANTIZED_BYTES, is_gguf
+from halve.disk.textfiles import DAMAGED, unpacked_bytes
 from halve.errors import HalveError
 from halve.model.precision import stored_dtype
 from halve.preflight.alignment import like_corrections
@@ -148,12 +150,22 @@ def _cache_bytes(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
 
 def _text_bytes(recipe: Recipe, vocab: int) -> int:
     listed = (*recipe.data.train_sources, *recipe.data.valid)
-    text = 0
+    text, wide = 0, vocab > _NARROW_VOCAB or recipe.data.messages_field is not None
     for source in (entry for entry in listed if not entry.startswith(sources.HUB)):
         with suppress(HalveError):  # a missing file is reported elsewhere
-            text += sum(path.stat().st_size for path in sources.files(source))
+            text += sum(map(_text_in, sources.files(source)))
+    if recipe.data.messages_field is not None:
+        text *= 2  # a token takes four bytes, which mark what counts
     if any(source.startswith(sources.HUB) for source in listed):
         trained = [training.tokens for training in trainings(recipe).values()]
         tokens = max(trained, default=recipe.score.samples * recipe.data.context)
-        text += tokens * (4 if vocab > _NARROW_VOCAB else 2)
+        text += tokens * (4 if wide else 2)
     return text
+
+
+def _text_in(path: Path) -> int:
+    """Bytes of a file's text; damaged files are reported elsewhere."""
+    try:
+        return unpacked_bytes(path)
+    except (*DAMAGED, HalveError, ValueError):  # those of parquet are values
+        return path.stat().st_size

@@ -148,6 +148,14 @@ class ShapeBudget(Section):
         named = {cast("Quantity", name): getattr(self, name) for name in type(self).model_fields}
         return {quantity: bound for quantity, bound in named.items() if bound is not None}
 
+    @property
+    def asked(self) -> dict[Quantity, tuple[dict[str, Amount], dict[str, Any]]]:
+        """Amounts and conditions by quantity: equal for budgets that mean the same, however they are written."""
+        bounds = ("about", "min", "max")
+        return {
+            quantity: (limits.given, limits.model_dump(exclude={*bounds})) for quantity, limits in self.bounds.items()
+        }
+
     @model_validator(mode="after")
     def _some(self) -> ShapeBudget:
         if not self.bounds:
@@ -240,6 +248,11 @@ class Search(Section):
     def _bounded(self) -> Search:
         if (self.budget is None) == (not self.targets):
             raise ValueError("give budget for one size, or targets for several")
+        asked = [target.asked for target in self.targets]
+        for number, target in enumerate(asked, 1):
+            if target in asked[: number - 1]:
+                first = asked.index(target) + 1
+                raise ValueError(f"targets {first} and {number} are the same size: the same search would run twice")
         return self
 
     @property

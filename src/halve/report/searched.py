@@ -24,8 +24,7 @@ def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> Page
     note = (
         f"{len(finalists)} finalists of {_listed_depths(finalists)} were cut from the teacher, and trained on the same"
         f" samples in the same order. After each rung the better ones went on."
-        f" KL to the teacher is measured on {facts['samples']} held-out samples, in nats per token. ± is one standard"
-        " error."
+        f" KL to the teacher is measured on {_measured(facts['samples'])}"
     )
     words = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
     table = Table(_head(facts), tuple(_row(i, facts) for i in range(len(finalists))))
@@ -89,6 +88,12 @@ def _color(number: int, facts: Facts) -> str:
     return _STRAIGHT if number == facts["straight"] else _OTHERS
 
 
+def _measured(count: int) -> str:
+    if count == 1:
+        return "one held-out sample, in nats per token."
+    return f"{count} held-out samples, in nats per token. ± is one standard error."
+
+
 def _listed_depths(finalists: Sequence[Facts]) -> str:
     depths = sorted({finalist["arch"]["layers"] for finalist in finalists})
     return f"{depths[0]} layers" if len(depths) == 1 else f"{', '.join(map(str, depths[:-1]))} or {depths[-1]} layers"
@@ -99,7 +104,10 @@ def _choice(facts: Facts) -> str:
     if second is None:
         return f"{name} is the only one."
     gap = estimate(second["gap"])
-    words = f"{name} has the lowest KL. Finalist {second['finalist'] + 1} is {_spelled(gap)} behind, sample by sample"
+    words = f"{name} has the lowest KL. Finalist {second['finalist'] + 1} is {_spelled(gap)} behind"
+    if facts["samples"] == 1:
+        return f"{words}. One sample has no standard error, so nothing tells whether this is chance."
+    words += ", sample by sample"
     return f"{words}." if second["clear"] else f"{words}, which two standard errors do not tell apart."
 
 
@@ -137,7 +145,7 @@ def _choices(facts: Facts) -> str:
     if not asked:
         return ""
     if asked["agrees"]:
-        return f"It also answers most of the {asked['items']} items of {asked['name']}."
+        return f"No finalist answers more of the {asked['items']} items of {asked['name']}."
     gap = estimate(asked["gap"], percent=True)
     return (
         f"By {asked['name']} the winner is another: finalist {asked['best'] + 1} answers {_spelled(gap)} percentage"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final
 
 from jaxtyping import Float64
@@ -87,8 +88,13 @@ def ladder(candidates: int, *, tokens: int, rungs: int, keep: float, step: int) 
     Ladder(tokens=(0, 200704, 401408, 802816), places=(8, 8, 4, 2), budget=4014080)
     """
     assert candidates > 0
-    steps = [math.ceil(tokens * keep ** (rungs - rung) / step) for rung in range(1, rungs + 1)]
-    if len(set(steps)) < rungs:
+    # A product of floats that is a little too large would be rounded up by a whole step.
+    share, exact = Fraction(str(keep)), Fraction(tokens, step)
+    steps: list[int] = []
+    while len(steps) < rungs and math.ceil(exact) not in steps[:1]:
+        steps.insert(0, math.ceil(exact))
+        exact *= share
+    if len(steps) < rungs:
         raise RecipeError(
             f"{tokens:,} tokens are too few for {rungs} rungs of a tournament",
             why=f"a step takes {step:,} tokens, and each rung trains at least one step longer than the one before",

@@ -115,10 +115,19 @@ def message_of(given: Any, number: int, place: str) -> dict[str, Any]:
             why=f"it is {name!r}, known are {', '.join(ROLES if plain else (*ROLES, *_SHAREGPT))}",
             fix="rename that role, or drop the row",
         )
-    content = _content(given.get("content" if plain else "value"), who)
+    holds = "content" if plain else "value"
+    more = {key: value for key, value in given.items() if key not in ("role", "content") and value is not None}
+    if given.get(holds) is None and (not plain or says_nothing(more)):
+        raise CorpusError(
+            f"{who} has no {holds}",
+            why=f"it is null; its other keys are {', '.join(key for key in given if key != holds)}"
+            if holds in given
+            else f"its keys are {', '.join(given)}",
+            fix=f"write what was said as {holds} (an empty text if nothing was), or drop the row",
+        )
+    content = _content(given.get(holds), who)
     if not plain and name == _CALLS:
         return {"role": role, "content": "", "tool_calls": _calls(content, who)}
-    more = _without_null({key: value for key, value in given.items() if key not in ("role", "content")})
     return {"role": role, "content": content, **(more if plain else {})}
 
 
@@ -176,7 +185,7 @@ def _tools(given: Any, place: str) -> list[Any]:
             why=f"it holds {type(given).__name__}",
             fix="write a list of objects that describe tools, or its JSON, or leave the field out",
         )
-    return [_without_null(tool) for tool in tools]
+    return tools
 
 
 def require_turns(roles: Sequence[str], place: str) -> None:
@@ -197,10 +206,3 @@ def require_turns(roles: Sequence[str], place: str) -> None:
                 why=f"message {number} is of {role} and {follows}",
                 fix=f"{_TURNS}; correct or drop that row",
             )
-
-
-def _without_null(value: Any) -> Any:
-    """The same without keys that hold null, with which parquet fills up what a message does not have."""
-    if isinstance(value, dict):
-        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
-    return [_without_null(inner) for inner in value] if isinstance(value, list) else value

@@ -8,6 +8,7 @@ Like `tokenize`, this is imported by tokenizing processes and does without torch
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from halve.errors import CorpusError, HalveError, TokenizerError
 from halve.process.limits import computing
 from halve.recipe.schema import Data
-from halve.text.conversations import MESSAGES_KEY, TOOLS, conversation
+from halve.text.conversations import MESSAGES_KEY, TOOLS, conversation, says_nothing
 from halve.text.rows import Piece, Wanted
 from halve.text.tokenize import EncodedPieces
 
@@ -34,7 +36,9 @@ COUNTED: Final = 1 << 30
 IDS: Final = COUNTED - 1
 CODES: Final = np.dtype(np.uint32)
 
-_CALLS = "tool_calls"
+_CALLS = ("tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Under one of these names a template reads what a message holds under any of them."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ALL = "set data.count: all, or mark the assistant's part in the template with {% generation %}"
 _DAY = "01 Jan 2025"
@@ -45,6 +49,9 @@ _LONGEST_RENDERING_S = 10.0
 
 _MOST_MESSAGES = 1000
 """Of a conversation whose template marks nothing. A turn takes a rendering of all before it: seconds at this length."""
+
+_FORMAT = 2
+"""Of which tokens count, for files of tokens that were made before."""
 
 _Span = tuple[int, int]
 Render = Callable[..., str]
@@ -72,7 +79,8 @@ class Chat:
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What their tokens depend on beside text and tokenizer, as plain data."""
-        return {"field": self.field, "count": self.count, "template": template_of(tokenizer, self.key), "day": _DAY}
+        template = template_of(tokenizer, self.key)
+        return {"field": self.field, "count": self.count, "template": template, "day": _DAY, "format": _FORMAT}
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Any:
@@ -85,7 +93,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Any:
         raise TokenizerError(
             "the tokenizer has no chat template",
             why=f"{key} needs one: it says how conversations are written",
-            fix="use a chat model, or put its chat_template.jinja into the folder of the model",
+            fix="use a chat model, or put its chat_template.jinja into the folder of the model (not for a GGUF file)",
         )
     return template
 
@@ -159,19 +167,18 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
     messages, tools = held["messages"], held.get(TOOLS)
     try:
         template = tokenizer.get_chat_template(None, tools)
-        _require_calls(template, messages, piece.place)
+        _require_written(template, messages, piece.place)
         render = _renderer(tokenizer, tools)
         text = render(messages)
         if chat.count == "all":
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return text, ids, np.ones(len(ids), dtype=np.bool_)
-        if _MARKED.search(template):
-            made = _apply(
-                tokenizer, tools, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return text, made["input_ids"], np.array(made["assistant_masks"], dtype=np.bool_)
-        spans = _assistant_spans(render, messages, text, piece.place)
-        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        marked = _MARKED.search(template) is not None
+        if marked:
+            spans = _marked_spans(tokenizer, template, tools, messages)
+        else:
+            spans = _assistant_spans(render, messages, text, piece.place)
+        made = _placing(tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except HalveError:
         raise
     except Exception as error:  # a template may raise whatever Jinja and Python raise
@@ -182,19 +189,73 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
         ) from error
     begins_S, ends_S = np.array(made["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     counts_S = np.zeros(len(begins_S), dtype=np.bool_)
-    for begin, end in spans:
-        counts_S |= (begin <= begins_S) & (begins_S < end) & (begins_S < ends_S)
+    for begin, end in spans:  # a token across the beginning counts where the template's own mark is there
+        counts_S |= ((begin < ends_S) if marked else (begin <= begins_S)) & (begins_S < end) & (begins_S < ends_S)
     return text, made["input_ids"], counts_S
 
 
-def _require_calls(template: str, messages: Sequence[Any], place: str) -> None:
-    """A template that does not know of tool calls would leave them out without a word."""
-    if _CALLS not in template and any(_CALLS in message for message in messages):
-        raise CorpusError(
-            f"{place}: the chat template does not write calls of tools",
-            why=f"a message has {_CALLS}, and the template never mentions them",
-            fix="drop rows with calls of tools, or use a model whose template writes them",
+def _placing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, which says of every token where it is. One that trims does not place a token of spaces.
+
+    Trimming is of the post-processor, which also adds special tokens. None are added here, so ids stay without it.
+    """
+    if tokenizer not in _PLACING:
+        backend = tokenizer.backend_tokenizer  # a slow tokenizer has none, and was refused
+        placing = tokenizer
+        if _trims(json.loads(backend.to_str())["post_processor"]):
+            placing = copy.deepcopy(tokenizer)
+            placing.backend_tokenizer.post_processor = None
+        _PLACING[tokenizer] = placing
+    return _PLACING[tokenizer]
+
+
+_PLACING: WeakKeyDictionary[PreTrainedTokenizerBase, PreTrainedTokenizerBase] = WeakKeyDictionary()
+
+
+def _trims(processor: Any) -> bool:
+    if isinstance(processor, dict):
+        return processor.get("trim_offsets", False) is True or any(map(_trims, processor.values()))
+    return isinstance(processor, list) and any(map(_trims, processor))
+
+
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, messages: Sequence[Any]
+) -> list[_Span]:
+    """Where in the rendered text the template's own marks are."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with computing(_LONGEST_RENDERING_S):
+        _, (spans,) = render_jinja_template(
+            conversations=[list(messages)],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, "date_string": _DAY},
         )
+    return list(spans)
+
+
+def _require_written(template: str, messages: Sequence[Any], place: str) -> None:
+    """What a template does not know of, it would leave out without a word."""
+    for message in messages:
+        for calls in _CALLS:
+            if message.get(calls) and calls not in template:
+                raise CorpusError(
+                    f"{place}: the chat template does not write calls of tools",
+                    why=f"a message has {calls}, and the template never mentions them",
+                    fix="drop rows with calls of tools, or use a model whose template writes them",
+                )
+        thought = [name for name in _REASONING if message.get(name)]
+        if thought and says_nothing({**message, **dict.fromkeys(_REASONING)}) and not _mentions(template, _REASONING):
+            raise CorpusError(
+                f"{place}: the chat template does not write reasoning",
+                why=f"a message has {thought[0]} and nothing else, and the template never mentions it",
+                fix="write the answer as content, drop the row, or use a model whose template writes reasoning",
+            )
+
+
+def _mentions(template: str, names: Sequence[str]) -> bool:
+    return any(name in template for name in names)
 
 
 def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[_Span]:

@@ -6,7 +6,7 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,9 +109,24 @@ def parquet_rows(path: Path, *, wanted: Wanted) -> Iterator[Piece]:
         for batch in file.iter_batches(batch_size=64, columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                yield from wanted.made(row, f"{path}, row {number}")
+                yield from wanted.made(without_filling(row), f"{path}, row {number}")
     except ValueError as error:  # includes pyarrow.ArrowInvalid
         raise CorpusError(f"cannot read {path}", why=str(error), fix="check that it is a whole parquet file") from error
+
+
+def without_filling(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of typed columns without the nulls inside its values: such columns fill up what an object does not have.
+
+    >>> without_filling({"said": [{"role": "user", "name": None}], "none": None})
+    {'said': [{'role': 'user'}], 'none': None}
+    """
+    return {field: _without_null(value) for field, value in row.items()}
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
+    return [_without_null(inner) for inner in value] if isinstance(value, list) else value
 
 
 def pieces(row: Any, *, place: str, text_field: str) -> Iterator[Piece]:

@@ -23,7 +23,7 @@ from halve.errors import CorpusError
 from halve.text import folders
 from halve.text.folders import TEXT_KEYS
 from halve.text.rows import Piece as Piece
-from halve.text.rows import Wanted, csv_documents, json_lines, parquet_rows, plain_text
+from halve.text.rows import Wanted, csv_documents, json_lines, parquet_rows, plain_text, without_filling
 
 HUB = "hub:"
 PROBED_CHARS = 1 << 21  # of each file, by `probe`
@@ -182,7 +182,7 @@ def _hub_rows(source: str, wanted: Wanted, *, revision: str | None) -> Iterator[
     try:
         rows = datasets.load_dataset(repository, config, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield from wanted.made(row, f"{source}, row {number}")
+            yield from wanted.made(without_filling(row), f"{source}, row {number}")
     except CorpusError:
         raise
     except Exception as error:

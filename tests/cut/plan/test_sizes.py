@@ -202,6 +202,9 @@ def test_counts_are_read(text: str, count: int) -> None:
 def test_counts_are_written() -> None:
     assert format_count(4_512_700_000) == "4.51B"
     assert format_count(999) == "999"
+    assert [format_count(count) for count in (10**12, 3_800_000_000_000, 999_960_000_000)] == ["1T", "3.8T", "1T"]
+    assert [format_count(count) for count in (999_400_000_000, 10**15 - 1)] == ["999B", "1,000T"]
+    assert parse_count(format_count(94_000_000_000_000)) == 94_000_000_000_000
 
 
 def test_layers_are_read() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from train.loop.test_loop import (
 from halve.errors import TrainError
 from halve.recipe.read import on_spikes
 from halve.recipe.schema import Recipe
+from halve.text import batch as batches
+from halve.text.batch import Batch
+from halve.text.course import Course
 from halve.train.loop import checkpoints, watch
 from halve.train.loop.watch import Running
 from halve.train.objectives.logits import Objective
@@ -175,6 +179,30 @@ def test_a_step_says_how_well_the_device_is_used(tmp_path: Path, monkeypatch: py
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 1e3 * CONTEXT / 1e9, rel=0.02, abs=1e-4)
         assert 0 <= line["data_wait"] < 1
         assert line["peak_memory_bytes"] > 1e7
+
+
+def test_padding_that_is_not_computed_is_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Course.batch
+    contexts: list[int] = []
+    attended = torch.arange(CONTEXT) < CONTEXT // 2
+
+    def padded(self: Course, step: int) -> Batch:
+        made = whole(self, step)
+        return replace(made, attended=attended.expand_as(made.ids))
+
+    def work(context: int) -> float:
+        contexts.append(context)
+        return 1e3
+
+    done: list[tuple[float, float]] = []
+    monkeypatch.setattr(batches, "_WIDTHS", 1)
+    monkeypatch.setattr(Course, "batch", padded)
+    monkeypatch.setattr(watch, "mfu", lambda flops, seconds, **_: done.append((flops, seconds)) or 0.5)
+    run(tmp_path, tiny(), flops=work)
+    assert {*contexts} == {CONTEXT // 2}
+    assert {flops for flops, _ in done} == {1e3 * 8 * CONTEXT // 2}
+    for line, (flops, seconds) in zip(lines(tmp_path), done, strict=True):
+        assert line["tokens_per_second"] == pytest.approx(flops / 1e3 / seconds, rel=1e-3)
 
 
 def test_the_matrix_rate_of_a_cpu_is_measured_and_of_an_unknown_device_is_not_guessed() -> None:

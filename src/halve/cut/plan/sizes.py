@@ -310,8 +310,11 @@ def _cut_in(anatomy: Anatomy, arch: Arch) -> str:
     return ", ".join(f"{axis} {getattr(arch, axis)}" for axis in ("hidden", "ffn") if can(anatomy, axis))
 
 
-def parse_count(text: str) -> int:
-    """Read `4.5B`, `350M`, `12k` or a plain number."""
+def parse_count(text: str, *, given_as: str = "", of: str = "parameter") -> int:
+    """Read `4.5B`, `350M`, `12k` or a plain number. An error names the flag `given_as` and what is counted.
+
+    Raises `PlanError`.
+    """
     units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
     number, unit = (text[:-1], text[-1].lower()) if text and text[-1].lower() in units else (text, "")
     try:
@@ -319,17 +322,24 @@ def parse_count(text: str) -> int:
     except ValueError:
         value = 0.0
     if not 1 <= value < 1e15:
-        raise PlanError(f"cannot read {text!r} as a parameter count", why="it is no positive number", fix="write 4.5B")
+        flag = f"{given_as} " if given_as else ""
+        raise PlanError(
+            f"cannot read {flag}{text[:80]!r} as a {of} count",
+            why="it is no number from 1 to below 1000T, alone or with k, M, B or T",
+            fix="write 4.5B",
+        )
     return round(value)
 
 
 def format_count(count: int) -> str:
     """Three significant digits with a unit.
 
-    >>> format_count(4512700000), format_count(999885952), format_count(1900)
-    ('4.51B', '1B', '1.9k')
+    >>> format_count(4512700000), format_count(999885952), format_count(1900), format_count(3_800_000_000_000)
+    ('4.51B', '1B', '1.9k', '3.8T')
     """
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    if count >= 999.5e12:
+        return f"{count / 1e12:,.0f}T"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * size:
             return f"{count / size:.3g}{unit}"
     return str(count)

@@ -264,10 +264,9 @@ class _UnderWay:
         line |= {"loss": step_gradients.loss, "grad_norm": step_gradients.norm, "lr": lr}
         if self.lesson.beside is not None:
             line |= self.lesson.beside.step(parts, step=step)
-        tokens = self.course.tokens(step) - self.course.tokens(step - 1)
-        per_token = _work(self.lesson, batch.ids.shape[1], step)
+        widths = [(part.ids.numel(), part.ids.shape[1]) for part in parts]  # without columns that are all padding
         seconds = time.perf_counter() - began  # last, so that the whole step is timed
-        return line | _speed(per_token, tokens, seconds, waited, self.device, training, ranks)
+        return line | _speed(self.lesson, step, widths, seconds, waited, self.device, training, ranks)
 
     def measure(self, step: int) -> dict[str, Any]:
         """The metrics on held-out samples, if there are any, as part of a line."""
@@ -335,23 +334,31 @@ def _work(lesson: Lesson, context: int, step: int) -> float | None:
 
 
 def _speed(
-    work: float | None,
-    tokens: int,
+    lesson: Lesson,
+    step: int,
+    widths: Sequence[tuple[int, int]],
     seconds: float,
     waited: float,
     device: str,
     training: Training,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """The speed of a step, and how long it waited for data."""
+    """The speed of a step, and how long it waited for data.
+
+    `widths` are the tokens and the context of each part of this rank; other ranks are taken to have as many. Padding
+    that no pass computes is not among them.
+    """
+    tokens = ranks.size * sum(count for count, _ in widths)
     line = {
         "tokens_per_second": round(tokens / seconds, 1),
         "data_wait": round(waited / seconds, 4),
         "peak_memory_bytes": watch.peak_memory_bytes(device),
     }
-    if work is None:
+    works = [_work(lesson, context, step) for _, context in widths]
+    done = sum(count * work for (count, _), work in zip(widths, works, strict=True) if work is not None)
+    if None in works:
         return line
-    share = watch.mfu(tokens * work, seconds, device=device, half=is_half(training, device), ranks=ranks.size)
+    share = watch.mfu(ranks.size * done, seconds, device=device, half=is_half(training, device), ranks=ranks.size)
     return line if share is None else line | {"mfu": round(share, 4)}
 
 
