@@ -44,10 +44,11 @@ from halve.progress import RichProgress
 from halve.recipe.schema import Distill, Prune, Recipe, Search
 from halve.search.agreement import rank_agreement
 from halve.search.blocks import additive_choice
+from halve.search.candidates import Found
 from halve.search.finalists import choose_finalists
 from halve.search.halving import TIE, Ladder, ladder
 from halve.search.outcome import outcome
-from halve.search.searched import shapes_to_try
+from halve.search.searched import seen_by, shapes_of
 from halve.search.tournament import Played, School, play
 from halve.search.workshop import Workshop
 from halve.stages import cache as cache_stage
@@ -182,7 +183,7 @@ class Bench:
             asked = self.recipe.score.model_copy(update={"depth": criterion, "depth_pattern": pattern})
             chosen[name] = Tried(sizes.at(layers=depth), shop.compared({depth}, asked)[depth], float("nan"))
         pairs = [self._candidate(Tried(arch, tuple(range(arch.layers)), 0.0)) for arch in self.candidates]
-        chosen["additive"] = additive_choice(shop.calibration, shop.scores, pairs)
+        chosen["additive"] = additive_choice(shop.calibration, shop.scores, pairs, self._seen)
         for name, baseline in chosen.items():
             self._cut(f"baseline-{name}", baseline)
             counted = self._candidate(baseline).counts
@@ -254,7 +255,11 @@ class Bench:
     @cached_property
     def candidates(self) -> list[Arch]:
         """The shapes that the search of this recipe tries."""
-        return [candidate.arch for candidate in shapes_to_try(self.recipe, self.teacher.anatomy)]
+        return [candidate.arch for candidate in shapes_of(self.recipe, self._seen)]
+
+    @cached_property
+    def _seen(self) -> Found:
+        return seen_by(self.recipe, self.teacher.anatomy)
 
     @cached_property
     def _budget(self) -> float:

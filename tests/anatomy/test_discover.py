@@ -55,7 +55,7 @@ def test_every_parameter_is_known_and_counted(family: str) -> None:
         assert all(anatomy.readers(axis)), axis
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     family=st.sampled_from([family for family in PROVED if family not in COUPLED]),
     hidden=st.integers(2, 12),

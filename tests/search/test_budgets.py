@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import config
 from transformers import LlamaConfig
 
 from halve.anatomy import Anatomy, Arch, discover
-from halve.cut.plan.sizes import is_legal
+from halve.cut.plan.sizes import Candidate, is_legal
 from halve.errors import HalveError
 from halve.recipe.searching import MemoryLimits, Search
 from halve.recipe.spoken import spoken_search
 from halve.search.budgets import resolve
-from halve.search.candidates import Found, candidates_of, look
+from halve.search.candidates import Found, candidates_of, look, within_budget
 from halve.search.quantities import Prices, price
 from halve.search.space import Space, legal_shapes
 
@@ -75,9 +76,23 @@ def test_an_axis_is_frozen_stepped_or_listed() -> None:
     assert len(space) == 6
 
 
-def test_coupled_widths_move_together() -> None:
-    from families import config
+def test_heads_and_groups_of_one_are_one_axis_under_both_names() -> None:
+    in_ones = discover(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4))
 
+    def heads(**axes: Any) -> list[int]:
+        space = legal_shapes(in_ones, search({"total": "50%"}, axes={"hidden": "frozen", **axes}))
+        assert all(heads == groups for _, heads, groups in space.widths)
+        return [heads for _, heads, _ in space.widths]
+
+    assert heads() == heads(heads="allowed") == heads(kv_heads="allowed", heads="allowed") == [4, 3, 2, 1]
+    assert heads(heads="frozen") == heads(kv_heads="allowed", heads="frozen") == [4]
+    assert heads(kv_heads="frozen", heads="allowed") == [4]
+    assert heads(kv_heads="allowed", heads=[2]) == heads(kv_heads=[1, 2], heads=[2, 3]) == [2]
+    with pytest.raises(HalveError, match=r"heads leaves 2, kv_heads leaves 4\n  fix: leave one of the two out"):
+        heads(kv_heads="frozen", heads=[2])
+
+
+def test_coupled_widths_move_together() -> None:
     coupled = discover(config("gpt_neox"))
     space = legal_shapes(coupled, search({"total": "50%"}))
     assert len(space.widths) == 6
@@ -87,6 +102,75 @@ def test_coupled_widths_move_together() -> None:
 def test_layers_that_stay_bound_the_depth() -> None:
     space = legal_shapes(anatomy(), search({"total": "50%"}, layers={"max": 5, "keep": [0, 1, 7]}))
     assert space.depths == (5, 4, 3)
+
+
+def of_two_kinds() -> Anatomy:
+    """The first half of the layers attends to a window, the second to everything."""
+    kinds = ["sliding_attention"] * 4 + ["full_attention"] * 4
+    return discover(config("gemma3_text", num_hidden_layers=8, sliding_window=16, layer_types=kinds))
+
+
+OF_TWO_KINDS = {"memory": {"max": "60%", "batch": 64, "context": 512}}
+IN_DEPTH = {"hidden": "frozen", "ffn": "frozen", "kv_heads": "frozen"}
+
+
+def test_layers_that_stay_are_priced() -> None:
+    anatomy = of_two_kinds()
+    limits = MemoryLimits.model_validate(OF_TWO_KINDS["memory"])
+    sizes = anatomy.sizes.at(layers=5)
+    first, last = (price(anatomy, sizes, "memory", limits, kept_layers=kept) for kept in ((), (4, 5, 6, 7)))
+    assert first == price(anatomy, sizes, "memory", limits, kept_layers=(0, 1, 2, 3, 4))
+    assert last == price(anatomy, sizes, "memory", limits, kept_layers=(0, 4, 5, 6, 7)) > 2 * first
+    asked = search(OF_TWO_KINDS, axes=IN_DEPTH, layers={"keep": [4, 6]})
+    space = legal_shapes(anatomy, asked)
+    for layers in space.depths:
+        kept = (4, 6, *(layer for layer in range(8) if layer not in (4, 6)))[:layers]
+        cost = price(anatomy, anatomy.sizes.at(layers=layers), "memory", limits, kept_layers=kept)
+        assert Prices(space).values("memory", limits, layers).item() == cost
+
+
+def test_a_budget_is_met_with_the_layers_that_stay() -> None:
+    anatomy, budget = of_two_kinds(), {"memory": {**OF_TWO_KINDS["memory"], "max": "40%"}}
+    free, bound = (search(budget, axes=IN_DEPTH, layers={"max": 3, "keep": keep}) for keep in ([], [4, 5, 6]))
+    assert free.budget is not None
+    (shape,) = candidates_of(look(anatomy, free.budget, free), 1)
+    assert shape.counts == anatomy.ledger.count(shape.arch)
+    with pytest.raises(HalveError, match="no legal shape has memory"):
+        look(anatomy, free.budget, bound)
+
+
+def test_shapes_are_counted_with_the_layers_that_stay() -> None:
+    moe = discover(config("qwen3_moe", num_hidden_layers=6, mlp_only_layers=[0, 1, 2], num_experts=4))
+    asked = search({"total": {"max": "80%"}}, axes=IN_DEPTH, layers={"max": 4, "keep": [4, 5]})
+    assert asked.budget is not None
+    found = look(moe, asked.budget, asked)
+    for shape in candidates_of(found, 2):
+        kept = (4, 5, *range(shape.arch.layers - 2))
+        assert shape.counts == moe.ledger.count(shape.arch, kept_layers=kept)
+        assert shape.counts != moe.ledger.count(shape.arch)
+        assert found.allows(shape.arch, kept)
+
+
+def test_candidates_that_break_a_bound_with_their_own_layers_are_dropped() -> None:
+    anatomy = of_two_kinds()
+    asked = search(OF_TWO_KINDS, axes=IN_DEPTH)
+    assert asked.budget is not None
+    seen = look(anatomy, asked.budget, asked)
+    candidates = [
+        Candidate(anatomy.sizes.at(layers=n), anatomy.ledger.count(anatomy.sizes.at(layers=n))) for n in (5, 2)
+    ]
+    kept = {5: (1, 4, 5, 6, 7), 2: (6, 7)}
+    (left,) = within_budget(seen, candidates, kept)
+    assert (left.arch.layers, left.kept_layers) == (2, (6, 7))
+    assert left.counts == anatomy.ledger.count(left.arch, kept_layers=(6, 7))
+    assert len(within_budget(seen, candidates, {5: (0, 1, 2, 3, 4), 2: (0, 1)})) == 2
+    with pytest.raises(HalveError) as raised:
+        within_budget(seen, candidates[:1], kept)
+    what, why, fix = str(raised.value).split("\n")
+    assert "no candidate has memory <= " in what
+    assert "with the layers that it keeps" in what
+    assert "where layers 1, 4, 5, 6, 7 stay; it was priced with layers 0, 1, 2, 3, 4" in why
+    assert fix.startswith("  fix: search.layers.keep: [1, 4, 5, 6, 7]")
 
 
 # ---- the front
@@ -229,6 +313,24 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
         (lambda: spoken_search(["total<=1B@4096"], [], candidates=1), "this quantity has no such condition"),
         (lambda: spoken_search(["total<=1X"], [], candidates=1), "no amount of parameters"),
         (lambda: spoken_search(["total<=1B"], ["depth=3"], candidates=1), "cannot read --axis 'depth=3'"),
+        (
+            lambda: spoken_search(["total<=700k", "total < 900k"], [], candidates=1),
+            r"--budget bounds total twice\n  why: '700k' and '900k' are two bounds of one kind \(max\)\n  fix: leave",
+        ),
+        (
+            lambda: spoken_search(["memory<=9MB@8192", "memory>=1MB@16"], [], candidates=1),
+            r"--budget gives memory under two different conditions\n  why: .*\n  fix: write the same after @",
+        ),
+        (
+            lambda: spoken_search(["total<=1B"], ["ffn=frozen", "ffn=64"], candidates=1),
+            r"--axis names ffn twice\n  why: .*'frozen' and 64 are two\n  fix: leave out one",
+        ),
+        (lambda: spoken_search(["total<=1B"], ["ffn=\N{SUPERSCRIPT TWO}"], candidates=1), "these flags make no search"),
+        (
+            lambda: spoken_search(["total<=1B"], ["ffn=8,\N{SUPERSCRIPT TWO}"], candidates=1),
+            "these flags make no search",
+        ),
+        (lambda: spoken_search(["total<=1B"], ["ffn=" + "9" * 5000], candidates=1), "these flags make no search"),
     ],
 )
 def test_a_budget_that_cannot_be_met_says_why_and_what_can(ask: Callable[[], Any], message: str) -> None:
@@ -245,6 +347,14 @@ def test_a_refused_axis_stays_whole_and_is_refused_where_it_is_asked_for() -> No
     assert asked.budget is not None
     with pytest.raises(HalveError, match=r"search\.axes\.hidden cannot be cut in llama\n  why: not proved"):
         look(anatomy(), asked.budget, asked, refused={"hidden": "not proved"})
+
+
+@pytest.mark.parametrize("second", ["memory>=1MB", "memory>=1MB@2x8192"])
+def test_two_bounds_of_a_quantity_have_one_condition(second: str) -> None:
+    for flags in (["memory<=9MB@2x8192", second], [second, "memory<=9MB@2x8192"]):
+        budget = spoken_search(flags, [], candidates=1).budget
+        assert budget is not None
+        assert budget.memory == MemoryLimits(min="1MB", max="9MB", batch=2, context=8192)
 
 
 def test_plan_reads_a_budget_in_words(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

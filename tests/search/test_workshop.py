@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from halve.anatomy import Arch
+from halve.cut.layers import chosen as choosing
+from halve.cut.layers.depth import DepthChoice
 from halve.cut.plan.plan import select
 from halve.cut.plan.sizes import Candidate
 from halve.cut.surgery.trim import trim
 from halve.cut.trial import Tried
 from halve.model.checkpoint import Checkpoint
-from halve.recipe.schema import Recipe, Search
+from halve.recipe.schema import Recipe, Score, Search
+from halve.search import blocks
+from halve.search.additive import Program, solve_blocks
 from halve.search.blocks import _Bench, additive_choice
+from halve.search.candidates import candidates_of, look
 from halve.search.finalists import choose_finalists
+from halve.search.quantities import Reals, price
+from halve.search.searched import joint_comparison
+from halve.search.space import Space
 from halve.search.workshop import Workshop
 from halve.stages import score
 
@@ -37,9 +47,34 @@ def test_layers_go_together(shop: Workshop) -> None:
     assert set(found[1]) < set(found[2]) < set(found[3]) < set(found[4])
 
 
+def test_the_recipes_own_criterion_is_used(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    choose = choosing.choose
+
+    def noted(*args: Any, **given: Any) -> DepthChoice:
+        found = choose(*args, **given)
+        used.append((found.criterion, found.pattern))
+        return found
+
+    monkeypatch.setattr(choosing, "choose", noted)
+    shares = {}
+    for depth in ("bi", "random", "nll", "angular"):
+        score = Score.model_validate({**shop.recipe.score.model_dump(), "depth": depth})
+        own = replace(shop, recipe=shop.recipe.model_copy(update={"score": score}))
+        shares[depth] = own.layers({3, 2, 1})
+    assert used == [(name, "greedy") for name in ("logit_mse", "random", "nll", "angular")]
+    assert len({tuple(sorted(kept.items())) for kept in shares.values()}) > 1
+
+
+@pytest.mark.parametrize("pattern", ["block", "greedy"])
+def test_block_importance_is_used_with_a_pattern_of_sets(pattern: str) -> None:
+    score = Score.model_validate({"depth": "bi", "depth_pattern": pattern})
+    assert joint_comparison(score) == score
+
+
 def test_the_recipes_own_comparison_of_sets_is_used(shop: Workshop) -> None:
-    blocks = shop.recipe.score.model_copy(update={"depth": "bi", "depth_pattern": "block"})
-    kept = shop.compared({2}, blocks)[2]
+    of_blocks = shop.recipe.score.model_copy(update={"depth": "bi", "depth_pattern": "block"})
+    kept = shop.compared({2}, of_blocks)[2]
     gone = [layer for layer in range(4) if layer not in kept]
     assert gone[1] == gone[0] + 1
 
@@ -84,6 +119,62 @@ def test_the_additive_choice_is_within_the_candidates_parameters(shop: Workshop)
     assert min(params) <= anatomy.ledger.count(found.arch).params <= max(params)
     assert found.arch.ffn in {24, 40, 64}
     assert len(found.kept_layers) == found.arch.layers
+
+
+class Steady:
+    """A second a layer, and half of one besides."""
+
+    def prefill_seconds(self, space: Space, layers: int, *, batch: int, context: int) -> Reals:
+        return np.full((1, 1), 0.5 + layers)
+
+    decode_seconds = prefill_seconds
+
+
+ADDITIVE: list[dict[str, Any]] = [
+    {"budget": {"memory": {"max": "50%", "batch": 4, "context": 8192}}},
+    {"budget": {"total": {"max": "90%"}}, "layers": {"max": 3, "keep": [1, 3]}},
+    {"budget": {"total": {"max": "90%"}}, "axes": {"layers": [1, 3]}},
+    {"budget": {"total": {"max": "90%"}}, "axes": {"layers": [1]}},
+    {"budget": {"weight_bytes": {"min": "60%"}}},
+    {"budget": {"flops": "60%", "active": {"min": "20%"}, "non_embedding": {"max": "70%"}}},
+    {"budget": {"decode_latency": "3s"}},
+    {"budget": {"throughput": {"min": 0.4, "batch": 1}}},
+]
+
+
+@pytest.mark.parametrize("asked", ADDITIVE, ids=lambda asked: "+".join((*asked["budget"], *([*asked][1:]))))
+def test_the_additive_choice_is_within_the_budget_and_the_layers(shop: Workshop, asked: dict[str, Any]) -> None:
+    search, anatomy = Search.model_validate(asked), shop.calibration.anatomy
+    assert search.budget is not None
+    seen = look(anatomy, search.budget, search, clock=Steady())
+    found = additive_choice(shop.calibration, shop.scores, candidates_of(seen, 8), seen)
+    for r in seen.ranges:
+        cost = price(anatomy, found.arch, r.quantity, r.limits, Steady(), kept_layers=found.kept_layers)
+        assert r.low <= cost <= r.high
+    assert len(found.kept_layers) == found.arch.layers
+    assert found.arch.layers in seen.prices.space.depths
+    assert {*search.layers.keep} <= {*found.kept_layers}
+    assert found.arch != anatomy.sizes
+
+
+def test_a_choice_that_the_solvers_tolerance_lets_through_is_not_taken(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anatomy, slacks = shop.calibration.anatomy, []
+    search = Search.model_validate({"budget": {"total": {"max": "60%"}}})
+    assert search.budget is not None
+    seen = look(anatomy, search.budget, search)
+
+    def lax(*args: Any, slack: float, **given: Any) -> Program:
+        slacks.append(slack)
+        found = solve_blocks(*args, slack=slack, **given)
+        return replace(found, layers=(0, 1, 2, 3), width=0) if slack < 5e-6 else found
+
+    monkeypatch.setattr(blocks, "solve_blocks", lax)
+    candidates = [Candidate(anatomy.sizes, anatomy.ledger.count(anatomy.sizes)), *candidates_of(seen, 4)]
+    found = additive_choice(shop.calibration, shop.scores, candidates, seen)
+    assert slacks == pytest.approx([0.0, 1e-6, 1e-5])
+    assert seen.allows(found.arch, found.kept_layers)
 
 
 def test_finalists_are_of_several_depths() -> None:

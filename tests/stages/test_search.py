@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,15 +12,23 @@ from typing import Any
 
 import forked
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from families import config
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halve.cut.plan.sizes import Candidate
 from halve.disk.files import read_json
 from halve.errors import HalveError
+from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
 from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
+from halve.recipe.searching import MemoryLimits
 from halve.search.choice import ChosenShape
+from halve.search.quantities import price
+from halve.search.searched import shapes_to_try
 from halve.stages import search as stage
 
 MakeRecipe = Callable[..., Recipe]
@@ -41,6 +50,19 @@ def recipe(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) ->
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     tournament = {**SEARCH["tournament"], "choices": str(path)}
     return make_recipe(distill=DISTILL, prune=PRUNE, search={**SEARCH, "tournament": tournament})
+
+
+@pytest.fixture(scope="module")
+def of_two_kinds(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose first two layers attend to a window and whose last two attend to everything."""
+    place = tmp_path_factory.mktemp("kinds") / "model"
+    shutil.copytree(tiny_llama, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    vocab = AutoTokenizer.from_pretrained(tiny_llama).vocab_size
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    torch.manual_seed(0)
+    shape = {"vocab_size": vocab, "num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 8}
+    AutoModelForCausalLM.from_config(config("gemma3_text", **shape)).save_pretrained(place)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +195,88 @@ def test_several_sizes_are_searched_cut_and_distilled_from_one_teacher(make_reci
     assert names.count("cache-search") == 1, "one teacher's answers serve all"
     assert {"search", "search-2", "prune-2", "distill-2"} <= {*names}
     assert {"search", "search-2"} <= {*forecast(played).searches} & {*forecast(played).memory}
+
+
+def test_a_choice_meets_the_budget_with_its_own_layers(
+    make_recipe: MakeRecipe, of_two_kinds: Path, tmp_path: Path
+) -> None:
+    """Layers with a window come first, and the layers that stay attend to everything."""
+    memory = {"max": "70%", "batch": 64, "context": 512}
+    axes = {"hidden": "frozen", "ffn": "frozen", "kv_heads": "frozen"}
+    asked = {"budget": {"memory": memory}, "candidates": 3, "axes": axes, "method": "trial"}
+    recipe = make_recipe(model=str(of_two_kinds), prune=PRUNE, search={**asked, "layers": {"max": 3, "keep": [2]}})
+    out = pipeline.run(recipe, tmp_path / "run", only="search", needed=True)
+    choice, anatomy = ChosenShape.load(out / "search"), Checkpoint.open(of_two_kinds).anatomy
+    limits = MemoryLimits.model_validate(memory)
+    cost = price(anatomy, choice.arch, "memory", limits, kept_layers=choice.kept_layers)
+    assert 2 in choice.kept_layers
+    assert cost <= 0.7 * price(anatomy, anatomy.sizes, "memory", limits)
+    assert choice.metrics["params"] == anatomy.ledger.count(choice.arch, kept_layers=choice.kept_layers).params
+
+
+def test_candidates_that_break_the_budget_with_their_layers_are_named(
+    make_recipe: MakeRecipe, of_two_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = {"max": "70%", "batch": 64, "context": 512}
+    axes = {"hidden": "frozen", "ffn": "frozen", "kv_heads": "frozen", "layers": [3, 2]}
+    asked = {"budget": {"memory": memory}, "candidates": 3, "axes": axes, "method": "trial"}
+    recipe = make_recipe(model=str(of_two_kinds), prune=PRUNE, search=asked)
+    monkeypatch.setattr(stage.Workshop, "layers", lambda *_: {3: (1, 2, 3), 2: (2, 3)})
+    with pytest.raises(HalveError, match=r"no candidate has memory <= .* with the layers that it keeps"):
+        pipeline.run(recipe, tmp_path / "none", only="search", needed=True)
+    whole = Checkpoint.open(recipe.model).anatomy
+    archs = [whole.sizes.at(layers=3), whole.sizes.at(layers=2)]
+    both = [Candidate(arch, whole.ledger.count(arch)) for arch in archs]
+    monkeypatch.setattr(stage, "shapes_of", lambda *_: both)
+    monkeypatch.setattr(stage.Workshop, "layers", lambda *_: {3: (1, 2, 3), 2: (0, 3)})
+    said = io.StringIO()
+    out = pipeline.run(recipe, tmp_path / "one", only="search", needed=True, console=Console(file=said, width=500))
+    assert ChosenShape.load(out / "search").kept_layers == (0, 3)
+    left_out = "1 of 2 candidates are left out: with the layers that they keep they do not have memory <= "
+    assert left_out in said.getvalue()
+
+
+def test_a_round_after_a_search_cuts_what_it_chose(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    short = {**DISTILL, "tokens": 4 * 4 * 32}
+    asked = {**SEARCH, "method": "trial"}
+    then = [{"prune": {"ffn": 8}, "distill": short}]
+    recipe = make_recipe(distill=short, prune=PRUNE, search=asked, then=then)
+    assert not pipeline.check(recipe)
+    out = pipeline.run(recipe, tmp_path / "run")
+    first, second = (read_json(out / name / "plan.json") for name in ("prune", "prune-2"))
+    assert first["after"] == ChosenShape.load(out / "search").arch.sizes
+    assert second["before"] == first["after"]
+    assert second["after"] == {**first["after"], "ffn": 8}
+
+
+def test_check_tries_later_rounds_on_every_candidate(make_recipe: MakeRecipe) -> None:
+    whole = make_recipe(distill=DISTILL, prune=PRUNE, search={**SEARCH, "method": "trial"})
+    layers = {one.arch.layers for one in shapes_to_try(whole, Checkpoint.open(whole.model).anatomy)}
+    assert len(layers) > 1
+    then = [{"prune": {"layers": max(layers)}, "distill": DISTILL}]
+    recipe = make_recipe(distill=DISTILL, prune=PRUNE, search={**SEARCH, "method": "trial"}, then=then)
+    (error,) = pipeline.check(recipe)
+    assert "if the search chooses layers" in error.what
+    assert "so that then fits every candidate" in error.fix
+
+
+def test_a_head_that_some_shapes_would_untie_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    asked = {key: value for key, value in SEARCH.items() if key != "axes"} | {"method": "trial"}
+    recipe = make_recipe(distill=DISTILL, prune={**PRUNE, "untie": True}, search=asked)
+    tied = tmp_path / "tied"
+    shutil.copytree(recipe.model, tied)
+    config = read_json(tied / "config.json")
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    found = {error.what for error in pipeline.check(recipe.model_copy(update={"model": str(tied)}))}
+    assert "prune.untie is not combined with search" in found
+
+
+def test_check_reads_the_items_of_a_tournament(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    item = {"context": "The cat " * 4000, "choices": [" sees", " qqq"], "answer": 0}
+    (tmp_path / "long.jsonl").write_text(json.dumps(item) + "\n")
+    tournament = {**SEARCH["tournament"], "choices": str(tmp_path / "long.jsonl")}
+    (error,) = pipeline.check(make_recipe(distill=DISTILL, prune=PRUNE, search={**SEARCH, "tournament": tournament}))
+    assert "long.jsonl line 1 has" in error.what
 
 
 @pytest.mark.parametrize(

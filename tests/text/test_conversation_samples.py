@@ -10,7 +10,7 @@ import pytest
 import torch
 from chat import small_talk, turns, with_template, write_rows
 from families import ALSO, PROVED, config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -96,7 +96,6 @@ def test_calibration_takes_the_length_with_the_most_tokens_and_pads_nothing(tmp_
     assert samples.calibration(99, 7).tolist() == [list(range(10 * n + 1, 10 * n + 8)) for n in (4, 5)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(2, 9), st.booleans(), st.integers(0, 3))
 def test_every_epoch_draws_every_counted_token_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, packed: bool, seed: int

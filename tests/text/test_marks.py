@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -127,7 +127,6 @@ def tokens_of(folder: Path, ids: list[int], which: Marks) -> Tokens:
     return Tokens(path=path, count=len(ids), dtype="uint16", fingerprint="", text_bytes=0, marks=which)
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30),
     context=st.integers(2, 12),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halve.cli.hints import say_next
 from halve.errors import PlanError
 from halve.recipe.read import load_recipe
-from halve.recipe.schema import Recipe, Search
+from halve.recipe.schema import Device, Recipe, Search
 from halve.recipe.searching import ShapeBudget
 from halve.recipe.spoken import spoken_search
 
@@ -48,12 +48,15 @@ def spoken(
     be met.
     """
     from halve.model.checkpoint import Checkpoint
+    from halve.search.searched import searched_anatomy
 
+    device: Device = "auto"
     if model.endswith(RECIPE_SUFFIXES):
         recipe = load_recipe(model)
         if bounds or axes or given or recipe.search is None:
             raise _not_of_a_recipe(recipe, [*given, *["--budget"] * bool(bounds), *["--axis"] * bool(axes)])
-        model, search = recipe.model, recipe.search
+        anatomy, search, device = Checkpoint.open(recipe.model).anatomy, recipe.search, recipe.device
+        searched_anatomy(recipe, anatomy)
     else:
         if given or not bounds:
             raise PlanError(
@@ -62,9 +65,9 @@ def spoken(
                 fix=f"leave {given[0]} out, or --budget" if given else 'add --budget "total=50%"',
             )
         search = spoken_search(bounds, axes, candidates=most)
-    anatomy = Checkpoint.open(model).anatomy
+        anatomy = Checkpoint.open(model).anatomy
     budgets = list(filter(None, (search.budget, *search.targets)))
-    show_shapes(anatomy, [_listed(anatomy, budget, search, most, timings) for budget in budgets], json_=json_)
+    show_shapes(anatomy, [_listed(anatomy, budget, search, most, timings, device) for budget in budgets], json_=json_)
 
 
 def _not_of_a_recipe(recipe: Recipe, flags: Sequence[str]) -> PlanError:
@@ -81,18 +84,23 @@ def _not_of_a_recipe(recipe: Recipe, flags: Sequence[str]) -> PlanError:
     )
 
 
-def _listed(anatomy: Anatomy, budget: ShapeBudget, search: Search, most: int, timings: Path | None) -> Listing:
+def _listed(
+    anatomy: Anatomy, budget: ShapeBudget, search: Search, most: int, timings: Path | None, device: Device
+) -> Listing:
     """Shapes spread over the front under one budget. Axes that are not proved stay whole."""
     from halve.cut.proof.prove import prove
     from halve.search.candidates import candidates_of, look
     from halve.search.latency import TimeTable, needed
     from halve.search.quantities import in_words, price
 
-    clock = TimeTable.measured(anatomy, search, path=timings) if needed(budget) else None
+    clock = TimeTable.measured(anatomy, search, path=timings, device=device) if needed(budget) else None
     seen = look(anatomy, budget, search, clock=clock, refused=prove(anatomy, reopen=False).refusals)
     shapes = candidates_of(seen, most)
     costs: dict[str, list[float]] = {
-        r.quantity: [price(anatomy, shape.arch, r.quantity, r.limits, clock) for shape in shapes] for r in seen.ranges
+        r.quantity: [
+            price(anatomy, shape.arch, r.quantity, r.limits, clock, kept_layers=search.layers.keep) for shape in shapes
+        ]
+        for r in seen.ranges
     }
     # the counts of parameters and FLOPs are columns of the table in any case
     shown = {

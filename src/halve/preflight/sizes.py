@@ -15,7 +15,7 @@ from halve.cut.repair.rotate import student_anatomy
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.rounds import cuts_original, rounds
 from halve.recipe.schema import Recipe
-from halve.search.searched import shapes_to_try
+from halve.search.searched import searched_anatomy, shapes_to_try
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def require_met(recipe: Recipe, teacher: Checkpoint) -> None:
     from halve.search.candidates import look
 
     assert recipe.search is not None
-    anatomy = student_anatomy(teacher.anatomy, recipe.prune)
+    anatomy = searched_anatomy(recipe, teacher.anatomy)
     refused = prove(teacher.anatomy, reopen=False).refusals
     for budget in filter(None, (recipe.search.budget, *recipe.search.targets)):
         look(anatomy, budget, recipe.search, refused=refused, timed=False)

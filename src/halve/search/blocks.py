@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from halve.anatomy import Arch
+from halve.anatomy import Anatomy, Arch
 from halve.cut.plan.plan import Plan, select
 from halve.cut.plan.sizes import Candidate
 from halve.cut.score.calibration import Calibration
@@ -27,26 +27,68 @@ from halve.cut.surgery.trim import trim
 from halve.cut.trial import Tried
 from halve.model.hooks import first_input, hooked
 from halve.model.reference import Reference, affordable
-from halve.search.additive import BlockValues, solve_blocks
+from halve.recipe.searching import Limits
+from halve.search.additive import BlockSum, BlockValues, solve_blocks
+from halve.search.budgets import Range
+from halve.search.candidates import Found
+from halve.search.quantities import Prices, price
+from halve.search.space import Space
 
 _NEURONS: Final = 6
 """Sizes of ffn at which a layer is measured; between them harm is interpolated."""
 _SAMPLES: Final = 16
+_SLACK: Final = 1e-6
+"""The share by which the program's ranges shrink where the solver's tolerance lets a choice break a bound."""
 
 
-def additive_choice(calibration: Calibration, scores: Scores, candidates: Sequence[Candidate]) -> Tried:
+def additive_choice(
+    calibration: Calibration, scores: Scores, candidates: Sequence[Candidate], seen: Found | None = None
+) -> Tried:
     """The shape and the layers that the integer program chooses among the candidates' widths, and the sum of its harms.
 
-    Any number of layers may have any of these widths if its parameters are between those of the smallest and of the
-    largest candidate. Raises `PlanError` if the program has no solution.
+    Any layers may have any of these widths if `seen` allows their number and what they cost. Without `seen`, parameters
+    are between those of the smallest and of the largest candidate. Raises `PlanError` if the program has no solution.
     """
-    archs = [candidate.arch for candidate in candidates]
-    whole = calibration.anatomy.sizes.layers
-    widths = list(dict.fromkeys(arch.at(layers=whole) for arch in archs))
-    params = [candidate.counts.params for candidate in candidates]
+    before = calibration.anatomy.sizes
+    seen = seen or _between(calibration.anatomy, candidates)
+    widths = list(dict.fromkeys(candidate.arch.at(layers=before.layers) for candidate in candidates))
     values = _values(calibration, scores, widths)
-    best = solve_blocks(values, least=float(min(params)), most=float(max(params)))
-    return Tried(widths[best.width].at(layers=len(best.layers)), best.layers, best.value)
+    sums = [_sum(seen, r, widths, candidates) for r in seen.ranges]
+    space, slack = seen.prices.space, 0.0
+    whole = widths.index(before) if before in widths else None
+    while True:
+        best = solve_blocks(values, sums, depths=space.depths, keep=space.keep, whole=whole, slack=slack)
+        arch = widths[best.width].at(layers=len(best.layers))
+        if seen.allows(arch, best.layers):
+            return Tried(arch, best.layers, best.value)
+        slack = max(_SLACK, 10 * slack)
+
+
+def _between(anatomy: Anatomy, candidates: Sequence[Candidate]) -> Found:
+    params = [float(candidate.counts.params) for candidate in candidates]
+    space = replace(Space.whole(anatomy), depths=tuple(range(anatomy.sizes.layers, 0, -1)))
+    total = Range("total", Limits(min="1"), min(params), max(params), max(params))
+    return Found((total,), Prices(space), ())
+
+
+def _sum(seen: Found, bound: Range, widths: Sequence[Arch], candidates: Sequence[Candidate]) -> BlockSum:
+    """A bound of the budget as a sum over blocks. A rate is not one, but its inverse is, the time of a token."""
+    space, clock = seen.prices.space, seen.prices.clock
+    kinds, inverse = space.anatomy.ledger.kinds, bound.quantity == "throughput"
+
+    def cost(arch: Arch, kept_layers: Sequence[int]) -> float:
+        at = arch.at(layers=len(kept_layers))
+        value = price(space.anatomy, at, bound.quantity, bound.limits, clock, kept_layers=kept_layers)
+        return 1 / value if inverse else value
+
+    outside_W = np.array([cost(arch, ()) for arch in widths])
+    of_kinds = {kind: np.array([cost(arch, (kind,)) for arch in widths]) - outside_W for kind in {*kinds}}
+    low, high = bound.low, bound.high
+    if inverse:
+        low, high = 1 / high, 1 / low if low > 0 else np.inf
+    elif high == np.inf:  # a student is no larger than it has to be
+        high = max(cost(candidate.arch, space.order[: candidate.arch.layers]) for candidate in candidates)
+    return BlockSum(str(bound), outside_W, np.stack([of_kinds[kind] for kind in kinds]), low, high)
 
 
 def _values(calibration: Calibration, scores: Scores, widths: Sequence[Arch]) -> BlockValues:
@@ -68,19 +110,7 @@ def _values(calibration: Calibration, scores: Scores, widths: Sequence[Arch]) ->
     kept_LW = np.array(
         [[np.interp(a.ffn, grid, ffn[i]) + heads[i][a.heads, a.kv_heads] for a in widths] for i in layers]
     )
-    outside_params_W = np.array([_params(calibration, arch) for arch in widths], dtype=float)
-    layer_params_LW = np.array([[_params(calibration, arch, i) for arch in widths] for i in layers], dtype=float)
-    return BlockValues(
-        outside_W=np.array([hidden[arch.hidden] for arch in widths]),
-        kept_LW=kept_LW,
-        gone_L=np.array(gone),
-        outside_params_W=outside_params_W,
-        layer_params_LW=layer_params_LW - outside_params_W,
-    )
-
-
-def _params(calibration: Calibration, arch: Arch, *kept: int) -> int:
-    return calibration.anatomy.ledger.count(arch.at(layers=len(kept)), kept_layers=kept).params
+    return BlockValues(np.array([hidden[arch.hidden] for arch in widths]), kept_LW, np.array(gone))
 
 
 class _Bench:

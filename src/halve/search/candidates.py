@@ -10,10 +10,11 @@ import numpy as np
 
 from halve.anatomy import Anatomy, Arch
 from halve.cut.plan.sizes import Candidate
+from halve.errors import PlanError
 from halve.recipe.searching import Search, ShapeBudget
-from halve.search.budgets import Range, resolve
+from halve.search.budgets import Range, budget_in_words, resolve
 from halve.search.front import front
-from halve.search.quantities import Clock, Prices
+from halve.search.quantities import Clock, Prices, Reals, in_words, price
 from halve.search.space import cut_axes, legal_shapes
 from halve.search.unmet import none_fits
 
@@ -27,6 +28,17 @@ class Found:
     """The costs of all legal shapes."""
     front: tuple[Candidate, ...]
     """The shapes that use what the budget allows, the deepest first."""
+
+    def costs(self, arch: Arch, kept_layers: Sequence[int]) -> list[Reals]:
+        """What a shape with these layers has of every quantity of the budget."""
+        space, clock = self.prices.space, self.prices.clock
+        costs = [price(space.anatomy, arch, r.quantity, r.limits, clock, kept_layers=kept_layers) for r in self.ranges]
+        return [np.array([cost]) for cost in costs]
+
+    def allows(self, arch: Arch, kept_layers: Sequence[int]) -> bool:
+        """Whether a shape with these layers meets the budget."""
+        costs = self.costs(arch, kept_layers)
+        return all(r.holds(cost).all() for r, cost in zip(self.ranges, costs, strict=True))
 
 
 def look(
@@ -67,6 +79,41 @@ def candidates_of(seen: Found, count: int) -> tuple[Candidate, ...]:
         if len(shapes) < count:
             shapes = list(dict.fromkeys((*shapes, *front(seen.prices, seen.ranges, slack=slack))))
     return _spread(shapes, seen.prices.space.anatomy.sizes, count)
+
+
+def within_budget(
+    seen: Found, candidates: Sequence[Candidate], kept_layers: Mapping[int, tuple[int, ...]]
+) -> list[Candidate]:
+    """The candidates that meet the budget with the layers that they keep, by their number, counted with these.
+
+    Raises `PlanError` if there is none; it names the nearest.
+    """
+    anatomy = seen.prices.space.anatomy
+    counted = [
+        Candidate(arch, anatomy.ledger.count(arch, kept_layers=kept), kept)
+        for arch, kept in ((candidate.arch, kept_layers[candidate.arch.layers]) for candidate in candidates)
+    ]
+    met = [shape for shape in counted if seen.allows(shape.arch, shape.kept_layers or ())]
+    if met:
+        return met
+    raise _none_with_its_layers(seen, counted)
+
+
+def _none_with_its_layers(seen: Found, counted: Sequence[Candidate]) -> PlanError:
+    def costs(shape: Candidate) -> list[tuple[Range, Reals]]:
+        return list(zip(seen.ranges, seen.costs(shape.arch, shape.kept_layers or ()), strict=True))
+
+    nearest = min(counted, key=lambda shape: sum(r.missed(cost).item() for r, cost in costs(shape)))
+    has = ", ".join(f"{r.quantity} {in_words(r.quantity, cost.item())}" for r, cost in costs(nearest))
+    sought, kept = (
+        ", ".join(map(str, layers))
+        for layers in (sorted(seen.prices.space.order[: nearest.arch.layers]), nearest.kept_layers or ())
+    )
+    return PlanError(
+        f"no candidate has {budget_in_words(seen.ranges)} with the layers that it keeps",
+        why=f"the nearest has {has}: {nearest.arch}, where layers {kept} stay; it was priced with layers {sought}",
+        fix=f"search.layers.keep: [{kept}], so that shapes are priced with these; or widen search.budget",
+    )
 
 
 def _spread(shapes: Sequence[Candidate], before: Arch, count: int) -> tuple[Candidate, ...]:

@@ -88,7 +88,7 @@ def _at_depth(prices: Prices, ranges: Sequence[Range], layers: int, slack: int) 
         arch = space.arch(layers, int(width_N[n]), int(ffn_N[n]))
         if arch != space.anatomy.sizes and is_legal(space.anatomy, arch):
             chosen[kind] = int(n)
-            counted = Candidate(arch, space.anatomy.ledger.count(arch))
+            counted = Candidate(arch, space.anatomy.ledger.count(arch, kept_layers=space.order[:layers]))
             yield _Placed(counted, tuple(away_KN[:, n].tolist()))
 
 

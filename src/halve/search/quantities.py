@@ -5,6 +5,7 @@ Arrays are [W, F]: choices of hidden and heads, choices of ffn (see `space`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -44,7 +45,7 @@ class Prices:
     clock: Clock | None = None
 
     def values(self, quantity: Quantity, limits: Limits, layers: int) -> Reals:
-        """What a quantity is for every width with the first `layers` layers, [W, F].
+        """What a quantity is for every width with the first `layers` layers in the order of the space, [W, F].
 
         Counts below 2^53 are exact. Raises `PlanError` for memory if the code does not show what it caches.
         """
@@ -82,8 +83,16 @@ class Prices:
         return self._full(limits.batch / seconds if quantity == "throughput" else seconds)
 
 
-def price(anatomy: Anatomy, arch: Arch, quantity: Quantity, limits: Limits, clock: Clock | None = None) -> float:
-    """What a quantity is for one shape with the first layers of a model.
+def price(
+    anatomy: Anatomy,
+    arch: Arch,
+    quantity: Quantity,
+    limits: Limits,
+    clock: Clock | None = None,
+    *,
+    kept_layers: Sequence[int] = (),
+) -> float:
+    """What a quantity is for one shape with these layers of a model, filled up with the first others.
 
     >>> from halve.anatomy import discover
     >>> from transformers import LlamaConfig
@@ -91,7 +100,8 @@ def price(anatomy: Anatomy, arch: Arch, quantity: Quantity, limits: Limits, cloc
     >>> price(anatomy, anatomy.sizes, "memory", MemoryLimits(max="9GB", context=8192)) - 2 * 6738415616
     4294967296.0
     """
-    return float(Prices(Space.alone(anatomy, arch), clock).values(quantity, limits, arch.layers)[0, 0])
+    alone = Space.alone(anatomy, arch, kept_layers)
+    return float(Prices(alone, clock).values(quantity, limits, arch.layers)[0, 0])
 
 
 def in_words(quantity: Quantity, value: float) -> str:

@@ -9,9 +9,10 @@ from halve.anatomy import Anatomy
 from halve.cut.plan.sizes import Candidate
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
+from halve.errors import PlanError
 from halve.recipe.schema import Recipe, Score
 from halve.recipe.tournaments import tournament_training
-from halve.search.candidates import candidates_of, look
+from halve.search.candidates import Found, candidates_of, look
 from halve.search.halving import Ladder, ladder
 from halve.search.latency import TimeTable, needed
 
@@ -23,13 +24,20 @@ TIMES: Final = "times.json"
 def shapes_to_try(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> tuple[Candidate, ...]:
     """The shapes over proved axes that the search of a recipe tries on this model, the deepest first.
 
-    `times` is the file of measured times, made if it is not there. Without it, bounds of times are left out; if there
-    are no others, the teacher itself stands for the shapes.
+    Without `times`, bounds of times are left out; if there are no others, the teacher itself stands for the shapes.
+    Raises `PlanError` for a budget that no shape meets.
+    """
+    return shapes_of(recipe, seen_by(recipe, anatomy, times=times))
 
-    `recipe` is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets.
+
+def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> Found:
+    """What the search of a recipe allows on this model.
+
+    `times` is the file of measured times, made if it is not there. Without it, bounds of times are left out. `recipe`
+    is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets.
     """
     assert recipe.search is not None
-    search, student = recipe.search, student_anatomy(anatomy, recipe.prune)
+    search, student = recipe.search, searched_anatomy(recipe, anatomy)
     assert search.budget is not None, "a round searches one size"
     clock = (
         TimeTable.measured(student, search, path=times, device=recipe.device)
@@ -37,10 +45,28 @@ def shapes_to_try(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None
         else None
     )
     refused = prove(anatomy, reopen=False).refusals
-    seen = look(student, search.budget, search, clock=clock, refused=refused, timed=clock is not None)
+    return look(student, search.budget, search, clock=clock, refused=refused, timed=clock is not None)
+
+
+def searched_anatomy(recipe: Recipe, anatomy: Anatomy) -> Anatomy:
+    """The anatomy for the sizes of a search. Raises `PlanError` if some shapes would untie a tied head."""
+    student = student_anatomy(anatomy, recipe.prune)
+    if student.tied != anatomy.tied:
+        raise PlanError(
+            "prune.untie is not combined with search",
+            why="the head is untied where hidden is cut and nowhere else, so shapes would be counted unequally",
+            fix="leave prune.untie out, or search first and prune to the sizes that it finds",
+        )
+    return student
+
+
+def shapes_of(recipe: Recipe, seen: Found) -> tuple[Candidate, ...]:
+    """The shapes that the search of a recipe tries, the deepest first; without a bound the teacher itself."""
+    assert recipe.search is not None
+    student = seen.prices.space.anatomy
     if not seen.ranges:
         return (Candidate(student.sizes, student.ledger.count(student.sizes)),)
-    return candidates_of(seen, TRIED * search.candidates)
+    return candidates_of(seen, TRIED * recipe.search.candidates)
 
 
 def planned_rungs(recipe: Recipe, finalists: int) -> Ladder:
@@ -54,9 +80,12 @@ def planned_rungs(recipe: Recipe, finalists: int) -> Ladder:
 def joint_comparison(score: Score) -> Score:
     """How a search compares layers: never by adding up what single layers are worth.
 
-    By the recipe's own comparison if that is of blocks or greedy. Else greedily, one layer at a time: the one without
-    which the remaining model's logits change least (arXiv 2402.09025, Sec. 3; arXiv 2511.16664).
+    By the recipe's own comparison if that is of blocks or greedy. Else greedily, one layer at a time, by the recipe's
+    criterion. In the place of block importance, which is the default, it is the one without which the remaining model's
+    logits change least (arXiv 2402.09025, Sec. 3; arXiv 2511.16664). A recipe that a run saves has its defaults written
+    out, so block importance that is asked for is told from the default by its pattern alone.
     """
     if score.depth_pattern != "single":
         return score
-    return score.model_copy(update={"depth": "logit_mse", "depth_pattern": "greedy"})
+    depth = "logit_mse" if score.depth == "bi" else score.depth
+    return score.model_copy(update={"depth": depth, "depth_pattern": "greedy"})

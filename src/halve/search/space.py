@@ -9,7 +9,7 @@ Legend: D numbers of layers, W choices of hidden and heads, F choices of ffn.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
 
@@ -33,6 +33,8 @@ class Space:
     """hidden, heads and kv_heads, the widest hidden first."""
     ffns: tuple[int, ...]
     """Sizes of ffn, the largest first."""
+    keep: tuple[int, ...] = ()
+    """Layers that every shape keeps."""
 
     def __len__(self) -> int:
         return len(self.depths) * len(self.widths) * len(self.ffns)
@@ -47,10 +49,17 @@ class Space:
         ffn = np.array(self.ffns, dtype=np.int64)[None, :]
         return {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, **fixed}
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The layers in the order in which shapes take them up: those that stay, then the first others."""
+        others = (layer for layer in range(self.anatomy.sizes.layers) if layer not in self.keep)
+        return (*self.keep, *others)
+
     @cached_property
     def tabulated(self) -> Tabulated:
-        """What one layer costs at every width."""
-        return Tabulated.of(self.anatomy.ledger, self.sizes)
+        """What one layer costs at every width, the layers in `order`."""
+        ledger = self.anatomy.ledger
+        return Tabulated.of(replace(ledger, layers=tuple(ledger.layers[i] for i in self.order)), self.sizes)
 
     def arch(self, layers: int, width: int, ffn: int) -> Arch:
         """The shape with so many layers, the width and the ffn of these places."""
@@ -63,9 +72,9 @@ class Space:
         return cls.alone(anatomy, anatomy.sizes)
 
     @classmethod
-    def alone(cls, anatomy: Anatomy, arch: Arch) -> Space:
-        """The space of one shape."""
-        return cls(anatomy, (arch.layers,), ((arch.hidden, arch.heads, arch.kv_heads),), (arch.ffn,))
+    def alone(cls, anatomy: Anatomy, arch: Arch, keep: Sequence[int] = ()) -> Space:
+        """The space of one shape, which keeps these layers."""
+        return cls(anatomy, (arch.layers,), ((arch.hidden, arch.heads, arch.kv_heads),), (arch.ffn,), tuple(keep))
 
 
 def legal_shapes(anatomy: Anatomy, search: Search) -> Space:
@@ -88,7 +97,7 @@ def legal_shapes(anatomy: Anatomy, search: Search) -> Space:
     if not widths:
         raise _no_width(anatomy)
     ffns = _sizes(anatomy, search, "ffn", step_of(before.ffn))
-    return Space(anatomy, _depths(anatomy, search), tuple(widths), tuple(ffns))
+    return Space(anatomy, _depths(anatomy, search), tuple(widths), tuple(ffns), search.layers.keep)
 
 
 def _no_width(anatomy: Anatomy) -> PlanError:
@@ -162,11 +171,8 @@ def _heads(anatomy: Anatomy, search: Search) -> list[tuple[int, int]]:
     per_group = before.heads // before.kv_heads
     of_heads, of_groups = search.axes.get("heads", "frozen"), search.axes.get("kv_heads", "allowed")
     in_ones = before.heads == before.kv_heads
-    if in_ones:  # the two are one axis, under either name
-        named = [search.axes[axis] for axis in ("kv_heads", "heads") if axis in search.axes]
-        usual: Freedom = "allowed" if anatomy.coupled or can(anatomy, "kv_heads") else "frozen"
-        counts = _counts(named[0] if named else usual, before.heads) if can(anatomy, "heads") else [before.heads]
-        return [(count, count) for count in counts]
+    if in_ones:
+        return [(count, count) for count in _heads_in_ones(anatomy, search)]
     groups = _counts(of_groups, before.kv_heads) if can(anatomy, "kv_heads") else [before.kv_heads]
     if anatomy.coupled and "heads" not in search.axes:
         of_heads = "allowed"
@@ -175,6 +181,25 @@ def _heads(anatomy: Anatomy, search: Search) -> list[tuple[int, int]]:
     allowed = set(_counts(of_heads, before.heads))
     pairs = ((group * inside, group) for group in groups for inside in range(per_group, 0, -1))
     return [(heads, group) for heads, group in pairs if heads in allowed]
+
+
+def _heads_in_ones(anatomy: Anatomy, search: Search) -> list[int]:
+    """The choices where every group has one head: the two are one axis, and what is said under either name holds."""
+    whole = anatomy.sizes.heads
+    if not can(anatomy, "heads"):
+        return [whole]
+    named = [search.axes[axis] for axis in ("kv_heads", "heads") if axis in search.axes]
+    usual: Freedom = "allowed" if anatomy.coupled or can(anatomy, "kv_heads") else "frozen"
+    of_each = [_counts(freedom, whole) for freedom in named or [usual]]
+    counts = [count for count in of_each[0] if all(count in others for others in of_each)]
+    if not counts:
+        kv_heads, heads = map(_some, of_each)
+        raise PlanError(
+            f"search.axes.heads and search.axes.kv_heads leave no number of heads of {anatomy.family}",
+            why=f"each of its groups has one head, and heads leaves {heads}, kv_heads leaves {kv_heads}",
+            fix="leave one of the two out, or give them a size in common",
+        )
+    return counts
 
 
 def _counts(freedom: Freedom, whole: int) -> list[int]:

@@ -78,9 +78,11 @@ def _nearest(prices: Prices, ranges: Sequence[Range]) -> list[Arch]:
 
 
 def _shape_in_words(prices: Prices, ranges: Sequence[Range], arch: Arch) -> str:
-    anatomy = prices.space.anatomy
+    space = prices.space
     costs = [
-        f"{r.quantity} {in_words(r.quantity, price(anatomy, arch, r.quantity, r.limits, prices.clock))}" for r in ranges
+        f"{r.quantity} "
+        + in_words(r.quantity, price(space.anatomy, arch, r.quantity, r.limits, prices.clock, kept_layers=space.keep))
+        for r in ranges
     ]
     return f"{', '.join(costs)} (layers {arch.layers}, {_width_in_words(prices.space, arch)})"
 

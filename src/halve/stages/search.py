@@ -34,11 +34,13 @@ from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
 from halve.recipe.tournaments import tournament_training
 from halve.search.blocks import additive_choice
+from halve.search.budgets import budget_in_words
+from halve.search.candidates import Found, within_budget
 from halve.search.choice import ChosenShape
 from halve.search.finalists import choose_finalists
 from halve.search.halving import Ladder
 from halve.search.outcome import outcome
-from halve.search.searched import TIMES, planned_rungs, shapes_to_try
+from halve.search.searched import TIMES, planned_rungs, seen_by, shapes_of
 from halve.search.tournament import FINALISTS, LowRank, Played, School, play
 from halve.search.workshop import Workshop
 from halve.text.opened import open_text
@@ -95,39 +97,48 @@ def _figures(out: Path) -> dict[str, Any]:
 
 def _opened(
     recipe: Recipe, teacher: Checkpoint, scores: Path, cache: Path, progress: Progress
-) -> tuple[Workshop, list[Candidate]]:
-    """The teacher, and the candidates over proved axes."""
-    candidates = shapes_to_try(recipe, teacher.anatomy, times=cache / TIMES)
+) -> tuple[Workshop, Found, list[Candidate]]:
+    """The teacher, what the budget allows, and the candidates over proved axes."""
+    seen = seen_by(recipe, teacher.anatomy, times=cache / TIMES)
+    candidates = shapes_of(recipe, seen)
     proof = prove(teacher.anatomy, reopen=False)  # the prune stage proves that the student reopens
     for candidate in candidates:
         proof.demand(teacher.anatomy.sizes, candidate.arch)
     archs = [candidate.arch for candidate in candidates]
     shop = Workshop.open(recipe, teacher, scores=scores, archs=archs, cache=cache, progress=progress)
-    return shop, list(candidates)
+    return shop, seen, list(candidates)
 
 
-_OpenShop = Callable[[], tuple[Workshop, list[Candidate]]]
+_OpenShop = Callable[[], tuple[Workshop, Found, list[Candidate]]]
 
 
-def _tried(shop: Workshop, candidates: list[Candidate], out: Path) -> tuple[Tried, ...]:
-    archs = [candidate.arch for candidate in candidates]
-    kept = shop.layers({arch.layers for arch in archs})
+def _tried(shop: Workshop, seen: Found, candidates: list[Candidate], out: Path) -> tuple[Tried, ...]:
+    """The trial of the candidates that meet the budget with the layers that they keep."""
+    kept = shop.layers({candidate.arch.layers for candidate in candidates})
+    archs = [candidate.arch for candidate in within_budget(seen, candidates, kept)]
+    if len(archs) < len(candidates):
+        shop.calibration.progress.say(
+            f"{len(candidates) - len(archs)} of {len(candidates)} candidates are left out: with the layers that they"
+            f" keep they do not have {budget_in_words(seen.ranges)}"
+        )
     return shop.tried(archs, kept, path=out / "trial.jsonl")
 
 
 def _without_training(recipe: Recipe, open_shop: _OpenShop, out: Path, progress: Progress) -> None:
     """The choice by a trial or by the integer program."""
     assert recipe.search is not None
-    shop, candidates = open_shop()
+    shop, seen, candidates = open_shop()
     tried: tuple[Tried, ...] = ()
     if recipe.search.method == "additive":
-        chosen = additive_choice(shop.calibration, shop.scores, candidates)
+        chosen = additive_choice(shop.calibration, shop.scores, candidates, seen)
         progress.say(f"chosen by added-up values: {chosen.arch}, harm {chosen.kl:.4g}")
     else:
-        tried = _tried(shop, candidates, out)
+        tried = _tried(shop, seen, candidates, out)
         chosen = best(tried)
         progress.say(f"tried {len(tried)} shapes; chosen: {outcome_of_trial(tried)}")
-    metrics = {"method": recipe.search.method, "candidates": len(candidates), "sizes": chosen.arch.sizes}
+    counts = seen.prices.space.anatomy.ledger.count(chosen.arch, kept_layers=chosen.kept_layers)
+    counted = {"params": counts.params, "non_embedding": counts.non_embedding}
+    metrics = {"method": recipe.search.method, "candidates": len(candidates), "sizes": chosen.arch.sizes, **counted}
     write_json(out / "results.json", {"method": recipe.search.method, "tried": [shape.to_json() for shape in tried]})
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
 
@@ -135,8 +146,8 @@ def _without_training(recipe: Recipe, open_shop: _OpenShop, out: Path, progress:
 def _prepared(recipe: Recipe, teacher: Checkpoint, open_shop: _OpenShop, out: Path) -> list[dict[str, Any]]:
     """Try the candidates and cut the finalists. What an earlier start has done is not done again."""
     assert recipe.search is not None
-    shop, candidates = open_shop()
-    finalists = choose_finalists(_tried(shop, candidates, out), recipe.search.candidates)
+    shop, seen, candidates = open_shop()
+    finalists = choose_finalists(_tried(shop, seen, candidates, out), recipe.search.candidates)
     record = {"stage": "search", "base_model": name_of(recipe.model), "teacher": teacher.fingerprint}
     with shop.calibration.progress.task("cut finalists", len(finalists)) as task:
         for i, finalist in enumerate(finalists):

@@ -22,7 +22,7 @@ def _data(tokens: int = 200, x: int = 7, y: int = 3, seed: int = 0) -> tuple[tor
 
 
 @given(cuts=st.lists(st.integers(1, 199), max_size=5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_how_tokens_are_grouped_does_not_matter(cuts: list[int]) -> None:
     x_NX, y_NY, _ = _data()
     whole, parts = Gram(7, 3), Gram(7, 3)

@@ -39,7 +39,7 @@ def _left(weight_YX: Tensor, x_NX: Tensor, y_NY: Tensor) -> float:
     return float((y_NY - x_NX @ weight_YX.T).square().sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(2, 300),

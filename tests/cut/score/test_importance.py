@@ -98,7 +98,7 @@ def test_variance_does_not_cancel_under_a_large_mean() -> None:
 
 
 @given(seed=st.integers(0, 10**6), combination=st.sampled_from(NINE))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_never_negative_and_permutes_with_the_channels(seed: int, combination: tuple[Aggregator, Aggregator]) -> None:
     batch_agg, seq_agg = combination
     act_BSC = activations(seed)
@@ -110,7 +110,7 @@ def test_never_negative_and_permutes_with_the_channels(seed: int, combination: t
 
 
 @given(seed=st.integers(0, 10**6), power=st.integers(-8, 8), combination=st.sampled_from(NINE))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scales_with_the_activations(seed: int, power: int, combination: tuple[Aggregator, Aggregator]) -> None:
     batch_agg, seq_agg = combination
     degree = (2 if seq_agg == "var" else 1) * (2 if batch_agg == "var" else 1)
@@ -121,7 +121,7 @@ def test_scales_with_the_activations(seed: int, power: int, combination: tuple[A
 
 
 @given(seed=st.integers(0, 10**6), split=st.integers(1, 4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_sums_of_micro_batches_add_up(seed: int, split: int) -> None:
     x_KBC = seq_statistics(activations(seed, batch=5))
     parts = sum(sums_over_batch(part) for part in x_KBC.split([split, 5 - split], dim=1))
@@ -146,7 +146,7 @@ def test_block_importance_by_hand() -> None:
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 100))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_block_importance_sees_directions_only(seed: int, scale: float) -> None:
     x_BSD, y_BSD = activations(seed), activations(seed + 1)
     found = block_importance(x_BSD, y_BSD)

@@ -186,7 +186,7 @@ def test_tied_weights_gather_both_gradients() -> None:
     torch.testing.assert_close(gradient(chunked_kl, chunk=5), gradient(plain_kl), rtol=1e-9, atol=1e-10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.lists(st.booleans(), min_size=N, max_size=N), st.sampled_from([1, 4, 50]))
 def test_padding_never_counts(seed: int, keep: list[bool], chunk: int) -> None:
     one, mask = case(seed=seed), torch.tensor(keep)
@@ -202,7 +202,7 @@ def test_padding_never_counts(seed: int, keep: list[bool], chunk: int) -> None:
     torch.testing.assert_close(weight_VD, want_VD, rtol=1e-9, atol=1e-10)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 10**6), st.floats(0.3, 4.0))
 def test_equal_models_diverge_by_exactly_nothing(seed: int, temperature: float) -> None:
     one = case(seed=seed, dtype=torch.float32, softcap=4.0)

@@ -74,7 +74,7 @@ def test_cross_entropy_is_the_plain_formula() -> None:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(DIVERGENCES), st.integers(0, 10**6), st.floats(0.01, 30.0), st.floats(0.3, 4.0))
 def test_a_divergence_is_never_negative(name: str, seed: int, size: float, temperature: float) -> None:
     loss_N, grad_NV = TERMS[name][0](*logits(seed=seed, size=size, dtype=torch.float32), temperature=temperature)
@@ -82,7 +82,7 @@ def test_a_divergence_is_never_negative(name: str, seed: int, size: float, tempe
     assert grad_NV.isfinite().all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(ZERO_AT_EQUALS), st.integers(0, 10**6), st.floats(0.01, 30.0))
 def test_equal_logits_differ_by_exactly_nothing(name: str, seed: int, size: float) -> None:
     student, _ = logits(seed=seed, size=size, dtype=torch.float32)
