@@ -149,6 +149,9 @@ def test_students_of_a_nest_share_their_training(tmp_path: Path) -> None:
     family = cost_of_recipe(recipe, opened, scratch_tokens=10**6, device=gpu("H100"))
     assert [member.name for member in family.members] == ["teacher", "student", "nested 2", "nested 3"]
     assert [member.made.tokens for member in family.members[1:]] == [2000, 2000, 2000]
+    corrected = small(tmp_path, then=[], nest=inside, distill={"tokens": 3000}, correct={"tokens": 600})
+    made = cost_of_recipe(corrected, opened, scratch_tokens=10**6, device=gpu("H100")).members[1:]
+    assert [member.made.tokens for member in made] == [2200, 2200, 2200], "the teacher is corrected once"
     work = planned_work(recipe, planned_rounds(recipe, opened), opened)
     assert work["nest"].flops > 0
     del work["evaluate"]

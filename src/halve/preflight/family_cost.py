@@ -168,8 +168,10 @@ def _nested(
 ) -> Iterator[Member]:
     """The student and those inside it. Each is drawn in its share of the steps; FLOPs are split evenly."""
     assert recipe.nest is not None
+    assert recipe.distill is not None
     anatomy, sizes = planned_nest(recipe, shapes)
-    made = Work(largest.made.tokens * recipe.nest.draws / len(sizes), largest.made.flops / len(sizes))
+    tokens = largest.made.tokens + (recipe.nest.draws - 1) * recipe.distill.tokens
+    made = Work(tokens / len(sizes), largest.made.flops / len(sizes))
     for number, arch in enumerate(sizes, 1):
         name = largest.name if number == 1 else f"nested {number}"
         yield Member(name, anatomy.ledger.count(arch).params, scratch(Costed(anatomy, arch, recipe.data.context)), made)

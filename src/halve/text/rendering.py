@@ -195,17 +195,16 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
 
 
 def _placing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, which says of every token where it is. One that trims does not place a token of spaces.
+    """A tokenizer that says of every token where it is. One that trims does not place a token of spaces.
 
     Trimming is of the post-processor, which also adds special tokens. None are added here, so ids stay without it.
     """
+    processor = tokenizer.backend_tokenizer.post_processor  # a slow tokenizer has none, and was refused
+    if processor is None or not _trims(json.loads(processor.__getstate__())):
+        return tokenizer
     if tokenizer not in _PLACING:
-        backend = tokenizer.backend_tokenizer  # a slow tokenizer has none, and was refused
-        placing = tokenizer
-        if _trims(json.loads(backend.to_str())["post_processor"]):
-            placing = copy.deepcopy(tokenizer)
-            placing.backend_tokenizer.post_processor = None
-        _PLACING[tokenizer] = placing
+        _PLACING[tokenizer] = copy.deepcopy(tokenizer)
+        _PLACING[tokenizer].backend_tokenizer.post_processor = None
     return _PLACING[tokenizer]
 
 
