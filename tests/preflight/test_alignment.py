@@ -61,7 +61,7 @@ def test_sound_steps_pass(aligned: MakeRecipe, tmp_path: Path) -> None:
         ({"answer": "none"}, {"rewards": "gsm8k", "answers": 2}, "line 2 has no number to compare with"),
         ({"chosen_reward": 10**400}, {}, "line 2 has no reward for its chosen answer"),
         ({"chosen_reward": 1e308, "rejected_reward": -1e308}, {}, "line 2 has no reward for its chosen answer"),
-        ({"chosen": {"role": "assistant", "content": None}}, {}, "line 2 has no chosen answer"),
+        ({"chosen": {"role": "assistant", "content": None}}, {}, "line 2, chosen, message 1 has no content"),
         ({"prompt": ""}, {"kind": "dpo"}, "line 2 has no field 'prompt'"),
     ],
 )
@@ -128,12 +128,18 @@ def test_conversations_without_any_answer_are_refused(aligned: MakeRecipe, tmp_p
     ]
 
 
-@pytest.mark.parametrize("content", ["", None, " \n"])
-def test_an_answer_that_says_nothing_is_refused(aligned: MakeRecipe, tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("", "line 2 has no answer in message 4"), (None, "message 4 has no content"), (" \n", "no answer in message 4")],
+)
+def test_an_answer_that_says_nothing_is_refused(
+    aligned: MakeRecipe, tmp_path: Path, content: str | None, says: str
+) -> None:
     silent = {"role": "assistant", "content": content}
     rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER, QUESTION, silent]}]
     (error,) = check(aligned({"kind": "sft", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]}))
-    assert error.what.endswith("a.jsonl, line 2 has no answer in message 4")
+    assert "a.jsonl, line 2" in error.what
+    assert error.what.endswith(says)
     assert len(str(error).splitlines()) == 3
 
 
