@@ -2,7 +2,7 @@
 
 PyTorch divides a product among the CPU cores, and who is done first spins until the others are. GNU's OpenMP spins
 300,000 times, a millisecond or so. If another program has one of the cores, the thread that is waited for does not run,
-and all the others spin instead of letting it. With two cores and two other programs a training step then takes twenty
+and all the others spin instead of letting it. With two cores and two other programs a training step then takes seven
 times as long as on an idle machine. After fewer turns a thread sleeps until it is woken.
 """
 
