@@ -2,18 +2,21 @@
 
     python benchmarks/search.py WORK [--seed 0] [--tokens 2000000] [--lr 2e-3] [--finalists 8] [--only STEP ...]
     python benchmarks/search.py WORK --seed 9 --only finalists rates --rates 5e-4 1e-3 2e-3
+    python benchmarks/search.py WORK --model FOLDER --name NAME --train FILE ... --valid FILE ... [--context 512]
+        [--shapes 28x576x1024 26x576x1152] [--refit-tokens N] [--held-out 176 --chosen-on 96]
 
-On the demo's teacher, corrected as in the demo. Steps, each resumable, each adding lines of JSON to
-benchmarks/results/search/demo-SEED-TOKENS.jsonl:
+On the demo's teacher, corrected as in the demo, or on a model folder as it is. Steps, each resumable, each adding lines
+of JSON to benchmarks/results/search/NAME-SEED-TOKENS.jsonl:
 
-    finalists    every shape within the budget is tried; the best go on, of at least three depths
+    finalists    every shape within the budget is tried; the best go on, of at least three depths. With --shapes (layers
+                 x hidden x ffn) these are tried and all go on
     tournament   successive halving, up to two fifths of the tokens
     baselines    BI's contiguous block, greedy removal, the additive program: at the same budget
     field        every finalist and every baseline trained to the end, on the same samples in the same order
     verdict      the choice against the best of the field and against each baseline, paired by sample; flips
     rates        the first and the last finalist trained to the end at each of --rates: for another seed
 
-The tournament chooses, and a rate is chosen, on the first CHOSEN_ON held-out samples. The verdict is on the other ones.
+The tournament chooses, and a rate is chosen, on the first --chosen-on held-out samples. The verdict is on the others.
 A kill loses at most the steps since the last checkpoint. Speed is printed by the training itself (metrics.jsonl).
 """
 
@@ -52,6 +55,7 @@ from halve.search.searched import seen_by, shapes_of
 from halve.search.tournament import Played, School, play
 from halve.search.workshop import Workshop
 from halve.stages import cache as cache_stage
+from halve.text.batch import Batch
 from halve.text.opened import open_text
 from halve.train.ranks.group import ALONE
 from halve.train.teachers import answers
@@ -59,8 +63,6 @@ from halve.train.teachers import answers
 RESULTS = Path(__file__).with_name("results") / "search"
 STEPS = ("finalists", "tournament", "baselines", "field", "verdict")
 ELSE = ("rates",)
-HELD_OUT, CHOSEN_ON = 176, 96
-"""Held-out samples in all, and how many of them choose."""
 SHARE, RUNGS, KEEP = 0.4, 3, 0.5
 """A tournament's winner trains on this share of the tokens. With eight finalists and room for ties that is a quarter of
 what training all of them takes."""
@@ -74,12 +76,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of each training to the end")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--finalists", type=int, default=8)
     parser.add_argument("--ratio", type=float, default=0.5, help="of the non-embedding parameters")
     parser.add_argument("--only", nargs="+", choices=STEPS + ELSE, default=list(STEPS))
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="of the step rates")
+    parser.add_argument("--held-out", type=int, default=176, help="held-out samples in all")
+    parser.add_argument("--chosen-on", type=int, default=96, help="held-out samples that choose")
+    parser.add_argument("--name", default="demo", help="of the teacher, for the file of results")
+    parser.add_argument("--model", type=Path, help="another teacher than the demo's; it is not corrected")
+    parser.add_argument("--train", type=Path, nargs="+", help="its text")
+    parser.add_argument("--valid", type=Path, nargs="+", help="its held-out text")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--shapes", nargs="+", help="finalists as layers x hidden x ffn, 28x576x1024")
+    parser.add_argument("--refit-tokens", type=int, help="of the trial and the cuts")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.model is not None and not (args.train and args.valid and args.name != "demo"):
+        parser.error("--model needs --name, --train and --valid")
     bench = Bench(args)
     for step in args.only:
         getattr(bench, step)()
@@ -106,17 +120,17 @@ class Bench:
         self.args, self.progress = args, RichProgress(Console(stderr=True))
         self.place: Path = args.work / f"seed-{args.seed}-{args.tokens}"
         self.place.mkdir(parents=True, exist_ok=True)
-        recipe = make_recipe(args.work / "texts", long=False, corpus=None)
+        recipe = make_recipe(args.work / "texts", long=False, corpus=None) if args.model is None else _recipe(args)
         assert recipe.distill is not None
         self.distill: Distill = recipe.distill.model_copy(
             update={
                 "tokens": args.tokens,
                 "batch": args.batch,
-                "micro_batch": min(8, args.batch),
+                "micro_batch": min(args.micro_batch, args.batch),
                 "lr": args.lr,
                 "min_lr": args.lr / 20,
                 "cache": "hidden",
-                "eval_samples": HELD_OUT,
+                "eval_samples": args.held_out,
                 "eval_every": 10**9,  # rungs alone
                 "baselines": (),
                 "checkpoint_every": 32,
@@ -125,12 +139,13 @@ class Bench:
         search = Search.model_validate(
             {"budget": {"non_embedding": f"{100 * args.ratio:g}%"}, "candidates": args.finalists}
         )
-        update = {"seed": args.seed, "prune": Prune(), "search": search, "distill": self.distill}
+        prune = Prune() if args.refit_tokens is None else Prune(refit_tokens=args.refit_tokens)
+        update = {"seed": args.seed, "prune": prune, "search": search, "distill": self.distill}
         self.recipe: Recipe = recipe.model_copy(update=update)
         self.run: Path = args.work / f"run-{args.seed}"
-        for stage in ("correct", "score"):
+        for stage in ("correct", "score")[recipe.correct is None :]:
             pipeline.run(self.recipe, self.run, only=stage, cache=args.work / "data", console=None)
-        self.teacher = Checkpoint.open(self.run / "correct" / "model")
+        self.teacher = Checkpoint.open(args.model or self.run / "correct" / "model")
 
     # ---- steps
 
@@ -152,7 +167,7 @@ class Bench:
     def tournament(self) -> None:
         """Play it, and write what it found."""
         began, entries = time.monotonic(), self.entries("finalist")
-        school = self.school(self._short, CHOSEN_ON)
+        school = self.school(self._short, self.args.chosen_on)
         plan = self.plan(len(entries))
         played = play(
             [entry.checkpoint for entry in entries],
@@ -193,13 +208,13 @@ class Bench:
     def field(self) -> None:
         """Train everything to the end: finalists first."""
         entries = [*self.entries("finalist"), *self.entries("baseline")]
-        school = self.school(self.distill, HELD_OUT)
+        school = self.school(self.distill, self.args.held_out)
         for entry in entries:
             began = time.monotonic()
             played = play(
                 [entry.checkpoint], self._alone, school, out=self._folder(f"field/{entry.name}"), progress=self.progress
             )
-            kl = [average(_row(played, rung)[CHOSEN_ON:]).as_dict() for rung in (0, 1)]
+            kl = [average(_row(played, rung)[self.args.chosen_on :]).as_dict() for rung in (0, 1)]
             self._tell("trained", name=entry.name, seconds=time.monotonic() - began, before=kl[0], after=kl[1])
 
     def verdict(self) -> None:
@@ -232,7 +247,7 @@ class Bench:
         """What each learning rate reaches. The verdicts of other seeds use the best."""
         entries = self.entries("finalist")
         for lr in self.args.rates:
-            school = self.school(self.distill.model_copy(update={"lr": lr, "min_lr": lr / 20}), CHOSEN_ON)
+            school = self.school(self.distill.model_copy(update={"lr": lr, "min_lr": lr / 20}), self.args.chosen_on)
             for entry in (entries[0], entries[-1]):
                 out = self._folder(f"rates/{lr:g}/{entry.name}")
                 played = play([entry.checkpoint], self._alone, school, out=out, progress=self.progress)
@@ -254,7 +269,9 @@ class Bench:
 
     @cached_property
     def candidates(self) -> list[Arch]:
-        """The shapes that the search of this recipe tries."""
+        """The shapes that the search of this recipe tries, or those that were asked for."""
+        if self.args.shapes:
+            return [self.teacher.anatomy.sizes.at(**_sizes(shape)) for shape in self.args.shapes]
         return [candidate.arch for candidate in shapes_of(self.recipe, self._seen)]
 
     @cached_property
@@ -292,7 +309,8 @@ class Bench:
         text = open_text(recipe, training, self.teacher, cache=data, progress=self.progress)
         digest = self.teacher.fingerprint
         store = answers.open_store(stored, recipe, training, teacher=digest, text=text)
-        return School(recipe, training, replace(text, heldout=text.heldout[:held_out]), store, "cpu", ALONE)
+        heldout = text.heldout if self.args.model is None else _shuffled(text.heldout)
+        return School(recipe, training, replace(text, heldout=heldout[:held_out]), store, "cpu", ALONE)
 
     def entries(self, kind: str) -> list[Entry]:
         """What was cut, by its name."""
@@ -319,7 +337,7 @@ class Bench:
         before, after = (
             torch.tensor(line["by_sample"]) for line in _lines(self.place / "field" / name / "rungs.jsonl")
         )
-        return before.double()[CHOSEN_ON:], after.double()[CHOSEN_ON:]
+        return before.double()[self.args.chosen_on :], after.double()[self.args.chosen_on :]
 
     def _folder(self, name: str) -> Path:
         folder = self.place / name
@@ -331,8 +349,28 @@ class Bench:
         line = json.dumps({"step": step, **about, **found})
         print(line, flush=True)
         self.args.out.mkdir(parents=True, exist_ok=True)
-        with (self.args.out / f"demo-{self.args.seed}-{self.args.tokens}.jsonl").open("a", encoding="utf-8") as file:
+        path = self.args.out / f"{self.args.name}-{self.args.seed}-{self.args.tokens}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of another teacher: its text, and defaults."""
+    text = {split: [str(path.resolve()) for path in getattr(args, split)] for split in ("train", "valid")}
+    data = {**text, "context": args.context}
+    raw = {"name": args.name, "model": str(args.model.resolve()), "dtype": "float32", "data": data}
+    return Recipe.model_validate({**raw, "prune": {"non_embedding_ratio": args.ratio}, "distill": {"tokens": 1}})
+
+
+def _shuffled(samples: Batch) -> Batch:
+    """The same samples in an order that every seed has, so that those that choose are of every file."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    return Batch.joined([samples[i : i + 1] for i in order])
+
+
+def _sizes(shape: str) -> dict[str, int]:
+    """Sizes written as layers x hidden x ffn."""
+    return dict(zip(("layers", "hidden", "ffn"), map(int, shape.split("x")), strict=True))
 
 
 def _row(played: Played, rung: int) -> Tensor:
