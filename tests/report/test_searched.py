@@ -68,10 +68,12 @@ def test_a_trial_that_agrees_and_a_clear_gap() -> None:
 
 def test_one_sample_has_no_standard_error() -> None:
     second = {"finalist": 2, "gap": {"value": 0.028, "stderr": math.nan}, "clear": False}
-    found = facts(samples=1, second=second)
+    agreement = [{"rung": 1, "tau": 0.6, "low": None, "high": None, "candidates": 5}]
+    found = facts(samples=1, second=second, agreement=agreement)
     words = " ".join(search_words(found, RECIPE))
     assert "Finalist 3 is 0.028 behind. One sample has no standard error" in words
     assert "two standard errors" not in words
+    assert "later, on one held-out sample: 0.60 after 200k tokens, 5 finalists." in words
     section = searched(found, RECIPE)
     assert section is not None
     assert "measured on one held-out sample, in nats per token." in section.note

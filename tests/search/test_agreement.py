@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halve.search.agreement import rank_agreement, rises
+from halve.search.agreement import Agreement, rank_agreement, rises
 
 
 def spread(means: list[float], *, noise: float, samples: int = 24, seed: int = 0) -> torch.Tensor:
@@ -28,9 +28,16 @@ def test_noisy_samples_widen_the_interval() -> None:
     before_CS, after_CS = spread([1, 2, 3, 4], noise=3.0), spread([1, 2, 3, 4], noise=3.0, seed=1)
     found = rank_agreement(before_CS, after_CS, seed=0)
     assert found is not None
+    assert found.low is not None
+    assert found.high is not None
     assert found.low < found.tau <= found.high
     assert found.high - found.low > 0.5
     assert rank_agreement(before_CS, after_CS, seed=0) == found
+
+
+def test_one_sample_has_no_interval() -> None:
+    kl_CS = spread([1, 2, 3, 4], noise=0.0, samples=1)
+    assert rank_agreement(kl_CS, kl_CS, seed=0) == Agreement(1.0, None, None, 4)
 
 
 def test_where_there_are_no_ranks() -> None:

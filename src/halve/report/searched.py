@@ -127,17 +127,14 @@ def _trial(facts: Facts) -> str:
 def _agreement(facts: Facts) -> str:
     each = []
     for measured in (rank for rank in facts["agreement"] if rank["candidates"] > 2):
-        tau, tokens = (
-            f"{measured['tau']:.2f} ({measured['low']:.2f} to {measured['high']:.2f})",
-            facts["rungs"][measured["rung"]]["tokens"],
-        )
+        tau, tokens = f"{measured['tau']:.2f}", facts["rungs"][measured["rung"]]["tokens"]
+        if measured["low"] is not None:
+            tau += f" ({measured['low']:.2f} to {measured['high']:.2f})"
         each.append(f"{tau} after {figure(tokens)} tokens, {measured['candidates']} finalists")
     if not each:
         return ""
-    return (
-        "Kendall's tau between the ranks straight after the cut and later, with a 95 % interval over the held-out"
-        f" samples: {'; '.join(each)}."
-    )
+    interval = "with a 95 % interval over the held-out samples" if facts["samples"] > 1 else "on one held-out sample"
+    return f"Kendall's tau between the ranks straight after the cut and later, {interval}: {'; '.join(each)}."
 
 
 def _choices(facts: Facts) -> str:

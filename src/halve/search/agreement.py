@@ -25,11 +25,14 @@ _LEVEL: Final = 0.95
 
 @dataclass(frozen=True)
 class Agreement:
-    """Kendall's tau-b between two rankings of the same candidates, and its 95 % interval over held-out samples."""
+    """Kendall's tau-b between two rankings of the same candidates, and its 95 % interval over held-out samples.
+
+    With a single sample there is no interval, and its ends are None.
+    """
 
     tau: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     candidates: int
 
 
@@ -60,6 +63,8 @@ def rank_agreement(
     if math.isnan(tau):
         return None
     samples = before_CS.shape[1]
+    if samples == 1:
+        return Agreement(tau, None, None, len(before_CS))
     draws = torch.randint(samples, (DRAWS, samples), generator=torch.Generator().manual_seed(seed))
     taus = np.array([_tau(before_CS[:, drawn].mean(1), after_CS[:, drawn].mean(1)) for drawn in draws])
     low, high = np.nanquantile(taus, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])

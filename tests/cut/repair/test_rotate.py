@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import config
@@ -15,7 +17,7 @@ from halve.cut.repair import rotate as module
 from halve.cut.repair.rotate import principal_basis, prove_rotation, rotate, stream_moment, student_anatomy, untied
 from halve.cut.score.calibration import Calibration
 from halve.cut.surgery.trim import trim
-from halve.errors import AnatomyError
+from halve.errors import AnatomyError, PlanError
 from halve.recipe.schema import Prune
 
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3", "arcee", "apertus", "ernie4_5")
@@ -76,6 +78,19 @@ def test_a_tied_head_is_untied_and_counted(family: str) -> None:
     assert student_anatomy(anatomy, Prune(hidden=8, rotation="pca", untie=True)).tied is False
     assert student_anatomy(anatomy, Prune(hidden=8)) is anatomy
     assert untied(own) is own
+
+
+@pytest.mark.parametrize("asked", [{"params": 10_000}, {"non_embedding_ratio": 0.5}])
+@pytest.mark.parametrize("shape", ["trial", "width"])
+def test_a_budget_counts_the_same_head_in_every_shape(asked: dict[str, Any], shape: Any) -> None:
+    """Hidden is not cut in every shape of a trial, and where it stays so does the tied head."""
+    anatomy = discover(config("llama", tie_word_embeddings=True))
+    prune = Prune(untie=True, shape=shape, **asked)
+    if shape == "trial" and "params" in asked:
+        with pytest.raises(PlanError, match=r"prune\.untie is not combined with prune\.params"):
+            student_anatomy(anatomy, prune)
+    else:
+        assert not student_anatomy(anatomy, prune).tied
 
 
 def test_the_teacher_is_not_changed() -> None:

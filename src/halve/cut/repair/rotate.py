@@ -35,7 +35,7 @@ from halve.cut.repair.gram import Gram
 from halve.cut.score.calibration import Calibration
 from halve.cut.score.sites import input_dim
 from halve.cut.surgery.gain import norm_kind
-from halve.errors import AnatomyError
+from halve.errors import AnatomyError, PlanError
 from halve.model.hooks import on_input, on_output
 from halve.recipe.schema import Prune
 
@@ -99,9 +99,16 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
     """The anatomy for a student's sizes and counts: with an untied head if rotation may untie it.
 
     If halve chooses the sizes, the anatomy also refuses what the proof refuses, so that a budget uses only proved axes.
-    Sizes by hand are checked by `Proof.demand`. Raises `AnatomyError` for a model that looks ahead.
+    Sizes by hand are checked by `Proof.demand`. Raises `AnatomyError` for a model that looks ahead, and `PlanError`
+    where a budget of all parameters would count a head that some of the tried shapes do not have.
     """
     student = untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+    if student.tied != anatomy.tied and prune.params is not None and prune.shape == "trial":
+        raise PlanError(
+            "prune.untie is not combined with prune.params where a trial chooses the shape",
+            why="the head is untied where hidden is cut and nowhere else, so shapes would be counted unequally",
+            fix="give non_embedding_ratio instead of params, or shape: width, or sizes by hand",
+        )
     if prune.params is None and prune.non_embedding_ratio is None:
         return student
     refused = prove(anatomy, reopen=False).refusals
