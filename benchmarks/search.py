@@ -56,6 +56,7 @@ from halve.search.tournament import Played, School, play
 from halve.search.workshop import Workshop
 from halve.stages import cache as cache_stage
 from halve.text.batch import Batch
+from halve.text.boundary import bounded, settled
 from halve.text.opened import open_text
 from halve.train.ranks.group import ALONE
 from halve.train.teachers import answers
@@ -359,7 +360,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     text = {split: [str(path.resolve()) for path in getattr(args, split)] for split in ("train", "valid")}
     data = {**text, "context": args.context}
     raw = {"name": args.name, "model": str(args.model.resolve()), "dtype": "float32", "data": data}
-    return Recipe.model_validate({**raw, "prune": {"non_embedding_ratio": args.ratio}, "distill": {"tokens": 1}})
+    recipe = Recipe.model_validate({**raw, "prune": {"non_embedding_ratio": args.ratio}, "distill": {"tokens": 1}})
+    boundary = settled(recipe, Checkpoint.open(args.model), cache=args.work / "data", progress=RichProgress(Console()))
+    return bounded(recipe, boundary)
 
 
 def _shuffled(samples: Batch) -> Batch:
