@@ -9,7 +9,7 @@ On the demo's teacher, corrected as in the demo, or on a model folder as it is. 
 of JSON to benchmarks/results/search/NAME-SEED-TOKENS.jsonl:
 
     finalists    every shape within the budget is tried; the best go on, of at least three depths. With --shapes (layers
-                 x hidden x ffn) these are tried and all go on
+                 x hidden x ffn) these are tried, with the layers that a cut without a search keeps
     tournament   successive halving, up to two fifths of the tokens
     baselines    BI's contiguous block, greedy removal, the additive program: at the same budget
     field        every finalist and every baseline trained to the end, on the same samples in the same order
@@ -153,7 +153,9 @@ class Bench:
     def finalists(self) -> None:
         """Try every shape within the budget, and cut the best."""
         began, archs = time.monotonic(), self.candidates
-        kept = self.workshop.layers({arch.layers for arch in archs})
+        depths = {arch.layers for arch in archs}
+        own = self.args.shapes is not None
+        kept = self.workshop.compared(depths, self.recipe.score) if own else self.workshop.layers(depths)
         tried = self.workshop.tried(archs, kept, path=self.place / "trial.jsonl")
         chosen = choose_finalists(tried, self.args.finalists)
         for i, finalist in enumerate(chosen):
