@@ -17,7 +17,7 @@ from rich.console import Console
 
 from halve.anatomy import Anatomy, Arch, discover
 from halve.cut import trial
-from halve.cut.apply import cut_once, turn
+from halve.cut.apply import Turned, cut_once, turn
 from halve.cut.plan.shapes import list_shapes, thinned, to_try
 from halve.cut.plan.sizes import budget_of, require_sizes
 from halve.cut.proof.twins import random_twin
@@ -196,6 +196,37 @@ def test_what_a_killed_trial_measured_is_not_measured_again(monkeypatch: pytest.
     assert again == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert cuts == 3 + len(whole) - 2
+
+
+@pytest.mark.parametrize("killed", range(1, 5))
+def test_a_list_that_was_under_way_is_gone_through_after_a_kill(
+    killed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a list came to before a kill is so good that its middle would look hopeless beside it."""
+    anatomy = discover(config("llama", **{**LLAMA, "num_hidden_layers": 9}))
+    model = random_twin(anatomy, seed=0).requires_grad_(False)
+    family = [anatomy.sizes.at(layers=n) for n in range(9, 0, -1)]
+    kl = {9: 0.50, 8: 0.55, 7: 0.65, 6: 0.78, 5: 1.0}
+    left = killed
+
+    def tried(_: Any, arch: Arch) -> Tried:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return Tried(arch, tuple(range(arch.layers)), kl.get(arch.layers, 2.0), (1.0, 1.0))
+
+    monkeypatch.setattr(trial._Bench, "tried", tried)
+
+    def gone_through(path: Path) -> tuple[Tried, ...]:
+        calibration = Calibration(model, anatomy, _samples(anatomy, 24), 4)
+        turned, scores = Turned(model, anatomy, None), random_scores(anatomy, seed=0)
+        return try_shapes(calibration, scores, Prune(hidden=1), [family], turned=turned, path=path)
+
+    with pytest.raises(KeyboardInterrupt):
+        gone_through(tmp_path / "killed.jsonl")
+    left = 99
+    assert gone_through(tmp_path / "killed.jsonl") == gone_through(tmp_path / "whole.jsonl")
 
 
 def test_of_shapes_that_the_samples_cannot_tell_apart_the_deepest_wins() -> None:

@@ -35,7 +35,8 @@ def facts(**changes: Any) -> dict[str, Any]:
         "rungs": [{"tokens": 200_000 * rung} for rung in range(4)],
         "chosen": 1,
         "second": {"finalist": 2, "gap": {"value": 0.005, "stderr": 0.004}, "clear": False},
-        "straight": 0,
+        "straight": 4,
+        "trial": 0,
         "agreement": [{"rung": 1, "tau": 0.6, "low": 0.4, "high": 0.8, "candidates": 5}],
         "rises": [],
         "choices": None,
@@ -61,7 +62,7 @@ def test_the_choice_and_how_sure_it_is() -> None:
 
 def test_a_trial_that_agrees_and_a_clear_gap() -> None:
     second = {"finalist": 2, "gap": {"value": 0.05, "stderr": 0.004}, "clear": True}
-    words = " ".join(search_words(facts(straight=1, second=second), RECIPE))
+    words = " ".join(search_words(facts(trial=1, second=second), RECIPE))
     assert "A trial without training would have chosen it as well." in words
     assert "0.0500 ± 0.0040 behind, sample by sample. " in words
 

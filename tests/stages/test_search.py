@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve.cut.plan.sizes import Candidate
+from halve.cut.trial import Tried, best
 from halve.disk.files import read_json
 from halve.errors import HalveError
 from halve.model.checkpoint import Checkpoint
@@ -88,6 +89,8 @@ def test_what_it_finds(done: Path) -> None:
     assert found["chosen"] == min(ends, key=ends.__getitem__)
     starts = [finalist["curve"][0]["kl"] for finalist in finalists]
     assert found["straight"] == starts.index(min(starts))
+    tried = [Tried.from_json(json.loads(line)) for line in (done / "search/trial.jsonl").read_text().splitlines()]
+    assert finalists[found["trial"]]["arch"] == best(tried).arch.sizes
     assert found["tokens"] == sum(finalist["curve"][-1]["tokens"] for finalist in finalists)
     assert {int(i) for i in found["choices"]["accuracies"]} == set(ends)
     assert found["choices"]["items"] == 3

@@ -114,18 +114,20 @@ def try_shapes(
     require_tried(len(calibration.samples_BS))
     bench = _Bench(calibration, scores, prune, turned, kept_layers or {})
     tries, distinct = Tries(path), {arch for family in shapes for arch in family}
+    reached: list[float] = []  # a resumed trial finds in `tries` what it comes to later
 
     def measured(arch: Arch) -> float:
         if arch not in tries.found:
             tries.add(bench.tried(arch))
             sizes = {axis: float(getattr(arch, axis)) for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")}
             task.advance(bench.cost, kl=tries.found[arch].kl, **sizes)
-        return tries.found[arch].kl
+        reached.append(tries.found[arch].kl)
+        return reached[-1]
 
     with calibration.progress.task("try shapes", len(distinct) * bench.cost) as task:
         begun = [measured(family[len(family) // 2]) for family in shapes]
         for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
-            if kl <= HOPELESS * min(tried_shape.kl for tried_shape in tries.found.values()):
+            if kl <= HOPELESS * min(reached):
                 _descend(family, kl, measured)
     tried = tuple(tries.found.values())
     calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {outcome_of_trial(tried)}")

@@ -12,7 +12,7 @@ from halve.report import plots
 from halve.report.plots import Series, figure
 from halve.report.sections import SUBJECT, Cell, Facts, Figure, PageSection, Table, TableRow, estimate, share
 
-_OTHERS, _STRAIGHT = "teacher", "pruned"
+_OTHERS, _TRIAL = "teacher", "pruned"
 """Classes of colors: finalists that are not chosen, and the one that a trial alone would have chosen."""
 
 
@@ -28,7 +28,7 @@ def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> Page
     )
     words = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
     table = Table(_head(facts), tuple(_row(i, facts) for i in range(len(finalists))))
-    order = sorted(range(len(finalists)), key=lambda i: (i == facts["chosen"], i == facts["straight"]))
+    order = sorted(range(len(finalists)), key=lambda i: (i == facts["chosen"], i == facts["trial"]))
     svg = plots.tracks(
         [_track(i, facts) for i in order],
         title="KL to the teacher of every finalist, against tokens",
@@ -37,8 +37,8 @@ def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> Page
     )
     legend = "Nats per token, on a logarithmic scale, by the number of the finalist. Colored:"
     legend += f" the choice, {facts['chosen'] + 1}"
-    if facts["straight"] != facts["chosen"]:
-        legend += f", and {facts['straight'] + 1}, which was best straight after the cut"
+    if facts["trial"] != facts["chosen"]:
+        legend += f", and {facts['trial'] + 1}, which a trial would have chosen"
     drawn = Figure("Quality against tokens", f"{legend}. Dashed: rungs.", svg)
     return PageSection(title, note, table, " ".join(filter(None, words)), figures=(drawn,))
 
@@ -85,7 +85,7 @@ def _track(number: int, facts: Facts) -> Series:
 def _color(number: int, facts: Facts) -> str:
     if number == facts["chosen"]:
         return SUBJECT
-    return _STRAIGHT if number == facts["straight"] else _OTHERS
+    return _TRIAL if number == facts["trial"] else _OTHERS
 
 
 def _measured(count: int) -> str:
@@ -112,15 +112,15 @@ def _choice(facts: Facts) -> str:
 
 
 def _trial(facts: Facts) -> str:
-    if facts["straight"] == facts["chosen"]:
+    if facts["trial"] == facts["chosen"]:
         return "A trial without training would have chosen it as well."
-    straight, chosen = (facts["finalists"][facts[key]]["curve"] for key in ("straight", "chosen"))
-    shared = min(len(straight), len(chosen)) - 1
+    trial, chosen = (facts["finalists"][facts[key]]["curve"] for key in ("trial", "chosen"))
+    shared = min(len(trial), len(chosen)) - 1
     return (
-        f"A trial without training would have chosen finalist {facts['straight'] + 1}, which had a KL of"
-        f" {figure(straight[0]['kl'])} against {figure(chosen[0]['kl'])} straight after the cut, and"
-        f" {figure(straight[shared]['kl'])} against {figure(chosen[shared]['kl'])} after"
-        f" {figure(straight[shared]['tokens'])} tokens."
+        f"A trial without training would have chosen finalist {facts['trial'] + 1}, which had a KL of"
+        f" {figure(trial[0]['kl'])} against {figure(chosen[0]['kl'])} straight after the cut, and"
+        f" {figure(trial[shared]['kl'])} against {figure(chosen[shared]['kl'])} after"
+        f" {figure(trial[shared]['tokens'])} tokens."
     )
 
 

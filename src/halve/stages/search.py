@@ -207,7 +207,7 @@ def _concluded(
     flops = _flops(recipe, teacher, pairs, results)
     write_json(out / "results.json", {"method": "tournament", **results, "flops": flops})
     chosen = finalists[results["chosen"]]
-    keys = ("chosen", "second", "straight", "agreement", "rises", "choices", "tokens")
+    keys = ("chosen", "second", "straight", "trial", "agreement", "rises", "choices", "tokens")
     metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: results[key] for key in keys}}
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
     progress.say(f"chosen of {len(finalists)} finalists: {chosen.arch}")
