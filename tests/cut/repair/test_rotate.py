@@ -80,6 +80,20 @@ def test_a_tied_head_is_untied_and_counted(family: str) -> None:
     assert untied(own) is own
 
 
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [
+        ("gpt2", {"hidden": 16}),
+        ("llama", {"hidden": 16, "steps": 2}),
+        ("llama", {"ffn": 16}),
+        ("llama", {"hidden": 96}),
+    ],
+)
+def test_a_head_that_no_rotation_unties_is_counted_once(family: str, asked: dict[str, Any]) -> None:
+    anatomy = discover(config(family, tie_word_embeddings=True))
+    assert student_anatomy(anatomy, Prune(untie=True, **asked)) is anatomy
+
+
 @pytest.mark.parametrize("asked", [{"params": 10_000}, {"non_embedding_ratio": 0.5}])
 @pytest.mark.parametrize("shape", ["trial", "width"])
 def test_a_budget_counts_the_same_head_in_every_shape(asked: dict[str, Any], shape: Any) -> None:

@@ -96,13 +96,14 @@ def untied(anatomy: Anatomy) -> Anatomy:
 
 
 def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
-    """The anatomy for a student's sizes and counts: with an untied head if rotation may untie it.
+    """The anatomy for a student's sizes and counts: with an untied head if rotation unties it.
 
     If halve chooses the sizes, the anatomy also refuses what the proof refuses, so that a budget uses only proved axes.
-    Sizes by hand are checked by `Proof.demand`. Raises `AnatomyError` for a model that looks ahead, and `PlanError`
-    where a budget of all parameters would count a head that some of the tried shapes do not have.
+    Sizes by hand are checked by `Proof.demand`. Raises `AnatomyError` for a model that looks ahead and where `untie`
+    comes with a rotation that the family does not allow, and `PlanError` where a budget of all parameters would count a
+    head that some of the tried shapes do not have.
     """
-    student = untied(anatomy) if prune.rotation != "none" and prune.untie else anatomy
+    student = untied(anatomy) if anatomy.tied and _unties(anatomy, prune) else anatomy
     if student.tied != anatomy.tied and prune.params is not None and prune.shape == "trial":
         raise PlanError(
             "prune.untie is not combined with prune.params where a trial chooses the shape",
@@ -117,6 +118,13 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
         if refused.keys() <= student.refusals.keys()
         else replace(student, refusals={**refused, **student.refusals})
     )
+
+
+def _unties(anatomy: Anatomy, prune: Prune) -> bool:
+    """Whether a tied head gets its own weights: it does so with a rotation, which comes with a cut of hidden alone."""
+    by_hand = prune.params is None and prune.non_embedding_ratio is None
+    cut = (prune.hidden or anatomy.sizes.hidden) < anatomy.sizes.hidden
+    return prune.untie and (cut or not by_hand) and rotates(anatomy, prune)
 
 
 def rotates(anatomy: Anatomy, prune: Prune) -> bool:
