@@ -38,6 +38,7 @@ from torch import Tensor
 from halve.anatomy import Arch
 from halve.cut.plan.sizes import Candidate
 from halve.cut.trial import Tried
+from halve.cut.trial import best as best_tried
 from halve.demo.run import make_recipe
 from halve.disk.files import read_json, write_json
 from halve.model.checkpoint import Checkpoint
@@ -228,6 +229,8 @@ class Bench:
         found = read_json(self.place / "outcome.json")
         chosen, best = f"finalist-{found['chosen']}", names[int(after.mean(1).argmin())]
         straight = names[int(before.mean(1).argmin())]
+        tries = [entry.tried for entry in self.entries("finalist")]
+        trial = f"finalist-{tries.index(best_tried(tries))}"
         agreement = rank_agreement(before, after, seed=self.args.seed)
         self._tell(
             "verdict",
@@ -237,6 +240,8 @@ class Bench:
             chosen_minus_best=_gap(field[chosen][1], field[best][1]) if chosen in field else None,
             straight=straight,
             straight_minus_best=_gap(field[straight][1], field[best][1]),
+            trial=trial,
+            trial_minus_best=_gap(field[trial][1], field[best][1]) if trial in field else None,
             flip=_clear(field[straight][1], field[best][1]) and _clear(field[best][0], field[straight][0]),
             agreement=None if agreement is None else vars(agreement),
             chosen_minus_baseline={
