@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from halve.align.rewards import by_last_number, open_reward, require_classifier
 from halve.errors import CheckpointError, CorpusError
 from halve.recipe.schema import Alignment
+from halve.text.day import DAY
 
 GSM8K = "He has 5 * 7 = <<5*7=35>>35 eggs.\n#### 1,035"
 
@@ -83,6 +84,21 @@ def test_a_reward_model_gives_its_score(
     assert reward(row, "The cat.") != reward(row, "A dog.")
     assert score is not None
     assert math.isfinite(score)
+
+
+def test_a_reward_model_s_template_that_asks_for_today_is_told_the_same_day(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Another day would give another reward."""
+    folder = classifier(tmp_path / "judge", chat_tokenizer, num_labels=1, chat=True)
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": "Who?"}]}
+    step = Alignment(kind="rpo", data=("a.jsonl",), rewards="model", reward_model=str(folder))
+
+    def scored(before: str) -> float | None:
+        (folder / "chat_template.jinja").write_text(before + SHORT_CHAT, encoding="utf-8")
+        return open_reward(step, device="cpu")(row, "The cat.")
+
+    assert scored("{{ strftime_now('%d %b %Y') }}") == scored(DAY)
 
 
 def refused(folder: Path | str, *, context: int = 64) -> str:

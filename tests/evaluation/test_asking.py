@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat import CHATML, with_template
 from rich.console import Console
 from task_rows import rows_of, small_model, write_data, write_rows
 from tokenizers.processors import TemplateProcessing
@@ -19,6 +20,7 @@ from halve.model.checkpoint import Checkpoint
 from halve.model.choices import Item, answer_encoded, encode
 from halve.progress import RichProgress
 from halve.recipe.evaluations import Evaluate
+from halve.text.day import DAY
 
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -149,3 +151,18 @@ def test_a_choice_that_is_longer_than_the_context_is_an_error(
     with pytest.raises(CorpusError, match="a choice of arc_easy is longer than the model's context") as told:
         asking.answer(asking.read_exam(section, context=64), model, teacher.tokenizer, seed=0)
     assert "drop the row with the choice ' a long choice" in told.value.fix
+
+
+def test_the_harness_s_prompts_have_the_same_day_every_day(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    teacher = Checkpoint.open(small_model(tmp_path / "model", tokenizer))
+    data = {"gsm8k": str(write_data(tmp_path, "gsm8k", 2))}
+    section = Evaluate(tasks={"gsm8k": 0}, data=data, max_new_tokens=1, chat_template=True)
+    exam = asking.read_exam(section, context=4096)
+
+    def requests(before: str) -> list[str]:
+        words = with_template(tokenizer, before + CHATML)
+        (answered,) = asking.answer(exam, teacher.load(), words, seed=0).values()
+        return [item["request"] for item in answered.items]
+
+    written = requests(f"{DAY} and {DAY}")
+    assert requests("{{ strftime_now('%d %b %Y') }} and {{ date_string }}") == written != requests("")

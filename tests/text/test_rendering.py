@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from chat import CHATML, MARKED, Message, small_talk, turns, with_template, write_rows
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from halve.errors import CorpusError, TokenizerError
 from halve.text import rendering
 from halve.text.corpus import Tokens, known, prepare
+from halve.text.day import DAY
 from halve.text.rendering import COUNTED, FIRST, IDS, Chat, encode_conversations, prompt_ids
 from halve.text.rows import Piece
 
@@ -226,7 +229,26 @@ def test_what_a_file_is_named_after(tokenizer: PreTrainedTokenizerFast, tmp_path
 def test_a_date_in_a_template_is_always_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
     dated = with_template(tokenizer, "{{ date_string }}: " + CHATML)
     found = codes(dated, ALL, turns("Who?", "I."))
-    assert dated.decode((found & IDS).tolist()).startswith(f"{rendering._DAY}: <|im_start|>")
+    assert dated.decode((found & IDS).tolist()).startswith(f"{DAY}: <|im_start|>")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_template_that_asks_for_today_is_told_the_same_day(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}: " + template)
+    for chat in (ALL, ANSWERS):
+        found = codes(dated, chat, turns("Who?", "I."))
+        assert dated.decode((found & IDS).tolist()).startswith(f"{DAY}: <|im_start|>")
+    assert counted(dated, found) == "I.<|im_end|>\n"
+    assert dated.decode(prompt_ids(dated, "Who?")).startswith(f"{DAY}: <|im_start|>")
+    assert chat_template_utils.datetime is datetime
+
+
+def test_files_of_a_template_that_asks_for_today_are_made_anew(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Files that were made before have the day of their making."""
+    usual = {"field": "messages", "count": "all", "day": DAY, "format": rendering._FORMAT}
+    assert ALL.identity(with_template(tokenizer)) == {**usual, "template": CHATML}
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    assert ALL.identity(with_template(tokenizer, dated)) == {**usual, "template": dated, "today": DAY}
 
 
 def test_a_template_that_never_ends_is_named(

@@ -16,6 +16,7 @@ from halve.disk import soundness
 from halve.errors import CheckpointError, CorpusError, HalveError
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.schema import Alignment
+from halve.text.day import fixed_day
 from halve.text.numbers import last_number
 
 Reward = Callable[[Mapping[str, Any], str], float | None]
@@ -162,7 +163,8 @@ def _read(tokenizer: Any, prompt: Sequence[Mapping[str, Any]], answer: str) -> l
     """The conversation by the classifier's own template; without one, the last message and the answer as a pair."""
     if tokenizer.chat_template:
         messages = [*prompt, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        with fixed_day():
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
     pair: list[int] = tokenizer(str(prompt[-1]["content"]), answer)["input_ids"]

@@ -35,6 +35,7 @@ from halve.model.head import split
 from halve.model.measure import end_tokens
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate
+from halve.text.day import DAY, fixed_day
 
 _AVERAGED = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
 """The metrics of ifeval. The papers show their mean (2408.11796, Table 2)."""
@@ -143,8 +144,10 @@ def _wrapped(
     lm_eval: ModuleType, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Evaluate, *, batch: int
 ) -> Any:
     """The harness's wrapper of a loaded model, with halve's head. Answers end after `max_new_tokens`."""
-    # the wrapper gives the tokenizer a padding token
-    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch)
+    own = deepcopy(tokenizer)  # the wrapper gives it a padding token
+    wrapped = lm_eval.models.huggingface.HFLM(
+        pretrained=model, tokenizer=own, batch_size=batch, chat_template_args={"date_string": DAY}
+    )
     body, head = split(model)
     generate, most = wrapped._model_generate, section.max_new_tokens
 
@@ -174,7 +177,7 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def _ask(lm_eval: ModuleType, wrapped: Any, built: Built, section: Evaluate) -> Answered:
     for part in built.parts.values():
         part.set_fewshot_seed(harness.FEWSHOT_SEED)
-    with torch.no_grad(), figures_unread(built.parts), _prompts_cut(wrapped, built.ask) as cut:
+    with torch.no_grad(), fixed_day(), figures_unread(built.parts), _prompts_cut(wrapped, built.ask) as cut:
         results = lm_eval.evaluator.evaluate(
             wrapped,
             {"tasks": dict(built.parts)},

@@ -25,6 +25,7 @@ from halve.errors import CorpusError, HalveError, TokenizerError
 from halve.process.limits import computing
 from halve.recipe.schema import Data
 from halve.text.conversations import MESSAGES_KEY, TOOLS, conversation, says_nothing
+from halve.text.day import DAY, asks_for_today, fixed_day
 from halve.text.rows import Piece, Wanted
 from halve.text.tokenize import EncodedPieces
 
@@ -41,8 +42,6 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Under one of these names a template reads what a message holds under any of them."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ALL = "set data.count: all, or mark the assistant's part in the template with {% generation %}"
-_DAY = "01 Jan 2025"
-"""Templates that write a date take this one: tokens must not depend on the day on which they are made."""
 
 _LONGEST_RENDERING_S = 10.0
 """Of computing. A conversation of a thousand turns takes milliseconds."""
@@ -80,7 +79,8 @@ class Chat:
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What their tokens depend on beside text and tokenizer, as plain data."""
         template = template_of(tokenizer, self.key)
-        return {"field": self.field, "count": self.count, "template": template, "day": _DAY, "format": _FORMAT}
+        what = {"field": self.field, "count": self.count, "template": template, "day": DAY, "format": _FORMAT}
+        return what | ({"today": DAY} if asks_for_today(template) else {})  # files of the others keep their names
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, key: str) -> Any:
@@ -223,13 +223,13 @@ def _marked_spans(
     """Where in the rendered text the template's own marks are."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with computing(_LONGEST_RENDERING_S):
+    with computing(_LONGEST_RENDERING_S), fixed_day():
         _, (spans,) = render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, "date_string": _DAY},
+            **{**tokenizer.special_tokens_map, "date_string": DAY},
         )
     return list(spans)
 
@@ -305,8 +305,8 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
 
 def _apply(tokenizer: PreTrainedTokenizerBase, tools: Any, messages: Sequence[Any], **options: Any) -> Any:
     """One rendering. A template is a program, and one that never ends is stopped."""
-    with computing(_LONGEST_RENDERING_S):
-        return tokenizer.apply_chat_template(list(messages), tools=tools, date_string=_DAY, **options)
+    with computing(_LONGEST_RENDERING_S), fixed_day():
+        return tokenizer.apply_chat_template(list(messages), tools=tools, date_string=DAY, **options)
 
 
 def _reason(error: Exception) -> str:
