@@ -13,15 +13,18 @@ from talking import SHORT_CHAT
 from transformers import PreTrainedTokenizerFast
 
 from halve.errors import CorpusError, TokenizerError
+from halve.recipe.schema import Alignment
 from halve.text import sources
 from halve.text.preferences import Needs
 from halve.text.rendering import encode_answers
 
 USER = {"role": "user", "content": "Who sees it?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("The cat.", "No."))
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
 PLAIN = {"prompt": "Who sees it?", "chosen": "The cat.", "rejected": "No."}
 PAIR = Needs(answers=True, rewards=False, reference=False)
 REWARDED = Needs(answers=True, rewards=True, reference=False)
+JUDGED = Needs(answers=True, rewards=False, reference=False, words=True)
 CHECKED = Needs(answers=True, rewards=False, reference=True)
 
 
@@ -100,6 +103,8 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ({"prompt": [GOOD]}, PAIR, "does not alternate", "message 1 is of assistant"),
         ({"prompt": [USER, GOOD]}, PAIR, "the prompt ends with an answer", "its message 2 is of assistant"),
         ({"chosen": "cut \ud83d"}, PAIR, "holds half a character", "half of a surrogate pair"),
+        ({"chosen": CALL}, JUDGED, "has no words to judge in its chosen answer", "rewards: model read content"),
+        ({"rejected": CALL}, JUDGED, "has no words to judge in its rejected answer", "a call of a tool alone"),
         ({}, REWARDED, "has no reward for its chosen answer", "its field 'chosen_reward' is missing"),
         ({"chosen_reward": 1}, REWARDED, "has no reward for its rejected answer", "'rejected_reward' is missing"),
         ({"chosen_reward": math.nan}, REWARDED, "has no reward for its chosen answer", "holds nan"),
@@ -127,9 +132,21 @@ def test_a_row_that_lacks_something_is_named(
 
 
 def test_an_answer_may_be_a_call_alone(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
-    (row,) = read(tmp_path, {**PLAIN, "chosen": call})
-    assert row["chosen"] == {**call, "content": ""}
+    (row,) = read(tmp_path, {**PLAIN, "chosen": CALL})
+    assert row["chosen"] == {**CALL, "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"kind": "rpo"}, False),
+        ({"kind": "dpo", "rewards": "gsm8k"}, True),
+        ({"kind": "rpo", "rewards": "model", "reward_model": "judge"}, True),
+        ({"kind": "rpo", "rewards": "gsm8k", "answers": 2}, False),
+    ],
+)
+def test_answers_that_a_reward_function_reads_need_words(step: dict[str, Any], words: bool) -> None:
+    assert Needs.of(Alignment(data=("a.jsonl",), **step)).words == words
 
 
 def test_a_conversation_has_no_chosen_answer(tmp_path: Path) -> None:
@@ -185,3 +202,12 @@ def test_without_a_template_there_are_no_answers(tokenizer: PreTrainedTokenizerF
 def test_a_template_that_fails_names_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(CorpusError, match="file, line 3: the chat template cannot be rendered"):
         encode_answers(with_template(tokenizer, "{{ 1 / 0 }}"), [USER], [GOOD], place="file, line 3")
+
+
+def test_a_template_that_would_leave_out_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its tokens would be the end of a turn alone, which the training would make more likely."""
+    said = {**CALL, "content": ""}
+    with pytest.raises(CorpusError, match="file, line 3: the chat template does not write calls of tools"):
+        encode_answers(with_template(tokenizer, SHORT_CHAT), [USER], [said, BAD], place="file, line 3")
+    _, (call, _) = encode_answers(with_template(tokenizer), [USER], [said, BAD], place="file, line 3")
+    assert "look" in tokenizer.decode(call)

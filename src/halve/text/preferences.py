@@ -37,12 +37,15 @@ class Needs:
     answers: bool
     rewards: bool
     reference: bool
+    words: bool = False
+    """In each answer, since a reward function reads nothing else."""
 
     @classmethod
     def of(cls, step: Alignment) -> Needs:
         """Those of a step on preferences."""
-        rewarded = step.kind == "rpo" and step.rewards == "data"
-        return cls(step.answers is None, rewarded, step.rewards == "gsm8k")
+        has_answers, judged = step.answers is None, step.rewards != "data"
+        rewarded = step.kind == "rpo" and not judged
+        return cls(has_answers, rewarded, step.rewards == "gsm8k", words=has_answers and judged)
 
     @property
     def wanted(self) -> Wanted:
@@ -55,8 +58,9 @@ class Needs:
 def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterator[Piece]:
     """One row as JSON: `prompt` and, if they are needed, `chosen`, `rejected`, `rewards` and `reference`.
 
-    `place` names the row. Raises `CorpusError` for a row that lacks something, for a reward that is no number of
-    a moderate size, for a reference without a number, and for messages that do not alternate.
+    `place` names the row. Raises `CorpusError` for a row that lacks something, for an answer without the words that a
+    reward function would read, for a reward that is no number of a moderate size, for a reference without a number, and
+    for messages that do not alternate.
     """
     if not isinstance(row, dict):
         raise CorpusError(
@@ -71,6 +75,8 @@ def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterat
     fields: dict[str, Any] = {"prompt": prompt}
     if needs.answers:
         fields |= {name: _answer(row, name, prompt, place) for name in _ANSWERS}
+        for name in _ANSWERS if needs.words else ():
+            _require_words(fields[name], name, place)
     if needs.rewards:
         fields["rewards"] = _rewards(row, place)
     if needs.reference:
@@ -146,6 +152,16 @@ def _answer(row: Mapping[str, Any], name: str, prompt: list[dict[str, Any]], pla
     if says_nothing(messages[0]):
         raise _no_answer(place, name, why=f"the message in its field {name!r} says nothing")
     return messages[0]
+
+
+def _require_words(answer: Mapping[str, Any], name: str, place: str) -> None:
+    if not answer["content"].strip():
+        raise CorpusError(
+            f"{place} has no words to judge in its {name} answer",
+            why="its message has no content, such as a call of a tool alone, and rewards: gsm8k and rewards: model"
+            " read content",
+            fix="drop the row, or take the rewards from the data",
+        )
 
 
 def _rewards(row: Mapping[str, Any], place: str) -> list[float]:

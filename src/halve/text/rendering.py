@@ -120,12 +120,15 @@ def encode_answers(
 
     Prompt and answer are tokenized together. The prompt ends where its ids and those of any whole part, as one token
     may hold the end of a prompt and the beginning of an answer. Raises `TokenizerError` without a template and
-    `CorpusError` for messages that it cannot render.
+    `CorpusError` for messages that it cannot render, or of which it would leave something out.
     """
     template_of(tokenizer, "align")
     render = _renderer(tokenizer, None)
     try:
+        _require_written(tokenizer.get_chat_template(), [*prompt, *answers], place)
         texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
+    except HalveError:
+        raise
     except Exception as error:  # a template may raise whatever Jinja and Python raise
         raise CorpusError(
             f"{place}: the chat template cannot be rendered",
