@@ -86,7 +86,7 @@ def test_a_reward_model_gives_its_score(
     assert math.isfinite(score)
 
 
-def test_a_reward_model_s_template_that_asks_for_today_is_told_the_same_day(
+def test_a_reward_model_s_template_is_told_the_same_day_and_the_tools(
     tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Another day would give another reward."""
@@ -99,6 +99,8 @@ def test_a_reward_model_s_template_that_asks_for_today_is_told_the_same_day(
         return open_reward(step, device="cpu")(row, "The cat.")
 
     assert scored("{{ strftime_now('%d %b %Y') }}") == scored(DAY)
+    row["tools"] = [{"name": "look"}]
+    assert scored("{{ tools[0].name }}") == scored("look")
 
 
 def refused(folder: Path | str, *, context: int = 64) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from talking import SHORT_CHAT
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.align import writing
@@ -80,6 +82,16 @@ def test_the_best_and_the_worst_become_the_pair() -> None:
     assert (pair["chosen"]["content"], pair["rejected"]["content"]) == ("dddd", "a")
     assert pair["rewards"] == [4.0, 1.0]
     assert left_out.told == "1 have answers of equal reward and are left out"
+
+
+def test_a_pair_keeps_the_tools_of_its_prompt(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {**ROWS[0], "tools": [{"type": "function", "function": {"name": "look"}}]}
+    (pair,) = writing.judged([row], [["a", "bb"]], lambda row, text: float(len(text)), left_out=LeftOut())
+    assert pair["tools"] == row["tools"]
+    tooled = deepcopy(chat_tokenizer)
+    tooled.chat_template = "{{ tools | tojson }}" + SHORT_CHAT
+    for one in (row, pair):
+        assert '"look"' in tooled.decode(writing.prompt_ids_of(one, tooled))
 
 
 def test_a_prompt_with_an_answer_that_was_not_read_is_left_out() -> None:

@@ -93,6 +93,16 @@ def test_parquet_gives_the_same(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet", "talk")
 
 
+def test_a_system_text_beside_the_messages_is_the_first(tmp_path: Path) -> None:
+    said, whole = turns("Hi?", "Hello."), turns("Hi?", "Hello.", system="Be short.")
+    rows = [row(*said, system="Be short."), row(*whole, system="Be short."), row(*said, system=None), row(*said)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    assert [one["messages"] for one in read(tmp_path / "a.jsonl")] == [whole, whole, said, said]
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"messages": [said], "system": ["Be short."]}), tmp_path / "a.parquet")
+    assert [one["messages"] for one in read(tmp_path / "a.parquet")] == [whole]
+
+
 USER, ANSWER = turns("Hi?", "Hello.")
 
 
@@ -107,6 +117,11 @@ USER, ANSWER = turns("Hi?", "Hello.")
         (row(), "line 2 has no messages\n  why: .* an empty list"),
         ('{"messages": "hi"}\n', "line 2 has no messages\n  why: .* holds str"),
         ('"hi"\n', "line 2 is not an object"),
+        (
+            row({"role": "developer", "content": "Be long."}, USER, ANSWER, system="Be short."),
+            "line 2 has two system texts\n  why: its field 'system' holds 'Be short.', and message 1 is of developer",
+        ),
+        (row(USER, ANSWER, system=7), "line 2, field 'system' is not text\n  why: it holds int"),
         (row("hi"), "line 2, message 1 names no role\n  why: .* this is str"),
         (row({"content": "hi"}), "line 2, message 1 names no role\n  why: .* its keys are content"),
         (row({"role": "wizard", "content": "hi"}), "line 2, message 1 is of an unknown role\n  why: it is 'wizard'"),

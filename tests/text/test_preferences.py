@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat import with_template
+from chat import CHATML, with_template
 from talking import SHORT_CHAT
 from transformers import PreTrainedTokenizerFast
 
@@ -76,6 +76,39 @@ def test_a_prompt_alone_will_do_for_new_answers(tmp_path: Path) -> None:
     ]
 
 
+SYSTEM = {"role": "system", "content": "Be short."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Who sees it?", "chosen": "The cat.", "rejected": "No."},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
+        {"prompt": [SYSTEM, USER], "chosen": GOOD, "rejected": [SYSTEM, USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {
+            "conversations": [{"from": "human", "value": "Who sees it?"}],
+            "chosen": {"from": "gpt", "value": "The cat."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+    ],
+)
+def test_a_system_text_beside_the_prompt_is_its_first_message(tmp_path: Path, row: dict[str, Any]) -> None:
+    whole, without = read(tmp_path, {**row, "system": "Be short."}, {**PLAIN, "system": " "})
+    assert whole == {"prompt": [SYSTEM, USER], "chosen": GOOD, "rejected": BAD}
+    assert without == {"prompt": [USER], "chosen": GOOD, "rejected": BAD}
+
+
+def test_system_texts_and_tools_are_read_from_parquet(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    rows = [{**PLAIN, "system": "Be short.", "tools": json.dumps(tools)}, {**PLAIN, "system": None, "tools": None}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    first, second = (json.loads(p.text) for p in sources.read_documents(str(tmp_path / "pairs.parquet"), PAIR.wanted))
+    assert first == {"prompt": [SYSTEM, USER], "tools": tools, "chosen": GOOD, "rejected": BAD}
+    assert second == {"prompt": [USER], "chosen": GOOD, "rejected": BAD}
+
+
 def test_parquet_is_read(tmp_path: Path) -> None:
     parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "chosen_reward": 1.0, "rejected_reward": 0.0}]
@@ -98,6 +131,14 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ({"rejected": [USER, {"role": "assistant", "content": " "}]}, PAIR, "has no rejected answer", "says nothing"),
         ({"chosen": [USER]}, PAIR, "has no chosen answer", "messages of nobody after the prompt"),
         ({"chosen": [GOOD, USER]}, PAIR, "has no chosen answer", "messages of assistant, user"),
+        (
+            {"prompt": [SYSTEM, USER], "system": "Be long."},
+            PAIR,
+            "has two system texts",
+            "holds 'Be long.', and message 1",
+        ),
+        ({"system": 7}, PAIR, "field 'system' is not text", "it holds int"),
+        ({"tools": "look"}, PAIR, "field 'tools' holds no list of tools", "it holds str"),
         ({"chosen": 7}, PAIR, "field 'chosen' holds neither text nor messages", "it holds int"),
         ({"prompt": None}, PAIR, "has no field 'prompt'", "its fields are prompt, chosen, rejected"),
         ({"prompt": [GOOD]}, PAIR, "does not alternate", "message 1 is of assistant"),
@@ -176,7 +217,7 @@ def test_plain_text_holds_no_pairs(tmp_path: Path) -> None:
 
 def test_prompt_and_answer_are_the_whole_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = with_template(tokenizer, SHORT_CHAT)
-    prompt, answers = encode_answers(chat, [USER], [GOOD, BAD], place="here")
+    prompt, answers = encode_answers(chat, [USER], [GOOD, BAD], tools=None, place="here")
     assert chat.decode(prompt).startswith("u:Who sees it?\n")
     for ids, answer in zip(answers, (GOOD, BAD), strict=True):
         whole = chat.apply_chat_template([USER, answer], tokenize=False)
@@ -188,7 +229,9 @@ def test_a_token_that_joins_prompt_and_answer_belongs_to_the_answer(tokenizer: P
     """The invitation ends in a space, and a word begins with one in the vocabulary."""
     chat = with_template(tokenizer, SHORT_CHAT.replace("'a:'", "'a: '").replace("':'", "': '"))
     invited = chat(chat.apply_chat_template([USER], tokenize=False, add_generation_prompt=True))["input_ids"]
-    prompt, (answer,) = encode_answers(chat, [USER], [{"role": "assistant", "content": "the cat"}], place="here")
+    prompt, (answer,) = encode_answers(
+        chat, [USER], [{"role": "assistant", "content": "the cat"}], tools=None, place="here"
+    )
     assert prompt == invited[: len(prompt)]
     assert len(prompt) < len(invited)
     assert chat.decode(answer).startswith(" the cat")
@@ -196,18 +239,26 @@ def test_a_token_that_joins_prompt_and_answer_belongs_to_the_answer(tokenizer: P
 
 def test_without_a_template_there_are_no_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TokenizerError, match="has no chat template"):
-        encode_answers(with_template(tokenizer, None), [USER], [GOOD], place="here")
+        encode_answers(with_template(tokenizer, None), [USER], [GOOD], tools=None, place="here")
 
 
 def test_a_template_that_fails_names_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(CorpusError, match="file, line 3: the chat template cannot be rendered"):
-        encode_answers(with_template(tokenizer, "{{ 1 / 0 }}"), [USER], [GOOD], place="file, line 3")
+        encode_answers(with_template(tokenizer, "{{ 1 / 0 }}"), [USER], [GOOD], tools=None, place="file, line 3")
 
 
 def test_a_template_that_would_leave_out_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     """Its tokens would be the end of a turn alone, which the training would make more likely."""
     said = {**CALL, "content": ""}
     with pytest.raises(CorpusError, match="file, line 3: the chat template does not write calls of tools"):
-        encode_answers(with_template(tokenizer, SHORT_CHAT), [USER], [said, BAD], place="file, line 3")
-    _, (call, _) = encode_answers(with_template(tokenizer), [USER], [said, BAD], place="file, line 3")
+        encode_answers(with_template(tokenizer, SHORT_CHAT), [USER], [said, BAD], tools=None, place="file, line 3")
+    _, (call, _) = encode_answers(with_template(tokenizer), [USER], [said, BAD], tools=None, place="file, line 3")
     assert "look" in tokenizer.decode(call)
+
+
+def test_tools_are_in_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = with_template(tokenizer, "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    prompt, _ = encode_answers(chat, [USER], [GOOD, BAD], tools=tools, place="here")
+    bare, _ = encode_answers(chat, [USER], [GOOD, BAD], tools=None, place="here")
+    assert chat.decode(prompt) == json.dumps(tools) + chat.decode(bare)

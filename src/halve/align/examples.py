@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from halve.errors import CorpusError
 from halve.recipe.schema import Alignment, Data
 from halve.text import sources
-from halve.text.conversations import MESSAGES_KEY, answered
+from halve.text.conversations import MESSAGES_KEY, TOOLS, answered
 from halve.text.preferences import Needs
 from halve.text.rendering import CODES, COUNTED, FIRST, IDS, Chat, encode_answers, encode_conversations
 from halve.text.rows import Piece, Wanted
@@ -166,7 +166,7 @@ def encoded_pair(
     answers = [row["chosen"], row["rejected"]]
     if better < worse:
         better, worse, answers = worse, better, answers[::-1]
-    prompt, (chosen, rejected) = encode_answers(tokenizer, row["prompt"], answers, place=place)
+    prompt, (chosen, rejected) = encode_answers(tokenizer, row["prompt"], answers, tools=row.get(TOOLS), place=place)
     room = context - len(prompt)
     if room <= 0:
         left_out.add(f"have a prompt of over {context} tokens and are left out")

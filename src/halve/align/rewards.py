@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from halve.disk import soundness
 from halve.errors import CheckpointError, CorpusError, HalveError
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.schema import Alignment
+from halve.text.conversations import TOOLS
 from halve.text.day import fixed_day
 from halve.text.numbers import last_number
 
@@ -144,7 +145,7 @@ def _classifier(source: str, device: str) -> Reward:
 
     @torch.no_grad()
     def reward(row: Mapping[str, Any], answer: str) -> float | None:
-        ids = _read(checkpoint.tokenizer, row["prompt"], answer)
+        ids = _read(checkpoint.tokenizer, row, answer)
         if limit is not None and len(ids) > limit:
             return None
         if max(ids, default=0) >= vocab:
@@ -159,13 +160,13 @@ def _classifier(source: str, device: str) -> Reward:
     return reward
 
 
-def _read(tokenizer: Any, prompt: Sequence[Mapping[str, Any]], answer: str) -> list[int]:
+def _read(tokenizer: Any, row: Mapping[str, Any], answer: str) -> list[int]:
     """The conversation by the classifier's own template; without one, the last message and the answer as a pair."""
     if tokenizer.chat_template:
-        messages = [*prompt, {"role": "assistant", "content": answer}]
+        messages = [*row["prompt"], {"role": "assistant", "content": answer}]
         with fixed_day():
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = tokenizer.apply_chat_template(messages, tools=row.get(TOOLS), tokenize=False)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-    pair: list[int] = tokenizer(str(prompt[-1]["content"]), answer)["input_ids"]
+    pair: list[int] = tokenizer(str(row["prompt"][-1]["content"]), answer)["input_ids"]
     return pair

@@ -20,6 +20,7 @@ from halve.disk.files import read_json, write_json
 from halve.errors import TrainError
 from halve.model import measure
 from halve.recipe.schema import Alignment
+from halve.text.conversations import TOOLS
 from halve.text.preferences import LARGEST_REWARD
 from halve.text.rendering import encode_answers
 
@@ -70,7 +71,7 @@ def judged(
             continue
         chosen, rejected = (texts[rewards.index(value)] for value in (best, worst))
         yield {
-            "prompt": row["prompt"],
+            **{key: row[key] for key in ("prompt", TOOLS) if key in row},
             "chosen": {"role": "assistant", "content": chosen},
             "rejected": {"role": "assistant", "content": rejected},
             "rewards": [best, worst],
@@ -129,4 +130,4 @@ def _drawn(
 
 def prompt_ids_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a row's prompt, up to where the assistant is invited to answer."""
-    return encode_answers(tokenizer, row["prompt"], (), place="a prompt")[0]
+    return encode_answers(tokenizer, row["prompt"], (), tools=row.get(TOOLS), place="a prompt")[0]

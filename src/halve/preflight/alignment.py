@@ -14,6 +14,7 @@ from halve.disk.textfiles import ending, extra, open_packed
 from halve.errors import CorpusError, HalveError, RecipeError
 from halve.recipe.schema import Alignment, Correct, Recipe
 from halve.text import sources
+from halve.text.conversations import TOOLS
 from halve.text.rows import Piece, Wanted
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _length(recipe: Recipe, step: Alignment, piece: Piece, teacher: Checkpoint, 
         return sum(len(talk.ids) for talk in dialogues_of([piece], step, recipe.data, tokenizer, context, counted))
     row = json.loads(piece.text)
     if step.answers is not None:
-        prompt, _ = encode_answers(tokenizer, row["prompt"], (), place=piece.place)
+        prompt, _ = encode_answers(tokenizer, row["prompt"], (), tools=row.get(TOOLS), place=piece.place)
         if len(prompt) >= context:
             counted.add(f"have a prompt of over {context} tokens and are left out")
             return 0

@@ -2,7 +2,7 @@
 
 A message is `{"role": ..., "content": ...}`, or `{"from": ..., "value": ...}` as in ShareGPT's data. What else a
 message with a role has, such as `tool_calls`, goes to the template as it is. A row's field `tools` holds the tools that
-the assistant may call.
+the assistant may call, and its field `system` the text of a system message.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from halve.errors import CorpusError
 from halve.text.rows import Piece, no_field
 
 TOOLS: Final = "tools"
+SYSTEM: Final = "system"
+BESIDE: Final = (TOOLS, SYSTEM)
+"""What a row may have beside its messages."""
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 MESSAGES_KEY: Final = "data.messages_field"
 
@@ -47,7 +50,8 @@ def conversation(row: Any, *, place: str, text_field: str, key: str = MESSAGES_K
     """The conversation of one row as JSON with `messages` and, where there are some, `tools`.
 
     `text_field` names the field with the messages, `key` the recipe's key for it, `place` the row. Raises
-    `CorpusError` for a row without messages, for a message that is none, and for turns that do not alternate.
+    `CorpusError` for a row without messages, for a message that is none, for turns that do not alternate, and for two
+    system texts.
     """
     if not isinstance(row, dict):
         raise CorpusError(
@@ -67,8 +71,8 @@ def conversation(row: Any, *, place: str, text_field: str, key: str = MESSAGES_K
         )
     messages = [message_of(message, number, place) for number, message in enumerate(given, 1)]
     require_turns([message["role"] for message in messages], place)
-    fields: dict[str, Any] = {"messages": messages}
-    if tools := _tools(row.get(TOOLS), place):
+    fields: dict[str, Any] = {"messages": with_system(messages, row, place)}
+    if tools := tools_of(row, place):
         fields[TOOLS] = tools
     yield Piece(json.dumps(fields, ensure_ascii=False), last=True, place=place)
 
@@ -169,9 +173,28 @@ def _calls(text: str, who: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
 
 
-def _tools(given: Any, place: str) -> list[Any]:
-    """The tools of a row: a list, or its JSON."""
-    tools = given
+def with_system(messages: list[dict[str, Any]], row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The messages, behind the system text that a row has beside them. Raises `CorpusError` if both have one.
+
+    >>> with_system([{"role": "user", "content": "Hi?"}], {"system": "Be short."}, "line 1")[0]
+    {'role': 'system', 'content': 'Be short.'}
+    """
+    text = _content(row.get(SYSTEM), f"{place}, field {SYSTEM!r}")
+    first = messages[0] if messages and messages[0]["role"] in _FIRST else None
+    if not text.strip() or (first is not None and first["content"].strip() == text.strip()):
+        return messages
+    if first is not None:
+        raise CorpusError(
+            f"{place} has two system texts",
+            why=f"its field {SYSTEM!r} holds {text[:40]!r}, and message 1 is of {first['role']} with another text",
+            fix=f"keep one of them, rename the field {SYSTEM!r}, or drop the row",
+        )
+    return [{"role": SYSTEM, "content": text}, *messages]
+
+
+def tools_of(row: Mapping[str, Any], place: str) -> list[Any]:
+    """The tools of a row: a list, or its JSON. Empty if it has none. Raises `CorpusError` for anything else."""
+    tools = given = row.get(TOOLS)
     if isinstance(given, str) and given.strip():
         try:
             tools = plain_json.parse_json(given)

@@ -3,13 +3,14 @@
 A row has `prompt`, `chosen` and `rejected`. The prompt is a text, or messages as in `conversations`; it may also stand
 in `question`, `messages` or `conversations`. An answer is a text, a message, or messages that may repeat the prompt.
 Without a prompt, it is what both answers begin with. Rewards are numbers in `chosen_reward` and `rejected_reward`, or
-in `score_chosen` and `score_rejected`. `answer` is the reference that a verifier compares with.
+in `score_chosen` and `score_rejected`. `answer` is the reference that a verifier compares with. `system` and `tools`
+are those of `conversations`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -17,7 +18,7 @@ from typing import Any, Final
 from halve.disk.textfiles import half_pair
 from halve.errors import CorpusError
 from halve.recipe.alignments import Alignment
-from halve.text.conversations import message_of, require_turns, says_nothing
+from halve.text.conversations import BESIDE, TOOLS, message_of, require_turns, says_nothing, tools_of, with_system
 from halve.text.numbers import last_number
 from halve.text.rows import Piece, Wanted, no_field
 
@@ -51,12 +52,12 @@ class Needs:
     def wanted(self) -> Wanted:
         """What rows are read for."""
         first = _ANSWERS[0] if self.answers else _PROMPTS[0]
-        also = (*_PROMPTS, *_ANSWERS, *(field for pair in _REWARDS for field in pair), _REFERENCE)
+        also = (*_PROMPTS, *_ANSWERS, *(field for pair in _REWARDS for field in pair), _REFERENCE, *BESIDE)
         return Wanted(first, "", tuple(field for field in also if field != first), partial(preference, needs=self))
 
 
 def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterator[Piece]:
-    """One row as JSON: `prompt` and, if they are needed, `chosen`, `rejected`, `rewards` and `reference`.
+    """One row as JSON: `prompt`, its `tools` if there are some, and what is needed of answers, rewards and reference.
 
     `place` names the row. Raises `CorpusError` for a row that lacks something, for an answer without the words that a
     reward function would read, for a reward that is no number of a moderate size, for a reference without a number, and
@@ -70,11 +71,14 @@ def preference(row: Any, *, place: str, text_field: str, needs: Needs) -> Iterat
         )
     for name in _ANSWERS if needs.answers else ():
         _require_given(row, name, place)
-    prompt = _prompt(row, place, needs)
-    _require_open(prompt, place)
+    asked = _prompt(row, place, needs)
+    _require_open(asked, place)
+    prompt = with_system(asked, row, place)
     fields: dict[str, Any] = {"prompt": prompt}
+    if tools := tools_of(row, place):
+        fields[TOOLS] = tools
     if needs.answers:
-        fields |= {name: _answer(row, name, prompt, place) for name in _ANSWERS}
+        fields |= {name: _answer(row, name, (prompt, asked), place) for name in _ANSWERS}
         for name in _ANSWERS if needs.words else ():
             _require_words(fields[name], name, place)
     if needs.rewards:
@@ -134,14 +138,14 @@ def _no_answer(place: str, name: str, *, why: str) -> CorpusError:
     return CorpusError(f"{place} has no {name} answer", why=why, fix=f"write the answer into {name}, or drop the row")
 
 
-def _answer(row: Mapping[str, Any], name: str, prompt: list[dict[str, Any]], place: str) -> dict[str, Any]:
-    """The assistant's message."""
+def _answer(row: Mapping[str, Any], name: str, prompts: Sequence[list[dict[str, Any]]], place: str) -> dict[str, Any]:
+    """The assistant's message, which may stand behind one of the prompts."""
     given = row[name]
     if isinstance(given, str):
         return {"role": "assistant", "content": _whole(given, place)}
     messages = _messages(given, place, name)
-    if messages[: len(prompt)] == prompt:
-        messages = messages[len(prompt) :]
+    repeated = next((len(prompt) for prompt in prompts if messages[: len(prompt)] == prompt), 0)
+    messages = messages[repeated:]
     if [message["role"] for message in messages] != ["assistant"]:
         roles = ", ".join(message["role"] for message in messages) or "nobody"
         raise CorpusError(

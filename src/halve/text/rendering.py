@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from halve.errors import CorpusError, HalveError, TokenizerError
 from halve.process.limits import computing
 from halve.recipe.schema import Data
-from halve.text.conversations import MESSAGES_KEY, TOOLS, conversation, says_nothing
+from halve.text.conversations import BESIDE, MESSAGES_KEY, TOOLS, conversation, says_nothing
 from halve.text.day import DAY, asks_for_today, fixed_day
 from halve.text.rows import Piece, Wanted
 from halve.text.tokenize import EncodedPieces
@@ -74,7 +74,7 @@ class Chat:
     def wanted(self) -> Wanted:
         """What rows are read for."""
         make = conversation if self.key == MESSAGES_KEY else partial(conversation, key=self.key)
-        return Wanted(self.field, self.key, (TOOLS,), make)
+        return Wanted(self.field, self.key, BESIDE, make)
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What their tokens depend on beside text and tokenizer, as plain data."""
@@ -114,18 +114,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], answers: Sequence[Any], *, place: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Any], answers: Sequence[Any], *, tools: Any, place: str
 ) -> tuple[list[int], list[list[int]]]:
     """The ids of a prompt, which ends where the assistant is invited to answer, and those of each answer to it.
 
-    Prompt and answer are tokenized together. The prompt ends where its ids and those of any whole part, as one token
-    may hold the end of a prompt and the beginning of an answer. Raises `TokenizerError` without a template and
-    `CorpusError` for messages that it cannot render, or of which it would leave something out.
+    `tools` are those that the assistant may call, or None. Prompt and answer are tokenized together. The prompt ends
+    where its ids and those of any whole part, as one token may hold the end of a prompt and the beginning of an answer.
+    Raises `TokenizerError` without a template and `CorpusError` for messages that it cannot render, or of which it
+    would leave something out.
     """
     template_of(tokenizer, "align")
-    render = _renderer(tokenizer, None)
+    render = _renderer(tokenizer, tools)
     try:
-        _require_written(tokenizer.get_chat_template(), [*prompt, *answers], place)
+        _require_written(tokenizer.get_chat_template(None, tools), [*prompt, *answers], place)
         texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
     except HalveError:
         raise
