@@ -5,16 +5,51 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from copy import deepcopy
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import torch
 from chat import small_talk, write_rows
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 SHORT_CHAT = (
     "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
 """A template of few tokens: the tiny tokenizer spells every other word in letters."""
+
+ENDED_CHAT = SHORT_CHAT.replace("'\n' }}{% endfor", "'~\n' }}{% endfor")
+"""The same, and a turn ends with ~."""
+
+
+def with_turn_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer whose template ends turns with ~, a special token that the tiny vocabulary has."""
+    made = deepcopy(tokenizer)
+    made.add_tokens([AddedToken("~", special=True)], special_tokens=True)
+    made.chat_template = ENDED_CHAT
+    assert len(made) == len(tokenizer)
+    return made
+
+
+def saying(model: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
+    """A model that generates these tokens again and again, whatever it has read."""
+    generate = model.generate
+
+    def written(*args: Any, **how: Any) -> Any:
+        coming = cycle(ids)
+
+        def said(_module: Any, _args: Any, output: Any) -> Any:
+            output.logits = torch.full_like(output.logits, -1e4)
+            output.logits[..., next(coming)] = 0.0
+            return output
+
+        with model.register_forward_hook(said):
+            return generate(*args, **how)
+
+    model.generate = written
+    return model
 
 
 def with_chat(model: Path, folder: Path, template: str | None = SHORT_CHAT) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from talking import SHORT_CHAT
+from talking import SHORT_CHAT, saying, with_turn_end
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halve.align import writing
@@ -50,6 +50,16 @@ def test_a_low_temperature_is_greedy(
     with torch.no_grad():
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)
     assert {*texts} == {chat_tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)}
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(
+    model: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerBase, make_setting: MakeSetting
+) -> None:
+    """The checkpoint names only the end of a text. A verifier would read the next turn as the answer's end."""
+    ended = with_turn_end(chat_tokenizer)
+    saying(model, ended("It is 5.~\nu:7 8", add_special_tokens=False)["input_ids"])
+    (texts, *_) = writing.written_answers(ROWS[:1], model, ended, asking(make_setting))
+    assert texts == ["It is 5."] * 4
 
 
 def test_written_parts_are_not_written_again(

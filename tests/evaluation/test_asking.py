@@ -9,6 +9,7 @@ import pytest
 import torch
 from chat import CHATML, with_template
 from rich.console import Console
+from talking import saying, with_turn_end
 from task_rows import rows_of, small_model, write_data, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -151,6 +152,19 @@ def test_a_choice_that_is_longer_than_the_context_is_an_error(
     with pytest.raises(CorpusError, match="a choice of arc_easy is longer than the model's context") as told:
         asking.answer(asking.read_exam(section, context=64), model, teacher.tokenizer, seed=0)
     assert "drop the row with the choice ' a long choice" in told.value.fix
+
+
+@pytest.mark.parametrize(("chat", "want"), [(True, "It is 5."), (False, "It is 5.\nu:7")])
+def test_answers_to_chats_end_where_the_template_ends_a_turn(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, chat: bool, want: str
+) -> None:
+    ended = with_turn_end(tokenizer)
+    folder = small_model(tmp_path / "model", ended)
+    model = saying(Checkpoint.open(folder).load(), ended("It is 5.~\nu:7<|endoftext|>")["input_ids"])
+    data = {"gsm8k": str(write_data(tmp_path, "gsm8k", 2))}
+    section = Evaluate(tasks={"gsm8k": 0}, data=data, max_new_tokens=40, chat_template=chat)
+    (answered,) = asking.answer(asking.read_exam(section, context=4096), model, ended, seed=0).values()
+    assert answered.answers == [want] * 2
 
 
 def test_the_harness_s_prompts_have_the_same_day_every_day(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

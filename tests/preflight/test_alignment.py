@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talking import SHORT_CHAT, conversations, preferences, with_chat, write_lines
+from talking import ENDED_CHAT, SHORT_CHAT, conversations, preferences, with_chat, with_turn_end, write_lines
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from halve.errors import RecipeError
 from halve.model.checkpoint import Checkpoint
 from halve.preflight import forecast as forecasts
-from halve.preflight.alignment import rows_left_out
+from halve.preflight.alignment import new_ends, rows_left_out
 from halve.preflight.check import check
 from halve.recipe.schema import Recipe
 
@@ -168,6 +168,22 @@ def test_rows_that_are_left_out_are_told(aligned: MakeRecipe, tmp_path: Path) ->
     assert list(rows_left_out(recipe, Checkpoint.open(recipe.model))) == [
         "step 1 of align (sft): of the first 64 rows, 2 have no answer of the assistant and are left out"
     ]
+
+
+def test_a_new_end_of_answers_is_told(aligned: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = with_chat(tiny_llama, tmp_path / "base", template=ENDED_CHAT)
+    with_turn_end(AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    pairs = write_lines(tmp_path / "b.jsonl", preferences(4))
+    recipe = aligned({"kind": "dpo", "data": [str(pairs)]}, model=folder)
+    (line,) = new_ends(recipe, Checkpoint.open(folder))
+    assert line.startswith("align: answers end at ~, as in the chat template; ")
+    turn = Checkpoint.open(folder).tokenizer.convert_tokens_to_ids("~")
+    for named, lines in ((turn, 0), (None, 1)):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert len([*new_ends(recipe, Checkpoint.open(folder))]) == lines
+    (folder / "generation_config.json").unlink()
+    assert len([*new_ends(recipe, Checkpoint.open(folder))]) == 1
+    assert not [*new_ends(recipe.model_copy(update={"align": ()}), Checkpoint.open(folder))]
 
 
 def test_an_answer_behind_many_questions_is_enough(aligned: MakeRecipe, tmp_path: Path) -> None:

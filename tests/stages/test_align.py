@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from talking import conversations, preferences, with_chat, write_lines
+from talking import ENDED_CHAT, conversations, preferences, with_chat, with_turn_end, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve.align import trainers
@@ -353,6 +353,25 @@ def test_answers_that_a_reward_model_cannot_read_are_left_out(
     start, name = Checkpoint.open(chat_model), "align-rpo"
     align.run(recipe, judged, name=name, number=1, student=start, out=tmp_path / "out")
     assert len(seen) == 11
+
+
+def test_the_folder_says_where_its_answers_end(
+    aligned: MakeRecipe, tiny_llama: Path, tmp_path: Path, seen: list[Any]
+) -> None:
+    """The teacher's own file names only the end of a text."""
+    folder = with_chat(tiny_llama, tmp_path / "base", template=ENDED_CHAT)
+    with_turn_end(AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    recipe = aligned([{"kind": "rpo", "data": [str(write_lines(tmp_path / "a.jsonl", preferences(20)))]}])
+    start, how = Checkpoint.open(folder), {"name": "align-rpo", "number": 1}
+    for out in (tmp_path / "first", tmp_path / "second"):
+        align.run(recipe, recipe.align[0], student=start, out=out, **how)
+        start = Checkpoint.open(out / "model")
+    first, second = (tmp_path / name / "model" / "generation_config.json" for name in ("first", "second"))
+    turn = start.tokenizer.convert_tokens_to_ids("~")
+    theirs = json.loads((folder / "generation_config.json").read_text())
+    assert json.loads(first.read_text()) == {**theirs, "eos_token_id": [0, turn]}
+    assert second.read_bytes() == first.read_bytes()
+    assert start.load().generation_config.eos_token_id == [0, turn]
 
 
 def test_a_token_without_an_embedding_is_refused(aligned: MakeRecipe, chat_model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from talking import saying, with_turn_end
 from task_rows import write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -209,6 +210,16 @@ def test_bad_choices_are_refused_before_weights_are_read(
     twice = {"choices": [str(choices), str(choices)]}
     with pytest.raises(CorpusError, match="two multiple-choice files are called nouns"):
         evaluated(make_recipe(evaluate=twice), {"teacher": tiny_llama}, "teacher", tmp_path / "b")
+
+
+def test_answers_to_chat_prompts_end_where_the_template_ends_a_turn(tiny_llama: Path) -> None:
+    teacher = Checkpoint.open(tiny_llama)
+    ended = with_turn_end(teacher.tokenizer)
+    model = saying(teacher.load(), ended("It is 5.~\nu:7")["input_ids"])
+    asked = evaluate._Asked({}, [[40, 41]], {"Who?": [42, 43]})
+    plain, chat = evaluate._all_written(model, ended, asked, 20)
+    assert chat == "It is 5."
+    assert plain.startswith("It is 5.\nu:7")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from halve.align.rewards import Reward
 from halve.align.setting import StepSetting
 from halve.disk.files import read_json, write_json
 from halve.errors import TrainError
-from halve.model import measure
 from halve.recipe.schema import Alignment
 from halve.text.conversations import TOOLS
 from halve.text.preferences import LARGEST_REWARD
 from halve.text.rendering import encode_answers
+from halve.text.turns import answer_ends
 
 _PROMPTS = 8
 """Prompts of one part."""
@@ -106,7 +106,7 @@ def _drawn(
     """Answers from the model's own distribution; the checkpoint's settings of generation but its end are ignored."""
     prompt = prompt_ids_of(row, tokenizer)
     ids_1S = torch.tensor([prompt], device=model.device)
-    end = measure.end_tokens(model, tokenizer)
+    end = answer_ends(model, tokenizer)
     checkpoint_config = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -215,7 +215,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
             print(line)
         teacher = Checkpoint.open(loaded.model)
-        for line in alignment.rows_left_out(loaded, teacher):
+        for line in (*alignment.rows_left_out(loaded, teacher), *alignment.new_ends(loaded, teacher)):
             print(line)
         shapes = planned_rounds(loaded, teacher)
         show.trial(trials(loaded, shapes))

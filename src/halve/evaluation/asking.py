@@ -2,7 +2,7 @@
 
 The harness's own wrapper runs the model, in this process. Two things differ from its defaults. Logits are computed by
 halve's head in float32, also from bfloat16 weights. And the checkpoint's generation_config.json does not change how
-answers are generated; only its end-of-text tokens count.
+answers are generated; only its end-of-text tokens count, beside the end of a turn in a chat template that is used.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from halve.model.measure import end_tokens
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate
 from halve.text.day import DAY, fixed_day
+from halve.text.turns import answer_ends
 
 _AVERAGED = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
 """The metrics of ifeval. The papers show their mean (2408.11796, Table 2)."""
@@ -123,7 +124,8 @@ def answer(
     done: dict[str, Answered] = {}
     if not exam.built:
         return done
-    with harness.quiet_harness() as lm_eval, _plain_generation(model, tokenizer), programs.running_in(exam.sandbox):
+    ends = (answer_ends if exam.section.chat_template else end_tokens)(model, tokenizer)
+    with harness.quiet_harness() as lm_eval, _plain_generation(model, ends), programs.running_in(exam.sandbox):
         wrapped = _wrapped(lm_eval, model, tokenizer, exam.section, batch=batch or exam.section.task_batch)
         for number, built in enumerate(exam.built):
             file = None if kept is None else kept / f"{number}.json"
@@ -165,9 +167,9 @@ def _wrapped(
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _plain_generation(model: PreTrainedModel, ends: list[int] | None) -> Iterator[None]:
     before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     try:
         yield
     finally:

@@ -290,7 +290,12 @@ def generate_greedily(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The tokens that end a text: those of generation_config.json if they are valid, otherwise the tokenizer's."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
+    return named_ends(model.generation_config, tokenizer)
+
+
+def named_ends(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The same by a generation config alone."""
+    named = generation.eos_token_id if generation else None
     for given in (named, tokenizer.eos_token_id):
         ids = [token for token in (given if isinstance(given, list) else [given]) if type(token) is int]
         if ids:

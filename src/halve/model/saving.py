@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ def save_model(
     *,
     extra_from: Path | None,
     record: Mapping[str, Any] | None,
+    ends: Sequence[int] = (),
 ) -> None:
     """Write an ordinary Hugging Face folder, completely or not at all.
 
     `extra_from` is the folder whose tokenizer, chat templates, generation config and terms of use are copied; `record`
-    becomes halve.json and a short model card, which names that folder's license. An earlier model in `folder` is
-    replaced. Raises `DiskError` when the device is full and `CheckpointError` for a folder that holds something else.
+    becomes halve.json and a short model card, which names that folder's license. `ends` replaces the tokens at which,
+    by its generation config, a text ends; without any, they stay. An earlier model in `folder` is replaced. Raises
+    `DiskError` when the device is full and `CheckpointError` for a folder that holds something else.
     """
     folder, place = Path(folder), Path(folder).resolve()
     finish_folder(place, last=CONFIG)
@@ -56,6 +58,8 @@ def save_model(
         _write_weights(model, draft)
         _write_config(draft, model.config)
         _copy_extras(extra_from, draft)
+        if ends:
+            _write_ends(draft / GENERATION, ends)
         if record is not None:
             _write_object(draft / RECORD, record)
             license = {} if extra_from is None else license_of(extra_from)
@@ -98,6 +102,13 @@ def _copy_extras(source: Path | None, draft: Path) -> None:
             shutil.copyfile(path, target)
             if path.suffix == ".json":
                 _drop_code(target)
+
+
+def _write_ends(path: Path, ends: Sequence[int]) -> None:
+    with suppress(ValueError):  # transformers passes over a file that is not JSON
+        raw = plain_json.parse_json(path.read_bytes()) if path.is_file() else {}
+        if isinstance(raw, dict):
+            _write_object(path, {**raw, "eos_token_id": list(ends)})
 
 
 def _drop_code(path: Path) -> None:

@@ -54,6 +54,30 @@ def rows_left_out(recipe: Recipe, teacher: Checkpoint) -> Iterator[str]:
             yield f"{_where(number, step)}: of the first {rows} rows, {counted.told}"
 
 
+def new_ends(recipe: Recipe, teacher: Checkpoint) -> Iterator[str]:
+    """That answers will end at a token that the teacher's generation_config.json does not name, in words."""
+    from transformers import GenerationConfig
+
+    from halve.anatomy.configs import quiet
+    from halve.model import measure
+    from halve.text.turns import turn_end
+
+    turn = turn_end(teacher.tokenizer) if recipe.align else None
+    if turn is None:
+        return
+    with quiet():
+        try:
+            generation = GenerationConfig.from_pretrained(teacher.files, local_files_only=True)
+        except OSError:  # transformers then takes what the config says
+            generation = GenerationConfig.from_model_config(teacher.config)
+    if turn not in (measure.named_ends(generation, teacher.tokenizer) or []):
+        token = teacher.tokenizer.convert_ids_to_tokens(turn)
+        yield (
+            f"align: answers end at {token}, as in the chat template; the aligned student's generation_config.json will"
+            " name it, the teacher's does not"
+        )
+
+
 def planned_tokens(recipe: Recipe, step: Alignment, teacher: Checkpoint) -> float:
     """Tokens on which a step will train: `tokens`, or an estimate from the first rows and the size of the files.
 

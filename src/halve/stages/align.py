@@ -40,6 +40,7 @@ from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.precision import cast_weights
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Alignment, Recipe
+from halve.text.turns import answer_ends
 from halve.train.loop.loop import is_half
 
 _Example = TypeVar("_Example", Dialogue, Preference)
@@ -69,7 +70,7 @@ def run(
     half = is_half(step, device)
     how = StepSetting(step, name, out / ".checkpoints", context, recipe.seed + number, device, half, progress)
     model = student.load(dtype=recipe.dtype, device=device)
-    own_dtype = model.dtype
+    own_dtype, ends = model.dtype, _new_ends(model, student.tokenizer)
     if step.kind == "sft":
         model, told, log = _on_dialogues(recipe, student, model, how)
     else:
@@ -83,8 +84,18 @@ def run(
         "alignment": _shown(step),
         **told,
     }
-    saving.save_model(cast_weights(model, own_dtype), out / "model", extra_from=student.files, record=record)
+    aligned = cast_weights(model, own_dtype)
+    saving.save_model(aligned, out / "model", extra_from=student.files, record=record, ends=ends)
     return {"kind": step.kind, **told}
+
+
+def _new_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where the aligned model's answers end, if its generation config does not say so yet; otherwise empty.
+
+    Programs that open its folder read that file, and the chat template only for prompts.
+    """
+    ends = answer_ends(model, tokenizer)
+    return [] if ends is None or ends == measure.end_tokens(model, tokenizer) else ends
 
 
 def _on_dialogues(

@@ -54,6 +54,7 @@ from halve.text.batch import Batch
 from halve.text.conversation_samples import samples_of, say_cut
 from halve.text.opened import require_embedded
 from halve.text.questions import encoded_chat, encoded_choices, encoded_prompts
+from halve.text.turns import answer_ends
 
 FORWARD_TOKENS = 4096  # in one forward pass of the samples; results do not depend on it
 NEW_TOKENS, REPEATS = 32, 5
@@ -122,8 +123,7 @@ def run(
     with progress.task("evaluate", samples_BS.numel() * len(models)) as task:
         for name in models:
             model = teacher if name == reference else load(name)
-            prompts = (*asked.prompts, *asked.chat.values())
-            texts = tuple(_complete(model, tokenizer, prompt, recipe.evaluate.completion_tokens) for prompt in prompts)
+            texts = _all_written(model, tokenizer, asked, recipe.evaluate.completion_tokens)
             against = None if name == reference else teacher
             stored = stored_dtype(recipe.dtype, models[name].config)
             measured[name] = _measure(model, against, heldout, num_bytes, asked.questions, texts, stored)
@@ -254,10 +254,28 @@ def _non_embedding(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters() if not any(p is table for table in embeddings))
 
 
+def _all_written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: _Asked, num_new_tokens: int
+) -> tuple[str, ...]:
+    """What a model writes after each prompt, those of chats last."""
+    ends = measure.end_tokens(model, tokenizer), answer_ends(model, tokenizer)
+    listed = (asked.prompts, asked.chat.values())
+    return tuple(
+        _complete(model, tokenizer, prompt, num_new_tokens, end)
+        for prompts, end in zip(listed, ends, strict=True)
+        for prompt in prompts
+    )
+
+
 @torch.no_grad()
-def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], num_new_tokens: int) -> str:
-    """The model's greedy continuation of the prompt."""
-    end = measure.end_tokens(model, tokenizer)
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    num_new_tokens: int,
+    end: list[int] | None,
+) -> str:
+    """The model's greedy continuation of the prompt, up to a token `end`."""
     ids_1S = torch.tensor([ids], device=model.device)
     written = measure.generate_greedily(model, ids_1S, num_new_tokens=num_new_tokens, end=end)[0].tolist()
     # decoded as a whole, because a tokenizer may drop the space before the first decoded token

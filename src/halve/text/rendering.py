@@ -102,7 +102,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """What a chat model reads before it answers a user's message. Raises `TokenizerError`."""
     template_of(tokenizer, "evaluate.chat_prompts")
     try:
-        text = _renderer(tokenizer, None)([{"role": "user", "content": prompt}], prompted=True)
+        text = renderer(tokenizer, None)([{"role": "user", "content": prompt}], prompted=True)
     except Exception as error:  # a template may raise whatever Jinja and Python raise
         raise TokenizerError(
             f"the chat template cannot be rendered for the prompt {prompt[:40]!r}",
@@ -124,7 +124,7 @@ def encode_answers(
     would leave something out.
     """
     template_of(tokenizer, "align")
-    render = _renderer(tokenizer, tools)
+    render = renderer(tokenizer, tools)
     try:
         _require_written(tokenizer.get_chat_template(None, tools), [*prompt, *answers], place)
         texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
@@ -172,7 +172,7 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
     try:
         template = tokenizer.get_chat_template(None, tools)
         _require_written(template, messages, piece.place)
-        render = _renderer(tokenizer, tools)
+        render = renderer(tokenizer, tools)
         text = render(messages)
         if chat.count == "all":
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -300,7 +300,9 @@ def _common(one: str, other: str) -> int:
     return len(re.sub(r"\w*\Z", "", common))
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
+def renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
+    """A function that writes messages as the chat template does, `prompted` with the invitation to answer."""
+
     def render(messages: Sequence[Any], *, prompted: bool = False) -> str:
         return str(_apply(tokenizer, tools, messages, tokenize=False, add_generation_prompt=prompted))
 
