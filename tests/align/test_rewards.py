@@ -101,6 +101,10 @@ def test_a_reward_model_s_template_is_told_the_same_day_and_the_tools(
     assert scored("{{ strftime_now('%d %b %Y') }}") == scored(DAY)
     row["tools"] = [{"name": "look"}]
     assert scored("{{ tools[0].name }}") == scored("look")
+    with pytest.raises(
+        CorpusError, match=r"align.reward_model cannot be rendered for .*Who.*\n  why: TemplateError: no"
+    ):
+        scored("{{ raise_exception('no system') }}")
 
 
 def refused(folder: Path | str, *, context: int = 64) -> str:

@@ -136,7 +136,7 @@ def test_an_answer_that_says_nothing_is_refused(
     aligned: MakeRecipe, tmp_path: Path, content: str | None, says: str
 ) -> None:
     silent = {"role": "assistant", "content": content}
-    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER, QUESTION, silent]}]
+    rows = [{"messages": [QUESTION, ANSWER]}, {"system": "Be.", "messages": [QUESTION, ANSWER, QUESTION, silent]}]
     (error,) = check(aligned({"kind": "sft", "data": [str(write_lines(tmp_path / "a.jsonl", rows))]}))
     assert "a.jsonl, line 2" in error.what
     assert error.what.endswith(says)

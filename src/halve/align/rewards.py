@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,8 +165,15 @@ def _read(tokenizer: Any, row: Mapping[str, Any], answer: str) -> list[int]:
     """The conversation by the classifier's own template; without one, the last message and the answer as a pair."""
     if tokenizer.chat_template:
         messages = [*row["prompt"], {"role": "assistant", "content": answer}]
-        with fixed_day():
-            text = tokenizer.apply_chat_template(messages, tools=row.get(TOOLS), tokenize=False)
+        try:
+            with fixed_day():
+                text = tokenizer.apply_chat_template(messages, tools=row.get(TOOLS), tokenize=False)
+        except Exception as error:  # a template may raise whatever Jinja and Python raise
+            raise CorpusError(
+                f"the chat template of {_KEY} cannot be rendered for {json.dumps(row['prompt'])[:80]}",
+                why=f"{type(error).__name__}: {error}",
+                fix="drop such rows, or give a reward model whose template writes them (some write no system text)",
+            ) from error
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
     pair: list[int] = tokenizer(str(row["prompt"][-1]["content"]), answer)["input_ids"]

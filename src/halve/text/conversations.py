@@ -80,7 +80,8 @@ def conversation(row: Any, *, place: str, text_field: str, key: str = MESSAGES_K
 def answered(row: Any, *, place: str, text_field: str, key: str = MESSAGES_KEY) -> Iterator[Piece]:
     """The same for rows whose answers are learned. Raises `CorpusError` also for an answer that says nothing."""
     for piece in conversation(row, place=place, text_field=text_field, key=key):
-        for number, message in enumerate(json.loads(piece.text)["messages"], 1):
+        messages = json.loads(piece.text)["messages"]
+        for number, message in enumerate(messages, 1 + len(row[text_field]) - len(messages)):  # a system text has none
             if message["role"] == "assistant" and says_nothing(message):
                 raise CorpusError(
                     f"{place} has no answer in message {number}",
