@@ -99,7 +99,9 @@ def test_numbers_on_the_scale_are_taken(tool: str, text: str, value: float, tmp_
         ("bfcl", "Model,Live Acc\nm,-1\n", "Live Acc is -1.0, not a number from 0 to 100"),
         ("bfcl", "Model,Live Acc\nm,101%\n", "Live Acc is 101.0, not a number from 0 to 100"),
         ("bfcl", "Model,Live Acc,Overall Acc\nm,,50%\n", 'Live Acc is "", not a number from 0 to 100'),
-        ("bfcl", "Model,Live Acc\nm\n", "Live Acc is null, not a number from 0 to 100"),
+        ("bfcl", "Model,Live Acc\nm\n", "that row has more columns than the first line, or fewer"),
+        ("bfcl", "Model,Live Acc\nm,70,60\n", "that row has more columns than the first line, or fewer"),
+        ("bfcl", 'Model,Live Acc\nm,70\n"n,60\n', "it is not CSV after line 2: unexpected end of data"),
         (
             "bfcl",
             "Model,Live Acc\n" + "m" * 200_000 + ",5\n",

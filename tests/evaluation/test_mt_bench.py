@@ -201,6 +201,17 @@ def test_a_file_that_is_missing_or_cannot_be_read_is_said(
     assert refusal()[:2] == [f"error: cannot read {file}", "  why: Is a directory"]
 
 
+def test_two_files_that_may_be_the_questions_are_named(
+    server: StubServer, bench: Path, tmp_path: Path, refusal: Callable[..., list[str]]
+) -> None:
+    (bench / "question.jsonl.bak").touch()
+    (bench / "question_old.jsonl.gz").touch()
+    assert refusal()[0] == f"error: {bench}/question.jsonl and question_old.jsonl.gz may both be the question file"
+    (bench / "question_old.jsonl.gz").unlink()
+    server.answer = lambda request: "good [[7]]"
+    assert main(words(server, bench, tmp_path / "out")) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [

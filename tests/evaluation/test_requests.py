@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halve.errors import CorpusError
 from halve.evaluation import asking
+from halve.evaluation import rows as task_files
 from halve.evaluation.asking import Answered
 from halve.evaluation.rows import FORMS, read_rows, split_files
 from halve.evaluation.sandbox import Outcome, Sandbox
@@ -198,6 +199,10 @@ def test_without_the_harness_an_error_says_how_to_install_it(
         ("a.parquet", b"no parquet", "cannot read"),
         ("a.jsonl", b"\n\n", "has no rows"),
         ("a.csv", b"question\nWhy?\n", "row 1 is no row of gsm8k"),
+        ("a.csv", b"question,answer\nWhy?,#### 1\nHow many, then?,#### 5\n", "row 2 is no row of a table"),
+        ("a.csv", b"question,answer\nWhy?\n", "row 1 is no row of a table"),
+        ("a.csv", b'question,answer\n"Why?,#### 1\nHow?,#### 2\n', "is not CSV after line 3"),
+        ("a.tsv", b'question\tanswer\n"Why?" he said\t#### 1\n', "is not CSV after line 2"),
     ],
 )
 def test_a_file_that_holds_no_rows_is_refused(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -212,7 +217,73 @@ def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     for name in ("train.jsonl", "validation_1k.jsonl.gz", "test-00000-of-00001.parquet", "notes.md"):
         (tmp_path / name).touch()
     assert sorted(split_files(tmp_path)) == ["test", "train", "validation"]
-    assert split_files(tmp_path / "train.jsonl") == {"": tmp_path / "train.jsonl"}
+    assert split_files(tmp_path / "train.jsonl") == {"": (tmp_path / "train.jsonl",)}
+
+
+def test_a_table_s_quoted_text_is_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'question,answer\r\n"How ""many"",\nthen?",#### 5\r\n\r\nWhy?,#### 1\r\n')
+    wanted = [{"question": 'How "many",\nthen?', "answer": "#### 5"}, {"question": "Why?", "answer": "#### 1"}]
+    assert read_rows(file, "gsm8k") == wanted
+
+
+@pytest.mark.parametrize("end", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("hashes", [("", "", ""), ("-0123456789abcdef", "-fedcba9876543210", "-00112233445566aa")])
+def test_shards_are_one_split_in_order(end: str, hashes: tuple[str, ...], tmp_path: Path) -> None:
+    files = tuple(tmp_path / f"test-{i:05d}-of-00003{mark}.{end}" for i, mark in enumerate(hashes))
+    for file in (*reversed(files), tmp_path / f"train-00000-of-00001.{end}"):
+        file.touch()
+    assert split_files(tmp_path) == {"test": files, "train": (tmp_path / f"train-00000-of-00001.{end}",)}
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_shard_that_is_missing_is_named(missing: int, tmp_path: Path) -> None:
+    for i in {0, 1, 2} - {missing}:
+        (tmp_path / f"test-{i:05d}-of-00003.jsonl").touch()
+    with pytest.raises(CorpusError) as caught:
+        split_files(tmp_path)
+    assert caught.value.why == f"shard {missing:05d}-of-00003 is not there (2 of 3 files are)"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test.csv", "test.jsonl"),
+        ("test.jsonl", "test.jsonl.gz"),
+        ("val.jsonl", "validation.jsonl"),
+        ("test-00000-of-00001.jsonl", "test.jsonl"),
+        ("test-00000-of-00001.jsonl", "test-00000-of-00002.jsonl"),
+        ("test-00000-of-00002.jsonl", "test_b-00001-of-00002.jsonl"),
+        ("test-00000-of-00001-0123456789abcdef.parquet", "test-00000-of-00001-fedcba9876543210.parquet"),
+    ],
+)
+def test_two_files_of_a_split_that_are_no_shards_are_named(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CorpusError) as caught:
+        split_files(tmp_path)
+    first, second = names
+    assert caught.value.what.startswith(f"{tmp_path / first} and {second} both hold the ")
+
+
+def test_the_rows_of_all_shards_are_asked(tmp_path: Path) -> None:
+    for i in range(3):
+        row = {"question": f"{i}?", "answer": f"#### {i}"}
+        (tmp_path / f"test-{i:05d}-of-00003.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    section = Evaluate(tasks={"gsm8k": 0}, data={"gsm8k": str(tmp_path)})
+    (built,) = asking.read_exam(section, context=None).built
+    (asked,) = built.rows.values()
+    assert [row["question"] for row in asked.asked] == ["0?", "1?", "2?"]
+
+
+def test_a_file_that_is_not_read_to_its_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_files, "LONGEST_FILE_BYTES", 35)
+    text = "question,answer\nWhy?,#### 1\n"
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    assert len(read_rows(tmp_path / "a.csv", "gsm8k")) == 1
+    (tmp_path / "a.csv").write_text(f"{text}How?,#### 2\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match="is too long"):
+        read_rows(tmp_path / "a.csv", "gsm8k")
 
 
 def test_published_forms_become_the_harness_s() -> None:

@@ -27,7 +27,7 @@ from halve.evaluation import harness, programs
 from halve.evaluation.building import build_task
 from halve.evaluation.harness import Built, is_code
 from halve.evaluation.metrics import figures_unread, is_of_items
-from halve.evaluation.rows import read_rows, split_files, wanted
+from halve.evaluation.rows import PlacedRow, read_rows, split_files, wanted
 from halve.evaluation.sandbox import Sandbox
 from halve.evaluation.suites import TASKS_KEY, Ask, asked
 from halve.evaluation.trying import try_items
@@ -102,9 +102,13 @@ def read_exam(section: Evaluate, *, context: int | None, key: str = TASKS_KEY) -
 
 
 def _built(ask: Ask, section: Evaluate, *, context: int | None) -> Built:
-    files = split_files(Path(section.data[ask.task]))
-    rows = {name: read_rows(file, ask.task) for name, file in files.items()}
-    return build_task(ask, rows, limit=section.limit, context=context)
+    return build_task(ask, _rows(ask, section), limit=section.limit, context=context)
+
+
+def _rows(ask: Ask, section: Evaluate) -> dict[str, list[PlacedRow]]:
+    """The rows of a task by split."""
+    splits = split_files(Path(section.data[ask.task]))
+    return {split: [row for file in files for row in read_rows(file, ask.task)] for split, files in splits.items()}
 
 
 def answer(
@@ -324,8 +328,7 @@ def errors_of(section: Evaluate, key: str = TASKS_KEY) -> Iterator[HalveError]:
         try:
             harness.require_task(ask)
             if ask.task in section.data:
-                for file in split_files(Path(section.data[ask.task])).values():
-                    read_rows(file, ask.task)
+                _rows(ask, section)
         except HalveError as error:
             sound = False
             yield error

@@ -91,7 +91,7 @@ def _mt_bench(text: str, entry: Imported) -> dict[str, Any]:
 
 def _bfcl(text: str, entry: Imported) -> dict[str, Any]:
     csv.field_size_limit(_MOST_CHARS)  # of the process, which a reader of tasks may have raised
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -99,10 +99,14 @@ def _bfcl(text: str, entry: Imported) -> dict[str, Any]:
     named = [row for row in rows if entry.row is None or (row.get("Model") or "").startswith(entry.row)]
     if len(named) != 1:
         raise _foreign(entry, f"{len(named)} of its {len(rows)} rows are of {entry.row or 'a single model'}")
-    column = next((name for name in _BFCL_COLUMNS if name in named[0]), None)
+    (row,) = named
+    # the evaluator joins values with commas and quotes none, so that one more in the row moves its scores
+    if None in row or None in row.values():
+        raise _foreign(entry, "that row has more columns than the first line, or fewer")
+    column = next((name for name in _BFCL_COLUMNS if name in row), None)
     if column is None:
         raise _foreign(entry, f"it has no column {' or '.join(_BFCL_COLUMNS)}")
-    return {"value": _on_scale(_written(named[0][column]), column, entry), "stderr": None, "column": column}
+    return {"value": _on_scale(_written(row[column]), column, entry), "stderr": None, "column": column}
 
 
 def _chatrag(text: str, entry: Imported) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from halve.disk import plain_json
-from halve.disk.textfiles import DAMAGED, half_pair, open_packed, reason, require_file, shown
+from halve.disk.textfiles import DAMAGED, ending, half_pair, open_packed, reason, require_file, shown
 from halve.errors import CorpusError
 
 WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
@@ -154,11 +154,17 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _file(folder: Path, name: str) -> Path:
-    files = sorted(folder.glob(f"{name}*.jsonl*"))
+    files = sorted(path for path in folder.glob(f"{name}*.jsonl*") if ending(path) == ".jsonl")
     if not files:
         raise CorpusError(
             f"{shown(folder)} has no {name}.jsonl",
             why="MT-Bench is question.jsonl, judge_prompts.jsonl and reference answers",
             fix="take the three files from its repository",
+        )
+    if len(files) > 1:
+        raise CorpusError(
+            f"{shown(files[0])} and {shown(files[1].name)} may both be the {name} file",
+            why="one file of each of MT-Bench's three kinds is read",
+            fix="move the one that is not meant out of that folder",
         )
     return files[0]

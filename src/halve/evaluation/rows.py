@@ -1,7 +1,8 @@
 """The rows of a task, read from local files in the form that lm-evaluation-harness expects.
 
 A file is JSON lines, a JSON list, CSV or parquet (all but parquet also .gz, .xz, .bz2 or .zst). A folder has a file for
-each split, whose name begins with the split's: `train.jsonl`, `validation_1k.jsonl.gz`, `test-00000-of-00001.parquet`.
+each split, whose name begins with the split's: `train.jsonl`, `validation_1k.jsonl.gz`. A split may also be in shards,
+`test-00000-of-00002.parquet` and so on, which are read in their order.
 Some data sets are published in several forms. `FORMS` lists those that are understood.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +33,12 @@ class PlacedRow(Row):
 LONGEST_FILE_BYTES = 1 << 31
 _SPLITS = {"valid": "validation", "val": "validation", "dev": "dev"}
 _ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson")
+_SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})(?:-[0-9a-f]{16})?(?=\.)")
+"""What tells the shards of a split apart, in the names that the hub gives. Older ones end in a hash of the shard."""
 _NUMBERS = {"mbpp": (11, 510)}
 """The `task_id`s of the rows to ask, in data published as one file (2108.07732, Sec. 2.1)."""
 _LETTERS = "ABCDEFGHIJ"
+_QUOTES = "put text with separators, quotes or line ends in quotes, and double the quotes in it"
 
 
 @dataclass(frozen=True)
@@ -117,27 +122,60 @@ def wanted(task: str) -> str:
     return f"evaluate.data: {{{task}: FILE}}{fields}"
 
 
-def split_files(path: Path) -> dict[str, Path]:
-    """The files of a task by split. A single file has the split "". Raises `CorpusError`."""
+def split_files(path: Path) -> dict[str, tuple[Path, ...]]:
+    """The files of a task by split, shards in their order. A single file has the split "".
+
+    Raises `CorpusError`, also for shards that are not all there and for a split with two files that are no shards.
+    """
     try:
         if not path.is_dir():
-            return {"": path}
+            return {"": (path,)}
         listed = sorted(entry for entry in path.iterdir() if entry.is_file() and ending(entry) in _ENDINGS)
     except OSError as error:
         raise _unreadable(path, error) from error
-    files: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for file in listed:
         if split := split_of(file):
-            files.setdefault(split, file)
-    if files:
-        return files
+            found.setdefault(split, []).append(file)
+    if found:
+        return {split: _in_order(files, split) for split, files in found.items()}
     if len(listed) == 1:
-        return {"": listed[0]}
+        return {"": (listed[0],)}
     raise CorpusError(
         f"{shown(path)} has no rows of a task",
         why=f"none of its {len(listed)} data files is called train, validation, dev or test",
         fix="name the file itself in evaluate.data",
     )
+
+
+def _in_order(files: Sequence[Path], split: str) -> tuple[Path, ...]:
+    """The files of a split: one, or all shards of a whole."""
+    first = files[0]
+    found = _SHARD.search(first.name)
+    whole = _without_number(first)
+    shards: dict[int, Path] = {}
+    for file in files:
+        shard = _SHARD.search(file.name)
+        number = 0 if shard is None else int(shard[1])
+        if _without_number(file) != whole or number in shards:
+            raise CorpusError(
+                f"{shown(first)} and {shown(file.name)} both hold the {split} rows",
+                why="a split is one file, or shards whose names differ in their number alone (-00000-of-00002)",
+                fix="move the file that is not meant out of that folder",
+            )
+        shards[number] = file
+    count = 1 if found is None else int(found[2])
+    if missing := [number for number in range(count) if number not in shards]:
+        raise CorpusError(
+            f"the {split} rows in {shown(first.parent)} are not complete",
+            why=f"shard {missing[0]:05d}-of-{count:05d} is not there ({len(shards)} of {count} files are)",
+            fix=f"put it beside {shown(first.name)}",
+        )
+    return tuple(shards[number] for number in sorted(shards))
+
+
+def _without_number(path: Path) -> str:
+    return _SHARD.sub(lambda shard: f"-of-{shard[2]}", path.name)
 
 
 def split_of(path: Path) -> str:
@@ -204,7 +242,14 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"{path} row {i}", row) for i, row in enumerate(parquet.read_table(path).to_pylist(), 1))
             return
         with open_packed(path) as file:
-            text = file.read(LONGEST_FILE_BYTES).decode("utf-8-sig")
+            data = file.read(LONGEST_FILE_BYTES + 1)
+        if len(data) > LONGEST_FILE_BYTES:
+            raise CorpusError(
+                f"{shown(path)} is too long",
+                why=f"rows are read whole, and this file holds more than {LONGEST_FILE_BYTES >> 20} MiB",
+                fix="split it into shards in a folder, such as test-00000-of-00002.jsonl and test-00001-of-00002.jsonl",
+            )
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{shown(path)} is not UTF-8", why=f"{error.reason} at byte {error.start}", fix="save it as UTF-8"
@@ -220,13 +265,18 @@ def _unreadable(path: Path, error: Exception) -> CorpusError:
 
 def _table(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if ending(path) == ".tsv" else ",")
+    between = "\t" if ending(path) == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
+    rows = filter(None, reader)
     try:
-        yield from ((f"{path} row {i}", row) for i, row in enumerate(reader, 1))
+        names = next(rows, [])
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(names):
+                why = f"it has {len(row)} columns and the first line {len(names)}"
+                raise CorpusError(f"{path} row {number} is no row of a table", why=why, fix=_QUOTES)
+            yield f"{path} row {number}", dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise CorpusError(
-            f"{path} is not CSV after line {reader.line_num}", why=str(error), fix="correct that row"
-        ) from error
+        raise CorpusError(f"{path} is not CSV after line {reader.line_num}", why=str(error), fix=_QUOTES) from error
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -134,11 +134,11 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
 
 
 def _task_data(recipe: Recipe, memo: Path) -> list[Any]:
-    """The rows of every task, by its name and by the splits of its files."""
+    """The rows of every task, by its name and by the splits of its files, one for each file."""
     data: list[Any] = []
     for task, path in sorted(recipe.evaluate.data.items()):
-        files = split_files(Path(path))
-        data.append([task, [*files], _hashed([*files.values()], memo)])
+        parts = [(split, file) for split, files in split_files(Path(path)).items() for file in files]
+        data.append([task, [split for split, _ in parts], _hashed([file for _, file in parts], memo)])
     return data
 
 
