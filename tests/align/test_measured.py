@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,9 @@ from transformers import PreTrainedModel
 
 from halve.align import measured
 from halve.align.examples import Dialogue, Preference
+from halve.model import saving
+from halve.model.checkpoint import Checkpoint
+from halve.report.sections import estimate
 
 
 @torch.no_grad()
@@ -62,6 +69,18 @@ def test_pairs_without_a_better_answer_have_no_accuracy() -> None:
     pairs = [Preference([1], [2], [3], 0.0)] * 3
     before, after = torch.zeros(2, 3).double(), torch.ones(2, 3).double()
     assert measured.told_of_pairs(pairs, before, after, beta=0.1) == {"heldout": 0}
+
+
+def test_one_pair_has_no_standard_error_and_its_halve_json_is_json(tiny_llama: Path, tmp_path: Path) -> None:
+    before, after = torch.zeros(2, 1).double(), torch.tensor([[1.0], [0.0]]).double()
+    told = measured.told_of_pairs([Preference([1], [2], [3], 1.0)], before, after, beta=0.1)
+    assert math.isnan(told["accuracy"]["stderr"])
+    saving.save_model(Checkpoint.open(tiny_llama).load(), tmp_path / "out", extra_from=None, record=told)
+    written = (tmp_path / "out" / "halve.json").read_text(encoding="utf-8")
+    kept = json.loads(written, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert kept["accuracy"] == {"value": 1.0, "stderr": None}
+    cell = estimate(kept["likelier_gain"] | {"value": 0.5}, percent=True, signed=True)
+    assert (cell.value, cell.error, cell.clear) == ("+50.0", "", False)
 
 
 def test_nats_are_means_over_tokens() -> None:

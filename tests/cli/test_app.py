@@ -569,6 +569,9 @@ def test_a_cut_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     for row in ("layers 5 4", "hidden 64 64", "parameters 260,032 217,792", "perplexity 6.511 ± 0.74 20.12 ± 2.5"):
         assert row in said
     assert "were refit. hidden was cut in the model's own basis: its norms allow no other." in said
+    figures["perplexity"] = {"value": 20.12, "stderr": None}  # of one sample
+    show.pruned({"before": sizes, "after": sizes}, figures)
+    assert "perplexity 6.511 ± 0.74 20.12" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_an_extra_of_ours_says_nothing_at_its_import() -> None:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from halve.anatomy.configs import quiet
 from halve.anatomy.spelling import spelled_out
 from halve.disk import plain_json
+from halve.disk.files import plain
 from halve.disk.folders import atomic_folder, finish_folder, is_free
 from halve.disk.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
 from halve.errors import CheckpointError
@@ -42,9 +43,10 @@ def save_model(
     """Write an ordinary Hugging Face folder, completely or not at all.
 
     `extra_from` is the folder whose tokenizer, chat templates, generation config and terms of use are copied; `record`
-    becomes halve.json and a short model card, which names that folder's license. `ends` replaces the tokens at which,
-    by its generation config, a text ends; without any, they stay. An earlier model in `folder` is replaced. Raises
-    `DiskError` when the device is full and `CheckpointError` for a folder that holds something else.
+    becomes halve.json, with null for numbers that are not finite, and a short model card, which names that folder's
+    license. `ends` replaces the tokens at which, by its generation config, a text ends; without any, they stay. An
+    earlier model in `folder` is replaced. Raises `DiskError` when the device is full and `CheckpointError` for a folder
+    that holds something else.
     """
     folder, place = Path(folder), Path(folder).resolve()
     finish_folder(place, last=CONFIG)
@@ -61,7 +63,7 @@ def save_model(
         if ends:
             _write_ends(draft / GENERATION, ends)
         if record is not None:
-            _write_object(draft / RECORD, record)
+            _write_object(draft / RECORD, plain(record))
             license = {} if extra_from is None else license_of(extra_from)
             (draft / CARD).write_text(model_card(record, license=license), encoding="utf-8")
 

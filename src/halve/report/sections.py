@@ -119,16 +119,20 @@ class PageSection:
 
 
 def estimate(one: Facts | None, *, percent: bool = False, signed: bool = False) -> Cell:
-    """A value, rounded to the second digit of its standard error. Shares are in percent, without the sign."""
+    """A value, rounded to the second digit of its standard error. Shares are in percent, without the sign.
+
+    With `signed`, a value is colored from two standard errors on; one whose error is unknown is not.
+    """
     if not one or one.get("value") is None:
         return Cell("-")
     scale = 100 if percent else 1
     value, stderr = one["value"] * scale, (one.get("stderr") or 0) * scale
     places = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 3
     places = min(max(places, 0), 1 if percent else 4)
+    colored = signed and one.get("stderr") is not None and abs(value) > 2 * stderr
     sign = "+" if signed and value > 0 else ""
     text = f"{sign}{value:,.{places}f}".replace("-", "\N{MINUS SIGN}")
-    return Cell(text, f"{stderr:.{places}f}" if stderr > 0 else "", signed and abs(value) > 2 * stderr)
+    return Cell(text, f"{stderr:.{places}f}" if stderr > 0 else "", colored)
 
 
 def short_bytes(num_bytes: Number) -> str:

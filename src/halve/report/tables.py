@@ -50,10 +50,7 @@ def pruned(plan: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     before, after = plan["before"], plan["after"]
     rows: list[tuple[object, ...]] = [(axis, f"{before[axis]:,}", f"{after[axis]:,}") for axis in after]
     rows.append(("parameters", f"{metrics['teacher_params']:,}", f"{metrics['params']:,}"))
-    was, now = metrics["teacher_perplexity"], metrics["perplexity"]
-    rows.append(
-        ("perplexity", *(f"{perplexity['value']:.4g} ± {perplexity['stderr']:.2g}" for perplexity in (was, now)))
-    )
+    rows.append(("perplexity", _estimate(metrics["teacher_perplexity"]), _estimate(metrics["perplexity"])))
     table("cut", ("", "before", "after"), rows)
     if made := plan.get("made"):
         print(made_in_words(made))
