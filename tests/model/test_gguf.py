@@ -29,12 +29,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from halve.anatomy.quirks import GGUF_WHOLE_WORDS
 from halve.cli import app as cli
 from halve.disk.gguf_header import is_gguf, read_header
 from halve.errors import CheckpointError, HalveError
 from halve.model.card import license_of
 from halve.model.checkpoint import Checkpoint
 from halve.model.gguf import weights
+from halve.pipeline.keys import content
 from halve.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -231,6 +233,25 @@ def test_whole_words_are_taken_before_merges(write: Write) -> None:
     assert not Checkpoint.open(write("plain.gguf")).tokenizer.backend_tokenizer.model.ignore_merges
 
 
+@pytest.mark.parametrize("split", GGUF_WHOLE_WORDS)
+def test_bos_is_put_in_front_where_llama_cpp_does(split: str, write: Write) -> None:
+    changed = {"tokenizer.ggml.pre": split, "tokenizer.ggml.add_bos_token": None}
+    opened = Checkpoint.open(write(changed=changed))
+    for tokenizer in (opened.tokenizer, AutoTokenizer.from_pretrained(opened.files)):
+        ids = tokenizer(TEXTS[0])["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[1:] == tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("split", "said", "bos"), [("llama-bpe", False, False), ("llama-bpe", True, True), ("gpt-2", None, False)]
+)
+def test_a_file_that_says_whether_it_wants_bos_is_heard(split: str, said: bool | None, bos: bool, write: Write) -> None:
+    changed = {"tokenizer.ggml.pre": split, "tokenizer.ggml.add_bos_token": said}
+    tokenizer = Checkpoint.open(write(changed=changed)).tokenizer
+    assert (tokenizer(TEXTS[0])["input_ids"][0] == tokenizer.bos_token_id) == bos
+
+
 @pytest.mark.parametrize(("in_front", "pieces"), [(None, "\u2581\u2581a"), (True, "\u2581\u2581a"), (False, "\u2581a")])
 def test_a_space_in_front_is_one_more(in_front: bool | None, pieces: str, tmp_path: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581\u2581", "a"]
@@ -268,6 +289,22 @@ def test_the_folder_is_made_once_and_whole(write: Write, tmp_path: Path, monkeyp
     with pytest.raises(ZeroDivisionError):
         _ = Checkpoint.open(write("third.gguf", kind=files.F16), home=home).files
     assert sorted(child.name for child in home.iterdir() if child.is_dir()) == [made.name]
+
+
+def test_a_folder_that_another_version_made_is_made_anew(
+    write: Write, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, home = write(), tmp_path / "home"
+    recipe, memo = make_recipe(model=str(path)), tmp_path / "hashes.json"
+    with monkeypatch.context() as before:
+        before.setattr("halve.model.gguf.file._FORMAT", 1)
+        made = Checkpoint.open(path, home=home).files
+        key = content(recipe, "teacher", memo, teacher=Checkpoint.open(path, home=home))
+    (made / "tokenizer.json").write_text("{}")
+    opened = Checkpoint.open(path, home=home)
+    assert opened.files == made
+    assert (made / "tokenizer.json").read_text() != "{}"
+    assert content(recipe, "teacher", memo, teacher=opened) != key
 
 
 def test_of_two_runs_that_share_a_home_one_makes_the_folder(

@@ -157,7 +157,8 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
 GGUF_BYTE_LEVEL = "gpt2"
 GGUF_PLAIN_SPLITS = ("gpt-2", "phi-2", "trillion")
 GGUF_DIGITS_APART = ("codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm", "starcoder")
-# Rules by which a word that is an entry is not merged from its parts.
+# Rules by which a word that is an entry is not merged from its parts. llama.cpp puts BOS in front of text by the same
+# rules, where a file does not say whether it wants it.
 GGUF_WHOLE_WORDS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "jina-v5-nano", "lfm2", "midm-2.0"),
     *("pixtral", "tekken"),

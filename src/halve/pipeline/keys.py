@@ -107,7 +107,7 @@ def _without(section: Any, field: str) -> Any:
 def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> list[Any]:
     """The hash of an input's content, which does not depend on its place."""
     if name == "teacher" and teacher.gguf is not None:
-        return [[[SUFFIX], teacher.gguf.sha256]]
+        return [[[SUFFIX], teacher.gguf.made_of]]
     if name == "teacher":
         used = {CONFIG, *TOKENIZER_FILES, *(path.name for path in teacher.weights)}
         files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]

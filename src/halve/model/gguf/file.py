@@ -29,7 +29,7 @@ from halve.model.gguf.config import config_of, require_package
 from halve.model.gguf.tokenizer import save_tokenizer
 from halve.process.waits import bytes_in_words, wait
 
-_FORMAT = 1
+_FORMAT = 2
 """Of what is made: a change of how it is made gives other folders."""
 _LICENSE = {
     "general.license": "license",
@@ -86,10 +86,9 @@ class GgufFile:
         Raises `CheckpointError`, `TokenizerError` and `DiskError`.
         """
         folder = (self.home or self._scratch) / f"gguf-{self.sha256[:16]}"
-        made = {"sha256": self.sha256, "format": _FORMAT}
         with alone(folder.with_name(f".{folder.name}.lock")):  # a run that shares `home` may want it as well
-            if not (folder / CONFIG).is_file() or not made.items() <= _noted(folder).items():
-                self._make(folder, made)
+            if not (folder / CONFIG).is_file() or not self.made_of.items() <= _noted(folder).items():
+                self._make(folder)
         return folder
 
     @cached_property
@@ -99,6 +98,11 @@ class GgufFile:
             return file_sha256(self.path)
         return content_hashes([self.path], memo=self.home / HASHES)[0]
 
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What the folder depends on: the file's hash and the way in which this version reads it."""
+        return {"sha256": self.sha256, "format": _FORMAT}
+
     def require_weights(self) -> None:
         """Raise `CheckpointError` unless the file holds the model's tensors, all and no other, by its header."""
         config = self.config
@@ -106,7 +110,7 @@ class GgufFile:
 
         weights.require_model(self.header, config)
 
-    def _make(self, folder: Path, made: dict[str, Any]) -> None:
+    def _make(self, folder: Path) -> None:
         self.require_weights()
         from halve.model.gguf import weights
 
@@ -115,7 +119,7 @@ class GgufFile:
             record = {
                 "stage": "dequantize",
                 "base_model": self.path.name,
-                "gguf": {**made, "kinds": weights.quantizations(self.header)},
+                "gguf": {**self.made_of, "kinds": weights.quantizations(self.header)},
             }
             saving.save_model(model, folder, extra_from=self.shell, record=record)
 

@@ -33,6 +33,7 @@ from halve.errors import TokenizerError
 from halve.model.gguf.config import OWN_FOLDER
 
 _KIND, _SPLIT, _IN_FRONT = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix"
+_BOS = "add_bos_token"
 _SPACE = "\u2581"
 
 
@@ -60,6 +61,8 @@ def save_tokenizer(header: GgufHeader, folder: Path) -> None:
 def _whole(header: GgufHeader, backend: Tokenizer, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     length = header.setting("context_length")
     longest = {} if length is None else {"model_max_length": int(length)}
+    if _takes_whole_words(header):
+        settings = {_BOS: True, **settings}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **longest)
 
 
@@ -82,10 +85,14 @@ def _complete(header: GgufHeader, backend: Tokenizer) -> None:
     if kind == GGUF_BYTE_LEVEL and split in GGUF_DIGITS_APART:
         digits, plain = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
-    if kind == GGUF_BYTE_LEVEL and split in GGUF_WHOLE_WORDS:
+    if _takes_whole_words(header):
         backend.model.ignore_merges = True
     if kind == GGUF_SPACES and header.architecture not in GGUF_OWN_SPACES:
         spaces = normalizers.Replace(" ", _SPACE)
         in_front = [normalizers.Prepend(_SPACE)] if header.values.get(_IN_FRONT, True) else []
         backend.normalizer = normalizers.Sequence([*in_front, spaces])
         backend.pre_tokenizer = None
+
+
+def _takes_whole_words(header: GgufHeader) -> bool:
+    return header.values.get(_KIND) == GGUF_BYTE_LEVEL and header.values.get(_SPLIT) in GGUF_WHOLE_WORDS
