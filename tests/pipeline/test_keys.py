@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,32 @@ def key(make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path) -> Callable[.
         return content(recipe, name, tmp_path / "hashes.json", teacher=teacher)
 
     return of
+
+
+def test_what_goes_with_every_student_counts(key: Callable[..., Any], tiny_llama: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    templates = model / "additional_chat_templates"
+    seen = [key("teacher"), key("teacher", model)]
+    assert seen[0] == seen.pop(), "the same content in another place"
+
+    def another() -> bool:
+        seen.append(key("teacher", model))
+        return seen[-1] not in seen[:-1]
+
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 2]}', encoding="utf-8")
+    assert another()
+    (model / "generation_config.json").unlink()
+    assert another()
+    templates.mkdir()
+    assert not another()
+    (templates / "tools.jinja").write_text("{{ tools }}", encoding="utf-8")
+    assert another()
+    (templates / "tools.jinja").write_text("{{ tools }}!", encoding="utf-8")
+    assert another()
+    (templates / "tools.jinja").rename(templates / "documents.jinja")
+    assert another()
+    (model / "README.md").write_text("A card is copied by no stage.", encoding="utf-8")
+    assert not another()
 
 
 def test_every_shard_of_a_task_counts(key: Callable[..., Any], tmp_path: Path) -> None:

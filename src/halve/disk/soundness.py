@@ -26,6 +26,8 @@ from halve.process.fresh import distrust
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
+TEMPLATES = "additional_chat_templates"
+"""The folder of named chat templates, in a model's folder."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -22,12 +22,12 @@ from halve.anatomy.spelling import spelled_out
 from halve.disk import plain_json
 from halve.disk.files import plain
 from halve.disk.folders import atomic_folder, finish_folder, is_free
-from halve.disk.soundness import CONFIG, GENERATION, TOKENIZER_FILES, is_terms
+from halve.disk.soundness import CONFIG, GENERATION, TEMPLATES, TOKENIZER_FILES, is_terms
 from halve.errors import CheckpointError
 from halve.model.card import CARD, license_of, model_card
 from halve.process.waits import wait
 
-RECORD, TEMPLATES = "halve.json", "additional_chat_templates"
+RECORD = "halve.json"
 _CODE = "auto_map"
 """The key under which JSON files name a model's own code."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from halve.disk.files import content_hashes
 from halve.disk.gguf_header import SUFFIX
-from halve.disk.soundness import CONFIG, TOKENIZER_FILES
+from halve.disk.soundness import CONFIG, GENERATION, TEMPLATES, TOKENIZER_FILES
 from halve.evaluation.rows import split_files
 from halve.recipe.rounds import compares, rounds
 from halve.recipe.schema import Recipe
@@ -109,9 +109,8 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
     if name == "teacher" and teacher.gguf is not None:
         return [[[SUFFIX], teacher.gguf.made_of]]
     if name == "teacher":
-        used = {CONFIG, *TOKENIZER_FILES, *(path.name for path in teacher.weights)}
-        files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]
-    elif name == "choices":
+        return _teacher(teacher, memo)
+    if name == "choices":
         files = [Path(path) for path in recipe.evaluate.choices]
     elif name == "imported":
         files = [Path(entry.file) for entry in recipe.evaluate.imported]
@@ -131,6 +130,14 @@ def content(recipe: Recipe, name: str, memo: Path, *, teacher: Checkpoint) -> li
     else:
         return _texts(recipe.data.train_sources if name == "train" else recipe.data.valid, memo)
     return _hashed(files, memo)
+
+
+def _teacher(teacher: Checkpoint, memo: Path) -> list[Any]:
+    """The files of a teacher that a stage reads or that go with every student."""
+    used = {CONFIG, GENERATION, *TOKENIZER_FILES, *(path.name for path in teacher.weights)}
+    files = [path for path in sorted(teacher.files.iterdir()) if path.name in used]
+    templates = sorted((teacher.files / TEMPLATES).glob("*.jinja"))  # whose names are what they are asked for by
+    return [*_hashed([*files, *templates], memo), *(path.name for path in templates)]
 
 
 def _task_data(recipe: Recipe, memo: Path) -> list[Any]:
