@@ -76,7 +76,11 @@ def test_mt_bench_asks_two_turns_and_keeps_what_is_finished(
     server.failures, server.answer = [], answer
     before = len(server.asked)
     assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "4 answers and 3 grades are from an earlier call" in said.err
+    found = json.loads(said.out)
+    assert (found.pop("kept_answers"), found.pop("kept_grades")) == (4, 3)
+    assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == found
     assert (found["score"], found["without_grade"]) == (pytest.approx((8 + 6.5 + 4) / 3), 1)
     assert found["categories"] == {"writing": 7.25, "math": 4.0}
     names = [request["model"] for request in server.asked]
@@ -88,6 +92,51 @@ def test_mt_bench_asks_two_turns_and_keeps_what_is_finished(
     assert None in server.keys, "the student gets no key of the judge"
     for file in (tmp_path / "out").iterdir():
         assert "a-key-that-is-secret" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--student", "http://localhost:1/v1"), "student"),
+        (("--student-model", "smaller"), "student model"),
+        (("--judge", "http://localhost:1/v1"), "judge"),
+        (("--judge-model", "bigger"), "judge model"),
+        ((), "question"),
+    ],
+)
+def test_kept_answers_are_of_the_same_models_and_questions(
+    flags: tuple[str, ...],
+    what: str,
+    server: StubServer,
+    bench: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answer = lambda request: "good [[7]]"
+    command = words(server, bench, tmp_path / "out")
+    assert main(command) == 0
+    before = len(server.asked), (tmp_path / "out" / "results.json").read_bytes()
+    assert main([*command[:3], f"{server.url}/", *command[4:]]) == 0  # the same address
+    assert "4 answers and 4 grades are from an earlier call" in capsys.readouterr().err
+    if not flags:
+        (bench / "question.jsonl").write_text(question(turns=["Other.", "Again."]), encoding="utf-8")
+    assert main([*command, *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"cannot go on from {tmp_path / 'out'}\n  why: its answers are of another {what}: " in said.err
+    assert (len(server.asked), (tmp_path / "out" / "results.json").read_bytes()) == before
+
+
+def test_kept_answers_of_which_nothing_is_known_are_refused(
+    server: StubServer, bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda request: "good [[7]]"
+    command = words(server, bench, tmp_path / "out")
+    assert main(command) == 0
+    (tmp_path / "out" / "asked.json").unlink()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "it holds answers but no asked.json" in capsys.readouterr().err
 
 
 def words(server: StubServer, bench: Path, out: Path) -> list[str]:

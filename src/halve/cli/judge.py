@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ def judge(
 ) -> None:
     """Let a judge grade the answers of a served model to MT-Bench.
 
-    Finished items are kept in --out, and the same command goes on.
+    Finished items are kept in --out, and the same command goes on. Other models, addresses or questions need another
+    --out.
     """
     from halve.evaluation import mt_bench as bench
     from halve.evaluation.endpoint import Endpoint
@@ -37,6 +39,9 @@ def judge(
 
     asked, grading = Endpoint(student, student_model, student_key), Endpoint(judge_url, judge_model, judge_key)
     grades = bench.mt_bench(asked, grading, data, out)
+    if grades["kept_answers"] or grades["kept_grades"]:
+        kept = f"{grades['kept_answers']} answers and {grades['kept_grades']} grades are from an earlier call"
+        print(f"{kept}; if another model is served now, give another --out", file=sys.stderr)
     if json_:
         as_json(grades)
         return

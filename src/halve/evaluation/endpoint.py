@@ -193,6 +193,8 @@ class KeptItems:
     """
 
     def __init__(self, path: Path, sound: Callable[[Any], bool]) -> None:
+        self.num_reused = 0
+        """The items that `get` found in the file."""
         self._path = path
         self._items: dict[str, Any] = {}
         text = self._text()
@@ -210,9 +212,14 @@ class KeptItems:
             if text and not text.endswith("\n"):
                 file.write("\n")
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def get(self, item: str, make: Callable[[], Any]) -> Any:
         """The value of an item: the kept one, or a new one, which is on disk before this returns."""
-        if item not in self._items:
+        if item in self._items:
+            self.num_reused += 1
+        else:
             self._items[item] = make()
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"item": item, "value": self._items[item]}) + "\n")

@@ -14,29 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halve.disk.files import write_json
-from halve.errors import CorpusError
+from halve.disk.files import file_sha256, read_object, write_json
+from halve.disk.textfiles import shown
+from halve.errors import CorpusError, RunError
 from halve.evaluation.endpoint import Endpoint, KeptItems, Message
-from halve.evaluation.mt_bench_files import JudgePrompt, Question, read_bench
+from halve.evaluation.mt_bench_files import JudgePrompt, Question, bench_files, read_bench
 from halve.evaluation.results import mean_score
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """Of the answers, by category; 0 for the others (extraction, math, coding, reasoning)."""
 MAX_TOKENS, MAX_TOKENS_OF_JUDGE = 1024, 2048
 BEST_GRADE = 10.0
+_ASKED = "asked.json"
 _GRADES = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
 def mt_bench(student: Endpoint, judge: Endpoint, data: Path, out: Path) -> dict[str, Any]:
     """Ask, grade, and write `out/results.json`: score, its standard error, and scores by turn and category.
 
-    Answers and grades are kept in `out`. Before the first request, raises `CorpusError` for files that are not
-    MT-Bench's, and `RunError` for kept files that this did not write. Later raises `RunError` if an endpoint does not
-    answer; nothing that was finished is lost.
+    Answers and grades are kept in `out`, and `asked.json` says of what. What is returned also has the `kept_answers`
+    and `kept_grades` of earlier calls. Before the first request, raises `CorpusError` for files that are not
+    MT-Bench's, and `RunError` for kept files that this did not write or that are of other models or questions. Later
+    raises `RunError` if an endpoint does not answer; nothing that was finished is lost.
     """
     questions, prompts = read_bench(data)
     answers = KeptItems(out / "answers.jsonl", lambda kept: isinstance(kept, str))
     grades = KeptItems(out / "grades.jsonl", _is_graded)
+    _require_same(_asked(student, judge, data), out, num_kept=len(answers) + len(grades))
     by_question: dict[str, list[float]] = {}
     for question in questions:
         texts = _answers(student, question, answers)
@@ -47,7 +51,39 @@ def mt_bench(student: Endpoint, judge: Endpoint, data: Path, out: Path) -> dict[
         by_question[question.number] = [grade["grade"] for grade in graded if grade["grade"] is not None]
     results = _results(questions, by_question) | {"student": student.model, "judge": judge.model}
     write_json(out / "results.json", results)
-    return results
+    return results | {"kept_answers": answers.num_reused, "kept_grades": grades.num_reused}
+
+
+def _asked(student: Endpoint, judge: Endpoint, data: Path) -> dict[str, str]:
+    """What answers and grades depend on: addresses and models by their flags, and the hashes of the files."""
+    return {
+        "student": student.url.rstrip("/"),
+        "student_model": student.model,
+        "judge": judge.url.rstrip("/"),
+        "judge_model": judge.model,
+        **{name: file_sha256(path) for name, path in bench_files(data).items()},
+    }
+
+
+def _require_same(asked: Mapping[str, str], out: Path, *, num_kept: int) -> None:
+    """Raise `RunError` if items kept in `out` are of something else. The first call notes what they are of."""
+    note = out / _ASKED
+    if not note.exists():
+        if num_kept:
+            raise RunError(
+                f"cannot go on from {shown(out)}",
+                why=f"it holds answers but no {_ASKED}, which says which models and questions they are of",
+                fix="give another folder with --out, or move answers.jsonl and grades.jsonl away",
+            )
+        write_json(note, asked)
+    before = read_object(note)
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise RunError(
+                f"cannot go on from {shown(out)}",
+                why=f"its answers are of another {name.replace('_', ' ')}: {before.get(name)}, not {value}",
+                fix=f"give another folder with --out; if only an address has changed, correct it in {shown(note)}",
+            )
 
 
 def _results(questions: Sequence[Question], by_question: Mapping[str, Sequence[float]]) -> dict[str, Any]:

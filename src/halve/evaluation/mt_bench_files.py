@@ -51,7 +51,7 @@ def read_bench(folder: Path) -> tuple[tuple[Question, ...], dict[str, JudgePromp
     Raises `CorpusError` for files that are not MT-Bench's: a line that is wrong or repeated, or a question without its
     prompts or its reference answer.
     """
-    files = {name: _file(folder, name) for name in ("question", "judge_prompts", "reference_answer")}
+    files = bench_files(folder)
     references = _by_name(files["reference_answer"], _reference)
     prompts = _by_name(files["judge_prompts"], _prompt)
     questions = tuple(_by_name(files["question"], partial(_question, references)).values())
@@ -65,6 +65,11 @@ def read_bench(folder: Path) -> tuple[tuple[Question, ...], dict[str, JudgePromp
                 fix=_ANEW,
             )
     return questions, prompts
+
+
+def bench_files(folder: Path) -> dict[str, Path]:
+    """The three files by their kind. Raises `CorpusError` for one that is missing or there twice."""
+    return {name: _file(folder, name) for name in ("question", "judge_prompts", "reference_answer")}
 
 
 def _question(references: Mapping[str, _Turns], row: _Row) -> tuple[str, Question]:
