@@ -70,6 +70,13 @@ def test_groups_go_with_all_their_query_heads_unless_heads_are_allowed() -> None
     assert {(h, g) for _, h, g in widths_of(kv_heads="frozen", heads=[4, 8]).widths} == {(8, 4), (4, 4)}
 
 
+def test_heads_that_are_frozen_by_name_keep_their_number_and_all_groups() -> None:
+    assert {(h, g) for _, h, g in widths_of(heads="frozen").widths} == {(8, 4)}
+    assert {(h, g) for _, h, g in widths_of(heads="frozen", kv_heads=[2, 4]).widths} == {(8, 4)}
+    with pytest.raises(HalveError, match="no heads that are allowed divide into the groups that are allowed"):
+        widths_of(heads="frozen", kv_heads=[2])
+
+
 def test_an_axis_is_frozen_stepped_or_listed() -> None:
     space = widths_of(hidden="frozen", ffn=100, kv_heads=[4], layers=[2, 5])
     assert ([*space.widths], space.ffns, space.depths) == ([(96, 8, 4)], (256, 200, 100), (5, 2))

@@ -111,7 +111,7 @@ def _no_width(anatomy: Anatomy) -> PlanError:
         )
     return PlanError(
         what,
-        why="no heads that are listed divide into the groups that are allowed"
+        why="no heads that are allowed divide into the groups that are allowed"
         f" (this model: {before.heads} heads / {before.kv_heads} groups = {before.heads // before.kv_heads})",
         fix="leave search.axes.heads out, so that heads go with their groups",
     )
@@ -166,17 +166,22 @@ def _hidden_step(anatomy: Anatomy) -> int:
 
 
 def _heads(anatomy: Anatomy, search: Search) -> list[tuple[int, int]]:
-    """The choices of heads and kv_heads: groups with all their query heads, or with fewer where heads are allowed."""
+    """The choices of heads and kv_heads: groups with all their query heads, or with fewer where heads are allowed.
+
+    Heads that are frozen by name keep their number, and with it all groups: a group never gets more heads.
+    """
     before = anatomy.sizes
     per_group = before.heads // before.kv_heads
-    of_heads, of_groups = search.axes.get("heads", "frozen"), search.axes.get("kv_heads", "allowed")
+    of_heads, of_groups = search.axes.get("heads"), search.axes.get("kv_heads", "allowed")
     in_ones = before.heads == before.kv_heads
     if in_ones:
         return [(count, count) for count in _heads_in_ones(anatomy, search)]
     groups = _counts(of_groups, before.kv_heads) if can(anatomy, "kv_heads") else [before.kv_heads]
-    if anatomy.coupled and "heads" not in search.axes:
+    if of_heads == "frozen":
+        return [(before.heads, group) for group in groups if group == before.kv_heads]
+    if of_heads is None and anatomy.coupled:
         of_heads = "allowed"
-    if of_heads == "frozen" or not can(anatomy, "heads"):
+    if of_heads is None or not can(anatomy, "heads"):
         return [(group * per_group, group) for group in groups]
     allowed = set(_counts(of_heads, before.heads))
     pairs = ((group * inside, group) for group in groups for inside in range(per_group, 0, -1))
