@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from halve.model.checkpoint import Checkpoint
+from halve.preflight.check import check
 from halve.preflight.forecast import forecast
 from halve.preflight.sizes import planned_rounds
 from halve.preflight.space import planned_disk
@@ -74,6 +75,18 @@ def test_the_dry_run_says_what_share_it_is(recipe: Recipe, capsys: pytest.Captur
     assert "the student of this plan is the search's first candidate" in told
     assert "search, at most" in told
     assert "the search takes at most" in told
+
+
+def test_check_refuses_times_past_the_models_positions(make_recipe: MakeRecipe) -> None:
+    def found(**limits: Any) -> list[str]:
+        budget = {"decode_latency": {"max": "80%", **limits}}
+        return [str(error) for error in check(make_recipe(prune={}, search={"budget": budget, "method": "trial"}))]
+
+    (error,) = found()
+    assert "decode_latency at context 512 cannot be timed: this llama has a context of 128\n" in error
+    assert "fix: set its context to 116 or less" in error
+    assert len(found(context=117)) == 1
+    assert not found(context=116)
 
 
 def test_a_trial_without_rungs_has_no_tournament(make_recipe: MakeRecipe) -> None:

@@ -26,16 +26,17 @@ import numpy as np
 import torch
 
 from halve.anatomy import Anatomy, Arch
+from halve.anatomy.configs import context_length
 from halve.anatomy.many import Integers
 from halve.cut.plan.sizes import is_legal
 from halve.disk.files import read_object, write_json
-from halve.errors import RunError
+from halve.errors import PlanError, RunError
 from halve.model.checkpoint import resolve_device
 from halve.recipe.schema import Device
 from halve.recipe.searching import Search, ShapeBudget, TimeLimits
 from halve.search.quantities import Reals
 from halve.search.space import Space, legal_shapes
-from halve.search.timing import BlockTimes, Condition, Pace, time_blocks
+from halve.search.timing import DECODED, BlockTimes, Condition, Pace, time_blocks
 
 _AT = (1.0, 0.6, 0.25)
 """The shares of each axis at which layers are timed."""
@@ -46,6 +47,22 @@ def needed(budget: ShapeBudget) -> list[Condition]:
     """The batches and contexts at which a budget bounds times, each once."""
     times = [limits for limits in budget.bounds.values() if isinstance(limits, TimeLimits)]
     return list(dict.fromkeys(Condition(limits.batch, limits.context) for limits in times))
+
+
+def require_positions(anatomy: Anatomy, budget: ShapeBudget) -> None:
+    """Raise `PlanError` for a time at a context that does not fit into the model's with the tokens that are timed."""
+    limit = context_length(anatomy.config)
+    for quantity, limits in budget.bounds.items():
+        if limit is None or not isinstance(limits, TimeLimits) or limits.context + DECODED <= limit:
+            continue
+        most = limit - DECODED
+        raise PlanError(
+            f"{quantity} at context {limits.context} cannot be timed: this {anatomy.family} has a context of {limit}",
+            why=f"{DECODED} tokens are generated after the prompt, so {limits.context + DECODED} positions are needed",
+            fix=f"set its context to {most} or less; in a flag, @{limits.batch}x{most} behind the amount"
+            if most > 0
+            else "bound flops or weight_bytes instead",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +79,16 @@ class TimeTable:
         """Time the widths that the budgets of a search need, minutes at most. What `path` has is not measured again.
 
         A file is used only by the same machine, torch, precision and model. On a CPU times are of float32, on CUDA of
-        bfloat16.
+        bfloat16. Raises `PlanError` for a context that is too long for the model.
         """
+        budgets = [search.budget] if search.budget is not None else list(search.targets)
+        for budget in budgets:
+            require_positions(anatomy, budget)
         place = resolve_device(device)
         dtype = torch.bfloat16 if place == "cuda" else torch.float32
         table = cls(anatomy.sizes)
         key = machine_key(anatomy, place, dtype)
         kept = _read(path, key)
-        budgets = [search.budget] if search.budget is not None else list(search.targets)
         for condition in dict.fromkeys(condition for budget in budgets for condition in needed(budget)):
             archs = nodes(anatomy, legal_shapes(anatomy, search))
             known = {arch: times for arch, times in kept.get(condition, {}).items() if arch in archs}

@@ -14,7 +14,7 @@ from halve.recipe.schema import Recipe, Score
 from halve.recipe.tournaments import tournament_training
 from halve.search.candidates import Found, candidates_of, look
 from halve.search.halving import Ladder, ladder
-from halve.search.latency import TimeTable, needed
+from halve.search.latency import TimeTable, needed, require_positions
 
 TRIED: Final = 4
 """Shapes that are tried for each finalist."""
@@ -34,11 +34,13 @@ def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> F
     """What the search of a recipe allows on this model.
 
     `times` is the file of measured times, made if it is not there. Without it, bounds of times are left out. `recipe`
-    is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets.
+    is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets, and for
+    times at a context that the model does not have.
     """
     assert recipe.search is not None
     search, student = recipe.search, searched_anatomy(recipe, anatomy)
     assert search.budget is not None, "a round searches one size"
+    require_positions(student, search.budget)
     clock = (
         TimeTable.measured(student, search, path=times, device=recipe.device)
         if times is not None and needed(search.budget)
