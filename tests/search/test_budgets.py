@@ -382,6 +382,28 @@ def test_plan_reads_a_budget_in_words(tmp_path: Any, capsys: pytest.CaptureFixtu
     assert "--params and --budget are two ways" in capsys.readouterr().err
 
 
+def test_plan_counts_flops_at_the_context_that_is_asked_for(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from halve.cli.app import main
+
+    anatomy().config.save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--budget", "flops<=60%@128", "--most", "2"]
+
+    def said(*more: str) -> str:
+        assert main([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    def flops(*more: str) -> list[tuple[float, int, Arch]]:
+        found = json.loads(said("--json", *more))["candidates"]
+        return [(one["costs"]["flops"], one["counts"]["flops_per_token"], Arch.of(one["arch"])) for one in found]
+
+    for cost, count, arch in flops():
+        assert count == anatomy().ledger.count(arch, context=4096).flops_per_token > cost
+    for cost, count, _ in flops("--context", "128"):
+        assert count == cost
+    assert "FLOPs at 128" in said()
+    assert "FLOPs at" not in said("--context", "128")
+
+
 def test_plan_lists_the_shapes_of_every_target_of_a_recipe(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from halve.cli.app import main
 

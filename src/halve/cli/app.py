@@ -142,7 +142,8 @@ def plan(
     wishes |= {"layers": layers, "drop_layers": drop_layers}
     if budget or axis or model.endswith(planned.RECIPE_SUFFIXES):
         given = [f"--{name.replace('_', '-')}" for name, value in wishes.items() if value is not None]
-        planned.spoken(model, budget or (), axis or (), given=given, most=most, timings=timings, json_=json_)
+        listed = partial(planned.spoken, most=most, context=context, timings=timings, json_=json_)
+        listed(model, budget or (), axis or (), given=given)
         return
     prune = _prune(wishes)
     anatomy = Checkpoint.open(model).anatomy

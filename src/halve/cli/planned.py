@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from halve.cli.hints import say_next
 from halve.errors import PlanError
 from halve.recipe.read import load_recipe
 from halve.recipe.schema import Device, Recipe, Search
-from halve.recipe.searching import ShapeBudget
+from halve.recipe.searching import FlopsLimits, Limits, ShapeBudget
 from halve.recipe.spoken import spoken_search
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ def spoken(
     *,
     given: Sequence[str],
     most: int,
+    context: int,
     timings: Path | None,
     json_: bool,
 ) -> None:
-    """List shapes under the budget that flags or a recipe (`model` is its file) give.
+    """List shapes under the budget that flags or a recipe (`model` is its file) give, with counts at `context`.
 
     Raises `PlanError` if sizes are given (`given`) as well, for a recipe without a search, and for a budget that cannot
     be met.
@@ -67,7 +69,10 @@ def spoken(
         search = spoken_search(bounds, axes, candidates=most)
         anatomy = Checkpoint.open(model).anatomy
     budgets = list(filter(None, (search.budget, *search.targets)))
-    show_shapes(anatomy, [_listed(anatomy, budget, search, most, timings, device) for budget in budgets], json_=json_)
+    listings = [
+        _listed(anatomy, budget, search, most, timings=timings, device=device, context=context) for budget in budgets
+    ]
+    show_shapes(anatomy, listings, json_=json_)
 
 
 def _not_of_a_recipe(recipe: Recipe, flags: Sequence[str]) -> PlanError:
@@ -85,7 +90,14 @@ def _not_of_a_recipe(recipe: Recipe, flags: Sequence[str]) -> PlanError:
 
 
 def _listed(
-    anatomy: Anatomy, budget: ShapeBudget, search: Search, most: int, timings: Path | None, device: Device
+    anatomy: Anatomy,
+    budget: ShapeBudget,
+    search: Search,
+    most: int,
+    *,
+    timings: Path | None,
+    device: Device,
+    context: int,
 ) -> Listing:
     """Shapes spread over the front under one budget. Axes that are not proved stay whole."""
     from halve.cut.proof.prove import prove
@@ -95,21 +107,31 @@ def _listed(
 
     clock = TimeTable.measured(anatomy, search, path=timings, device=device) if needed(budget) else None
     seen = look(anatomy, budget, search, clock=clock, refused=prove(anatomy, reopen=False).refusals)
-    shapes = candidates_of(seen, most)
+    order, count = seen.prices.space.order, partial(anatomy.ledger.count, context=context)
+    shapes = [
+        replace(shape, counts=count(shape.arch, kept_layers=order[: shape.arch.layers]))
+        for shape in candidates_of(seen, most)
+    ]
     costs: dict[str, list[float]] = {
         r.quantity: [
             price(anatomy, shape.arch, r.quantity, r.limits, clock, kept_layers=search.layers.keep) for shape in shapes
         ]
         for r in seen.ranges
     }
-    # the counts of parameters and FLOPs are columns of the table in any case
+    # the table has columns of both counts of parameters, and of the FLOPs at `context`
     shown = {
-        r.quantity.replace("_", " "): [in_words(r.quantity, value) for value in costs[r.quantity]]
+        _title(r.quantity, r.limits): [in_words(r.quantity, value) for value in costs[r.quantity]]
         for r in seen.ranges
-        if r.quantity not in ("total", "non_embedding", "flops")
+        if r.quantity not in ("total", "non_embedding")
+        and not (isinstance(r.limits, FlopsLimits) and r.limits.context == context)
     }
     title = f"{len(shapes)} shapes; the front has {len(seen.front)}, of {len(seen.prices.space):,} legal ones"
     return Listing(title, shapes, costs, shown)
+
+
+def _title(quantity: str, limits: Limits) -> str:
+    """The title of a quantity's column. FLOPs name their context, which is not that of the column of counts."""
+    return f"FLOPs at {limits.context}" if isinstance(limits, FlopsLimits) else quantity.replace("_", " ")
 
 
 def show_shapes(anatomy: Anatomy, listings: Sequence[Listing], *, json_: bool) -> None:
