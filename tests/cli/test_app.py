@@ -53,7 +53,7 @@ FLAGS = {
     ],
     "correct": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "score": RUN,
-    "search": RUN,
+    "search": ["recipe", "--out", "--on-spike", "--quiet", "--json"],
     "prune": RUN,
     "nest": RUN,
     "cache": RUN,

@@ -24,9 +24,12 @@ from halve.disk.files import read_json
 from halve.errors import HalveError
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
+from halve.pipeline.keys import keys_of
 from halve.preflight.forecast import forecast
+from halve.recipe.read import on_spikes
 from halve.recipe.schema import Recipe
 from halve.recipe.searching import MemoryLimits
+from halve.recipe.tournaments import tournament_training
 from halve.search.choice import ChosenShape
 from halve.search.quantities import price
 from halve.search.searched import shapes_to_try
@@ -294,6 +297,20 @@ def test_check_finds_what_cannot_work(make_recipe: MakeRecipe, tournament: dict[
     recipe = make_recipe(distill=DISTILL, prune={}, search={**SEARCH, "tournament": tournament})
     found: list[HalveError] = list(pipeline.check(recipe))
     assert any(says in error.what for error in found), found
+
+
+@pytest.mark.parametrize("distill", [DISTILL, None])
+def test_a_search_goes_on_under_another_reaction_to_spikes(
+    make_recipe: MakeRecipe, distill: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    recipe = make_recipe(distill=distill, prune=PRUNE, search=SEARCH)
+    skipping = on_spikes(recipe, "skip")
+    assert tournament_training(recipe).on_spike == "stop"
+    assert tournament_training(skipping).on_spike == "skip"
+    teacher = Checkpoint.open(recipe.model)
+    keys = [keys_of(one, teacher, pipeline.stages(one), memo=tmp_path / "hashes") for one in (recipe, skipping)]
+    names = ("cache-search", "search")
+    assert [keys[0][name] for name in names] == [keys[1][name] for name in names]
 
 
 def test_without_a_training_there_is_no_number_of_tokens(make_recipe: MakeRecipe) -> None:

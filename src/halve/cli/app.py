@@ -298,14 +298,16 @@ def _spiking(recipe: Recipe, policy: Literal["stop", "skip", "rewind"] | None) -
 
 
 @app.command()
-def search(recipe: RecipeFile, out: Out = None, quiet: Quiet = False, json_: AsJson = False) -> None:
+def search(
+    recipe: RecipeFile, out: Out = None, on_spike: OnSpike = None, quiet: Quiet = False, json_: AsJson = False
+) -> None:
     """Find which shape to train.
 
     Runs the search of a recipe and the stages that it needs.
     """
     from halve.cli.searching import show_search
 
-    loaded = load_recipe(recipe)
+    loaded = _spiking(load_recipe(recipe), on_spike)
     show_search(_run(loaded, out, only="search", needed=True, quiet=quiet), loaded, json_=json_)
     if not json_:
         say_next(f"halve run {recipe}")

@@ -98,9 +98,12 @@ def fields(recipe: Recipe, reads: Sequence[str]) -> dict[str, Any]:
 
 
 def _without(section: Any, field: str) -> Any:
-    """A section, or each of a list of them, without a field."""
+    """A section, or each of a list of them, without a field, which may be that of a section inside."""
     if isinstance(section, list):
         return [_without(part, field) for part in section]
+    name, _, inner = field.partition(".")
+    if inner:
+        return {**section, name: _without(section[name], inner)}
     return {key: value for key, value in section.items() if key != field}
 
 

@@ -195,7 +195,8 @@ def _search(recipe: Recipe, number: int, score: str, *, cut: str | None, teacher
     assert recipe.search is not None
     listed: list[Stage] = []
     whole = tuple(stage for stage in (cut, teacher) if stage is not None)
-    reads: _Names = (*_everywhere(recipe), "search", "prune", "score", "-score.depth_task", "evaluate.samples")
+    found_by = ("search", "-search.tournament.on_spike", "prune", "score", "-score.depth_task")
+    reads: _Names = (*_everywhere(recipe), *found_by, "evaluate.samples")
     answers = None
     if recipe.search.method == "tournament":
         training = tournament_training(recipe)

@@ -160,4 +160,6 @@ def on_spikes(recipe: Recipe, policy: Literal["stop", "skip", "rewind"]) -> Reci
         for name in ("correct", "distill"):
             if part.get(name) is not None:
                 part[name]["on_spike"] = policy
+    if raw.get("search") is not None:
+        raw["search"]["tournament"] = {**raw["search"].get("tournament", {}), "on_spike": policy}
     return Recipe.model_validate(raw)

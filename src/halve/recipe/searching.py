@@ -216,6 +216,9 @@ class Tournament(Section):
     lr: Rate | None = Field(None, description="peak learning rate; default: that of distill")
     batch: Count | None = Field(None, description="samples in one optimizer step; default: that of distill")
     micro_batch: Count | None = Field(None, description="samples in one forward pass; default: that of distill")
+    on_spike: Literal["stop", "skip", "rewind"] | None = Field(
+        None, description="reaction to a loss spike; default: that of distill"
+    )
     choices: PathOrName | None = Field(
         None, description="multiple-choice file by which the finalists are compared as well"
     )

@@ -53,6 +53,7 @@ def tournament_training(recipe: Recipe) -> Distill:
         "min_lr": min(base.min_lr, asked.lr or base.lr),
         "warmup_steps": min(base.warmup_steps, math.ceil(steps / 10)),
         "objective": "kl" if set(base.terms) == {"ce"} else base.objective,
+        "on_spike": asked.on_spike or base.on_spike,
         "cache": "logits" if base.cache == "logits" else "hidden",
         "eval_every": MOST,
         "eval_samples": recipe.evaluate.samples,
