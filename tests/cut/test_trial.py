@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,15 @@ def test_a_shape_in_two_lists_is_cut_once_and_the_line_says_which(monkeypatch: p
     assert cuts == [one, other] == [shape.arch for shape in tried]
     assert "layers 3  hidden 192  ffn 384  heads 6  kv_heads 3" in screen.getvalue()
     assert f"tried 2 of 2 shapes; chosen: {best(tried).arch} (KL" in screen.getvalue()
+
+
+def test_a_shape_in_the_file_that_is_not_asked_for_is_not_chosen(tmp_path: Path) -> None:
+    anatomy = discover(config("llama", **LLAMA))
+    model, path = random_twin(anatomy, seed=0).requires_grad_(False), tmp_path / "trial.jsonl"
+    whole = _tried(model, anatomy, num=24, path=path)
+    other = Tried(anatomy.sizes, tuple(range(anatomy.sizes.layers)), 0.0, whole[0].by_sample)
+    path.write_text(json.dumps(other.to_json()) + "\n" + path.read_text())
+    assert _tried(model, anatomy, num=24, path=path) == whole
 
 
 def test_what_a_killed_trial_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

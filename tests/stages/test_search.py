@@ -6,9 +6,10 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import forked
 import pytest
@@ -18,9 +19,10 @@ from families import config
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halve.anatomy import Anatomy, Arch
 from halve.cut.plan.sizes import Candidate
 from halve.cut.trial import Tried, best
-from halve.disk.files import read_json
+from halve.disk.files import read_json, write_json
 from halve.errors import HalveError
 from halve.model.checkpoint import Checkpoint
 from halve.pipeline import run as pipeline
@@ -30,9 +32,12 @@ from halve.recipe.read import on_spikes
 from halve.recipe.schema import Recipe
 from halve.recipe.searching import MemoryLimits
 from halve.recipe.tournaments import tournament_training
+from halve.search import latency
 from halve.search.choice import ChosenShape
 from halve.search.quantities import price
 from halve.search.searched import shapes_to_try
+from halve.search.settled import is_cut
+from halve.search.timing import BlockTimes
 from halve.stages import search as stage
 
 MakeRecipe = Callable[..., Recipe]
@@ -123,7 +128,8 @@ def test_a_search_that_was_stopped_goes_on(
         patched.setattr(stage, "outcome", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(recipe, out, only="search")
-    monkeypatch.setattr(stage.Workshop, "cut", _only_if_there)
+    refused = Mock(side_effect=AssertionError("all finalists are there"))
+    monkeypatch.setattr(stage.Workshop, "open", refused)
     pipeline.run(recipe, out, only="search")
     for name in ("results.json", "choice.json", "rungs.jsonl"):
         assert (out / "search" / name).read_bytes() == (done / "search" / name).read_bytes()
@@ -160,8 +166,76 @@ def _shown(run: Path) -> dict[tuple[int, int], float]:
     return {(line["finalist"], line["rung"]): line["kl"] for line in lines}
 
 
-def _only_if_there(_: Any, finalist: Any, folder: Path, **__: Any) -> None:
-    assert (folder / "config.json").exists(), finalist
+def timed(monkeypatch: pytest.MonkeyPatch, of_ffn: float) -> None:
+    """Let the machine be one on which an ffn takes so much time."""
+
+    def measured(anatomy: Anatomy, archs: Sequence[Arch], pace: Any) -> dict[Arch, BlockTimes]:
+        seconds = {arch: 1e-3 * (20 + of_ffn * arch.ffn + arch.heads + arch.kv_heads) for arch in archs}
+        return {arch: BlockTimes(block, 1e-3, block, 5e-3) for arch, block in seconds.items()}
+
+    monkeypatch.setattr(latency, "machine_key", lambda *_: f"an ffn takes {of_ffn}")
+    monkeypatch.setattr(latency, "time_blocks", measured)
+    monkeypatch.setattr(latency, "Pace", Mock())
+
+
+TIMED: dict[str, Any] = {**SEARCH, "budget": {"decode_latency": {"max": "60%", "context": 64}}}
+
+
+@pytest.mark.parametrize("method", ["tournament", "trial"])
+def test_a_search_that_goes_on_under_other_times_keeps_its_shapes(
+    make_recipe: MakeRecipe, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    recipe = make_recipe(distill=DISTILL, prune=PRUNE, search={**TIMED, "method": method})
+    out, work = tmp_path / "run", tmp_path / "run/.search.work"
+    shutil.copytree(done, out)
+    shutil.rmtree(out / "search")
+    timed(monkeypatch, 1.0)
+    last = "outcome" if method == "tournament" else "best"
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, last, Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(recipe, out, only="search")
+    tried = {str(json.loads(line)["arch"]) for line in (work / "trial.jsonl").read_text().splitlines()}
+    cuts = [read_json(path)["plan"] for path in sorted(work.glob(".finalists/*/model/halve.json"))]
+    timed(monkeypatch, 4.0)
+    teacher = Checkpoint.open(recipe.model).anatomy
+    others = shapes_to_try(recipe, teacher, times=tmp_path / "times.json")
+    assert {str(one.arch.sizes) for one in others} != tried, "the other machine has other candidates"
+    pipeline.run(recipe, out, only="search")
+    found = read_json(out / "search/results.json")
+    if method == "trial":
+        assert {str(one["arch"]) for one in found["tried"]} == tried
+    else:
+        assert len(cuts) == 3
+        shapes = [(one["arch"], one["kept_layers"]) for one in found["finalists"]]
+        assert shapes == [(plan["after"], plan["layers"]) for plan in cuts]
+
+
+def test_a_killed_trial_compares_no_layers_again(
+    recipe: Recipe, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(done, out)
+    shutil.rmtree(out / "search")
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.Workshop, "tried", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(recipe, out, only="search")
+    monkeypatch.setattr(stage.Workshop, "layers", Mock(side_effect=AssertionError("they are known")))
+    pipeline.run(recipe, out, only="search")
+    assert (out / "search/results.json").read_bytes() == (done / "search/results.json").read_bytes()
+
+
+def test_a_finalists_folder_of_another_shape_is_refused(tmp_path: Path) -> None:
+    arch = Arch(layers=2, hidden=8, ffn=8, heads=2, kv_heads=2, head_dim=4, vocab=9)
+    finalist, folder = Tried(arch, (0, 3), 1.0), tmp_path / ".search.work/.finalists/0/model"
+    assert not is_cut(finalist, folder)
+    write_json(folder / "config.json", {})
+    write_json(folder / "halve.json", {"plan": {"after": arch.sizes, "layers": [0, 3]}})
+    assert is_cut(finalist, folder)
+    for other in (Tried(arch.at(ffn=4), (0, 3), 1.0), Tried(arch, (0, 2), 1.0)):
+        with pytest.raises(HalveError, match=r"does not hold the finalist of its number\n.*\n.*remove .*search\.work "):
+            is_cut(other, folder)
 
 
 @pytest.mark.parametrize("method", ["trial", "additive"])

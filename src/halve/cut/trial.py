@@ -129,7 +129,7 @@ def try_shapes(
         for kl, family in sorted(zip(begun, shapes, strict=True), key=lambda entry: entry[0]):
             if kl <= HOPELESS * min(reached):
                 _descend(family, kl, measured)
-    tried = tuple(tries.found.values())
+    tried = tuple(one for arch, one in tries.found.items() if arch in distinct)  # the file may hold others
     calibration.progress.say(f"tried {len(tried)} of {len(distinct)} shapes; chosen: {outcome_of_trial(tried)}")
     return tried
 

@@ -17,7 +17,6 @@ from halve.cut.layers.chosen import choose_layers
 from halve.cut.score.calibration import Calibration, require_calibration
 from halve.cut.score.scores import Scores
 from halve.cut.trial import Tried, try_shapes
-from halve.disk.soundness import CONFIG
 from halve.model import saving
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.precision import cast_weights, stored_dtype
@@ -98,9 +97,7 @@ class Workshop:
         )
 
     def cut(self, finalist: Tried, folder: Path, *, extra_from: Path, record: Mapping[str, Any]) -> None:
-        """Cut a finalist as the prune stage would, into a model folder. A folder that is there is kept."""
-        if (folder / CONFIG).is_file():
-            return
+        """Cut a finalist as the prune stage would, into a model folder."""
         goal, prune = Goal(finalist.arch, finalist.kept_layers), self.recipe.prune
         quiet = self.calibration.silent()
         made = cut(quiet, self.scores, prune, goal, turned=self.turned, rescore=self.rescore)

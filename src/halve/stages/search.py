@@ -5,13 +5,15 @@
     results.json     what was found, for the report (`search.outcome`)
     choice.json      the sizes and the layers that the prune stage then cuts
 
+What the search has settled on the way, such as its finalists, is in files of `search.settled`, for a resume.
+
 With `method: trial` there are no rungs: the candidate that is best in the trial is chosen, as by `prune.shape: trial`.
 With `method: additive` nothing is tried: the integer program chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from halve.anatomy import Arch
 from halve.anatomy.configs import context_length
 from halve.anatomy.work import Costed, distilling
 from halve.cut.plan.sizes import Candidate
@@ -40,7 +43,8 @@ from halve.search.choice import ChosenShape
 from halve.search.finalists import choose_finalists
 from halve.search.halving import Ladder
 from halve.search.outcome import outcome
-from halve.search.searched import TIMES, planned_rungs, seen_by, shapes_of
+from halve.search.searched import TIMES, planned_rungs, searched_anatomy, seen_by, shapes_of
+from halve.search.settled import Candidates, is_cut, save_finalists, settled_finalists
 from halve.search.tournament import FINALISTS, LowRank, Played, School, play
 from halve.search.workshop import Workshop
 from halve.text.opened import open_text
@@ -70,10 +74,11 @@ def run(
     assert recipe.search is not None
     ranks = here()
     open_shop = partial(_opened, recipe, teacher, scores, cache, progress)
+    looked = partial(_looked, recipe, teacher, cache)
     if recipe.search.method != "tournament":
-        ranks.lead(partial(_without_training, recipe, open_shop, out, progress))
+        ranks.lead(partial(_without_training, recipe, teacher, looked, open_shop, out, progress))
         return ranks.lead(partial(_figures, out))
-    prepare = partial(_prepared, recipe, teacher, open_shop, out)
+    prepare = partial(_prepared, recipe, teacher, looked, open_shop, out, progress)
     finalists = [Tried.from_json(tried) for tried in ranks.lead(prepare)]
     assert answers_in is not None
     training = tournament_training(recipe)
@@ -95,63 +100,100 @@ def _figures(out: Path) -> dict[str, Any]:
     return dict(ChosenShape.load(out).metrics)
 
 
-def _opened(
-    recipe: Recipe, teacher: Checkpoint, scores: Path, cache: Path, progress: Progress
-) -> tuple[Workshop, Found, list[Candidate]]:
-    """The teacher, what the budget allows, and the candidates over proved axes."""
+def _looked(recipe: Recipe, teacher: Checkpoint, cache: Path) -> tuple[Found, list[Candidate]]:
+    """What the budget allows, and the candidates over proved axes."""
     seen = seen_by(recipe, teacher.anatomy, times=cache / TIMES)
     candidates = shapes_of(recipe, seen)
     proof = prove(teacher.anatomy, reopen=False)  # the prune stage proves that the student reopens
     for candidate in candidates:
         proof.demand(teacher.anatomy.sizes, candidate.arch)
-    archs = [candidate.arch for candidate in candidates]
-    shop = Workshop.open(recipe, teacher, scores=scores, archs=archs, cache=cache, progress=progress)
-    return shop, seen, list(candidates)
+    return seen, list(candidates)
 
 
-_OpenShop = Callable[[], tuple[Workshop, Found, list[Candidate]]]
+def _opened(
+    recipe: Recipe, teacher: Checkpoint, scores: Path, cache: Path, progress: Progress, archs: Sequence[Arch]
+) -> Workshop:
+    """What these shapes are cut from."""
+    return Workshop.open(recipe, teacher, scores=scores, archs=archs, cache=cache, progress=progress)
 
 
-def _tried(shop: Workshop, seen: Found, candidates: list[Candidate], out: Path) -> tuple[Tried, ...]:
-    """The trial of the candidates that meet the budget with the layers that they keep."""
-    kept = shop.layers({candidate.arch.layers for candidate in candidates})
-    archs = [candidate.arch for candidate in within_budget(seen, candidates, kept)]
-    if len(archs) < len(candidates):
+_Look = Callable[[], tuple[Found, list[Candidate]]]
+_OpenShop = Callable[[Sequence[Arch]], Workshop]
+
+
+def _tried(look: _Look, open_shop: _OpenShop, out: Path) -> tuple[Workshop, Candidates, tuple[Tried, ...]]:
+    """What candidates are cut from, the candidates, and the trial of those that meet the budget with their layers."""
+    settled = Candidates.settled(out)
+    if settled is None:
+        seen, candidates = look()
+        shop = open_shop([candidate.arch for candidate in candidates])
+        settled = _settled(shop, seen, candidates)
+        settled.save(out)
+    else:
+        shop = open_shop(settled.archs)
+    return shop, settled, shop.tried(settled.tried, settled.kept_layers, path=out / "trial.jsonl")
+
+
+def _settled(shop: Workshop, seen: Found, candidates: list[Candidate]) -> Candidates:
+    """The candidates, the layers that they keep, and which of them meet the budget with these."""
+    archs = tuple(candidate.arch for candidate in candidates)
+    kept = shop.layers({arch.layers for arch in archs})
+    tried = tuple(candidate.arch for candidate in within_budget(seen, candidates, kept))
+    if len(tried) < len(archs):
         shop.calibration.progress.say(
-            f"{len(candidates) - len(archs)} of {len(candidates)} candidates are left out: with the layers that they"
+            f"{len(archs) - len(tried)} of {len(archs)} candidates are left out: with the layers that they"
             f" keep they do not have {budget_in_words(seen.ranges)}"
         )
-    return shop.tried(archs, kept, path=out / "trial.jsonl")
+    return Candidates(archs, tried, kept)
 
 
-def _without_training(recipe: Recipe, open_shop: _OpenShop, out: Path, progress: Progress) -> None:
+def _without_training(
+    recipe: Recipe, teacher: Checkpoint, look: _Look, open_shop: _OpenShop, out: Path, progress: Progress
+) -> None:
     """The choice by a trial or by the integer program."""
     assert recipe.search is not None
-    shop, seen, candidates = open_shop()
     tried: tuple[Tried, ...] = ()
     if recipe.search.method == "additive":
+        seen, candidates = look()
+        num_candidates = len(candidates)
+        shop = open_shop([candidate.arch for candidate in candidates])
         chosen = additive_choice(shop.calibration, shop.scores, candidates, seen)
         progress.say(f"chosen by added-up values: {chosen.arch}, harm {chosen.kl:.4g}")
     else:
-        tried = _tried(shop, seen, candidates, out)
+        _, settled, tried = _tried(look, open_shop, out)
+        num_candidates = len(settled.archs)
         chosen = best(tried)
         progress.say(f"tried {len(tried)} shapes; chosen: {outcome_of_trial(tried)}")
-    counts = seen.prices.space.anatomy.ledger.count(chosen.arch, kept_layers=chosen.kept_layers)
+    ledger = searched_anatomy(recipe, teacher.anatomy).ledger
+    counts = ledger.count(chosen.arch, kept_layers=chosen.kept_layers)
     counted = {"params": counts.params, "non_embedding": counts.non_embedding}
-    metrics = {"method": recipe.search.method, "candidates": len(candidates), "sizes": chosen.arch.sizes, **counted}
+    metrics = {"method": recipe.search.method, "candidates": num_candidates, "sizes": chosen.arch.sizes, **counted}
     write_json(out / "results.json", {"method": recipe.search.method, "tried": [shape.to_json() for shape in tried]})
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
 
 
-def _prepared(recipe: Recipe, teacher: Checkpoint, open_shop: _OpenShop, out: Path) -> list[dict[str, Any]]:
-    """Try the candidates and cut the finalists. What an earlier start has done is not done again."""
+def _prepared(
+    recipe: Recipe, teacher: Checkpoint, look: _Look, open_shop: _OpenShop, out: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """Try the candidates and cut the finalists. What an earlier start has done is not done again.
+
+    The teacher is loaded only if something is left to cut.
+    """
     assert recipe.search is not None
-    shop, seen, candidates = open_shop()
-    finalists = choose_finalists(_tried(shop, seen, candidates, out), recipe.search.candidates)
+    shop, finalists = None, settled_finalists(out)
+    if finalists is None:
+        shop, _, tried = _tried(look, open_shop, out)
+        finalists = choose_finalists(tried, recipe.search.candidates)
+        save_finalists(finalists, out)
+    folders = [_place(out, i) / "model" for i in range(len(finalists))]
+    missing = [i for i, finalist in enumerate(finalists) if not is_cut(finalist, folders[i])]
+    if missing and shop is None:
+        shop = open_shop([finalist.arch for finalist in finalists])
     record = {"stage": "search", "base_model": name_of(recipe.model), "teacher": teacher.fingerprint}
-    with shop.calibration.progress.task("cut finalists", len(finalists)) as task:
-        for i, finalist in enumerate(finalists):
-            shop.cut(finalist, _place(out, i) / "model", extra_from=teacher.files, record=record)
+    with progress.task("cut finalists", len(finalists), done=len(finalists) - len(missing)) as task:
+        for i in missing:
+            assert shop is not None
+            shop.cut(finalists[i], folders[i], extra_from=teacher.files, record=record)
             task.advance(1)
     return [finalist.to_json() for finalist in finalists]
 
