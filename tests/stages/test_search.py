@@ -337,7 +337,7 @@ def test_check_tries_later_rounds_on_every_candidate(make_recipe: MakeRecipe) ->
     recipe = make_recipe(distill=DISTILL, prune=PRUNE, search={**SEARCH, "method": "trial"}, then=then)
     (error,) = pipeline.check(recipe)
     assert "if the search chooses layers" in error.what
-    assert "so that then fits every candidate" in error.fix
+    assert "so that every candidate fits" in error.fix
 
 
 def test_a_head_that_some_shapes_would_untie_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from halve.text.rows import Piece, Wanted
 if TYPE_CHECKING:
     from halve.align.examples import LeftOut
     from halve.model.checkpoint import Checkpoint
+    from halve.preflight.sizes import PlannedRound
 
 _ENCODED = 64
 """Rows of each source that are written as tokens."""
@@ -144,13 +145,17 @@ def _require_packages(step: Alignment, where: str) -> None:
 
 def _check_place(recipe: Recipe, step: Alignment, teacher: Checkpoint, where: str) -> None:
     from halve.model import measure
-    from halve.preflight.sizes import planned_rounds
+    from halve.preflight.outcomes import require_every_outcome
     from halve.text.rendering import template_of
 
     key = "data.context" if step.context is None else f"context in {where}"
     measure.require_context(teacher.config, step.context or recipe.data.context, f"a sample of {where}", key=key)
     template_of(teacher.tokenizer, "align")
-    _require_rank(step, where, planned_rounds(recipe, teacher)[-1].after.hidden)
+
+    def ranked(found: Sequence[PlannedRound]) -> None:
+        _require_rank(step, where, found[-1].after.hidden)
+
+    require_every_outcome(recipe, teacher, ranked, axes=("hidden",))
 
 
 def _require_rank(step: Alignment, where: str, hidden: int) -> None:

@@ -24,7 +24,6 @@ from halve.text import sources
 from halve.text.rows import Wanted
 
 if TYPE_CHECKING:
-    from halve.anatomy import Arch
     from halve.model.checkpoint import Checkpoint
     from halve.preflight.sizes import PlannedRound
 
@@ -149,8 +148,6 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
         if part.search is None:
             continue
         candidates = shapes_to_try(part, teacher.anatomy)
-        for candidate in candidates if recipe.then else ():
-            _require_followers(recipe, teacher, candidate.arch)
         if recipe.search.method != "tournament":
             continue
         planned_rungs(part, min(recipe.search.candidates, len(candidates)))
@@ -159,24 +156,11 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
             adapters.require_lora(narrow, asked.lora_rank, **keys)
 
 
-def _require_followers(recipe: Recipe, teacher: Checkpoint, chosen: Arch) -> None:
-    """Raise what planning the later rounds raises if the search chooses this shape."""
-    from halve.preflight.sizes import planned_rounds
-
-    try:
-        planned_rounds(recipe, teacher, chosen=chosen)
-    except HalveError as error:
-        raise type(error)(
-            f"{error.what}, if the search chooses {chosen}",
-            why=error.why,
-            fix=f"{error.fix}; or narrow search.axes and search.layers, so that then fits every candidate",
-        ) from error
-
-
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
-    from halve.preflight.sizes import planned_rounds
+    from halve.preflight.outcomes import AXES, require_every_outcome
 
-    _check_states(recipe, planned_rounds(recipe, teacher))
+    axes = AXES if recipe.then else ("layers",)  # without later rounds, only numbers of layers can be too small
+    require_every_outcome(recipe, teacher, partial(_check_states, recipe), axes=axes)
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and cuts_original(recipe, number):
             raise RecipeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -58,19 +58,24 @@ def require_met(recipe: Recipe, teacher: Checkpoint) -> None:
         look(anatomy, budget, recipe.search, refused=refused, timed=False)
 
 
-def planned_rounds(recipe: Recipe, teacher: Checkpoint, *, chosen: Arch | None = None) -> tuple[PlannedRound, ...]:
+def planned_rounds(
+    recipe: Recipe, teacher: Checkpoint, *, chosen: Mapping[int, Arch] | None = None
+) -> tuple[PlannedRound, ...]:
     """The sizes before and after every round, from the teacher's config alone.
 
     Which layers a round drops may be known only after scoring. Until then, the first layers are taken as the kept ones.
-    The size that a search chooses is known only after it. Until then, its first candidate stands for it, or `chosen`.
+    The size that a search or a trial chooses is known only after it. Until then, the first candidate of a search stands
+    for it, and a cut in width alone for the choice of a trial. `chosen` are other shapes to plan with, by their round.
     Raises `CheckpointError`, `AnatomyError` and `PlanError`.
     """
     planned: list[PlannedRound] = []
     for number, part in enumerate(rounds(recipe), 1):
         anatomy = teacher.anatomy if cuts_original(recipe, number) else discover(planned[-1].config())
         student = student_anatomy(anatomy, part.prune)
-        if part.search is not None:
-            after, kept = chosen or shapes_to_try(part, anatomy)[0].arch, None
+        if chosen is not None and number in chosen:
+            after, kept = chosen[number], None
+        elif part.search is not None:
+            after, kept = shapes_to_try(part, anatomy)[0].arch, None
         else:
             after, kept = target(student, part.prune)
         planned.append(PlannedRound(anatomy, student, after, kept))
