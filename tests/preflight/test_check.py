@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "gptj": {"n_embd": 128, "n_layer": 2, "n_head": 2, "rotary_dim": 64, "n_positions": 128},
 }
 
@@ -89,3 +90,16 @@ def test_documents_are_kept_apart_by_a_twin_that_runs(recipe_of: Callable[..., R
     """OLMoE wants hidden = heads x head_dim, GPT-J heads as wide as its rotary part; of Mamba 2 no twin runs."""
     found = check(recipe_of(family, {"documents": "apart"}, prune={axis: 1 if axis == "layers" else 256}))
     assert {error.what for error in found} == ({"will not cut layers of mamba2"} if family == "mamba2" else set())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_rotation_that_the_family_does_not_allow(recipe_of: Callable[..., Recipe], *, later: bool) -> None:
+    distill = {"tokens": 512, "batch": 4}
+    turned = {"hidden": 24, "heads": 3, "rotation": "pca"}
+    then = [{"prune": turned, "distill": distill}] if later else []
+    (error,) = check(recipe_of("gpt2", prune={"ffn": 48} if later else turned, distill=distill, then=then))
+    assert error.what.startswith("cannot rotate")
+    search = {"budget": {"non_embedding": "60%"}, "method": "trial"}
+    assert not later or [e.what for e in check(recipe_of("gpt2", prune={"rotation": "pca"}, search=search))] == [
+        error.what
+    ]

@@ -60,6 +60,25 @@ def test_too_little_training_text(
     assert re.search(message, str(error)), str(error)
 
 
+@pytest.mark.parametrize("method", ["trial", "additive"])
+def test_a_search_wants_samples_for_its_trial(asked: Callable[..., Recipe], method: str) -> None:
+    few = {"score": {"samples": 2}, "prune": {"refit_samples": 2}}
+    found = check(asked(SENTENCE * 40, **few, search={"budget": {"non_embedding": "60%"}, "method": method}))
+    if method == "additive":
+        assert found == ()
+        return
+    (error,) = found
+    assert error.what == "2 calibration samples are too few to compare shapes"
+    assert "score.samples of 3 or more" in error.fix
+    assert error.fix.endswith("choose search.method: additive")
+
+
+def test_a_recipe_that_asks_for_too_few_samples_is_refused_with_any_text(asked: Callable[..., Recipe]) -> None:
+    (error,) = check(asked((SENTENCE + "\n\n") * 40_000, **TRIAL))
+    assert error.what == "2 calibration samples are too few to compare shapes"
+    assert error.fix.endswith("set prune.shape: width")
+
+
 def test_too_little_held_out_text_and_a_part_that_is_too_small(asked: Callable[..., Recipe], tmp_path: Path) -> None:
     (error,) = check(asked(SENTENCE * 40, "cat"))
     assert "the corpus has fewer tokens than one sample" in error.what

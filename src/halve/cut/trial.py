@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -78,13 +78,18 @@ class Tries:
             self.lines.add(one, one.to_json())
 
 
-def require_tried(num_samples: int) -> None:
-    """Raise `CorpusError` for fewer calibration samples than a trial needs."""
-    if num_samples < 3:
+LEAST_SAMPLES: Final = 3
+"""Some are fitted and others measured on."""
+
+
+def require_tried(num_samples: int, *, searched: bool) -> None:
+    """Raise `CorpusError` for fewer calibration samples than a trial, or that of a search, needs."""
+    if num_samples < LEAST_SAMPLES:
+        instead = "choose search.method: additive" if searched else "set prune.shape: width"
         raise CorpusError(
             f"{num_samples} calibration samples are too few to compare shapes",
             why="some are fitted and others measured on",
-            fix="give more text, a smaller data.context, or set prune.shape: width",
+            fix=f"give more text, a smaller data.context, score.samples of {LEAST_SAMPLES} or more, or {instead}",
         )
 
 
@@ -111,7 +116,7 @@ def try_shapes(
 
     Raises `CorpusError` for fewer than three samples, and what `cut` raises.
     """
-    require_tried(len(calibration.samples_BS))
+    require_tried(len(calibration.samples_BS), searched=kept_layers is not None)
     bench = _Bench(calibration, scores, prune, turned, kept_layers or {})
     tries, distinct = Tries(path), {arch for family in shapes for arch in family}
     reached: list[float] = []  # a resumed trial finds in `tries` what it comes to later

@@ -93,6 +93,7 @@ def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> I
     yield partial(_check_nest, recipe, teacher)
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
+    yield partial(_check_rotation, recipe, teacher)
     yield partial(_check_correction, recipe, teacher)
     for name, training in trainings(recipe).items():
         if ranks is not None:
@@ -257,6 +258,16 @@ def _check_proof(recipe: Recipe, teacher: Checkpoint) -> None:
     from halve.preflight.sizes import planned_rounds, require_proved
 
     require_proved(planned_rounds(recipe, teacher))
+
+
+def _check_rotation(recipe: Recipe, teacher: Checkpoint) -> None:
+    """Check that the models of all rounds allow the rotation that is asked for."""
+    from halve.cut.repair.rotate import rotates
+    from halve.preflight.sizes import planned_rounds
+
+    for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
+        if part.prune.rotation == "pca":  # the default keeps the basis where it has to
+            rotates(shape.before, part.prune)
 
 
 def _check_apart(recipe: Recipe, teacher: Checkpoint) -> None:

@@ -7,7 +7,7 @@ token files are used.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ def check_samples(recipe: Recipe, teacher: Checkpoint, cache: Path | None) -> No
 
     `cache` is the run's folder of token files. A `RunError` names one that was changed.
     """
+    _require_tried(recipe, teacher, lambda wanted: wanted)
     if any(source.startswith(sources.HUB) for source, _ in read_as(recipe)):
         return
     with _opened(recipe, teacher, cache) as opened:
@@ -90,11 +91,7 @@ def _is_short(recipe: Recipe) -> bool:
 
 def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     """Make the first samples of every stage."""
-    from halve.cut import trial
-    from halve.cut.plan.shapes import to_try
-    from halve.cut.repair.budget import samples_needed
     from halve.cut.score import calibration
-    from halve.preflight.sizes import planned_rounds
     from halve.text import corpus
     from halve.text.conversation_samples import samples_of
     from halve.text.course import open_course
@@ -108,12 +105,23 @@ def _look(recipe: Recipe, cache: Path, teacher: Checkpoint) -> None:
     mixture = open_mixture(recipe, **text)
     vocab = teacher.config.get_text_config().vocab_size
     calibration.require_calibration(mixture.calibration(recipe.score.samples), vocab=vocab)
-    for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
-        if to_try(shape.student, part.prune):
-            wanted = max(samples_needed(part.prune, shape.before.sizes, part.data.context), part.score.samples)
-            trial.require_tried(len(mixture.calibration(wanted)))
+    _require_tried(recipe, teacher, lambda wanted: len(mixture.calibration(wanted)))
     for training in trainings(recipe).values():
         open_course(recipe, training, **text)
+
+
+def _require_tried(recipe: Recipe, teacher: Checkpoint, found: Callable[[int], int]) -> None:
+    """Raise `CorpusError` if a trial gets too few samples. `found` says how many there are of those that are wanted."""
+    from halve.cut import trial
+    from halve.cut.plan.shapes import to_try
+    from halve.cut.repair.budget import samples_needed
+    from halve.preflight.sizes import planned_rounds
+
+    for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
+        searched = part.search is not None and part.search.method != "additive"
+        if searched or to_try(shape.student, part.prune):
+            wanted = max(samples_needed(part.prune, shape.before.sizes, part.data.context), part.score.samples)
+            trial.require_tried(found(wanted), searched=searched)
 
 
 def _texts(recipe: Recipe) -> list[tuple[Sequence[str], Chat | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -10,11 +11,12 @@ from halve.cut.plan.sizes import Candidate
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
 from halve.errors import PlanError
-from halve.recipe.schema import Recipe, Score
+from halve.recipe.schema import Recipe, Score, Search
 from halve.recipe.tournaments import tournament_training
 from halve.search.candidates import Found, candidates_of, look
 from halve.search.halving import Ladder, ladder
 from halve.search.latency import TimeTable, needed, require_positions
+from halve.search.space import legal_shapes
 
 TRIED: Final = 4
 """Shapes that are tried for each finalist."""
@@ -38,7 +40,8 @@ def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> F
     times at a context that the model does not have.
     """
     assert recipe.search is not None
-    search, student = recipe.search, searched_anatomy(recipe, anatomy)
+    student = searched_anatomy(recipe, anatomy)
+    search = searched(recipe, student)
     assert search.budget is not None, "a round searches one size"
     require_positions(student, search.budget)
     clock = (
@@ -60,6 +63,28 @@ def searched_anatomy(recipe: Recipe, anatomy: Anatomy) -> Anatomy:
             fix="leave prune.untie out, or search first and prune to the sizes that it finds",
         )
     return student
+
+
+def searched(recipe: Recipe, anatomy: Anatomy) -> Search:
+    """The section `search`, without numbers of layers that no contiguous block leaves, if blocks are compared.
+
+    `anatomy` is the one for the student's sizes. A block that holds one of `search.layers.keep` is never removed, so
+    that it fits between two of them. Raises `PlanError` if no number of layers is left.
+    """
+    assert recipe.search is not None
+    search, keep, total = recipe.search, recipe.search.layers.keep, anatomy.sizes.layers
+    if recipe.score.depth_pattern != "block" or search.method == "additive" or not keep:
+        return search
+    deepest = max(legal_shapes(anatomy, search).depths)
+    longest = max(end - start - 1 for start, end in pairwise((-1, *sorted(keep), total)))
+    if deepest < total - longest:
+        raise PlanError(
+            f"cannot remove {total - deepest} of {total} layers and keep {', '.join(map(str, sorted(keep)))}",
+            why=f"score.depth_pattern: block removes layers beside each other, and between these are at most {longest}",
+            fix="score.depth_pattern: greedy; or keep fewer layers by name, or allow more layers in all",
+        )
+    layers = search.layers.model_copy(update={"min": max(search.layers.min or 1, total - longest)})
+    return search.model_copy(update={"layers": layers})
 
 
 def shapes_of(recipe: Recipe, seen: Found) -> tuple[Candidate, ...]:
