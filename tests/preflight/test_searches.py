@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halve.anatomy import discover
+from halve.anatomy.work import Costed
+from halve.cut import cost
 from halve.model.checkpoint import Checkpoint
+from halve.pipeline import run as pipeline
 from halve.preflight.check import check
 from halve.preflight.forecast import forecast
 from halve.preflight.sizes import planned_rounds
@@ -15,15 +20,31 @@ from halve.preflight.space import planned_disk
 from halve.preflight.work import planned_work
 from halve.recipe.schema import Recipe
 from halve.report import tables
+from halve.search import blocks
 from halve.search.searched import planned_rungs, shapes_to_try
 
 MakeRecipe = Callable[..., Recipe]
 DISTILL = {"tokens": 40 * 4 * 32, "batch": 4}
 
 
-def searching(make_recipe: MakeRecipe, **tournament: Any) -> Recipe:
-    search = {"budget": {"non_embedding": "60%"}, "candidates": 3, "tournament": {"rungs": 2, **tournament}}
-    return make_recipe(distill=DISTILL, prune={}, search=search)
+BUDGET = {"non_embedding": "60%"}
+FAST = {"decode_latency": "60%"}
+
+
+def searching(
+    make_recipe: MakeRecipe, budget: Any = BUDGET, prune: Any = None, distill: Any = None, **tournament: Any
+) -> Recipe:
+    search = {"budget": budget, "candidates": 3, "tournament": {"rungs": 2, **tournament}}
+    return make_recipe(distill={**DISTILL, **(distill or {})}, prune=prune or {}, search=search)
+
+
+def works(recipe: Recipe) -> dict[str, cost.Work]:
+    teacher = Checkpoint.open(recipe.model)
+    return planned_work(recipe, planned_rounds(recipe, teacher), teacher)
+
+
+def model_bytes(recipe: Recipe) -> int:
+    return planned_disk(recipe, planned_rounds(recipe, Checkpoint.open(recipe.model)), cuda=False).model_bytes
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +115,87 @@ def test_a_trial_without_rungs_has_no_tournament(make_recipe: MakeRecipe) -> Non
     found = forecast(recipe)
     assert "trial" in found.flops
     assert not {"search", "cache-search"} & set(found.flops)
+
+
+def test_where_only_times_bound_the_shapes_the_plan_is_an_upper_bound(
+    make_recipe: MakeRecipe, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = searching(make_recipe, FAST)
+    assert check(fast) == ()
+    found, known = forecast(fast), works(recipe)
+    assert (found.timed, found.trial) == (True, ((),))
+    assert found.tokens["search"] == planned_rungs(fast, 3).budget
+    for row in ("layers", "trial", "finalists", "search"):
+        assert found.flops[row] >= known[row].flops, row
+    tables.forecast_tables(found)
+    tables.trial(found.trial)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the rows of the search are upper bounds" in told
+    assert "chooses from" not in told
+    few = searching(make_recipe, FAST, tokens=128)
+    assert [error.what for error in check(few)] == [error.what for error in check(searching(make_recipe, tokens=128))]
+
+
+def test_every_depth_is_compared_in_blocks(make_recipe: MakeRecipe) -> None:
+    score = {"samples": 8, "micro_batch": 4, "depth": "logit_mse", "depth_pattern": "block"}
+    search = {"budget": {"non_embedding": {"min": "20%", "max": "60%"}}, "candidates": 6, "method": "trial"}
+    recipe = make_recipe(score=score, prune={}, search=search)
+    anatomy = Checkpoint.open(recipe.model).anatomy
+    removals = {4 - shape.arch.layers for shape in shapes_to_try(recipe, anatomy)} - {0}
+    assert len(removals) > 1
+    each = [cost.comparing(Costed.of(anatomy, 32), recipe.score, remove=remove).flops for remove in removals]
+    assert works(recipe)["layers"].flops == sum(each)
+
+
+@pytest.mark.parametrize("budget", [BUDGET, FAST])
+def test_the_values_of_blocks_have_a_row(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any
+) -> None:
+    recipe = make_recipe(prune={}, search={"budget": budget, "candidates": 3, "method": "additive"})
+    planned = forecast(recipe)
+    assert planned.searches == ("values",)
+    passed: list[int] = []
+    num_tokens: list[int] = []
+
+    def harm(bench: Any, model: Any) -> float:
+        num_tokens.append(bench.reference.samples_BS.numel())
+        passed.append(num_tokens[0] * Costed.of(discover(model.config), 32).whole)
+        return float(len(passed))
+
+    monkeypatch.setattr(blocks._Bench, "_harm", harm)
+    monkeypatch.setattr(blocks._Bench, "_mask", lambda *_: lambda _, args, kwargs: (args, kwargs))
+    pipeline.run(recipe, tmp_path / "run", only="search", needed=True)
+    anatomy = Checkpoint.open(recipe.model).anatomy
+    run = sum(passed) + num_tokens[0] * Costed.of(anatomy, 32).whole  # and the teacher's own pass
+    if budget is BUDGET:
+        assert planned.flops["values"] == pytest.approx(run, rel=0.01)
+    assert planned.flops["values"] >= 0.99 * run
+
+
+def test_adapters_take_less(make_recipe: MakeRecipe, recipe: Recipe) -> None:
+    narrow = searching(make_recipe, train="lora", lora_rank=2)
+    whole, found = forecast(recipe), forecast(narrow)
+    assert found.tokens["search"] == whole.tokens["search"]
+    assert found.flops["search"] < 0.8 * whole.flops["search"]
+    assert 0 < found.memory["search"].moment_bytes < 0.3 * whole.memory["search"].moment_bytes
+    assert found.memory["search"].gradient_bytes < 0.3 * whole.memory["search"].gradient_bytes
+    assert found.disk.model_bytes < whole.disk.model_bytes
+
+
+def test_kept_checkpoints_of_finalists_take_disk(make_recipe: MakeRecipe) -> None:
+    kept = [
+        model_bytes(
+            searching(make_recipe, distill={"keep_checkpoints": n, "checkpoint_every": 1}, prune={"rotation": "none"})
+        )
+        for n in (1, 2, 4)
+    ]
+    assert 0 < 2 * (kept[1] - kept[0]) == kept[2] - kept[1]
+
+
+def test_finalists_are_scored_again_in_steps(make_recipe: MakeRecipe) -> None:
+    once, thrice = (
+        works(searching(make_recipe, prune={"steps": steps, "rotation": "none", "refit": "none"})) for steps in (1, 3)
+    )
+    teacher = Checkpoint.open(searching(make_recipe).model).anatomy
+    passes = 3 * 3 * 8 * 32 * 0.3 * Costed.of(teacher, 32).body
+    assert thrice["finalists"].flops > once["finalists"].flops + passes

@@ -88,6 +88,11 @@ def distilling(student: Costed, teacher: Costed, training: Distill) -> int:
     return learning(student) + answering(teacher, training)
 
 
+def distilling_adapters(student: Costed, teacher: Costed, training: Distill) -> int:
+    """The same where adapters alone are trained: the student's frozen matrices have no weight gradient."""
+    return distilling(student, teacher, training) - student.matrices
+
+
 def taught_in_turns(students: Sequence[Costed], teacher: Costed, training: Distill, *, draws: int) -> float:
     """Distillation of students inside a student: the teacher once, and as many of mean size as a step draws."""
     return answering(teacher, training) + draws * sum(map(learning, students)) / len(students)

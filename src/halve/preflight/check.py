@@ -138,22 +138,21 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
     """Check that there are candidates, that the tournament has tokens for its rungs, and that adapters can be added."""
     if recipe.search is None:
         return
-    from halve.preflight.sizes import require_met
-    from halve.search.searched import planned_rungs, shapes_to_try
+    from halve.preflight.searches import Tries
+    from halve.preflight.sizes import planned_rounds, require_met
+    from halve.search.searched import planned_rungs
     from halve.train.loop import adapters
 
     require_met(recipe, teacher)
     asked = recipe.search.tournament
     keys = {"key": "search.tournament.train", "rank_key": "search.tournament.lora_rank", "instead": "train: full"}
-    for part in rounds(recipe):
-        if part.search is None:
+    for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
+        if part.search is None or part.search.method != "tournament":
             continue
-        candidates = shapes_to_try(part, teacher.anatomy)
-        if recipe.search.method != "tournament":
-            continue
-        planned_rungs(part, min(recipe.search.candidates, len(candidates)))
-        for candidate in candidates if asked.train == "lora" else ():
-            narrow = replace(teacher.anatomy, sizes=candidate.arch)
+        tries = Tries.of(part, shape)
+        planned_rungs(part, min(part.search.candidates, tries.count))
+        for arch in tries.shapes if tries.known and asked.train == "lora" else ():
+            narrow = replace(teacher.anatomy, sizes=arch)
             adapters.require_lora(narrow, asked.lora_rank, **keys)
 
 

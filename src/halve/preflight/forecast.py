@@ -26,16 +26,18 @@ from halve.preflight.memory import (
     correction_memory,
 )
 from halve.preflight.nests import nest_memory, planned_nest
+from halve.preflight.searches import Tries
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
 from halve.preflight.times import a_card, hours_by_stage
 from halve.recipe.rounds import cuts_original, learns_from_previous, named, parsed, rounds, trainings
 from halve.recipe.schema import Recipe, Training
-from halve.recipe.tournaments import tournament_training
+from halve.recipe.tournaments import adapters_rank, tournament_training
+from halve.search.searched import bounded_by_times_alone
 from halve.text.schedule import spans
 from halve.train.ranks.group import require_shares
 
-_SEARCHES: Final = ("search", "finalists", "cache-search", "trial", "layers")
+_SEARCHES: Final = ("search", "finalists", "cache-search", "trial", "layers", "values")
 """What a search is made of."""
 
 
@@ -83,8 +85,11 @@ class Forecast:
     schedule: dict[str, Any]
     searched: bool
     """Whether a search chooses the shape."""
+    timed: bool
+    """Whether only times bound the shapes of a search: they are known once these are measured."""
     trial: tuple[tuple[Arch, ...], ...]
-    """For every round, the sizes from which its trial chooses. The sizes above then cut only width."""
+    """For every round, the sizes from which its trial chooses, if they are known. The sizes above then cut only
+    width."""
 
     @property
     def searches(self) -> tuple[str, ...]:
@@ -184,6 +189,7 @@ def forecast(
         disk=planned_disk(recipe, shapes, cuda=place.cuda),
         schedule=_schedule(recipe),
         searched=recipe.search is not None,
+        timed=any(part.search is not None and bounded_by_times_alone(part) for part in rounds(recipe)),
         trial=work.trials(recipe, shapes),
     )
 
@@ -240,7 +246,7 @@ def _memory(
         if part.search is not None and part.search.method == "tournament":
             trained, kind = tournament_training(part), stored_dtype(recipe.dtype, teacher.config)
             memory[named("search", number)] = Distillation(
-                trained, _sized(shape, shape.after), teacher, place, recipe.data.context, kind
+                trained, _sized(shape, shape.after), teacher, place, recipe.data.context, kind, adapters_rank(part)
             ).memory()
         if part.distill is None:
             continue
@@ -277,7 +283,7 @@ def _held(recipe: Recipe, found: tuple[PlannedRound, ...], *, on_cpu: bool) -> d
         "dtype": computing_dtype(recipe.dtype, found[0].before.config, on_cpu=on_cpu),
         "on_cpu": on_cpu,
     }
-    tried = work.trials(recipe, found)
+    tried = [Tries.of(part, shape).shapes for part, shape in zip(rounds(recipe), found, strict=True)]
     held = {
         named("prune", number): pruning(part, shape, shapes, turned=work.is_rotated(part, shape, shapes), **where)
         for number, (part, shape, shapes) in enumerate(zip(rounds(recipe), found, tried, strict=True), 1)

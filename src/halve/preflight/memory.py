@@ -135,6 +135,8 @@ class Distillation:
     place: Hardware
     context: int
     teacher_dtype: torch.dtype
+    lora_rank: int | None = None
+    """The rank of adapters, if these are trained alone."""
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
@@ -191,7 +193,7 @@ class Distillation:
         place = self.place
         asked = None if self.training.cache == "logits" else self.teacher.config
         dtype = self.teacher_dtype if place.half else torch.float32
-        return Cast(self.student.config, asked, place.half, dtype, place.cuda, place.ranks > 1)
+        return Cast(self.student.config, asked, place.half, dtype, place.cuda, place.ranks > 1, self.lora_rank)
 
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {

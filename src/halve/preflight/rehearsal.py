@@ -57,6 +57,8 @@ class Cast:
     teacher_dtype: torch.dtype = torch.bfloat16
     cuda: bool = False
     in_shards: bool = False
+    lora_rank: int | None = None
+    """The rank of adapters, if a distillation trains these alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> R
     models = [
         None if config is None else (type(config), repr(config.to_dict())) for config in (cast.student, cast.teacher)
     ]
-    held = (cast.half, cast.teacher_dtype, cast.cuda, cast.in_shards)
+    held = (cast.half, cast.teacher_dtype, cast.cuda, cast.in_shards, cast.lora_rank)
     asked = (type(training), training.model_dump_json(exclude=_ELSEWHERE))
     key = (*models, *held, *asked, samples, context)
     if key not in _rehearsed:
@@ -164,12 +166,14 @@ def _rehearse(cast: Cast, training: Training, *, samples: int, context: int) -> 
         raise
     except Exception as error:  # a family's code may read contents, which do not exist
         played, problem = _Played(0, 0, 0), " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return Rehearsal(**played._asdict(), **asdict(learned(cast.student, training)), problem=problem)
+    return Rehearsal(
+        **played._asdict(), **asdict(learned(cast.student, training, lora_rank=cast.lora_rank)), problem=problem
+    )
 
 
-def learned(config: PretrainedConfig, training: Training) -> Learned:
-    """The parameters of a model that a training changes."""
-    model = _learner(Cast(config, None, half=False), training)
+def learned(config: PretrainedConfig, training: Training, *, lora_rank: int | None = None) -> Learned:
+    """The parameters of a model that a training changes. With `lora_rank`, a distillation changes adapters alone."""
+    model = _learner(Cast(config, None, half=False, lora_rank=lora_rank), training)
     matrices = [
         p.numel() for layer in blocks.layers(model) for p in layer.parameters() if p.requires_grad and p.ndim == 2
     ]
@@ -324,6 +328,9 @@ def _learner(cast: Cast, training: Training) -> PreTrainedModel:
     model = build(cast.student, device="meta").requires_grad_(True)
     if isinstance(training, Correct):
         adapters.choose_trained(model, training, seed=0)
+    elif cast.lora_rank is not None:
+        adapters.require_package(key="search.tournament.train", instead="train: full")
+        adapters.add_lora(model, rank=cast.lora_rank, alpha=1.0, seed=0)
     if cast.in_shards and cast.half:
         for module in (module for layer in blocks.layers(model) for module in layer.modules()):
             for name, parameter in module.named_parameters(recurse=False):

@@ -26,7 +26,7 @@ from halve.preflight.rehearsal import Learned, learned
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import learns_from_previous, rounds, trainings
 from halve.recipe.schema import Recipe, Training
-from halve.recipe.tournaments import tournament_training
+from halve.recipe.tournaments import adapters_rank, tournament_training
 from halve.text import sources
 from halve.text.schedule import spans
 from halve.train.teachers.answers import answer_bytes
@@ -115,13 +115,17 @@ def planned_disk(recipe: Recipe, found: Sequence[PlannedRound], *, cuda: bool) -
 
 
 def _tournament_bytes(part: Recipe, shape: PlannedRound, itemsize: int) -> int:
-    """The finalists of a tournament: each as it was cut and trained, its state, and one state that is being written."""
+    """The finalists of a tournament: each as it was cut and trained, its states, and one that is being written."""
     if part.search is None or part.search.method != "tournament":
         return 0
-    training = tournament_training(part)
-    state = _state(training, learned(shape.config(), training), shape.counts().params)
+    training, rank, params = tournament_training(part), adapters_rank(part), shape.counts().params
+    changed = learned(shape.config(), training, lora_rank=rank)
+    state = _state(training, changed, params if rank is None else changed.trained)
+    steps = training.tokens // (training.batch * part.data.context)
+    written = steps // training.checkpoint_every + part.search.tournament.rungs  # there is one at every rung
     models = 2 if part.search.tournament.choices else 1
-    return part.search.candidates * (models * shape.counts().params * itemsize + state) + state
+    each = models * params * itemsize + min(training.keep_checkpoints, written) * state
+    return part.search.candidates * each + state
 
 
 def _state(training: Training, changed: Learned, weights: int) -> int:

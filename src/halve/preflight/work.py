@@ -9,25 +9,23 @@ from halve.anatomy import Anatomy, Arch
 from halve.anatomy.work import Costed, by_context, correcting, distilling, learning, taught_in_turns
 from halve.cut import cost
 from halve.cut.cost import Work
-from halve.cut.plan.shapes import to_try
 from halve.cut.repair.rotate import rotates
 from halve.model.checkpoint import Checkpoint
 from halve.preflight.alignment import planned_tokens
 from halve.preflight.asked import Asked
 from halve.preflight.evaluation import evaluating
 from halve.preflight.nests import nesting, planned_nest
+from halve.preflight.searches import Tries, adding_up, tournament, trying
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Alignment, Distill, Recipe, Training
-from halve.recipe.tournaments import tournament_training
-from halve.search.searched import joint_comparison, planned_rungs, shapes_to_try
+from halve.search.searched import joint_comparison
 from halve.stages.prune import CHECK_SAMPLES
 from halve.text import boundary
 from halve.text.schedule import spans
 
 _PerToken = Callable[[int], float]
 """FLOPs per token, by the length of the context."""
-_UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from another"}}
 
 
 def planned_work(
@@ -86,8 +84,11 @@ def planned_work(
 
 
 def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, ...], ...]:
-    """For every round, the sizes from which its trial or its search chooses, each once. Empty without one."""
-    return tuple(_tried(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
+    """For every round, the sizes from which its trial or its search chooses, each once. Empty without one, and where
+    they are known only once times are measured.
+    """
+    listed = (Tries.of(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
+    return tuple(tries.shapes if tries.known else () for tries in listed)
 
 
 def is_rotated(part: Recipe, shape: PlannedRound, tried: Sequence[Arch]) -> bool:
@@ -96,38 +97,34 @@ def is_rotated(part: Recipe, shape: PlannedRound, tried: Sequence[Arch]) -> bool
     return rotates(shape.before, part.prune) and narrower
 
 
-def _tried(part: Recipe, shape: PlannedRound) -> tuple[Arch, ...]:
-    if part.search is not None:
-        additive = part.search.method == "additive"
-        return () if additive else tuple(candidate.arch for candidate in shapes_to_try(part, shape.before))
-    families = to_try(shape.student, part.prune, refused=_UNMARKED.get(part.score.method))
-    return tuple(dict.fromkeys(arch for family in families for arch in family))
-
-
 def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     """The work of scoring and pruning in one round."""
     before, after = _models(part, shape)
     prune, score = part.prune, part.score if part.search is None else joint_comparison(part.score)
     scored = cost.scoring(before, score) + _checked_boundaries(before, score.samples)
-    tried = _tried(part, shape)
-    removals = {before.arch.layers - arch.layers for arch in tried} if tried and compares(score) else set()
+    tries = Tries.of(part, shape)
+    removals = {before.arch.layers - depth for depth in tries.depths} if compares(score) else set()
     if part.search is not None:
         removals -= {0}
         removals = {max(removals, default=0)} if score.depth_pattern == "greedy" else removals
-    elif not tried and shape.kept_layers is None:
+    elif not tries.shapes and shape.kept_layers is None:
         removals = {before.arch.layers - after.arch.layers}
     layers = [cost.comparing(before, score, remove=remove, items=asked.depth) for remove in removals]
-    turned = is_rotated(part, shape, tried)
-    chosen = [cost.choosing(before, arch, prune, score) for arch in tried or (after.arch,)]
+    turned = is_rotated(part, shape, tries.shapes)
+    chosen = [cost.choosing(before, arch, prune, score) for arch in tries.shapes or (after.arch,)]
     refit, budget = Work(), cost.budget_for(before, prune)
     if prune.refit != "none":
         refit = cost.refitting(before, after, prune, budget=budget, turned=turned)
         refit += cost.doubting(before, after, prune, turned=turned)
     return {
         "score": scored,
-        "layers": max(layers, key=lambda work: work.flops, default=Work()),
-        "trial": cost.trying(before, shape.student, prune, score, tried, turned=turned),
-        **_tournament(part, shape),
+        # a search compares at every depth, a trial at the chosen one
+        "layers": sum(layers, Work())
+        if part.search is not None
+        else max(layers, key=lambda work: work.flops, default=Work()),
+        "trial": trying(part, shape, tries, turned=turned),
+        **adding_up(part, shape),
+        **tournament(part, shape, tries),
         "selection": max(chosen, key=lambda work: (work.moved_bytes, work.flops)),
         "prune": (cost.turning(before, prune) if turned else Work())
         + cost.rescoring(before, after.arch, prune, score)
@@ -136,28 +133,6 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
         + cost.measuring(before, after, samples=CHECK_SAMPLES),
         "refit": refit,
     }
-
-
-def _tournament(part: Recipe, shape: PlannedRound) -> dict[str, Work]:
-    """The teacher's answers for a tournament, the cuts of its finalists, and their training. The last two at most."""
-    if part.search is None or part.search.method != "tournament":
-        return {}
-    training, before = tournament_training(part), Costed.of(shape.before, part.data.context)
-    archs = _tried(part, shape)
-    count = min(part.search.candidates, len(archs))
-    dearest = max((Costed(shape.student, arch, before.context) for arch in archs), key=lambda model: model.whole)
-    budget = planned_rungs(part, count).budget
-    per_token = before.body if training.cache == "hidden" else before.whole
-    work = {"cache-search": Work(training.tokens, training.tokens * per_token)}
-    turned = rotates(shape.before, part.prune) and any(arch.hidden < before.arch.hidden for arch in archs)
-    cut = cost.choosing(before, dearest.arch, part.prune, part.score)
-    if part.prune.refit != "none":
-        budget_of_cut = cost.budget_for(before, part.prune)
-        cut += cost.refitting(before, dearest, part.prune, budget=budget_of_cut, turned=turned)
-        cut += cost.doubting(before, dearest, part.prune, turned=turned)
-    work["finalists"] = sum([cut] * count, Work())
-    work["search"] = Work(budget, budget * distilling(dearest, before, training))
-    return work
 
 
 def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:

@@ -21,6 +21,13 @@ _OF_THE_TEACHER = ("teacher_device", "offload_teacher", "shard_teacher")
 """Keys of a teacher that runs; in a tournament none does."""
 
 
+def adapters_rank(recipe: Recipe) -> int | None:
+    """The rank of the adapters that a tournament trains. None if it trains all weights."""
+    assert recipe.search is not None
+    asked = recipe.search.tournament
+    return asked.lora_rank if asked.train == "lora" else None
+
+
 def tournament_training(recipe: Recipe) -> Distill:
     """The training of each finalist, up to the last rung of the tournament.
 

@@ -175,7 +175,12 @@ def forecast_tables(found: Forecast) -> None:
         ("GFLOP per token", *(f"{c.flops_per_token / 1e9:.3g}" for c in counts)),
     ]
     table(f"{found.name}: plan", ("", "teacher", *names), rows)
-    if found.searched:
+    if found.timed:
+        print(
+            "shapes that only times bound are known once these are measured in the search: until then the teacher"
+            " stands for the student of this plan, and the rows of the search are upper bounds"
+        )
+    elif found.searched:
         print("the student of this plan is the search's first candidate; another may be chosen")
     elif any(found.trial):
         print("the student of this plan is cut in width alone; the trial may choose another shape within the budget")

@@ -64,6 +64,19 @@ def additive_choice(
         slack = max(_SLACK, 10 * slack)
 
 
+def samples_of_values(available: int, context: int, vocab: int) -> int:
+    """The calibration samples on which blocks are measured, of so many."""
+    return affordable(min(_SAMPLES, available), context, vocab)
+
+
+def measured_at(widths: Sequence[Arch]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Of these widths the sizes of ffn, the choices of heads and groups, and of hidden at which blocks are measured."""
+    neurons = sorted({arch.ffn for arch in widths})
+    grid = sorted({neurons[round(i)] for i in np.linspace(0, len(neurons) - 1, min(_NEURONS, len(neurons)))})
+    groups = dict.fromkeys((arch.heads, arch.kv_heads) for arch in widths)
+    return grid, [*groups], [*dict.fromkeys(arch.hidden for arch in widths)]
+
+
 def _between(anatomy: Anatomy, candidates: Sequence[Candidate]) -> Found:
     params = [float(candidate.counts.params) for candidate in candidates]
     space = replace(Space.whole(anatomy), depths=tuple(range(anatomy.sizes.layers, 0, -1)))
@@ -93,12 +106,10 @@ def _sum(seen: Found, bound: Range, widths: Sequence[Arch], candidates: Sequence
 
 def _values(calibration: Calibration, scores: Scores, widths: Sequence[Arch]) -> BlockValues:
     anatomy, samples_BS = calibration.anatomy, calibration.samples_BS
-    few = affordable(min(_SAMPLES, len(samples_BS)), samples_BS.shape[1], anatomy.sizes.vocab)
+    few = samples_of_values(len(samples_BS), samples_BS.shape[1], anatomy.sizes.vocab)
     bench = _Bench(calibration.first(few), scores)
     layers, sizes = range(anatomy.sizes.layers), anatomy.sizes
-    neurons = sorted({arch.ffn for arch in widths})
-    grid = sorted({neurons[round(i)] for i in np.linspace(0, len(neurons) - 1, min(_NEURONS, len(neurons)))})
-    groups = {(arch.heads, arch.kv_heads) for arch in widths}
+    grid, groups, hiddens = measured_at(widths)
     with calibration.progress.task("values of blocks", len(layers) * (len(grid) + len(groups) + 1)) as task:
         ffn, heads, gone = [], [], []
         for layer in layers:
@@ -106,7 +117,7 @@ def _values(calibration: Calibration, scores: Scores, widths: Sequence[Arch]) ->
             heads.append({pair: bench.masked(layer, sizes.at(heads=pair[0], kv_heads=pair[1])) for pair in groups})
             gone.append(bench.trimmed(sizes.at(layers=sizes.layers - 1), [i for i in layers if i != layer]))
             task.advance(len(grid) + len(groups) + 1)
-        hidden = {size: bench.trimmed(sizes.at(hidden=size), list(layers)) for size in {a.hidden for a in widths}}
+        hidden = {size: bench.trimmed(sizes.at(hidden=size), list(layers)) for size in hiddens}
     kept_LW = np.array(
         [[np.interp(a.ffn, grid, ffn[i]) + heads[i][a.heads, a.kv_heads] for a in widths] for i in layers]
     )

@@ -12,6 +12,7 @@ from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
 from halve.errors import PlanError
 from halve.recipe.schema import Recipe, Score, Search
+from halve.recipe.searching import TimeLimits
 from halve.recipe.tournaments import tournament_training
 from halve.search.candidates import Found, candidates_of, look
 from halve.search.halving import Ladder, ladder
@@ -94,6 +95,15 @@ def shapes_of(recipe: Recipe, seen: Found) -> tuple[Candidate, ...]:
     if not seen.ranges:
         return (Candidate(student.sizes, student.ledger.count(student.sizes)),)
     return candidates_of(seen, TRIED * recipe.search.candidates)
+
+
+def bounded_by_times_alone(recipe: Recipe) -> bool:
+    """Whether the budget of a round's search bounds nothing but times. Its shapes are then known once these are
+    measured.
+    """
+    assert recipe.search is not None
+    assert recipe.search.budget is not None, "a round searches one size"
+    return all(isinstance(limits, TimeLimits) for limits in recipe.search.budget.bounds.values())
 
 
 def planned_rungs(recipe: Recipe, finalists: int) -> Ladder:

@@ -57,17 +57,22 @@ def require_lora(anatomy: Anatomy, rank: int, *, key: str, rank_key: str, instea
 
     The keys are those of the recipe that ask for it, and `instead` is what else they can ask for.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise RecipeError(
-            f"{key}: lora needs the package peft",
-            why="it is not installed; its adapters are an extra of halve",
-            fix=f"pip install 'halve[lora]', or {instead}",
-        )
+    require_package(key=key, instead=instead)
     if rank > (hidden := anatomy.sizes.hidden):
         raise RecipeError(
             f"{rank_key} {rank} is larger than the model's hidden {hidden}",
             why="no matrix that reads or writes hidden states has a higher rank than that",
             fix=f"set {rank_key} to {hidden} or less; 16 is usual",
+        )
+
+
+def require_package(*, key: str, instead: str) -> None:
+    """Raise `RecipeError` if the package that adds adapters is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError(
+            f"{key}: lora needs the package peft",
+            why="it is not installed; its adapters are an extra of halve",
+            fix=f"pip install 'halve[lora]', or {instead}",
         )
 
 
