@@ -178,5 +178,4 @@ def test_the_harness_s_prompts_have_the_same_day_every_day(tokenizer: PreTrained
         (answered,) = asking.answer(exam, teacher.load(), words, seed=0).values()
         return [item["request"] for item in answered.items]
 
-    written = requests(f"{DAY} and {DAY}")
-    assert requests("{{ strftime_now('%d %b %Y') }} and {{ date_string }}") == written != requests("")
+    assert requests("{{ strftime_now('%d %b %Y') }}: ") == requests(f"{DAY}: ") != requests("")

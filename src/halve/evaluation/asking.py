@@ -35,7 +35,7 @@ from halve.model.head import split
 from halve.model.measure import end_tokens
 from halve.progress import SILENT, Progress
 from halve.recipe.evaluations import Evaluate
-from halve.text.day import DAY, fixed_day
+from halve.text.day import fixed_day
 from halve.text.turns import answer_ends
 
 _AVERAGED = ("prompt_level_strict_acc", "prompt_level_loose_acc", "inst_level_strict_acc", "inst_level_loose_acc")
@@ -151,9 +151,7 @@ def _wrapped(
 ) -> Any:
     """The harness's wrapper of a loaded model, with halve's head. Answers end after `max_new_tokens`."""
     own = deepcopy(tokenizer)  # the wrapper gives it a padding token
-    wrapped = lm_eval.models.huggingface.HFLM(
-        pretrained=model, tokenizer=own, batch_size=batch, chat_template_args={"date_string": DAY}
-    )
+    wrapped = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=own, batch_size=batch)
     body, head = split(model)
     generate, most = wrapped._model_generate, section.max_new_tokens
 
