@@ -138,7 +138,7 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
     """Check that there are candidates, that the tournament has tokens for its rungs, and that adapters can be added."""
     if recipe.search is None:
         return
-    from halve.preflight.searches import Tries
+    from halve.preflight.searches import ShapesTried
     from halve.preflight.sizes import planned_rounds, require_met
     from halve.search.searched import planned_rungs
     from halve.train.loop import adapters
@@ -149,7 +149,7 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
     for part, shape in zip(rounds(recipe), planned_rounds(recipe, teacher), strict=True):
         if part.search is None or part.search.method != "tournament":
             continue
-        tries = Tries.of(part, shape)
+        tries = ShapesTried.of(part, shape)
         planned_rungs(part, min(part.search.candidates, tries.count))
         for arch in tries.shapes if tries.known and asked.train == "lora" else ():
             narrow = replace(teacher.anatomy, sizes=arch)
@@ -157,9 +157,10 @@ def _check_search(recipe: Recipe, teacher: Checkpoint) -> None:
 
 
 def _check_plan(recipe: Recipe, teacher: Checkpoint) -> None:
-    from halve.preflight.outcomes import AXES, require_every_outcome
+    from halve.preflight.outcomes import SMALLEST_ALONG, require_every_outcome
 
-    axes = AXES if recipe.then else ("layers",)  # without later rounds, only numbers of layers can be too small
+    # without later rounds, only numbers of layers can be too small
+    axes = SMALLEST_ALONG if recipe.then else ("layers",)
     require_every_outcome(recipe, teacher, partial(_check_states, recipe), axes=axes)
     for number in range(2, 2 + len(recipe.then)):
         if learns_from_previous(recipe, number) and cuts_original(recipe, number):

@@ -26,7 +26,7 @@ from halve.preflight.memory import (
     correction_memory,
 )
 from halve.preflight.nests import nest_memory, planned_nest
-from halve.preflight.searches import Tries
+from halve.preflight.searches import ShapesTried
 from halve.preflight.sizes import PlannedRound, planned_rounds, require_proved
 from halve.preflight.space import Disk, planned_disk
 from halve.preflight.times import a_card, hours_by_stage
@@ -283,7 +283,7 @@ def _held(recipe: Recipe, found: tuple[PlannedRound, ...], *, on_cpu: bool) -> d
         "dtype": computing_dtype(recipe.dtype, found[0].before.config, on_cpu=on_cpu),
         "on_cpu": on_cpu,
     }
-    tried = [Tries.of(part, shape).shapes for part, shape in zip(rounds(recipe), found, strict=True)]
+    tried = [ShapesTried.of(part, shape).shapes for part, shape in zip(rounds(recipe), found, strict=True)]
     held = {
         named("prune", number): pruning(part, shape, shapes, turned=work.is_rotated(part, shape, shapes), **where)
         for number, (part, shape, shapes) in enumerate(zip(rounds(recipe), found, tried, strict=True), 1)

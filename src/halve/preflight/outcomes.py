@@ -16,7 +16,7 @@ from halve.recipe.rounds import rounds
 from halve.recipe.schema import Recipe
 from halve.search.searched import shapes_to_try
 
-AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
+SMALLEST_ALONG = ("layers", "hidden", "ffn", "heads", "kv_heads")
 
 
 def require_every_outcome(
@@ -24,7 +24,7 @@ def require_every_outcome(
     teacher: Checkpoint,
     require: Callable[[Sequence[PlannedRound]], None],
     *,
-    axes: Sequence[str] = AXES,
+    axes: Sequence[str] = SMALLEST_ALONG,
 ) -> None:
     """Raise what planning the rounds or `require` raises, for the plan or for a shape that may be chosen instead.
 

@@ -24,7 +24,7 @@ _UNMARKED = {"magnitude": {"layers": "weights alone do not tell one layer from a
 
 
 @dataclass(frozen=True)
-class Tries:
+class ShapesTried:
     """The shapes from which a round's trial or search chooses, as far as a plan knows them."""
 
     shapes: tuple[Arch, ...]
@@ -37,7 +37,7 @@ class Tries:
     """Whether they are known before times are measured."""
 
     @classmethod
-    def of(cls, part: Recipe, shape: PlannedRound) -> Tries:
+    def of(cls, part: Recipe, shape: PlannedRound) -> ShapesTried:
         """Those of a round."""
         if part.search is None:
             families = to_try(shape.student, part.prune, refused=_UNMARKED.get(part.score.method))
@@ -51,7 +51,7 @@ class Tries:
         return cls(shapes, min(TRIED * part.search.candidates, len(space)), space.depths, known=False)
 
     @classmethod
-    def _known(cls, archs: Iterable[Arch]) -> Tries:
+    def _known(cls, archs: Iterable[Arch]) -> ShapesTried:
         shapes = tuple(dict.fromkeys(archs))
         return cls(shapes, len(shapes), tuple(dict.fromkeys(arch.layers for arch in shapes)))
 
@@ -64,7 +64,7 @@ def _dearest(space: Space) -> tuple[Arch, ...]:
     return tuple(dict.fromkeys(space.arch(deepest, *at) for at in ((0, 0), *((i, 0) for i in narrower), least)))
 
 
-def trying(part: Recipe, shape: PlannedRound, tries: Tries, *, turned: bool) -> Work:
+def trying(part: Recipe, shape: PlannedRound, tries: ShapesTried, *, turned: bool) -> Work:
     """The trial of all shapes."""
     before = Costed.of(shape.before, part.data.context)
 
@@ -76,7 +76,7 @@ def trying(part: Recipe, shape: PlannedRound, tries: Tries, *, turned: bool) -> 
     return max((of([arch] * tries.count) for arch in tries.shapes), key=lambda work: work.flops)
 
 
-def tournament(part: Recipe, shape: PlannedRound, tries: Tries) -> dict[str, Work]:
+def tournament(part: Recipe, shape: PlannedRound, tries: ShapesTried) -> dict[str, Work]:
     """The teacher's answers for a tournament, the cuts of its finalists, and their training. The last two at most."""
     if part.search is None or part.search.method != "tournament":
         return {}

@@ -15,7 +15,7 @@ from halve.preflight.alignment import planned_tokens
 from halve.preflight.asked import Asked
 from halve.preflight.evaluation import evaluating
 from halve.preflight.nests import nesting, planned_nest
-from halve.preflight.searches import Tries, adding_up, tournament, trying
+from halve.preflight.searches import ShapesTried, adding_up, tournament, trying
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Alignment, Distill, Recipe, Training
@@ -87,7 +87,7 @@ def trials(recipe: Recipe, found: Sequence[PlannedRound]) -> tuple[tuple[Arch, .
     """For every round, the sizes from which its trial or its search chooses, each once. Empty without one, and where
     they are known only once times are measured.
     """
-    listed = (Tries.of(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
+    listed = (ShapesTried.of(part, shape) for part, shape in zip(rounds(recipe), found, strict=True))
     return tuple(tries.shapes if tries.known else () for tries in listed)
 
 
@@ -102,7 +102,7 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     before, after = _models(part, shape)
     prune, score = part.prune, part.score if part.search is None else joint_comparison(part.score)
     scored = cost.scoring(before, score) + _checked_boundaries(before, score.samples)
-    tries = Tries.of(part, shape)
+    tries = ShapesTried.of(part, shape)
     removals = {before.arch.layers - depth for depth in tries.depths} if compares(score) else set()
     if part.search is not None:
         removals -= {0}
