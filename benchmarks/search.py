@@ -53,6 +53,7 @@ from halve.search.finalists import choose_finalists
 from halve.search.halving import TIE, Ladder, ladder
 from halve.search.outcome import outcome
 from halve.search.searched import seen_by, shapes_of
+from halve.search.settled import is_cut
 from halve.search.tournament import Played, School, play
 from halve.search.workshop import Workshop
 from halve.stages import cache as cache_stage
@@ -327,7 +328,8 @@ class Bench:
 
     def _cut(self, name: str, tried: Tried) -> None:
         folder = self._folder(f"cut/{name}")
-        self.workshop.cut(tried, folder / "model", extra_from=self.teacher.files, record={})
+        if not is_cut(tried, folder / "model"):
+            self.workshop.cut(tried, folder / "model", extra_from=self.teacher.files, record={})
         write_json(folder / "tried.json", tried.to_json())
 
     def _candidate(self, tried: Tried) -> Candidate:
