@@ -329,7 +329,7 @@ def _learner(cast: Cast, training: Training) -> PreTrainedModel:
     if isinstance(training, Correct):
         adapters.choose_trained(model, training, seed=0)
     elif cast.lora_rank is not None:
-        adapters.require_package(key="search.tournament.train", instead="train: full")
+        adapters.require_peft(key="search.tournament.train", instead="train: full")
         adapters.add_lora(model, rank=cast.lora_rank, alpha=1.0, seed=0)
     if cast.in_shards and cast.half:
         for module in (module for layer in blocks.layers(model) for module in layer.modules()):

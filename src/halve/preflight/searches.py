@@ -64,7 +64,7 @@ def _dearest(space: Space) -> tuple[Arch, ...]:
     return tuple(dict.fromkeys(space.arch(deepest, *at) for at in ((0, 0), *((i, 0) for i in narrower), least)))
 
 
-def trying(part: Recipe, shape: PlannedRound, tries: ShapesTried, *, turned: bool) -> Work:
+def work_of_a_trial(part: Recipe, shape: PlannedRound, tries: ShapesTried, *, turned: bool) -> Work:
     """The trial of all shapes."""
     before = Costed.of(shape.before, part.data.context)
 

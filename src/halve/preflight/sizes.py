@@ -15,7 +15,7 @@ from halve.cut.repair.rotate import student_anatomy
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.rounds import cuts_original, rounds
 from halve.recipe.schema import Recipe
-from halve.search.searched import searched, searched_anatomy, shapes_to_try
+from halve.search.searched import removable_search, searched_anatomy, shapes_to_try
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def require_met(recipe: Recipe, teacher: Checkpoint) -> None:
     anatomy = searched_anatomy(recipe, teacher.anatomy)
     refused = prove(teacher.anatomy, reopen=False).refusals
     for budget in filter(None, (recipe.search.budget, *recipe.search.targets)):
-        look(anatomy, budget, searched(recipe, anatomy), refused=refused, timed=False)
+        look(anatomy, budget, removable_search(recipe, anatomy), refused=refused, timed=False)
 
 
 def planned_rounds(

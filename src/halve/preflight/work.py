@@ -15,7 +15,7 @@ from halve.preflight.alignment import planned_tokens
 from halve.preflight.asked import Asked
 from halve.preflight.evaluation import evaluating
 from halve.preflight.nests import nesting, planned_nest
-from halve.preflight.searches import ShapesTried, adding_up, tournament, trying
+from halve.preflight.searches import ShapesTried, adding_up, tournament, work_of_a_trial
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
 from halve.recipe.schema import Alignment, Distill, Recipe, Training
@@ -122,7 +122,7 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
         "layers": sum(layers, Work())
         if part.search is not None
         else max(layers, key=lambda work: work.flops, default=Work()),
-        "trial": trying(part, shape, tries, turned=turned),
+        "trial": work_of_a_trial(part, shape, tries, turned=turned),
         **adding_up(part, shape),
         **tournament(part, shape, tries),
         "selection": max(chosen, key=lambda work: (work.moved_bytes, work.flops)),

@@ -42,7 +42,7 @@ def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> F
     """
     assert recipe.search is not None
     student = searched_anatomy(recipe, anatomy)
-    search = searched(recipe, student)
+    search = removable_search(recipe, student)
     assert search.budget is not None, "a round searches one size"
     require_positions(student, search.budget)
     clock = (
@@ -66,7 +66,7 @@ def searched_anatomy(recipe: Recipe, anatomy: Anatomy) -> Anatomy:
     return student
 
 
-def searched(recipe: Recipe, anatomy: Anatomy) -> Search:
+def removable_search(recipe: Recipe, anatomy: Anatomy) -> Search:
     """The section `search`, without numbers of layers that no contiguous block leaves, if blocks are compared.
 
     `anatomy` is the one for the student's sizes. A block that holds one of `search.layers.keep` is never removed, so

@@ -57,7 +57,7 @@ def require_lora(anatomy: Anatomy, rank: int, *, key: str, rank_key: str, instea
 
     The keys are those of the recipe that ask for it, and `instead` is what else they can ask for.
     """
-    require_package(key=key, instead=instead)
+    require_peft(key=key, instead=instead)
     if rank > (hidden := anatomy.sizes.hidden):
         raise RecipeError(
             f"{rank_key} {rank} is larger than the model's hidden {hidden}",
@@ -66,7 +66,7 @@ def require_lora(anatomy: Anatomy, rank: int, *, key: str, rank_key: str, instea
         )
 
 
-def require_package(*, key: str, instead: str) -> None:
+def require_peft(*, key: str, instead: str) -> None:
     """Raise `RecipeError` if the package that adds adapters is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise RecipeError(
