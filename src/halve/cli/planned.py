@@ -50,15 +50,15 @@ def spoken(
     be met.
     """
     from halve.model.checkpoint import Checkpoint
-    from halve.search.searched import searched_anatomy
+    from halve.search.searched import removable_search, searched_anatomy
 
     device: Device = "auto"
     if model.endswith(RECIPE_SUFFIXES):
         recipe = load_recipe(model)
         if bounds or axes or given or recipe.search is None:
             raise _not_of_a_recipe(recipe, [*given, *["--budget"] * bool(bounds), *["--axis"] * bool(axes)])
-        anatomy, search, device = Checkpoint.open(recipe.model).anatomy, recipe.search, recipe.device
-        searched_anatomy(recipe, anatomy)
+        anatomy, device = Checkpoint.open(recipe.model).anatomy, recipe.device
+        search = removable_search(recipe, searched_anatomy(recipe, anatomy))
     else:
         if given or not bounds:
             raise PlanError(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Arch
 from halve.anatomy.configs import context_length
-from halve.anatomy.work import Costed, distilling
+from halve.anatomy.work import Costed, distilling, distilling_adapters
 from halve.cut.plan.sizes import Candidate
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
@@ -35,7 +35,7 @@ from halve.model.choices import answer_encoded, encode, load_items
 from halve.model.precision import stored_dtype
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
-from halve.recipe.tournaments import tournament_training
+from halve.recipe.tournaments import adapters_rank, tournament_training
 from halve.search.blocks import additive_choice
 from halve.search.budgets import budget_in_words
 from halve.search.candidates import Found, within_budget
@@ -264,7 +264,8 @@ def _flops(
     student = student_anatomy(teacher.anatomy, recipe.prune)
     costed = [Costed(student, candidate.arch, context, tried.kept_layers) for candidate, tried in pairs]
     tokens = [finalist["curve"][-1]["tokens"] for finalist in results["finalists"]]
-    search = sum(n * distilling(model, whole, training) for n, model in zip(tokens, costed, strict=True))
+    each = distilling if adapters_rank(recipe) is None else distilling_adapters
+    search = sum(n * each(model, whole, training) for n, model in zip(tokens, costed, strict=True))
     if recipe.distill is None:
         return {"search": float(search), "run": None}
     run = recipe.distill.tokens * distilling(costed[results["chosen"]], whole, recipe.distill)
