@@ -14,7 +14,15 @@ from halve.anatomy import discover
 from halve.cut.plan.plan import select
 from halve.cut.proof.twins import RandomScores, fixed_ids, logits, random_twin
 from halve.cut.repair import rotate as module
-from halve.cut.repair.rotate import principal_basis, prove_rotation, rotate, stream_moment, student_anatomy, untied
+from halve.cut.repair.rotate import (
+    principal_basis,
+    prove_rotation,
+    rotate,
+    rotates,
+    stream_moment,
+    student_anatomy,
+    untied,
+)
 from halve.cut.score.calibration import Calibration
 from halve.cut.surgery.trim import trim
 from halve.errors import AnatomyError, PlanError
@@ -61,6 +69,18 @@ def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_folded", forgetful)
     with pytest.raises(AnatomyError, match="cannot rotate"):
         prove_rotation(discover(config("llama")))
+
+
+def test_a_twin_that_does_not_run_refuses_the_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(module, "logits", broken)
+    anatomy = discover(config("llama"))
+    assert not rotates(anatomy, Prune(hidden=64))
+    with pytest.raises(AnatomyError, match="cannot rotate hidden of llama") as refused:
+        rotates(anatomy, Prune(hidden=64, rotation="pca"))
+    assert "RuntimeError: no such kernel" in refused.value.why
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama"])
