@@ -104,10 +104,10 @@ def test_check_refuses_times_past_the_models_positions(make_recipe: MakeRecipe) 
         return [str(error) for error in check(make_recipe(prune={}, search={"budget": budget, "method": "trial"}))]
 
     (error,) = found()
-    assert "decode_latency at context 512 cannot be timed: this llama has a context of 128\n" in error
-    assert "fix: set its context to 116 or less" in error
-    assert len(found(context=117)) == 1
-    assert not found(context=116)
+    assert "decode_latency at context 512 cannot be timed: this llama has less\n" in error
+    assert "fix: set its context to 128 or less" in error
+    assert len(found(context=129)) == 1
+    assert not found(context=128)
 
 
 def test_a_trial_without_rungs_has_no_tournament(make_recipe: MakeRecipe) -> None:

@@ -93,6 +93,14 @@ def context_length(config: PretrainedConfig) -> int | None:
     return next((int(limit) for name in POSITION_KEYS if (limit := getattr(text, name, None))), None)
 
 
+def lengthen_context(config: PretrainedConfig, more: int) -> None:
+    """Let a config have room for so many more tokens; one without a limit has it."""
+    text = config.get_text_config()
+    for name in POSITION_KEYS:
+        if limit := getattr(text, name, None):
+            setattr(text, name, int(limit) + more)
+
+
 def shortest_context(several: Iterable[PretrainedConfig]) -> int | None:
     """The `context_length` that all of these models have; None if none has a limit."""
     limits = [context_length(config) for config in several]

@@ -36,7 +36,7 @@ from halve.recipe.schema import Device
 from halve.recipe.searching import Search, ShapeBudget, TimeLimits
 from halve.search.quantities import Reals
 from halve.search.space import Space, legal_shapes
-from halve.search.timing import DECODED, BlockTimes, Condition, Pace, time_blocks
+from halve.search.timing import BlockTimes, Condition, Pace, time_blocks
 
 _AT = (1.0, 0.6, 0.25)
 """The shares of each axis at which layers are timed."""
@@ -50,19 +50,15 @@ def needed(budget: ShapeBudget) -> list[Condition]:
 
 
 def require_positions(anatomy: Anatomy, budget: ShapeBudget) -> None:
-    """Raise `PlanError` for a time at a context that does not fit into the model's with the tokens that are timed."""
+    """Raise `PlanError` for a time at a longer context than the model's."""
     limit = context_length(anatomy.config)
     for quantity, limits in budget.bounds.items():
-        if limit is None or not isinstance(limits, TimeLimits) or limits.context + DECODED <= limit:
-            continue
-        most = limit - DECODED
-        raise PlanError(
-            f"{quantity} at context {limits.context} cannot be timed: this {anatomy.family} has a context of {limit}",
-            why=f"{DECODED} tokens are generated after the prompt, so {limits.context + DECODED} positions are needed",
-            fix=f"set its context to {most} or less; in a flag, @{limits.batch}x{most} behind the amount"
-            if most > 0
-            else "bound flops or weight_bytes instead",
-        )
+        if limit is not None and isinstance(limits, TimeLimits) and limits.context > limit:
+            raise PlanError(
+                f"{quantity} at context {limits.context} cannot be timed: this {anatomy.family} has less",
+                why=f"its config allows {limit} tokens",
+                fix=f"set its context to {limit} or less; in a flag, @{limits.batch}x{limit} behind the amount",
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halve.anatomy import Anatomy, Arch
-from halve.anatomy.configs import build, resized
+from halve.anatomy.configs import build, lengthen_context, resized
 from halve.cut.plan.sizes import config_sizes
 from halve.model.speed import prefill_and_decode, weight_bytes
 
@@ -147,8 +147,12 @@ def _median(listed: Sequence[BlockTimes]) -> BlockTimes:
 
 
 def random_model(anatomy: Anatomy, arch: Arch, *, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of these sizes with the first layers of the anatomy's, and with small random weights."""
+    """A model of these sizes with the first layers of the anatomy's, and with small random weights.
+
+    It has room for the tokens that are timed behind a prompt of the model's whole context.
+    """
     config = resized(anatomy.config, config_sizes(anatomy, arch), kept_layers=tuple(range(arch.layers)))
+    lengthen_context(config, DECODED)
     model = build(config, device=device, dtype=dtype)
     some = torch.empty(_RANDOM).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     with torch.no_grad():
