@@ -182,7 +182,7 @@ class Bench:
             progress=self.progress,
         )
         pairs = [(self._candidate(entry.tried), entry.tried) for entry in entries]
-        found = outcome(pairs, plan, played, answered=None, seed=self.args.seed)
+        found = outcome(pairs, plan, played, trial=self._of_the_trial, answered=None, seed=self.args.seed)
         write_json(self.place / "outcome.json", found)
         whole = len(entries) * self.args.tokens
         self._tell(
@@ -230,8 +230,7 @@ class Bench:
         found = read_json(self.place / "outcome.json")
         chosen, best = f"finalist-{found['chosen']}", names[int(after.mean(1).argmin())]
         straight = names[int(before.mean(1).argmin())]
-        tries = [entry.tried for entry in self.entries("finalist")]
-        trial = f"finalist-{tries.index(best_tried(tries))}"
+        trial = f"finalist-{self._of_the_trial}"
         agreement = rank_agreement(before, after, seed=self.args.seed)
         self._tell(
             "verdict",
@@ -263,6 +262,12 @@ class Bench:
                 self._tell("rate", name=entry.name, rate=lr, after=average(_row(played, 1)).as_dict())
 
     # ---- what they need
+
+    @property
+    def _of_the_trial(self) -> int:
+        """The finalist that the trial's own rule takes."""
+        tries = [entry.tried for entry in self.entries("finalist")]
+        return tries.index(best_tried(tries))
 
     @property
     def _short(self) -> Distill:

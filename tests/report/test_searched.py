@@ -67,6 +67,16 @@ def test_a_trial_that_agrees_and_a_clear_gap() -> None:
     assert "0.0500 ± 0.0040 behind, sample by sample. " in words
 
 
+def test_a_trial_may_have_chosen_a_shape_that_is_no_finalist() -> None:
+    found = facts(trial=None)
+    assert "A trial without training would have chosen a shape that is none of the finalists." in search_words(
+        found, RECIPE
+    )
+    section = searched(found, RECIPE)
+    assert section is not None
+    assert "Colored: the choice, 2. Dashed" in section.figures[0].note
+
+
 def test_one_sample_has_no_standard_error() -> None:
     second = {"finalist": 2, "gap": {"value": 0.028, "stderr": math.nan}, "clear": False}
     agreement = [{"rung": 1, "tau": 0.6, "low": None, "high": None, "candidates": 5}]

@@ -37,7 +37,7 @@ def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> Page
     )
     legend = "Nats per token, on a logarithmic scale, by the number of the finalist. Colored:"
     legend += f" the choice, {facts['chosen'] + 1}"
-    if facts["trial"] != facts["chosen"]:
+    if facts["trial"] not in (facts["chosen"], None):
         legend += f", and {facts['trial'] + 1}, which a trial would have chosen"
     drawn = Figure("Quality against tokens", f"{legend}. Dashed: rungs.", svg)
     return PageSection(title, note, table, " ".join(filter(None, words)), figures=(drawn,))
@@ -114,6 +114,8 @@ def _choice(facts: Facts) -> str:
 def _trial(facts: Facts) -> str:
     if facts["trial"] == facts["chosen"]:
         return "A trial without training would have chosen it as well."
+    if facts["trial"] is None:
+        return "A trial without training would have chosen a shape that is none of the finalists."
     trial, chosen = (facts["finalists"][facts[key]]["curve"] for key in ("trial", "chosen"))
     shared = min(len(trial), len(chosen)) - 1
     return (

@@ -5,7 +5,7 @@ rungs       [{tokens, kept, gone, ties, forced}] by finalist, counted from 0; th
 chosen      the finalist with the lowest KL at the last rung
 second      {finalist, gap {value, stderr}, clear}: the next one and how far it is behind; null for one finalist
 straight    the finalist with the lowest KL straight after the cut
-trial       the finalist that a trial would take: by its samples, few tokens of refit, and its rule for ties
+trial       the finalist that a trial would take by its samples and its rule for ties; null if it is none of them
 agreement   [{rung, tau, low, high, candidates}]: Kendall's tau of the ranks straight after the cut and at a rung
 rises       [{finalist, rung, value, stderr}]: where a finalist's KL rose
 choices     {name, items, accuracies {finalist: estimate}, best, gap {value, stderr}, agrees}; null without a file
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from halve.cut.plan.sizes import Candidate
-from halve.cut.trial import Tried, best
+from halve.cut.trial import Tried
 from halve.model.measure import average, difference, proportion
 from halve.search.agreement import rank_agreement, rises
 from halve.search.halving import Ladder, leader
@@ -38,13 +38,16 @@ def outcome(
     plan: Ladder,
     played: Played,
     *,
+    trial: int | None,
     answered: tuple[str, RightItems] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """The outcome of a tournament. `answered` are the name of a multiple-choice file and the answers of those who
-    reached the last rung. The bootstrap of the agreement draws from the seed."""
+    """The outcome of a tournament.
+
+    `trial` is the finalist that a trial would take. `answered` are the name of a multiple-choice file and the answers
+    of those who reached the last rung. The bootstrap of the agreement draws from the seed.
+    """
     everyone, last = range(len(finalists)), len(plan.tokens) - 1
-    tries = [tried for _, tried in finalists]
     lead = leader(played.kl(last, played.last))
     chosen = played.last[lead.row]
     second = None
@@ -56,7 +59,7 @@ def outcome(
         "chosen": chosen,
         "second": second,
         "straight": leader(played.kl(0, everyone)).row,
-        "trial": tries.index(best(tries)),
+        "trial": trial,
         "agreement": _agreements(plan, played, seed),
         "rises": _rises(plan, played, len(finalists)),
         "choices": None if answered is None else _choices(*answered, chosen=chosen),

@@ -27,7 +27,7 @@ from halve.anatomy.work import Costed, distilling, distilling_adapters
 from halve.cut.plan.sizes import Candidate
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
-from halve.cut.trial import Tried, best, outcome_of_trial
+from halve.cut.trial import Tried, Tries, best, outcome_of_trial
 from halve.disk.files import write_json
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
@@ -245,7 +245,8 @@ def _concluded(
     pairs = [
         (Candidate(shape.arch, ledger.count(shape.arch, kept_layers=shape.kept_layers)), shape) for shape in finalists
     ]
-    results = outcome(pairs, plan, played, answered=_answered(recipe, played, out), seed=recipe.seed)
+    trial, answered = _of_the_trial(finalists, out), _answered(recipe, played, out)
+    results = outcome(pairs, plan, played, trial=trial, answered=answered, seed=recipe.seed)
     flops = _flops(recipe, teacher, pairs, results)
     write_json(out / "results.json", {"method": "tournament", **results, "flops": flops})
     chosen = finalists[results["chosen"]]
@@ -253,6 +254,14 @@ def _concluded(
     metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: results[key] for key in keys}}
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
     progress.say(f"chosen of {len(finalists)} finalists: {chosen.arch}")
+
+
+def _of_the_trial(finalists: list[Tried], out: Path) -> int | None:
+    """The finalist that the trial would have chosen. None if it would have chosen another shape."""
+    settled, found = Candidates.settled(out), Tries(out / "trial.jsonl").found
+    assert settled is not None
+    chosen = best([found[arch] for arch in settled.tried])
+    return next((i for i, finalist in enumerate(finalists) if finalist.arch == chosen.arch), None)
 
 
 def _flops(

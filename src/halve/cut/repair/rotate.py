@@ -122,9 +122,9 @@ def student_anatomy(anatomy: Anatomy, prune: Prune) -> Anatomy:
 
 def _unties(anatomy: Anatomy, prune: Prune) -> bool:
     """Whether a tied head gets its own weights: it does so with a rotation, which comes with a cut of hidden alone."""
-    by_hand = prune.params is None and prune.non_embedding_ratio is None
     cut = (prune.hidden or anatomy.sizes.hidden) < anatomy.sizes.hidden
-    return prune.untie and (cut or not by_hand) and rotates(anatomy, prune)
+    kept = prune.sized_by["sizes by hand"] and not cut
+    return prune.untie and not kept and rotates(anatomy, prune)
 
 
 def rotates(anatomy: Anatomy, prune: Prune) -> bool:
