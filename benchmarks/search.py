@@ -190,6 +190,7 @@ class Bench:
             seconds=time.monotonic() - began,
             tokens=found["tokens"],
             share=found["tokens"] / whole,
+            last_two=[_gap(*reversed(played.kl(rung, played.last[:2]))) for rung in range(len(plan.tokens))],
             **{key: found[key] for key in ("chosen", "second", "straight", "agreement", "rises", "rungs")},
         )
 
@@ -241,7 +242,7 @@ class Bench:
             straight=straight,
             straight_minus_best=_gap(field[straight][1], field[best][1]),
             trial=trial,
-            trial_minus_best=_gap(field[trial][1], field[best][1]) if trial in field else None,
+            trial_minus_best=[_gap(field[trial][i], field[best][i]) for i in (0, 1)] if trial in field else None,
             flip=_clear(field[straight][1], field[best][1]) and _clear(field[best][0], field[straight][0]),
             agreement=None if agreement is None else vars(agreement),
             chosen_minus_baseline={
