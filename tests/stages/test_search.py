@@ -120,16 +120,22 @@ def test_prune_cuts_to_the_choice(done: Path, recipe: Recipe, tmp_path: Path) ->
     assert model.config.num_hidden_layers == choice.arch.layers
 
 
-def test_a_search_that_was_stopped_goes_on(
-    done: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stopped(done: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[Any, str]) -> Path:
+    """A run whose search is stopped where it calls this function of a module or a class."""
     out = tmp_path / "run"
     shutil.copytree(done, out)
     shutil.rmtree(out / "search")
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "outcome", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(*at, Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(recipe, out, only="search")
+    return out
+
+
+def test_a_search_that_was_stopped_goes_on(
+    done: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stopped(done, recipe, tmp_path, monkeypatch, (stage, "outcome"))
     refused = Mock(side_effect=AssertionError("all finalists are there"))
     monkeypatch.setattr(stage.Workshop, "open", refused)
     pipeline.run(recipe, out, only="search")
@@ -216,13 +222,7 @@ def test_a_search_that_goes_on_under_other_times_keeps_its_shapes(
 def test_a_killed_trial_compares_no_layers_again(
     recipe: Recipe, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(done, out)
-    shutil.rmtree(out / "search")
-    with monkeypatch.context() as patched:
-        patched.setattr(stage.Workshop, "tried", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(recipe, out, only="search")
+    out = stopped(done, recipe, tmp_path, monkeypatch, (stage.Workshop, "tried"))
     monkeypatch.setattr(stage.Workshop, "layers", Mock(side_effect=AssertionError("they are known")))
     pipeline.run(recipe, out, only="search")
     assert (out / "search/results.json").read_bytes() == (done / "search/results.json").read_bytes()
