@@ -33,13 +33,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from teachers import add_arguments, parsed, recipe_of
 from torch import Tensor
 
 from halve.anatomy import Arch
 from halve.cut.plan.sizes import Candidate
 from halve.cut.trial import Tried
 from halve.cut.trial import best as best_tried
-from halve.demo.run import make_recipe
 from halve.disk.files import read_json, write_json
 from halve.model.checkpoint import Checkpoint
 from halve.model.measure import average, difference
@@ -58,7 +58,6 @@ from halve.search.tournament import Played, School, play
 from halve.search.workshop import Workshop
 from halve.stages import cache as cache_stage
 from halve.text.batch import Batch
-from halve.text.boundary import bounded, settled
 from halve.text.opened import open_text
 from halve.train.ranks.group import ALONE
 from halve.train.teachers import answers
@@ -86,17 +85,11 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="of the step rates")
     parser.add_argument("--held-out", type=int, default=176, help="held-out samples in all")
     parser.add_argument("--chosen-on", type=int, default=96, help="held-out samples that choose")
-    parser.add_argument("--name", default="demo", help="of the teacher, for the file of results")
-    parser.add_argument("--model", type=Path, help="another teacher than the demo's; it is not corrected")
-    parser.add_argument("--train", type=Path, nargs="+", help="its text")
-    parser.add_argument("--valid", type=Path, nargs="+", help="its held-out text")
-    parser.add_argument("--context", type=int, default=512)
+    add_arguments(parser)
     parser.add_argument("--shapes", nargs="+", help="finalists as layers x hidden x ffn, 28x576x1024")
     parser.add_argument("--refit-tokens", type=int, help="of the trial and the cuts")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    if args.model is not None and not (args.train and args.valid and args.name != "demo"):
-        parser.error("--model needs --name, --train and --valid")
+    args = parsed(parser)
     bench = Bench(args)
     for step in args.only:
         getattr(bench, step)()
@@ -123,7 +116,7 @@ class Bench:
         self.args, self.progress = args, RichProgress(Console(stderr=True))
         self.place: Path = args.work / f"seed-{args.seed}-{args.tokens}"
         self.place.mkdir(parents=True, exist_ok=True)
-        recipe = make_recipe(args.work / "texts", long=False, corpus=None) if args.model is None else _recipe(args)
+        recipe = recipe_of(args)
         assert recipe.distill is not None
         self.distill: Distill = recipe.distill.model_copy(
             update={
@@ -368,16 +361,6 @@ class Bench:
         path = self.args.out / f"{self.args.name}-{self.args.seed}-{self.args.tokens}.jsonl"
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe of another teacher: its text, and defaults."""
-    text = {split: [str(path.resolve()) for path in getattr(args, split)] for split in ("train", "valid")}
-    data = {**text, "context": args.context}
-    raw = {"name": args.name, "model": str(args.model.resolve()), "dtype": "float32", "data": data}
-    recipe = Recipe.model_validate({**raw, "prune": {"non_embedding_ratio": args.ratio}, "distill": {"tokens": 1}})
-    boundary = settled(recipe, Checkpoint.open(args.model), cache=args.work / "data", progress=RichProgress(Console()))
-    return bounded(recipe, boundary)
 
 
 def _shuffled(samples: Batch) -> Batch:
