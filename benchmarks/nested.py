@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs=3, default=["10x96x224", "9x80x160", "8x64x112"], help="from large to small")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--precision", default="float32", help="of the products in training")
     parser.add_argument("--out", type=Path, help="default: of its name, in results")
     add_arguments(parser)
     args = parsed(parser)
@@ -109,7 +110,7 @@ def recipe(
     """The recipe with this seed, cut and number of training tokens, without correction and baselines."""
     raw, step = base.model_dump(mode="json", exclude_unset=True), args.batch * base.data.context
     rate = {"lr": args.lr, "min_lr": args.lr / 20, "batch": args.batch, "micro_batch": min(8, args.batch)}
-    often = {"warmup_steps": 10, "checkpoint_every": 24, "eval_every": 16}
+    often = {"precision": args.precision, "warmup_steps": 10, "checkpoint_every": 24, "eval_every": 16}
     raw["distill"] |= {**rate, **often, "tokens": tokens // step * step, "baselines": []}
     quiet = {"speed": False, "choices": [], "prompts": [], "chat_prompts": []}
     raw["evaluate"] = raw.get("evaluate", {}) | quiet | {"samples": 96}

@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--precision", default="float32", help="of the products in training")
     parser.add_argument("--finalists", type=int, default=8)
     parser.add_argument("--ratio", type=float, default=0.5, help="of the non-embedding parameters")
     parser.add_argument("--only", nargs="+", choices=STEPS + ELSE, default=list(STEPS))
@@ -123,6 +124,7 @@ class Bench:
                 "tokens": args.tokens,
                 "batch": args.batch,
                 "micro_batch": min(args.micro_batch, args.batch),
+                "precision": args.precision,
                 "lr": args.lr,
                 "min_lr": args.lr / 20,
                 "cache": "hidden",
