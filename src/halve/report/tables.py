@@ -13,7 +13,7 @@ from rich.table import Table
 from halve.errors import HalveError
 from halve.model.card import made_in_words
 from halve.process.waits import bytes_in_words
-from halve.report.times import at_most, duration, time_of_a_run, times_on
+from halve.report.times import at_most, duration, other_precision, time_of_a_run, times_on
 
 if TYPE_CHECKING:
     from halve.anatomy import Anatomy, Arch
@@ -205,6 +205,8 @@ def forecast_tables(found: Forecast) -> None:
     ]
     parts += [f"caches at most {bytes_in_words(disk.cache_bytes)}"] if disk.cache_bytes else []
     print(f"{time_of_a_run(found)}; disk {bytes_in_words(disk.total_bytes)}: {', '.join(parts)}")
+    if line := other_precision(found):
+        print(line)
     if found.schedule:
         print("schedule: " + ", ".join(f"{key} {value:g}" for key, value in found.schedule.items()))
 

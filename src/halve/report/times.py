@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 AN_H100 = "an H100"
 """The name of the card that is planned beside every device."""
+MUCH_FASTER = 2.0
+"""How many times as fast products in bfloat16 must be for the plan to name them."""
 
 
 def times_on(
@@ -67,6 +69,20 @@ def time_of_a_run(found: Forecast) -> str:
         return f"{card}; the speed of {device} is not known"
     at = f" at {mfu}" if device.cuda else ""
     return f"about {duration(found.hours)} on {f'{ranks} of ' if device.cuda and ranks > 1 else ''}{device}{at}; {card}"
+
+
+def other_precision(found: Forecast) -> str | None:
+    """A line where this CPU multiplies much faster in the models' bfloat16 than in the float32 that is trained in."""
+    device = found.device
+    if device.cuda or found.place.half or not found.memory or not device.flops or not device.full_flops:
+        return None
+    times = device.flops / device.full_flops
+    if times < MUCH_FASTER:
+        return None
+    return (
+        f"trainings compute in float32; this CPU multiplies {times:.1f} times as fast in bfloat16, which the key"
+        " `precision: bfloat16` of a training asks for"
+    )
 
 
 def duration(hours: float) -> str:
