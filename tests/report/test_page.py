@@ -10,12 +10,16 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from made_run import estimate, results, seal
+from pydantic import AfterValidator
 
 from halve.disk.files import sealed, write_json
 from halve.errors import RunError
+from halve.recipe.schema import Recipe
+from halve.recipe.values import Section, path_or_name
 from halve.report import page as report
 from halve.report import sections, written
 
@@ -94,6 +98,57 @@ def test_nobodys_folders_are_shown(page: str) -> None:
     assert "someone" not in page
     assert "train.jsonl" in page
     assert "/etc is kept" in page
+
+
+def test_no_key_of_a_recipe_shows_folders(run: Path, tmp_path: Path) -> None:
+    place = "/home/someone/secret"
+    recipe = {
+        "name": "demo",
+        "model": f"{place}/teacher",
+        "data": {"train": {"code": {"sources": [f"{place}/code.jsonl"], "weight": 0.5}}, "valid": [f"{place}/v.jsonl"]},
+        "score": {"depth_task": f"{place}/depth.jsonl"},
+        "search": {"tournament": {"choices": f"{place}/search.jsonl"}},
+        "evaluate": {
+            "prompts": ["/etc is kept"],
+            "choices": [f"{place}/choices.jsonl"],
+            "data": {"ifeval": f"{place}/ifeval.jsonl"},
+            "imported": [{"file": f"{place}/imported.json", "model": "teacher"}],
+        },
+        "align": [{"data": [f"{place}/pairs.jsonl"], "reward_model": f"{place}/judge"}],
+        "then": [],
+    }
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    report.write_page(tmp_path / "run", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "someone" not in page
+    names = ("code", "v", "depth", "search", "choices", "ifeval", "pairs")
+    for shown in (*(f"{name}.jsonl" for name in names), "imported.json", "judge", "weight: 0.5", "/etc is kept"):
+        assert shown in page, shown
+
+
+def keys_of_paths(section: Any) -> set[str]:
+    """The keys of a section of the recipe, and of those below it, whose values are paths."""
+    found: set[str] = set()
+
+    def look(key: str, hint: Any) -> None:
+        if isinstance(hint, AfterValidator) and hint.func is path_or_name:
+            found.add(key)
+        elif isinstance(hint, type) and issubclass(hint, Section):
+            found.update(keys_of_paths(hint))
+        for part in (*get_args(hint), *getattr(hint, "metadata", ())):
+            look(key, part)
+
+    for key, field in section.model_fields.items():
+        for hint in (field.annotation, *field.metadata):
+            look(key, hint)
+    return found
+
+
+def test_the_page_knows_every_key_that_holds_a_path() -> None:
+    keys = keys_of_paths(Recipe)
+    assert {"model", "sources", "choices", "reward_model"} <= keys
+    assert keys <= report.PATHS
 
 
 def test_the_headline_compares_quality_with_the_models_own_teacher() -> None:

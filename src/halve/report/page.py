@@ -34,6 +34,11 @@ STAGES = ("correct", "score", "search", "prune", "nest", "cache", "distill", "al
 READS = ("plan.json", "scores.safetensors", "metrics.jsonl", "results.json", f"model/{CARD}")
 """The files of a stage from which the page is made."""
 
+PATHS = frozenset(
+    {"model", "train", "valid", "sources", "depth_task", "choices", "data", "file", "reward_model"}
+)  # fmt: skip
+"""Keys of a recipe, in whichever section, that hold paths or names, or under which such keys stand."""
+
 _SHORT = ("Quality",)
 """Sections whose differences the card leaves to the page."""
 
@@ -275,34 +280,17 @@ def _provenance(run: Run, versions: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _shown(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without keys that are not set, and without folder names, which may be private."""
-    shown: dict[str, Any] = {key: _set(part) for key, part in recipe.items() if part is not None}
-    if not shown.get("nest"):
-        shown.pop("nest", None)
-    if not shown.get("then"):
-        shown.pop("then", None)
-    shown["model"] = _short(shown["model"])
-    if shown.get("score", {}).get("depth_task"):
-        shown["score"]["depth_task"] = _short(shown["score"]["depth_task"])
-    for step in shown.get("align", ()):
-        step["data"] = [_short(path) for path in step["data"]]
-        if "reward_model" in step:
-            step["reward_model"] = _short(step["reward_model"])
-    if not shown.get("align"):
-        shown.pop("align", None)
-    for section, key in (("data", "train"), ("data", "valid"), ("evaluate", "choices")):
-        if key in shown.get(section, {}):
-            shown[section][key] = [_short(path) for path in shown[section][key]]
-    if data := shown.get("evaluate", {}).get("data"):
-        shown["evaluate"]["data"] = {task: _short(path) for task, path in data.items()}
-    for entry in shown.get("evaluate", {}).get("imported", ()):
-        entry["file"] = _short(entry["file"])
-    return shown
+    shown: dict[str, Any] = _set(recipe)
+    return {key: part for key, part in shown.items() if part or key not in ("nest", "then", "align")}
 
 
-def _set(part: Any) -> Any:
-    if isinstance(part, dict):
-        return {key: _set(value) for key, value in part.items() if value is not None}
-    return [_set(item) for item in part] if isinstance(part, list) else part
+def _set(part: Any, *, path: bool = False) -> Any:
+    """What is set in a part of the recipe. `path`: its texts are paths."""
+    if isinstance(part, Mapping):
+        return {key: _set(value, path=path or key in PATHS) for key, value in part.items() if value is not None}
+    if isinstance(part, list):
+        return [_set(item, path=path) for item in part]
+    return _short(part) if path and isinstance(part, str) else part
 
 
 def _short(text: str) -> str:
