@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from halve.report import plots
+from halve.report import searched as report
 from halve.report.searched import search_rows, search_words, searched
+from halve.search import agreement
 
 SIZES = {"hidden": 104, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab": 2048}
 RECIPE = {"distill": {"tokens": 2_000_000}}
@@ -100,6 +102,26 @@ def test_a_rise_is_a_warning() -> None:
 def test_two_finalists_have_no_ranks_to_speak_of() -> None:
     agreement = [{"rung": 3, "tau": -1.0, "low": -1.0, "high": -1.0, "candidates": 2}]
     assert "Kendall" not in " ".join(search_words(facts(agreement=agreement), RECIPE))
+
+
+TOO_SMALL = "The number of finalists is too small for an interval"
+
+
+@pytest.mark.parametrize("interval", [(None, None), (-1.0, -1.0)])  # the second by earlier versions
+def test_three_finalists_are_too_few_for_an_interval(interval: tuple[float | None, float | None]) -> None:
+    assert report.FEWEST == agreement.FEWEST
+    low, high = interval
+    few = {"rung": 2, "tau": -1.0, "low": low, "high": high, "candidates": 3}
+    words = " ".join(search_words(facts(agreement=[few]), RECIPE))
+    assert f"and later: -1.00 after 400k tokens, 3 finalists. {TOO_SMALL}." in words
+    more = {"rung": 1, "tau": 0.6, "low": 0.4, "high": 0.8, "candidates": 5}
+    words = " ".join(search_words(facts(agreement=[more, few]), RECIPE))
+    assert "later, with a 95 % interval over the held-out samples: 0.60 (0.40 to 0.80) after" in words
+    assert f"; -1.00 after 400k tokens, 3 finalists. {TOO_SMALL} where none is given." in words
+    same = {**more, "low": low, "high": high}
+    assert f"{TOO_SMALL}: the samples, drawn anew, give one value." in " ".join(
+        search_words(facts(agreement=[same]), RECIPE)
+    )
 
 
 def test_a_narrow_range_has_ticks() -> None:

@@ -20,7 +20,7 @@ def test_one_swap_of_four_costs_two_of_six_pairs() -> None:
     found = rank_agreement(before_CS, after_CS, seed=0)
     assert found is not None
     assert found.tau == pytest.approx(4 / 6)
-    assert (found.low, found.high) == (found.tau, found.tau)  # the samples agree on it
+    assert (found.low, found.high) == (None, None)  # every draw of the samples gives this value
     assert found.candidates == 4
 
 
@@ -38,6 +38,13 @@ def test_noisy_samples_widen_the_interval() -> None:
 def test_one_sample_has_no_interval() -> None:
     kl_CS = spread([1, 2, 3, 4], noise=0.0, samples=1)
     assert rank_agreement(kl_CS, kl_CS, seed=0) == Agreement(1.0, None, None, 4)
+
+
+def test_three_candidates_have_no_interval() -> None:
+    before_CS, after_CS = spread([1, 2, 3], noise=3.0), spread([1, 2, 3], noise=3.0, seed=1)
+    found = rank_agreement(before_CS, after_CS, seed=0)
+    assert found is not None
+    assert (found.low, found.high, found.candidates) == (None, None, 3)
 
 
 def test_where_there_are_no_ranks() -> None:

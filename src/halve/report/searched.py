@@ -6,12 +6,14 @@ Nothing here reads a file. The facts are those of `halve.search.outcome`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from halve.report import plots
 from halve.report.plots import Series, figure
 from halve.report.sections import SUBJECT, Cell, Facts, Figure, PageSection, Table, TableRow, estimate, share
 
+FEWEST: Final = 4
+"""That of `halve.search.agreement`, which needs torch."""
 _OTHERS, _TRIAL = "teacher", "pruned"
 """Classes of colors: finalists that are not chosen, and the one that a trial alone would have chosen."""
 
@@ -127,16 +129,32 @@ def _trial(facts: Facts) -> str:
 
 
 def _agreement(facts: Facts) -> str:
-    each = []
-    for measured in (rank for rank in facts["agreement"] if rank["candidates"] > 2):
-        tau, tokens = f"{measured['tau']:.2f}", facts["rungs"][measured["rung"]]["tokens"]
-        if measured["low"] is not None:
-            tau += f" ({measured['low']:.2f} to {measured['high']:.2f})"
-        each.append(f"{tau} after {figure(tokens)} tokens, {measured['candidates']} finalists")
-    if not each:
+    ranked = [rank for rank in facts["agreement"] if rank["candidates"] > 2]
+    if not ranked:
         return ""
-    interval = "with a 95 % interval over the held-out samples" if facts["samples"] > 1 else "on one held-out sample"
-    return f"Kendall's tau between the ranks straight after the cut and later, {interval}: {'; '.join(each)}."
+    each = "; ".join(_ranked(rank, facts) for rank in ranked)
+    spread = any(_has_interval(rank) for rank in ranked)
+    interval = ", with a 95 % interval over the held-out samples" if spread else ""
+    if facts["samples"] == 1:
+        interval = ", on one held-out sample"
+    words = f"Kendall's tau between the ranks straight after the cut and later{interval}: {each}."
+    without = [rank["candidates"] for rank in ranked if not _has_interval(rank)]
+    if facts["samples"] == 1 or not without:
+        return words
+    words += f" The number of finalists is too small for an interval{' where none is given' if spread else ''}"
+    return f"{words}." if max(without) < FEWEST else f"{words}: the samples, drawn anew, give one value."
+
+
+def _ranked(rank: Facts, facts: Facts) -> str:
+    tau, tokens = f"{rank['tau']:.2f}", facts["rungs"][rank["rung"]]["tokens"]
+    if _has_interval(rank):
+        tau += f" ({rank['low']:.2f} to {rank['high']:.2f})"
+    return f"{tau} after {figure(tokens)} tokens, {rank['candidates']} finalists"
+
+
+def _has_interval(rank: Facts) -> bool:
+    """Results of earlier versions give intervals of three finalists, and of one value."""
+    return rank["candidates"] >= FEWEST and rank["low"] is not None and rank["low"] < rank["high"]
 
 
 def _choices(facts: Facts) -> str:

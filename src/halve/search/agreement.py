@@ -21,13 +21,16 @@ from halve.search.halving import TIE
 DRAWS: Final = 400
 """Bootstrap draws. The ends of the interval then vary by about a hundredth from seed to seed."""
 _LEVEL: Final = 0.95
+FEWEST: Final = 4
+"""Candidates that an interval needs. Three have four values of tau, and the same order in nearly every draw."""
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Kendall's tau-b between two rankings of the same candidates, and its 95 % interval over held-out samples.
 
-    With a single sample there is no interval, and its ends are None.
+    With a single sample, fewer than `FEWEST` candidates, or the same value in nearly every draw there is no interval,
+    and its ends are None.
     """
 
     tau: float
@@ -55,7 +58,7 @@ def rank_agreement(
 
     >>> before_CS = torch.tensor([[1.0, 1.1], [2.0, 2.1], [3.0, 3.1]], dtype=torch.float64)
     >>> rank_agreement(before_CS, before_CS.flip(0), seed=0)
-    Agreement(tau=-1.0, low=-1.0, high=-1.0, candidates=3)
+    Agreement(tau=-1.0, low=None, high=None, candidates=3)
     """
     if len(before_CS) < 2:
         return None
@@ -63,11 +66,13 @@ def rank_agreement(
     if math.isnan(tau):
         return None
     samples = before_CS.shape[1]
-    if samples == 1:
+    if samples == 1 or len(before_CS) < FEWEST:
         return Agreement(tau, None, None, len(before_CS))
     draws = torch.randint(samples, (DRAWS, samples), generator=torch.Generator().manual_seed(seed))
     taus = np.array([_tau(before_CS[:, drawn].mean(1), after_CS[:, drawn].mean(1)) for drawn in draws])
     low, high = np.nanquantile(taus, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    if low == high:
+        return Agreement(tau, None, None, len(before_CS))
     return Agreement(tau, float(low), float(high), len(before_CS))
 
 
