@@ -132,10 +132,14 @@ def test_a_narrow_range_has_ticks() -> None:
 
 @pytest.mark.parametrize(
     ("best", "says"),
-    [(1, "No finalist answers more of the 400 items of next-line."), (2, "the winner is another: finalist 3")],
+    [
+        (1, "No finalist answers more of the 400 items of next-line than the choice. Each was asked at the last rung"),
+        (2, "the winner is another: finalist 3, after 600k tokens, answers 2.0 ± 1.5 percentage points more"),
+        (4, "the winner is another: finalist 5, after 200k tokens, answers 2.0 ± 1.5 percentage points more"),
+    ],
 )
 def test_both_winners_are_named(best: int, says: str) -> None:
-    accuracies = {"1": {"value": 0.6, "stderr": 0.02}, "2": {"value": 0.62, "stderr": 0.02}}
+    accuracies = {str(i): {"value": 0.6 + 0.02 * (i == best), "stderr": 0.02} for i in range(5)}
     gap = {"value": 0.02, "stderr": 0.015}
     choices = {
         "name": "next-line",
@@ -149,7 +153,10 @@ def test_both_winners_are_named(best: int, says: str) -> None:
     assert says in " ".join(search_words(found, RECIPE))
     head, rows = search_rows(found)
     assert head[-1] == "next-line, %"
-    assert [row[-1] for row in rows] == ["-", "60.0 ± 2.0", "62.0 ± 2.0", "-", "-"]
+    assert [row[-1] for row in rows] == ["62.0 ± 2.0" if i == best else "60.0 ± 2.0" for i in range(5)]
+    choices["accuracies"] = {name: accuracies[name] for name in ("1", "2")}
+    assert "Asked were those that reached the last rung." in " ".join(search_words(found, RECIPE))
+    assert [row[-1] for row in search_rows(found)[1]][3:] == ["-", "-"]
 
 
 def test_every_finalist_has_a_row_and_a_curve() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.schema import Recipe
-from halve.search.halving import ladder
+from halve.search.halving import Ladder, ladder
 from halve.search.tournament import FINALISTS, RUNGS, LowRank, Played, School, play
 from halve.stages import cache
 from halve.text.opened import open_text
@@ -64,17 +64,19 @@ def school(make_recipe: Callable[..., Recipe], tiny_llama: Path, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def whole(field: list[Checkpoint], school: School, tmp_path_factory: pytest.TempPathFactory) -> tuple[Played, Any]:
-    """A tournament that nobody kills, and the weights of those that reached the end."""
+    """A tournament that nobody kills, and the weights of all at the last rung that they reached."""
     return played(field, school, tmp_path_factory.mktemp("whole"))
 
 
-def played(field: list[Checkpoint], school: School, out: Path) -> tuple[Played, dict[int, dict[str, torch.Tensor]]]:
+def played(
+    field: list[Checkpoint], school: School, out: Path, plan: Ladder = PLAN
+) -> tuple[Played, dict[int, dict[str, torch.Tensor]]]:
     trained: dict[int, dict[str, torch.Tensor]] = {}
 
     def graduate(finalist: int, model: torch.nn.Module) -> None:
         trained[finalist] = {name: value.clone() for name, value in model.state_dict().items()}
 
-    return play(field, PLAN, school, out=out, graduate=graduate), trained
+    return play(field, plan, school, out=out, graduate=graduate), trained
 
 
 def test_every_rung_trains_on(whole: tuple[Played, Any]) -> None:
@@ -97,6 +99,17 @@ def test_who_leaves_is_worse(whole: tuple[Played, Any]) -> None:
         kl = {one.finalist: one.kl for one in found.showings if one.rung == rung}
         assert sorted(kl, key=kl.__getitem__) == [*selection.kept, *selection.gone]
     assert float(found.kl(3, found.last[:1]).mean()) == min(one.kl for one in found.showings if one.rung == 3)
+
+
+def test_who_leaves_is_handed_over_as_it_then_was(field: list[Checkpoint], school: School, tmp_path: Path) -> None:
+    strict = Ladder(PLAN.tokens, PLAN.places, budget=0)  # no room for ties
+    found, trained = played(field, school, tmp_path / "all", strict)
+    (gone,) = found.selections[0].gone
+    assert gone not in found.last
+    assert {*trained} == {0, 1, 2}
+    first = Ladder(PLAN.tokens[:2], (1, 1), budget=0)
+    _, alone = played(field[gone : gone + 1], school, tmp_path / "alone", first)
+    assert all(torch.equal(value, trained[gone][name]) for name, value in alone[0].items())
 
 
 def test_pauses_change_no_bit(

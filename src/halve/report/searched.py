@@ -161,12 +161,15 @@ def _choices(facts: Facts) -> str:
     asked = facts["choices"]
     if not asked:
         return ""
+    some = len(asked["accuracies"]) < len(facts["finalists"])  # by earlier versions
+    when = " Asked were those that reached the last rung." if some else " Each was asked at the last rung it reached."
     if asked["agrees"]:
-        return f"No finalist answers more of the {asked['items']} items of {asked['name']}."
-    gap = estimate(asked["gap"], percent=True)
+        return f"No finalist answers more of the {asked['items']} items of {asked['name']} than the choice.{when}"
+    gap, tokens = estimate(asked["gap"], percent=True), facts["finalists"][asked["best"]]["curve"][-1]["tokens"]
     return (
-        f"By {asked['name']} the winner is another: finalist {asked['best'] + 1} answers {_spelled(gap)} percentage"
-        f" points more of its {asked['items']} items than finalist {facts['chosen'] + 1}. The choice is by KL."
+        f"By {asked['name']} the winner is another: finalist {asked['best'] + 1}, after {figure(tokens)} tokens,"
+        f" answers {_spelled(gap)} percentage points more of its {asked['items']} items than finalist"
+        f" {facts['chosen'] + 1}. The choice is by KL.{when}"
     )
 
 

@@ -45,7 +45,8 @@ def outcome(
     """The outcome of a tournament.
 
     `trial` is the finalist that a trial would take. `answered` are the name of a multiple-choice file and the answers
-    of those who reached the last rung. The bootstrap of the agreement draws from the seed.
+    of the finalists, each as it was at the last rung that it reached. The bootstrap of the agreement draws from the
+    seed.
     """
     everyone, last = range(len(finalists)), len(plan.tokens) - 1
     lead = leader(played.kl(last, played.last))

@@ -97,7 +97,7 @@ class School:
 
 
 Graduate = Callable[[int, PreTrainedModel], None]
-"""Receives a finalist that reached the last rung, as it was trained. With several ranks it is in shards."""
+"""Receives a finalist as it was trained, at every rung that it trained to. With several ranks it is in shards."""
 
 
 def play(
@@ -123,7 +123,7 @@ def play(
             if (finalist, rung) not in shown:
                 place = out / FINALISTS / str(finalist)
                 showing, model = _trained(finalists[finalist], finalist, rung, plan, school, place, progress)
-                if rung == last and graduate is not None:
+                if graduate is not None and (rung or not last):
                     graduate(finalist, model)
                 shown[finalist, rung] = Showing.from_json(ranks.lead(partial(_kept, kept, showing)))
         spent += plan.cost(rung, len(alive))

@@ -29,6 +29,7 @@ from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
 from halve.cut.trial import Tried, Tries, best, outcome_of_trial
 from halve.disk.files import write_json
+from halve.disk.soundness import CONFIG
 from halve.model.card import name_of
 from halve.model.checkpoint import Checkpoint, resolve_device
 from halve.model.choices import answer_encoded, encode, load_items
@@ -203,7 +204,10 @@ def _place(out: Path, finalist: int) -> Path:
 
 
 def _graduate(models: list[Checkpoint], school: School, out: Path) -> Callable[[int, PreTrainedModel], None] | None:
-    """Save those that reach the last rung, if they will answer questions. Their weights are not used otherwise."""
+    """Save finalists at their rungs, each over its earlier state, if they will answer questions.
+
+    Those that leave the tournament answer as they then were. The weights are not used otherwise.
+    """
     assert school.recipe.search is not None
     if school.recipe.search.tournament.choices is None:
         return None
@@ -218,14 +222,17 @@ def _graduate(models: list[Checkpoint], school: School, out: Path) -> Callable[[
 
 
 def _answered(recipe: Recipe, played: Played, out: Path) -> tuple[str, Mapping[int, Tensor]] | None:
-    """Which items of the multiple-choice file each of the last finalists answers correctly."""
+    """Which items of the multiple-choice file each finalist answers correctly, as it was at its last rung."""
     assert recipe.search is not None
     if recipe.search.tournament.choices is None:
         return None
     path, device = Path(recipe.search.tournament.choices), resolve_device(recipe.device)
     right: dict[int, Tensor] = {}
-    for finalist in played.last:
-        checkpoint = Checkpoint.open(_place(out, finalist) / "trained")
+    for finalist in sorted({showing.finalist for showing in played.showings}):
+        folder = _place(out, finalist) / "trained"
+        if not (folder / CONFIG).is_file():  # of a search that an earlier version began, which kept the last ones alone
+            continue
+        checkpoint = Checkpoint.open(folder)
         items = encode(checkpoint.tokenizer, load_items(path), max_tokens=context_length(checkpoint.config))
         right[finalist] = answer_encoded(checkpoint.load_to_run(dtype=recipe.dtype, device=device), items).right
     return path.name.split(".")[0], right
