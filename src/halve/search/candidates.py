@@ -13,10 +13,14 @@ from halve.cut.plan.sizes import Candidate
 from halve.errors import PlanError
 from halve.recipe.searching import Search, ShapeBudget
 from halve.search.budgets import Range, budget_in_words, resolve
-from halve.search.front import front
+from halve.search.finalists import DEPTHS
+from halve.search.front import front, sizes_of
 from halve.search.quantities import Clock, Prices, Reals, in_words, price
 from halve.search.space import cut_axes, legal_shapes
 from halve.search.unmet import none_fits
+
+_WIDER = ((1, 1), (2, 1), (4, 1), (4, 16))
+"""How many percent behind the front a shape may be, and how many may be alike in cost and in the axes that they cut."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,41 @@ def look(
 def candidates_of(seen: Found, count: int) -> tuple[Candidate, ...]:
     """So many shapes spread over the front, the deepest first; of at least three depths where the front has them.
 
-    If the front has fewer, shapes up to 1, 2 and 4 percent behind it join. Deterministic: the same anatomy, budget and
-    search give the same shapes.
+    None is a part of another one. If the front has fewer, shapes up to 1, 2 and 4 percent behind it join, and then
+    less even ones. If these are too few as well, there are fewer candidates: parts join only where there would be fewer
+    than three depths. Deterministic: the same anatomy, budget and search give the same shapes.
     """
-    shapes = list(seen.front)
-    for slack in (1, 2, 4):
-        if len(shapes) < count:
-            shapes = list(dict.fromkeys((*shapes, *front(seen.prices, seen.ranges, slack=slack))))
-    return _spread(shapes, seen.prices.space.anatomy.sizes, count)
+    pool, different = list(seen.front), _different([], seen.front)
+    for slack, each in _WIDER:
+        if len(different) >= count and len(_depths(different)) >= DEPTHS:
+            break
+        pool += front(seen.prices, seen.ranges, slack=slack, each=each)
+        different = _different(different, pool)
+    return _spread(_with_depths(different, pool), seen.prices.space.anatomy.sizes, count)
+
+
+def _different(kept: Sequence[Candidate], more: Sequence[Candidate]) -> list[Candidate]:
+    """These shapes and more: the largest first, none of which is a part of one that is there already, or holds it."""
+    found, axes_NA = list(kept), sizes_of(kept)
+    for shape in sorted(more, key=lambda shape: (-shape.counts.non_embedding, _deepest_first(shape.arch))):
+        axes_A = sizes_of([shape])
+        if not ((axes_NA >= axes_A).all(1) | (axes_NA <= axes_A).all(1)).any():
+            found.append(shape)
+            axes_NA = np.concatenate([axes_NA, axes_A])
+    return found
+
+
+def _depths(shapes: Sequence[Candidate]) -> set[int]:
+    return {shape.arch.layers for shape in shapes}
+
+
+def _with_depths(different: Sequence[Candidate], pool: Sequence[Candidate]) -> list[Candidate]:
+    """These shapes and, where they have too few numbers of layers, the largest part of each further one."""
+    found = list(different)
+    for shape in sorted(pool, key=lambda shape: (-shape.counts.non_embedding, _deepest_first(shape.arch))):
+        if len(_depths(found)) < DEPTHS and shape.arch.layers not in _depths(found):
+            found.append(shape)
+    return found
 
 
 def within_budget(

@@ -11,7 +11,8 @@ Legend: W choices of hidden and heads, F choices of ffn, N shapes, K quantities,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +33,14 @@ _PATIENCE = 32
 """Shapes of equal cost that a family's config may refuse before others are looked at."""
 
 
-def front(prices: Prices, ranges: Sequence[Range], *, slack: int = 0) -> list[Candidate]:
+def front(prices: Prices, ranges: Sequence[Range], *, slack: int = 0, each: int = 1) -> list[Candidate]:
     """The front of a space under a budget, the deepest first, the most even first. Empty if no shape fits.
 
-    With `slack`, shapes that are so many percent behind the front are in it too.
+    With `slack`, shapes that are so many percent behind the front are in it too. With `each`, it has so many shapes
+    for every choice of axes that cost the same.
     """
-    shapes = [shape for layers in prices.space.depths for shape in _at_depth(prices, ranges, layers, slack)]
-    axes_NA = np.array([[getattr(s.candidate.arch, axis) for axis in _SIZES] for s in shapes]).reshape(-1, len(_SIZES))
+    shapes = [shape for layers in prices.space.depths for shape in _at_depth(prices, ranges, layers, slack, each)]
+    axes_NA = sizes_of(shape.candidate for shape in shapes)
     away_NK = np.array([s.away for s in shapes]).reshape(-1, len(ranges))
     most = max((shape.candidate.counts.non_embedding for shape in shapes), default=0)
     return [
@@ -47,6 +49,12 @@ def front(prices: Prices, ranges: Sequence[Range], *, slack: int = 0) -> list[Ca
         if shape.candidate.counts.non_embedding >= LEAST_SHARE * most
         and not _inside(axes_NA, axes_A, away_NK <= away_K + STEP - slack * STEP)
     ]
+
+
+def sizes_of(shapes: Iterable[Candidate]) -> Integers:
+    """The axes that a shape may cut, a row for each: a part of a shape has no larger one."""
+    rows = [[getattr(shape.arch, axis) for axis in _SIZES] for shape in shapes]
+    return np.array(rows, dtype=np.int64).reshape(-1, len(_SIZES))
 
 
 def _inside(axes_NA: Integers, axes_A: Integers, near_NK: npt.NDArray[np.bool_]) -> bool:
@@ -63,7 +71,7 @@ class _Placed:
     away: tuple[float, ...]
 
 
-def _at_depth(prices: Prices, ranges: Sequence[Range], layers: int, slack: int) -> Iterator[_Placed]:
+def _at_depth(prices: Prices, ranges: Sequence[Range], layers: int, slack: int, each: int) -> Iterator[_Placed]:
     space = prices.space
     values_KWF = np.stack([prices.values(r.quantity, r.limits, layers) for r in ranges])
     fits_WF = np.all([r.holds(values_WF) for r, values_WF in zip(ranges, values_KWF, strict=True)], axis=0)
@@ -78,16 +86,16 @@ def _at_depth(prices: Prices, ranges: Sequence[Range], layers: int, slack: int) 
     cut_N = (kept_AN < 1).astype(np.int64).T @ np.array([1, 2, 4])
     uneven_N = _unevenness(away_KN.max(0), kept_AN)
     order_N = np.lexsort((ffn_N, width_N, uneven_N))
-    chosen: dict[tuple[int, int], int] = {}
-    looked: dict[tuple[int, int], int] = {}
+    chosen: Counter[tuple[int, int]] = Counter()
+    looked: Counter[tuple[int, int]] = Counter()
     for n in order_N[best_R[level_of_N[order_N]]]:
         kind = (int(level_of_N[n]), int(cut_N[n]))
-        if kind in chosen or looked.get(kind, 0) >= _PATIENCE:
+        if chosen[kind] >= each or looked[kind] >= each * _PATIENCE:
             continue
-        looked[kind] = looked.get(kind, 0) + 1
+        looked[kind] += 1
         arch = space.arch(layers, int(width_N[n]), int(ffn_N[n]))
         if arch != space.anatomy.sizes and is_legal(space.anatomy, arch):
-            chosen[kind] = int(n)
+            chosen[kind] += 1
             counted = Candidate(arch, space.anatomy.ledger.count(arch, kept_layers=space.order[:layers]))
             yield _Placed(counted, tuple(away_KN[:, n].tolist()))
 

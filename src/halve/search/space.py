@@ -247,3 +247,13 @@ def cut_axes(before: Arch, arch: Arch, axes: Iterable[str] = ("hidden", "ffn", "
     ['ffn', 'heads', 'kv_heads']
     """
     return frozenset(axis for axis in axes if getattr(arch, axis) < getattr(before, axis))
+
+
+def is_part(arch: Arch, whole: Arch) -> bool:
+    """Whether a shape has no axis larger than another one's, and a smaller one.
+
+    >>> whole = Arch(layers=2, hidden=8, ffn=16, heads=4, kv_heads=2, head_dim=2, vocab=9)
+    >>> is_part(whole.at(ffn=8), whole), is_part(whole, whole), is_part(whole.at(ffn=8), whole.at(heads=2, kv_heads=1))
+    (True, False, False)
+    """
+    return arch != whole and all(size <= whole.sizes[axis] for axis, size in arch.sizes.items())
