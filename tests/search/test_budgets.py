@@ -185,7 +185,7 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
         (lambda: looked({"total": {"min": "60%"}, "flops": {"max": "20%"}}), "each bound can be met alone, but no"),
         (
             lambda: looked({"total": {"min": "60%", "max": "100k"}}),
-            r"min 60% is above max 100k\n.*the teacher has",
+            r"min 60% is above max 100k\n.*the teacher has.*\n  fix: lower the min, now 60%, or raise the max",
         ),
         (lambda: looked({"total": "50%"}, axes={"hidden": 200}), "search.axes.hidden in steps of 200 leaves nothing"),
         (lambda: looked({"total": "50%"}, axes={"ffn": [512]}), r"lists 512, this llama has 256"),
@@ -206,7 +206,31 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
         ),
         (lambda: spoken_search(["memory<=1GB@9999999999"], [], candidates=1), "less than or equal to 1000000000"),
         (lambda: spoken_search(["params<=1B"], [], candidates=1), r"cannot read --budget 'params<=1B'"),
-        (lambda: spoken_search(["total<=1B@4096"], [], candidates=1), "this quantity has no such condition"),
+        (
+            lambda: spoken_search(["total<=1B@4096"], [], candidates=1),
+            r"total has no context, and nothing else behind @\n  fix: write --budget .total<=1B.$",
+        ),
+        (
+            lambda: spoken_search(["total>=900k", "total<=800k"], [], candidates=1),
+            r'"total>=900k" and --budget "total<=800k" contradict .*\n.*900k is above max 800k\n'
+            r'  fix: lower "total>=900k" or raise "total<=800k"',
+        ),
+        (
+            lambda: spoken_search(["total<=60% float32"], [], candidates=1),
+            r"'60% float32' is no amount of parameters.*\n  fix: write --budget .total<=60%.$",
+        ),
+        (
+            lambda: spoken_search(["memory<=60% float32"], [], candidates=1),
+            r"is no amount of bytes.*\n  fix: write --budget .memory<=60%@4096 float32.$",
+        ),
+        (
+            lambda: spoken_search(["flops<=70%@1x512"], [], candidates=1),
+            r"flops has no batch, only context\n  fix: write --budget .flops<=70%@512.$",
+        ),
+        (lambda: spoken_search(["memory<=8GB@8 int8"], [], candidates=1), "types are float32, bfloat16, float16"),
+        (lambda: spoken_search(["total<="], [], candidates=1), "no amount behind the sign\n  fix: write --budget"),
+        (lambda: spoken_search(["total<=1B", "total=1B"], [], candidates=1), 'fix: leave out "total=1B" or the others'),
+        (lambda: spoken_search([], [], candidates=1), "these flags make no search\n  why: give at least one of total"),
         (lambda: spoken_search(["total<=1X"], [], candidates=1), "no amount of parameters"),
         (lambda: spoken_search(["total<=1B"], ["depth=3"], candidates=1), "cannot read --axis 'depth=3'"),
         (
@@ -221,12 +245,18 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
             lambda: spoken_search(["total<=1B"], ["ffn=frozen", "ffn=64"], candidates=1),
             r"--axis names ffn twice\n  why: .*'frozen' and 64 are two\n  fix: leave out one",
         ),
-        (lambda: spoken_search(["total<=1B"], ["ffn=\N{SUPERSCRIPT TWO}"], candidates=1), "these flags make no search"),
+        (
+            lambda: spoken_search(["total<=1B"], ["ffn=\N{SUPERSCRIPT TWO}"], candidates=1),
+            "cannot read --axis ffn",
+        ),
         (
             lambda: spoken_search(["total<=1B"], ["ffn=8,\N{SUPERSCRIPT TWO}"], candidates=1),
-            "these flags make no search",
+            r"cannot read --axis ffn\n.*\n  fix: write --axis ffn=64 \(steps\), ffn=frozen or ffn=12,16,20",
         ),
-        (lambda: spoken_search(["total<=1B"], ["ffn=" + "9" * 5000], candidates=1), "these flags make no search"),
+        (
+            lambda: spoken_search(["total<=1B"], ["ffn=" + "9" * 5000], candidates=1),
+            "cannot read --axis ffn",
+        ),
     ],
 )
 def test_a_budget_that_cannot_be_met_says_why_and_what_can(ask: Callable[[], Any], message: str) -> None:

@@ -19,6 +19,7 @@ from halve.errors import RecipeError
 from halve.process.fresh import distrust
 from halve.recipe import strict_yaml
 from halve.recipe.schema import Recipe
+from halve.recipe.searching import CROSSED
 from halve.recipe.values import path_or_name
 
 if TYPE_CHECKING:
@@ -84,12 +85,17 @@ def _explain(error: ValidationError, source: str) -> RecipeError:
         return RecipeError(f"{source} lacks {place}", why="it has no default", fix=f"add {place}:")
     value = "" if isinstance(first["input"], dict | BaseModel) else f" (given: {_short.repr(first['input'])})"
     message = first["msg"].removeprefix("Value error, ")
-    near = _near_words(first)
     return RecipeError(
-        f"bad value for {place or 'the recipe'} in {source}",
-        why=message + value,
-        fix=f"did you mean {near[0]}?" if near else "change it there",
+        f"bad value for {place or 'the recipe'} in {source}", why=message + value, fix=_mended(first, place)
     )
+
+
+def _mended(error: ErrorDetails, place: str) -> str:
+    if error["type"] == CROSSED:
+        least, most = error["ctx"]["min"], error["ctx"]["max"]
+        return f"lower {place}.min, now {least}, or raise {place}.max, now {most}"
+    near = _near_words(error)
+    return f"did you mean {near[0]}?" if near else "change it there"
 
 
 def _near_words(error: ErrorDetails) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from halve.recipe.amounts import Amount, Unit, parse_amount
 from halve.recipe.values import Count, CountFromZero, PathOrName, Rate, Real, Scale, Section, Written
@@ -27,6 +28,14 @@ StoredAs = Literal["float32", "bfloat16", "float16"]
 Length: TypeAlias = Annotated[Count, Field(le=10**9)]
 AtOnce: TypeAlias = Annotated[Count, Field(le=10**6)]
 """Contexts and batches at which 64 bits hold every count."""
+
+
+CROSSED = "crossed_bounds"
+"""The kind of error of a min above a max. Its context has both."""
+
+
+def _crossed(least: object, most: object) -> PydanticCustomError:
+    return PydanticCustomError(CROSSED, "min {min} is above max {max}", {"min": str(least), "max": str(most)})
 
 
 class Limits(Section):
@@ -54,7 +63,7 @@ class Limits(Section):
         if {"min", "max"} <= amounts.keys() and amounts["min"].is_share == amounts["max"].is_share:
             least, most = amounts["min"].value, amounts["max"].value
             if least > most:
-                raise ValueError(f"min {self.min} is above max {self.max}")
+                raise _crossed(self.min, self.max)
         return self
 
 
@@ -194,7 +203,7 @@ class Depth(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Depth:
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min} is above max {self.max}")
+            raise _crossed(self.min, self.max)
         if len(set(self.keep)) < len(self.keep):
             raise ValueError("keep names a layer twice")
         if self.max is not None and len(self.keep) > self.max:

@@ -82,7 +82,7 @@ def _range(quantity: Quantity, limits: Limits, now: float) -> Range:
             f"search.budget.{quantity}: min {limits.min} is above max {limits.max}",
             why=f"the teacher has {in_words(quantity, now)}, so min is {in_words(quantity, low)}"
             f" and max {in_words(quantity, high)}",
-            fix="lower min or raise max",
+            fix=f"lower the min, now {limits.min}, or raise the max, now {limits.max}",
         )
     # a model may grow until it costs the most, or is as slow as is allowed
     grows_to = (low or high) if quantity == "throughput" or high == math.inf else high
