@@ -177,6 +177,19 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
     ("ask", "message"),
     [
         (lambda: looked({"total": "1k"}), r"the embeddings alone have 8\.19k parameters at hidden 8, the narrowest"),
+        (
+            lambda: looked({"total": "50%"}, axes={"hidden": [91, 93]}),
+            r"the config of llama refuses hidden 93; hidden 91: .*93\) is not a multiple .* attention heads \(8\)\n"
+            r"  fix: allow other sizes in search.axes.hidden, such as 88 or 96$",
+        ),
+        (
+            lambda: looked({"weight_bytes": "4kB"}),
+            r"the embeddings alone take 16\.4 kB in bfloat16 at hidden 8, the narrowest that is allowed",
+        ),
+        (
+            lambda: looked({"memory": {"max": "30kB", "context": 1, "dtype": "float32"}}),
+            r"the embeddings alone take 32\.8 kB in float32 at hidden 8",
+        ),
         (lambda: looked({"total": "1k"}), r"fix: nearest: total 9\.08k \(layers 1, hidden 8, ffn 4, heads 2/1\);"),
         (
             lambda: looked({"total": {"min": "2B"}}),
@@ -194,11 +207,11 @@ def test_a_share_is_of_the_teachers_own_cost() -> None:
         (lambda: looked({"total": "50%"}, layers={"max": 3}, axes={"layers": [6]}), "allows no number of layers"),
         (
             lambda: looked({"total": "50%"}, axes=dict.fromkeys(("hidden", "ffn", "kv_heads", "layers"), "frozen")),
-            "no legal shape has total about",
+            r"allow one shape alone: total 985k \(layers 8, hidden 96, .*\), the teacher itself\n",
         ),
         (
             lambda: looked({"total": "100%"}, axes=dict.fromkeys(("hidden", "ffn", "kv_heads", "layers"), "frozen")),
-            "the config of llama refuses the shapes that would, or they are the teacher itself",
+            r"the teacher alone has that: total 985k \(layers 8, hidden 96",
         ),
         (
             lambda: looked({"total": "50%"}, axes={"heads": [7]}),
