@@ -192,6 +192,17 @@ def test_kept_checkpoints_of_finalists_take_disk(make_recipe: MakeRecipe) -> Non
     assert 0 < 2 * (kept[1] - kept[0]) == kept[2] - kept[1]
 
 
+def test_the_trial_of_a_search_finds_its_own_basis(make_recipe: MakeRecipe) -> None:
+    recipe = searching(make_recipe, prune={"rotation": "pca"})
+    anatomy = Checkpoint.open(recipe.model).anatomy
+    (shape,) = planned_rounds(recipe, Checkpoint.open(recipe.model))
+    archs = [candidate.arch for candidate in shapes_to_try(recipe, anatomy)]
+    assert any(arch.hidden < anatomy.sizes.hidden for arch in archs)
+    before = Costed.of(anatomy, 32)
+    tried = cost.trying(before, shape.student, recipe.prune, recipe.score, archs, turned=True)
+    assert works(recipe)["trial"] == tried + cost.turning(before, recipe.prune)
+
+
 def test_finalists_are_scored_again_in_steps(make_recipe: MakeRecipe) -> None:
     once, thrice = (
         works(searching(make_recipe, prune={"steps": steps, "rotation": "none", "refit": "none"})) for steps in (1, 3)

@@ -59,7 +59,25 @@ def test_the_choice_and_how_sure_it_is() -> None:
     assert "0.4 against 0.46 straight after the cut, and 0.16 against 0.14 after 400k tokens" in words
     assert "0.60 (0.40 to 0.80) after 200k tokens, 5 finalists" in words
     assert "90 % of those of the distillation and 18 % of what distilling every finalist would have taken" in words
-    assert "in FLOPs 80 % of the distillation" in words
+
+
+def test_the_cost_is_that_of_the_whole_search() -> None:
+    parts = {"layers": 0.4e12, "trial": 0.41e12, "cache": 0.08e12, "finalists": 1.15e12, "rungs": 0.54e12}
+    words = " ".join(search_words(facts(flops={**parts, "run": 5.23e12}), RECIPE))
+    each = "the comparison of layers 8 %, the trial 8 %, the teacher's answers 2 %, the cuts of finalists 22 %,"
+    assert f"the rungs alone take 10 % of the distillation, and the whole search 49 %: {each} the rungs 10 %." in words
+    assert "Measurements on held-out samples, and questions, are not counted." in words
+    family = RECIPE | {"search": {"targets": ["70%", "50%"]}}
+    assert "the teacher's answers for all sizes 2 %" in " ".join(
+        search_words(facts(flops={**parts, "run": 5.23e12}), family)
+    )
+    words = " ".join(search_words(facts(flops={**parts, "run": None}), {}))
+    assert "tokens. In FLOPs the rungs alone take 21 % of the whole search: the comparison of layers 16 %" in words
+
+
+def test_what_earlier_versions_counted_is_called_the_rungs() -> None:
+    words = " ".join(search_words(facts(), RECIPE))
+    assert "; in FLOPs these rungs alone are 80 % of the distillation." in words
 
 
 def test_a_trial_that_agrees_and_a_clear_gap() -> None:
@@ -109,7 +127,7 @@ TOO_SMALL = "The number of finalists is too small for an interval"
 
 @pytest.mark.parametrize("interval", [(None, None), (-1.0, -1.0)])  # the second by earlier versions
 def test_three_finalists_are_too_few_for_an_interval(interval: tuple[float | None, float | None]) -> None:
-    assert report.FEWEST == agreement.FEWEST
+    assert report._RANKED == agreement.RANKED
     low, high = interval
     few = {"rung": 2, "tau": -1.0, "low": low, "high": high, "candidates": 3}
     words = " ".join(search_words(facts(agreement=[few]), RECIPE))

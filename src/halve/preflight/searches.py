@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from halve.anatomy import Arch
-from halve.anatomy.work import Costed, distilling, distilling_adapters
+from halve.anatomy.work import Costed
 from halve.cut import cost
 from halve.cut.cost import Work
 from halve.cut.plan.shapes import to_try
@@ -15,7 +15,8 @@ from halve.cut.repair.budget import samples_needed
 from halve.cut.repair.rotate import rotates
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.schema import Recipe
-from halve.recipe.tournaments import adapters_rank, tournament_training
+from halve.recipe.tournaments import tournament_training
+from halve.search import counted
 from halve.search.blocks import measured_at, samples_of_values
 from halve.search.searched import TRIED, bounded_by_times_alone, planned_rungs, seen_by, shapes_to_try
 from halve.search.space import Space
@@ -69,6 +70,8 @@ def work_of_a_trial(part: Recipe, shape: PlannedRound, tries: ShapesTried, *, tu
     before = Costed.of(shape.before, part.data.context)
 
     def of(shapes: Sequence[Arch]) -> Work:
+        if part.search is not None:
+            return counted.candidates_tried(part, before, shape.student, shapes, turned=turned)
         return cost.trying(before, shape.student, part.prune, part.score, shapes, turned=turned)
 
     if tries.known:
@@ -84,30 +87,16 @@ def tournament(part: Recipe, shape: PlannedRound, tries: ShapesTried) -> dict[st
     count = min(part.search.candidates, tries.count)
     dearest = max((Costed(shape.student, arch, before.context) for arch in tries.shapes), key=lambda one: one.whole)
     budget = planned_rungs(part, count).budget
-    per_token = before.body if training.cache == "hidden" else before.whole
     turned = rotates(shape.before, part.prune) and any(arch.hidden < before.arch.hidden for arch in tries.shapes)
     cuts = [
-        _finalist(part, before, Costed(shape.student, arch, before.context), turned=turned) for arch in tries.shapes
+        counted.finalist_cut(part, before, Costed(shape.student, arch, before.context), turned=turned)
+        for arch in tries.shapes
     ]
-    each = distilling if adapters_rank(part) is None else distilling_adapters
     return {
-        "cache-search": Work(training.tokens, training.tokens * per_token),
+        "cache-search": counted.answers_cached(before, training),
         "finalists": sum([max(cuts, key=lambda work: work.flops)] * count, Work()),
-        "search": Work(budget, budget * each(dearest, before, training)),
+        "search": counted.finalists_trained(part, before, dearest, budget),
     }
-
-
-def _finalist(part: Recipe, before: Costed, after: Costed, *, turned: bool) -> Work:
-    """The cut of one finalist."""
-    prune, budget = part.prune, cost.budget_for(before, part.prune)
-    done = cost.choosing(before, after.arch, prune, part.score)
-    done += cost.rescoring(before, after.arch, prune, part.score)
-    done += cost.gaining(before, after.arch, prune, samples=budget.used)
-    done += cost.tying(before, after, prune, samples=budget.used, turned=turned)
-    if prune.refit != "none":
-        done += cost.refitting(before, after, prune, budget=budget, turned=turned)
-        done += cost.doubting(before, after, prune, turned=turned)
-    return done
 
 
 def adding_up(part: Recipe, shape: PlannedRound) -> dict[str, Work]:

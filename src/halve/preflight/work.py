@@ -18,7 +18,8 @@ from halve.preflight.nests import nesting, planned_nest
 from halve.preflight.searches import ShapesTried, adding_up, tournament, work_of_a_trial
 from halve.preflight.sizes import PlannedRound
 from halve.recipe.rounds import compares, learns_from_previous, named, rounds, scored_in
-from halve.recipe.schema import Alignment, Distill, Recipe, Training
+from halve.recipe.schema import Alignment, Distill, Recipe, Score, Training
+from halve.search import counted
 from halve.search.searched import joint_comparison
 from halve.stages.prune import CHECK_SAMPLES
 from halve.text import boundary
@@ -103,13 +104,13 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
     prune, score = part.prune, part.score if part.search is None else joint_comparison(part.score)
     scored = cost.scoring(before, score) + _checked_boundaries(before, score.samples)
     tries = ShapesTried.of(part, shape)
-    removals = {before.arch.layers - depth for depth in tries.depths} if compares(score) else set()
-    if part.search is not None:
-        removals -= {0}
-        removals = {max(removals, default=0)} if score.depth_pattern == "greedy" else removals
-    elif not tries.shapes and shape.kept_layers is None:
-        removals = {before.arch.layers - after.arch.layers}
-    layers = [cost.comparing(before, score, remove=remove, items=asked.depth) for remove in removals]
+    if part.search is not None:  # it compares at every depth, a trial at the chosen one
+        layers = counted.layers_compared(before, score, tries.depths, asked.depth)
+    else:
+        each = [
+            cost.comparing(before, score, remove=remove, items=asked.depth) for remove in _removals(shape, tries, score)
+        ]
+        layers = max(each, key=lambda work: work.flops, default=Work())
     turned = is_rotated(part, shape, tries.shapes)
     chosen = [cost.choosing(before, arch, prune, score) for arch in tries.shapes or (after.arch,)]
     refit, budget = Work(), cost.budget_for(before, prune)
@@ -118,10 +119,7 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
         refit += cost.doubting(before, after, prune, turned=turned)
     return {
         "score": scored,
-        # a search compares at every depth, a trial at the chosen one
-        "layers": sum(layers, Work())
-        if part.search is not None
-        else max(layers, key=lambda work: work.flops, default=Work()),
+        "layers": layers,
         "trial": work_of_a_trial(part, shape, tries, turned=turned),
         **adding_up(part, shape),
         **tournament(part, shape, tries),
@@ -133,6 +131,14 @@ def _cut(part: Recipe, shape: PlannedRound, asked: Asked) -> dict[str, Work]:
         + cost.measuring(before, after, samples=CHECK_SAMPLES),
         "refit": refit,
     }
+
+
+def _removals(shape: PlannedRound, tries: ShapesTried, score: Score) -> set[int]:
+    """How many layers a round without a search may remove by a comparison."""
+    whole = shape.before.sizes.layers
+    if not tries.shapes and shape.kept_layers is None:
+        return {whole - shape.after.layers}
+    return {whole - depth for depth in tries.depths} if compares(score) else set()
 
 
 def _cut_at_random(part: Recipe, shape: PlannedRound) -> Work:

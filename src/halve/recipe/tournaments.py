@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOURNAMENT_SHARE: Final = 0.4
 """A tournament's winner trains on this share of the tokens of `distill`. With eight finalists, three rungs and room for
-ties, the search then takes at most a quarter of what training all of them takes."""
+ties, its rungs then take at most a quarter of the tokens that training all of them takes."""
 _OF_THE_TEACHER = ("teacher_device", "offload_teacher", "shard_teacher")
 """Keys of a teacher that runs; in a tournament none does."""
 

@@ -12,7 +12,15 @@ from halve.report import plots
 from halve.report.plots import Series, figure
 from halve.report.sections import SUBJECT, Cell, Facts, Figure, PageSection, Table, TableRow, estimate, share
 
-FEWEST: Final = 4
+_PARTS: Final = {
+    "layers": "the comparison of layers",
+    "trial": "the trial",
+    "cache": "the teacher's answers",
+    "finalists": "the cuts of finalists",
+    "rungs": "the rungs",
+}
+"""Of what a search costs, as they are named on the page."""
+_RANKED: Final = 4
 """That of `halve.search.agreement`, which needs torch."""
 _OTHERS, _TRIAL = "teacher", "pruned"
 """Classes of colors: finalists that are not chosen, and the one that a trial alone would have chosen."""
@@ -142,7 +150,7 @@ def _agreement(facts: Facts) -> str:
     if facts["samples"] == 1 or not without:
         return words
     words += f" The number of finalists is too small for an interval{' where none is given' if spread else ''}"
-    return f"{words}." if max(without) < FEWEST else f"{words}: the samples, drawn anew, give one value."
+    return f"{words}." if max(without) < _RANKED else f"{words}: the samples, drawn anew, give one value."
 
 
 def _ranked(rank: Facts, facts: Facts) -> str:
@@ -154,7 +162,7 @@ def _ranked(rank: Facts, facts: Facts) -> str:
 
 def _has_interval(rank: Facts) -> bool:
     """Results of earlier versions give intervals of three finalists, and of one value."""
-    return rank["candidates"] >= FEWEST and rank["low"] is not None and rank["low"] < rank["high"]
+    return rank["candidates"] >= _RANKED and rank["low"] is not None and rank["low"] < rank["high"]
 
 
 def _choices(facts: Facts) -> str:
@@ -185,17 +193,33 @@ def _rises(facts: Facts) -> str:
 
 
 def _cost(facts: Facts, recipe: Facts) -> str:
-    words = f"All finalists together trained on {figure(facts['tokens'])} tokens"
-    tokens = (recipe.get("distill") or {}).get("tokens")
-    if not tokens:
-        return f"{words}."
-    field = tokens * len(facts["finalists"])
-    words += f", {share(facts['tokens'], tokens)} of those of the distillation and {share(facts['tokens'], field)} of"
-    words += " what distilling every finalist would have taken"
+    words = f"In the rungs, all finalists together trained on {figure(facts['tokens'])} tokens"
+    if tokens := (recipe.get("distill") or {}).get("tokens"):
+        field = tokens * len(facts["finalists"])
+        words += f", {share(facts['tokens'], tokens)} of those of the distillation and {share(facts['tokens'], field)}"
+        words += " of what distilling every finalist would have taken"
     flops: Mapping[str, Any] = facts.get("flops") or {}
-    if flops.get("run"):
-        words += f"; in FLOPs {share(flops['search'], flops['run'])} of the distillation"
+    if "rungs" in flops:
+        return f"{words}. {_whole_cost(flops, recipe)}"
+    if flops.get("run"):  # by earlier versions, of the rungs alone
+        words += f"; in FLOPs these rungs alone are {share(flops['search'], flops['run'])} of the distillation"
     return f"{words}."
+
+
+def _whole_cost(flops: Mapping[str, Any], recipe: Facts) -> str:
+    """All parts of a search as shares of the distillation, or of each other if there is none."""
+    total = sum(flops[part] for part in _PARTS)
+    each = ", ".join(f"{name} {share(flops[part], flops['run'] or total)}" for part, name in _PARTS.items())
+    if len((recipe.get("search") or {}).get("targets") or ()) > 1:
+        each = each.replace(_PARTS["cache"], f"{_PARTS['cache']} for all sizes")
+    if flops["run"]:
+        words = (
+            f"In FLOPs the rungs alone take {share(flops['rungs'], flops['run'])} of the distillation, and the whole"
+        )
+        words += f" search {share(total, flops['run'])}: {each}"
+    else:
+        words = f"In FLOPs the rungs alone take {share(flops['rungs'], total)} of the whole search: {each}"
+    return f"{words}. Measurements on held-out samples, and questions, are not counted."
 
 
 def _spelled(cell: Cell) -> str:

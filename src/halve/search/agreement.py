@@ -21,7 +21,7 @@ from halve.search.halving import TIE
 DRAWS: Final = 400
 """Bootstrap draws. The ends of the interval then vary by about a hundredth from seed to seed."""
 _LEVEL: Final = 0.95
-FEWEST: Final = 4
+RANKED: Final = 4
 """Candidates that an interval needs. Three have four values of tau, and the same order in nearly every draw."""
 
 
@@ -29,7 +29,7 @@ FEWEST: Final = 4
 class Agreement:
     """Kendall's tau-b between two rankings of the same candidates, and its 95 % interval over held-out samples.
 
-    With a single sample, fewer than `FEWEST` candidates, or the same value in nearly every draw there is no interval,
+    With a single sample, fewer than `RANKED` candidates, or the same value in nearly every draw there is no interval,
     and its ends are None.
     """
 
@@ -66,7 +66,7 @@ def rank_agreement(
     if math.isnan(tau):
         return None
     samples = before_CS.shape[1]
-    if samples == 1 or len(before_CS) < FEWEST:
+    if samples == 1 or len(before_CS) < RANKED:
         return Agreement(tau, None, None, len(before_CS))
     draws = torch.randint(samples, (DRAWS, samples), generator=torch.Generator().manual_seed(seed))
     taus = np.array([_tau(before_CS[:, drawn].mean(1), after_CS[:, drawn].mean(1)) for drawn in draws])

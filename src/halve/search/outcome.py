@@ -11,7 +11,8 @@ rises       [{finalist, rung, value, stderr}]: where a finalist's KL rose
 choices     {name, items, accuracies {finalist: estimate}, best, gap {value, stderr}, agrees}; null without a file
 samples     held-out samples
 tokens      that all finalists trained on together
-flops       {search, run}: of this training, and of the recipe's distillation of the choice; run may be null
+flops       {layers, trial, cache, finalists, rungs, run}: of the search's parts (`search.counted`), and of the recipe's
+            distillation of the choice; run may be null
 """
 
 from __future__ import annotations

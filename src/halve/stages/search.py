@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from halve.anatomy import Arch
 from halve.anatomy.configs import context_length
-from halve.anatomy.work import Costed, distilling, distilling_adapters
 from halve.cut.plan.sizes import Candidate
 from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
@@ -36,11 +35,12 @@ from halve.model.choices import answer_encoded, encode, load_items
 from halve.model.precision import stored_dtype
 from halve.progress import SILENT, Progress
 from halve.recipe.schema import Recipe
-from halve.recipe.tournaments import adapters_rank, tournament_training
+from halve.recipe.tournaments import tournament_training
 from halve.search.blocks import additive_choice
 from halve.search.budgets import budget_in_words
 from halve.search.candidates import Found, within_budget
 from halve.search.choice import ChosenShape
+from halve.search.counted import flops_by_part
 from halve.search.finalists import choose_finalists
 from halve.search.halving import Ladder
 from halve.search.outcome import outcome
@@ -254,7 +254,10 @@ def _concluded(
     ]
     trial, answered = _of_the_trial(finalists, out), _answered(recipe, played, out)
     results = outcome(pairs, plan, played, trial=trial, answered=answered, seed=recipe.seed)
-    flops = _flops(recipe, teacher, pairs, results)
+    settled = Candidates.settled(out)
+    assert settled is not None
+    tokens = [finalist["curve"][-1]["tokens"] for finalist in results["finalists"]]
+    flops = flops_by_part(recipe, teacher, settled, finalists, tokens, chosen=results["chosen"])
     write_json(out / "results.json", {"method": "tournament", **results, "flops": flops})
     chosen = finalists[results["chosen"]]
     keys = ("chosen", "second", "straight", "trial", "agreement", "rises", "choices", "tokens")
@@ -269,20 +272,3 @@ def _of_the_trial(finalists: list[Tried], out: Path) -> int | None:
     assert settled is not None
     chosen = best([found[arch] for arch in settled.tried])
     return next((i for i, finalist in enumerate(finalists) if finalist.arch == chosen.arch), None)
-
-
-def _flops(
-    recipe: Recipe, teacher: Checkpoint, pairs: list[tuple[Candidate, Tried]], results: Mapping[str, Any]
-) -> dict[str, float | None]:
-    """FLOPs of training the finalists, and of the recipe's distillation of the chosen shape."""
-    context, training = recipe.data.context, tournament_training(recipe)
-    whole = Costed.of(teacher.anatomy, context)
-    student = student_anatomy(teacher.anatomy, recipe.prune)
-    costed = [Costed(student, candidate.arch, context, tried.kept_layers) for candidate, tried in pairs]
-    tokens = [finalist["curve"][-1]["tokens"] for finalist in results["finalists"]]
-    each = distilling if adapters_rank(recipe) is None else distilling_adapters
-    search = sum(n * each(model, whole, training) for n, model in zip(tokens, costed, strict=True))
-    if recipe.distill is None:
-        return {"search": float(search), "run": None}
-    run = recipe.distill.tokens * distilling(costed[results["chosen"]], whole, recipe.distill)
-    return {"search": float(search), "run": float(run)}
