@@ -190,5 +190,67 @@ def test_every_finalist_has_a_row_and_a_curve() -> None:
     assert svg.rindex('class="curve distilled"') > svg.rindex('class="curve teacher"')  # the choice lies on top
 
 
-def test_without_a_tournament_there_is_no_section() -> None:
+def untrained(method: str, **changes: Any) -> dict[str, Any]:
+    """Three shapes in a trial, of which the deepest is chosen though another has the lowest KL."""
+    tried: list[dict[str, Any]] = [
+        {
+            "arch": {**SIZES, "layers": 9 - i, "ffn": 160 + 40 * i},
+            "kept_layers": list(range(9 - i)),
+            "params": 850_000 + 10_000 * i,
+            "non_embedding": 640_000,
+            "kl": kl,
+            "by_sample": [kl] * 6,
+            "stderr": 0.01,
+        }
+        for i, kl in enumerate((0.42, 0.40, 0.60))
+    ]
+    choice = {key: value for key, value in tried[0].items() if key not in ("by_sample", "stderr")}
+    behind = {"value": 0.02, "stderr": 0.004}
+    found = {"method": method, "tried": tried, "choice": choice, "candidates": 3, "behind": behind, "ties": 1}
+    if method == "additive":
+        found |= {"tried": [], "behind": None, "ties": 0}
+    return {**found, **changes}
+
+
+def test_a_trial_shows_its_candidates_and_its_choice() -> None:
+    found = untrained("trial", candidates=4)
+    section = searched(found, RECIPE)
+    assert section is not None
+    assert section.table is not None
+    assert "3 shapes were cut, refit and measured, and none was trained." in section.note
+    assert "on 6 calibration samples" in section.note
+    head, rows = search_rows(found)
+    assert head[-2:] == ("parameters", "KL in the trial") == section.table.head[-2:]
+    assert [row[0] for row in rows] == ["1", "2 *", "3"]
+    assert [row[-2:] for row in rows] == [
+        ("860k", "0.400 ± 0.010"),
+        ("850k", "0.420 ± 0.010"),
+        ("870k", "0.600 ± 0.010"),
+    ]
+    assert [row.subject for row in section.table.rows] == [False, True, False]
+    (words,) = search_words(found, RECIPE)
+    assert section.between == words
+    assert "Shape 2 is chosen: it is 0.0200 ± 0.0040 above the lowest KL, sample by sample, and the deepest" in words
+    assert "It keeps layers 0, 1, 2, 3, 4, 5, 6, 7, 8, counted from 0." in words
+    assert "1 of 4 candidates broke the budget" in words
+
+
+def test_the_lowest_kl_of_a_trial_is_called_so() -> None:
+    found = untrained("trial", ties=0)
+    found["choice"] = {key: found["tried"][1][key] for key in found["choice"]}
+    (words,) = search_words(found, RECIPE)
+    assert words.startswith("Shape 1 is chosen: it has the lowest KL. It keeps")
+
+
+def test_a_sum_of_blocks_shows_its_choice_and_what_it_predicts() -> None:
+    found = untrained("additive")
+    section = searched(found, RECIPE)
+    assert section is not None
+    assert "No shape was cut or trained." in section.note
+    head, rows = search_rows(found)
+    assert (head[-1], [(row[0], row[-1]) for row in rows]) == ("sum of harms", [("1 *", "0.420")])
+    assert "predicted harm of 0.420, which is no measurement" in section.between
+
+
+def test_earlier_versions_did_not_name_the_choice_of_a_trial() -> None:
     assert searched({"method": "trial", "tried": []}, RECIPE) is None

@@ -240,20 +240,6 @@ def test_a_finalists_folder_of_another_shape_is_refused(tmp_path: Path) -> None:
             is_cut(other, folder)
 
 
-@pytest.mark.parametrize("method", ["trial", "additive"])
-def test_other_ways_to_choose(make_recipe: MakeRecipe, done: Path, tmp_path: Path, method: str) -> None:
-    recipe = make_recipe(distill=DISTILL, prune=PRUNE, search={**SEARCH, "method": method})
-    out = tmp_path / "run"
-    shutil.copytree(done, out)
-    pipeline.run(recipe, out, only="search", needed=True)
-    choice = ChosenShape.load(out / "search")
-    assert choice.metrics["method"] == method
-    assert len(choice.kept_layers) == choice.arch.layers
-    if method == "trial":
-        tried = read_json(out / "search/results.json")["tried"]
-        assert choice.arch.sizes in [one["arch"] for one in tried]
-
-
 def test_several_sizes_are_searched_cut_and_distilled_from_one_teacher(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     sizes = {key: value for key, value in SEARCH.items() if key != "budget"} | {"targets": ["80%", "60%"]}
     short = {**DISTILL, "tokens": 4 * 4 * 32}

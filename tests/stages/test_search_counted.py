@@ -1,9 +1,11 @@
-"""A search of which some finalists leave early: who is asked, and what it cost."""
+"""What a search writes down: who is asked, what it cost, and the choice of one that trains nothing."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from halve.pipeline import run as pipeline
 from halve.preflight.forecast import forecast
 from halve.recipe.schema import Recipe
 from halve.recipe.tournaments import tournament_training
+from halve.report.page import write_page
 from halve.search import halving
+from halve.search.choice import ChosenShape
 from halve.search.counted import flops_by_part
 from halve.search.searched import shapes_to_try
 from halve.search.settled import Candidates
@@ -37,13 +41,17 @@ def recipe(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def found(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is found where there is no room for ties."""
+def done(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search that has no room for ties, so that a finalist leaves early."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(halving, "SLACK", 1.0)
-        run = pipeline.run(recipe, tmp_path_factory.mktemp("search") / "run", only="search", needed=True)
-    tried = (run / "search/trial.jsonl").read_text().splitlines()
-    return {**read_json(run / "search/results.json"), "tried": len(tried)}
+        return pipeline.run(recipe, tmp_path_factory.mktemp("search") / "run", only="search", needed=True)
+
+
+@pytest.fixture(scope="module")
+def found(done: Path) -> dict[str, Any]:
+    tried = (done / "search/trial.jsonl").read_text().splitlines()
+    return {**read_json(done / "search/results.json"), "tried": len(tried)}
 
 
 def test_those_that_left_are_asked_as_well(found: dict[str, Any]) -> None:
@@ -87,3 +95,22 @@ def test_fewer_tries_cost_less(found: dict[str, Any], recipe: Recipe) -> None:
     assert few["finalists"] < all_["finalists"]
     assert few["rungs"] < all_["rungs"]
     assert few["layers"] == all_["layers"]
+
+
+@pytest.mark.parametrize("method", ["trial", "additive"])
+def test_other_ways_to_choose(make_recipe: MakeRecipe, done: Path, tmp_path: Path, method: str) -> None:
+    recipe = make_recipe(distill=DISTILL, prune={"refit_samples": 8}, search={**SEARCH, "method": method})
+    out = tmp_path / "run"
+    shutil.copytree(done, out)
+    pipeline.run(recipe, out, only="search", needed=True)
+    choice = ChosenShape.load(out / "search")
+    assert choice.metrics["method"] == method
+    assert len(choice.kept_layers) == choice.arch.layers
+    found, page = read_json(out / "search/results.json"), tmp_path / "page.html"
+    assert found["choice"]["arch"] == choice.arch.sizes
+    assert found["choice"]["params"] == choice.metrics["params"]
+    assert bool(found["tried"]) == (method == "trial")
+    if method == "trial":
+        assert choice.arch.sizes in [one["arch"] for one in found["tried"]]
+    write_page(out, page)
+    assert "<h2>Which shape</h2>" in page.read_text(encoding="utf-8")

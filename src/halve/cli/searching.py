@@ -40,8 +40,9 @@ def _table(results: Mapping[str, Any], recipe: Mapping[str, Any], metrics: Mappi
     from halve.report.searched import search_rows, search_words
     from halve.report.tables import table
 
-    if results["method"] == "tournament":
-        table("KL to the teacher (± standard error); * is chosen", *search_rows(results))
+    if results["method"] == "tournament" or "choice" in results:  # earlier versions did not name other choices
+        measured = "sum of blocks" if results["method"] == "additive" else "KL to the teacher (± standard error)"
+        table(f"{measured}; * is chosen", *search_rows(results))
         for words in search_words(results, recipe):
             print(words)
     print("chosen: " + ", ".join(f"{axis} {size}" for axis, size in metrics["sizes"].items()))

@@ -210,6 +210,11 @@ def best(tried: Sequence[Tried]) -> Tried:
     return max(_ties(tried, lowest), key=lambda one: one.arch.layers)
 
 
+def num_ties(tried: Sequence[Tried]) -> int:
+    """How many shapes count as equal to the best beside it."""
+    return len(_ties(tried, min(tried, key=lambda one: one.kl))) - 1
+
+
 def _ties(tried: Sequence[Tried], lowest: Tried) -> list[Tried]:
     ties = []
     for tried_shape in tried:
@@ -223,7 +228,7 @@ def outcome_of_trial(tried: Sequence[Tried]) -> str:
     """Which shape was chosen, how far it is from the teacher, and who is too near to tell."""
     chosen, lowest = best(tried), min(tried, key=lambda one: one.kl)
     gap, error = chosen.behind(lowest)
-    ties = len(_ties(tried, lowest)) - 1
+    ties = num_ties(tried)
     near = f"; {ties} more count as equal, the deepest is taken" if ties else ""
     return f"{chosen.arch} (KL {chosen.kl:.4g}, {gap:.2g} ± {error:.2g} above the lowest{near})"
 

@@ -11,6 +11,14 @@ from typing import Any, Final
 from halve.report import plots
 from halve.report.plots import Series, figure
 from halve.report.sections import SUBJECT, Cell, Facts, Figure, PageSection, Table, TableRow, estimate, share
+from halve.report.untrained import (
+    SHAPE_HEAD,
+    shape_cells,
+    untrained_head,
+    untrained_rows,
+    untrained_section,
+    untrained_words,
+)
 
 _PARTS: Final = {
     "layers": "the comparison of layers",
@@ -27,9 +35,9 @@ _OTHERS, _TRIAL = "teacher", "pruned"
 
 
 def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> PageSection | None:
-    """What a search found. None for one that did not train."""
+    """What a search found."""
     if facts.get("method") != "tournament":
-        return None
+        return untrained_section(facts, title)
     finalists, rungs = facts["finalists"], facts["rungs"]
     note = (
         f"{len(finalists)} finalists of {_listed_depths(finalists)} were cut from the teacher, and trained on the same"
@@ -54,17 +62,22 @@ def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> Page
 
 
 def search_rows(facts: Facts) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The same table as plain text: its head and its rows. The chosen finalist has a mark."""
-    rows = [_row(i, facts) for i in range(len(facts["finalists"]))]
+    """The same table as plain text: its head and its rows. The chosen shape has a mark."""
+    if facts["method"] == "tournament":
+        head, rows = _head(facts), [_row(i, facts) for i in range(len(facts["finalists"]))]
+    else:
+        head, rows = untrained_head(facts), untrained_rows(facts)
 
     def text(cell: Cell) -> str:
         return f"{cell.value} ± {cell.error}" if cell.error else cell.value
 
-    return _head(facts), [(row.label + (" *" if row.subject else ""), *map(text, row.cells)) for row in rows]
+    return head, [(row.label + (" *" if row.subject else ""), *map(text, row.cells)) for row in rows]
 
 
 def search_words(facts: Facts, recipe: Facts) -> list[str]:
     """What to say about the choice, a sentence or two each."""
+    if facts["method"] != "tournament":
+        return [untrained_words(facts)]
     said = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
     return [words for words in said if words]
 
@@ -72,14 +85,12 @@ def search_words(facts: Facts, recipe: Facts) -> list[str]:
 def _head(facts: Facts) -> tuple[str, ...]:
     rungs = [figure(rung["tokens"]) for rung in facts["rungs"][1:]]
     asked = (f"{facts['choices']['name']}, %",) if facts["choices"] else ()
-    return ("finalist", "layers", "hidden", "ffn", "heads", "parameters", "after the cut", *rungs, *asked)
+    return ("finalist", *SHAPE_HEAD, "after the cut", *rungs, *asked)
 
 
 def _row(number: int, facts: Facts) -> TableRow:
     finalist = facts["finalists"][number]
-    arch, curve = finalist["arch"], finalist["curve"]
-    sizes = [str(arch["layers"]), str(arch["hidden"]), str(arch["ffn"]), f"{arch['heads']}/{arch['kv_heads']}"]
-    cells = [*map(Cell, sizes), Cell(figure(finalist["params"]))]
+    curve, cells = finalist["curve"], shape_cells(finalist)
     cells += [estimate({"value": point["kl"], "stderr": point["stderr"]}) for point in curve]
     cells += [Cell("")] * (len(facts["rungs"]) - len(curve))
     if facts["choices"]:

@@ -13,18 +13,27 @@ samples     held-out samples
 tokens      that all finalists trained on together
 flops       {layers, trial, cache, finalists, rungs, run}: of the search's parts (`search.counted`), and of the recipe's
             distillation of the choice; run may be null
+
+Of a search without a tournament (`untrained`):
+
+tried       [{arch, kept_layers, params, non_embedding, kl, by_sample, stderr}]; empty if an integer program chose
+choice      {arch, kept_layers, params, non_embedding, kl}; after an integer program kl is the sum of harms
+candidates  how many there were, with those that break the budget with their layers
+behind      how much higher the choice's KL in the trial is than the lowest; null after an integer program
+ties        how many more shapes count as equal
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halve.anatomy import Counts
 from halve.cut.plan.sizes import Candidate
-from halve.cut.trial import Tried
+from halve.cut.trial import Tried, num_ties
 from halve.model.measure import average, difference, proportion
 from halve.search.agreement import rank_agreement, rises
 from halve.search.halving import Ladder, leader
@@ -67,6 +76,34 @@ def outcome(
         "choices": None if answered is None else _choices(*answered, chosen=chosen),
         "samples": len(played.showings[0].by_sample),
         "tokens": sum(showing.tokens for showing in _furthest(played).values()),
+    }
+
+
+def untrained(
+    method: str, tried: Sequence[Tried], chosen: Tried, count: Callable[[Tried], Counts], *, candidates: int
+) -> dict[str, Any]:
+    """The outcome of a search that trained nothing."""
+
+    def shown(shape: Tried) -> dict[str, Any]:
+        counts = count(shape)
+        sizes = {"arch": shape.arch.sizes, "kept_layers": list(shape.kept_layers)}
+        return {**sizes, "params": counts.params, "non_embedding": counts.non_embedding, "kl": shape.kl}
+
+    def measured(shape: Tried) -> dict[str, Any]:
+        error = average(torch.tensor(shape.by_sample, dtype=torch.float64)).stderr
+        return {**shown(shape), "by_sample": list(shape.by_sample), "stderr": error}
+
+    behind = None
+    if tried:
+        value, stderr = chosen.behind(min(tried, key=lambda one: one.kl))
+        behind = {"value": value, "stderr": stderr}
+    return {
+        "method": method,
+        "tried": [measured(shape) for shape in tried],
+        "choice": shown(chosen),
+        "candidates": candidates,
+        "behind": behind,
+        "ties": num_ties(tried) if tried else 0,
     }
 
 

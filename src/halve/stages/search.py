@@ -43,7 +43,7 @@ from halve.search.choice import ChosenShape
 from halve.search.counted import flops_by_part
 from halve.search.finalists import choose_finalists
 from halve.search.halving import Ladder
-from halve.search.outcome import outcome
+from halve.search.outcome import outcome, untrained
 from halve.search.searched import TIMES, planned_rungs, searched_anatomy, seen_by, shapes_of
 from halve.search.settled import Candidates, is_cut, save_finalists, settled_finalists
 from halve.search.tournament import FINALISTS, LowRank, Played, School, play
@@ -169,7 +169,14 @@ def _without_training(
     counts = ledger.count(chosen.arch, kept_layers=chosen.kept_layers)
     counted = {"params": counts.params, "non_embedding": counts.non_embedding}
     metrics = {"method": recipe.search.method, "candidates": num_candidates, "sizes": chosen.arch.sizes, **counted}
-    write_json(out / "results.json", {"method": recipe.search.method, "tried": [shape.to_json() for shape in tried]})
+    results = untrained(
+        recipe.search.method,
+        tried,
+        chosen,
+        lambda shape: ledger.count(shape.arch, kept_layers=shape.kept_layers),
+        candidates=num_candidates,
+    )
+    write_json(out / "results.json", results)
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
 
 
