@@ -85,11 +85,11 @@ def _of_the_place(recipe: Recipe, out: Path | None) -> Iterator[Callable[[], Any
 
 
 def _of_the_teacher(recipe: Recipe, teacher: Checkpoint, ranks: int | None) -> Iterator[Callable[[], Any]]:
+    yield partial(_check_search, recipe, teacher)  # what the config shows comes before the files of a big model
+    yield partial(_check_plan, recipe, teacher)
     yield teacher.require_weights
     yield partial(_check_tokenizer, recipe, teacher)
     yield partial(check_conversations, recipe, teacher)
-    yield partial(_check_search, recipe, teacher)
-    yield partial(_check_plan, recipe, teacher)
     yield partial(_check_nest, recipe, teacher)
     yield partial(_check_causal, teacher)
     yield partial(_check_proof, recipe, teacher)
