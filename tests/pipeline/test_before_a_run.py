@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from stand_ins import MakeRecipe
 
-from halve.errors import CorpusError, HalveError, RunError
+from halve.errors import CheckpointError, CorpusError, HalveError, PlanError, RunError
 from halve.pipeline import run as pipeline
 from halve.preflight import samples as preflight_text
 from halve.recipe.schema import Recipe
@@ -27,6 +27,61 @@ def test_a_mistake_is_found_before_the_first_stage(
     with pytest.raises(HalveError, match="cannot keep 65 of 64 ffn"):
         pipeline.run(make_recipe(prune={"ffn": 65}), tmp_path / "run")
     assert calls == []
+
+
+SMALL = {"search": {"budget": {"total": "1k"}, "method": "trial"}, "prune": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "only", "why"),
+    [
+        ({"prune": {"ffn": 65}}, None, "cannot keep 65 of 64 ffn"),
+        (SMALL, None, "no legal shape has total about 1k"),
+        (SMALL, "search", "no legal shape has total about 1k"),
+        ({"model": "no/such/folder/here"}, None, "there is no model"),
+        ({"data": {"train": ["none.txt"], "valid": ["none.txt"], "context": 32}}, None, "there is no corpus"),
+        ({}, "prune", "prune needs the artifact of score"),
+        ({}, "search", "there is nothing to search"),
+    ],
+)
+def test_a_new_run_that_is_refused_leaves_no_folder(
+    make_recipe: MakeRecipe, tmp_path: Path, changes: dict[str, Any], only: str | None, why: str
+) -> None:
+    with pytest.raises(HalveError, match=why):
+        pipeline.run(make_recipe(**changes), tmp_path / "deep" / "run", only=only, needed=only == "search")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [SMALL, {"prune": {"params": "1k"}}], ids=["search", "prune"])
+def test_a_budget_is_refused_before_weights_are_read(
+    make_recipe: MakeRecipe, tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1000])
+    recipe = make_recipe(model=str(model), **changes)
+    assert [type(error) for error in pipeline.check(recipe)] == [PlanError, CheckpointError]
+    with pytest.raises(PlanError):
+        pipeline.run(recipe, tmp_path / "run")
+
+
+def test_a_run_that_its_text_refuses_does_not_keep_the_folder(
+    calls: list[tuple[str, dict[str, Any]]], make_recipe: MakeRecipe, corpus: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Whole text is read once the run has a folder, where its tokens are kept."""
+    text, model = tmp_path / "valid.txt", tmp_path / "model"
+    text.write_text("The small cat sees the dog.\n" * 50000 + "\0")
+    shutil.copytree(tiny_llama, model)
+    data = {"train": [str(corpus / "train.txt")], "valid": [str(text)], "context": 32}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sources, "PROBED_CHARS", 1000)
+        patched.setattr(preflight_text, "_SHORT_CHARS", 1000)
+        with pytest.raises(CorpusError, match="is binary"):
+            pipeline.run(make_recipe(data=data), tmp_path / "run")
+    assert calls == []
+    pipeline.run(make_recipe(name="other", model=str(model)), tmp_path / "run", only="score")
+    assert [name for name, _ in calls] == ["score"]
 
 
 def test_a_process_that_runs_the_script_again_runs_no_recipe(
@@ -110,8 +165,8 @@ def test_check_reports_every_mistake_at_once(
     found = [str(error) for error in pipeline.check(recipe, tmp_path / "out")]
     expected = [
         "is not a run folder",
-        "a sample has 4096 tokens, the model's context has 128",
         "cannot keep 3 query heads",
+        "a sample has 4096 tokens, the model's context has 128",
         "choices.jsonl",
         "empty.txt is empty",
         "there is no corpus",

@@ -7,14 +7,14 @@ its outside inputs. A stage that has finished with the same key is not run again
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halve.disk.rundir import HASHES, RunDir
+from halve.disk.rundir import HASHES, RunDir, has_begun
 from halve.errors import HalveError, RunError
 from halve.pipeline import reused
 from halve.pipeline.keys import keys_of
@@ -70,8 +70,9 @@ def run(
     runs may share it. Without a `console` there are no messages. A killed run resumes where it stopped. A finished run
     changes nothing.
 
-    Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are missing, and every
-    error of `check` before the first stage.
+    Raises `RunError` for a folder that is not this recipe's run and for a section whose inputs are missing, every error
+    of `check`, and `PlanError` for times that no shape of a search meets, all before the first stage. What `check`
+    finds makes no folder, and a folder in which no stage has begun may become another recipe's.
     """
     fresh.require_guard()
     out = Path(out)
@@ -87,13 +88,16 @@ def run(
             console = None
         progress = SILENT if console is None else RichProgress(console)
         stack.enter_context(heard(progress.say))
+        teacher = Checkpoint.open(recipe.model, home=cache)
+        begin = partial(_checked_as_new, recipe, teacher, out, listed, only, needed=needed, ranks=here.size)
+        checked = here.lead(begin)
         opened: list[RunDir] = []
         here.lead(lambda: opened.append(stack.enter_context(RunDir.open(out, recipe))))
         folder = opened[0] if opened else stack.enter_context(RunDir.follow(out))
-        teacher = Checkpoint.open(recipe.model, home=cache)
-        ask = partial(_what_to_do, recipe, teacher, folder, listed, only, cache, needed=needed, ranks=here.size)
-        wanted, done, keys = here.lead(ask)
+        ask = partial(_what_to_do, recipe, teacher, folder, listed, only, cache, needed=needed)
+        wanted, done, keys = here.lead(partial(ask, ranks=None if checked else here.size))
         this = StageContext(folder, cache, progress, teacher)
+        here.lead(partial(_require_times, [stage for stage in listed if stage.name in {*wanted} - {*done}], this, keys))
         if len(done) < len(wanted):
             recipe, listed = _settled(recipe, listed, this, here)
         coming = [stage for stage in listed if stage.name in {*wanted} - {*done}]
@@ -119,6 +123,27 @@ def _nothing_to_do(recipe: Recipe, only: str) -> RunError:
     )
 
 
+def _checked_as_new(
+    recipe: Recipe,
+    teacher: Checkpoint,
+    out: Path,
+    listed: Sequence[Stage],
+    only: str | None,
+    *,
+    needed: bool,
+    ranks: int,
+) -> bool:
+    """Raise what a run that has not begun would raise before its first stage. Nothing is written.
+
+    Returns whether it was checked. A GGUF file is not: the check may need the model folder that is made of it, and this
+    is kept in the run.
+    """
+    if has_begun(out) or teacher.gguf is not None:
+        return False
+    _require_plan(recipe, teacher, out, _wanted(out, listed, only, lambda name: False, needed=needed), ranks)
+    return True
+
+
 def _what_to_do(
     recipe: Recipe,
     teacher: Checkpoint,
@@ -128,27 +153,61 @@ def _what_to_do(
     cache: Path,
     *,
     needed: bool,
-    ranks: int,
+    ranks: int | None,
 ) -> tuple[list[str], list[str], dict[str, str]]:
-    """The names of the requested stages, of those that are done, and the keys of all stages."""
+    """The names of the requested stages, of those that are done, and the keys of all stages.
+
+    `ranks` is the number of processes, or None if the recipe has been checked for them.
+    """
     keys = keys_of(recipe, teacher, listed, memo=cache / HASHES)
-    wanted = [stage for stage in listed if only in (None, stage.section)]
-    if needed:
-        wanted = _with_needed(listed, wanted)
-    elif only is not None:
-        wanted = _possible(folder, wanted, keys)
-    done = [stage.name for stage in wanted if folder.is_done(stage.name, keys[stage.name])]
-    if len(done) < len(wanted):
-        for error in preflight.check(recipe, folder.path, teacher=teacher, ranks=ranks):
-            raise error
-        if ranks > 1 and any(stage.section == "align" and stage.name not in done for stage in wanted):
-            raise RunError(
-                f"{ranks} ranks cannot align",
-                why="a step of align trains in one process, and the others would wait for it for hours",
-                fix="torchrun ... halve distill with this recipe, and then halve run in one process",
-            )
+
+    def is_done(name: str) -> bool:
+        return folder.is_done(name, keys[name])
+
+    wanted = _wanted(folder.path, listed, only, is_done, needed=needed)
+    done = [stage.name for stage in wanted if is_done(stage.name)]
+    if len(done) < len(wanted) and ranks is not None:
+        _require_plan(recipe, teacher, folder.path, [stage for stage in wanted if stage.name not in done], ranks)
     reused.require_sound(folder, wanted, done)
     return [stage.name for stage in wanted], done, keys
+
+
+def _require_plan(recipe: Recipe, teacher: Checkpoint, out: Path, coming: Sequence[Stage], ranks: int) -> None:
+    """Raise the first error of the recipe, or that of ranks in stages that they do not share."""
+    for error in preflight.check(recipe, out, teacher=teacher, ranks=ranks):
+        raise error
+    if ranks > 1 and any(stage.section == "align" for stage in coming):
+        raise RunError(
+            f"{ranks} ranks cannot align",
+            why="a step of align trains in one process, and the others would wait for it for hours",
+            fix="torchrun ... halve distill with this recipe, and then halve run in one process",
+        )
+
+
+def _require_times(coming: Sequence[Stage], this: StageContext, keys: Mapping[str, str]) -> None:
+    """Measure the times that bound coming searches, where these find them. Raises `PlanError` if no shape meets them.
+
+    Times are of random weights, so the config is enough, and every search cuts the recipe's model or its correction:
+    a further round (`then`) has none. A search that has settled its candidates needs no times any more.
+    """
+    from halve.preflight.sizes import require_times_met
+    from halve.search.searched import TIMES
+    from halve.search.settled import Candidates
+
+    for stage in (stage for stage in coming if stage.section == "search"):
+        left = this.folder.left(stage.name, keys[stage.name])
+        if left is None or Candidates.settled(left) is None:
+            require_times_met(stage.recipe, this.teacher, times=this.cache / TIMES)
+
+
+def _wanted(
+    out: Path, listed: Sequence[Stage], only: str | None, is_done: Callable[[str], bool], *, needed: bool
+) -> list[Stage]:
+    """The requested stages. Raises `RunError` if one of the first round lacks an input."""
+    wanted = [stage for stage in listed if only in (None, stage.section)]
+    if needed:
+        return _with_needed(listed, wanted)
+    return wanted if only is None else _possible(out, wanted, is_done)
 
 
 def _settled(
@@ -198,18 +257,18 @@ def _with_needed(listed: Sequence[Stage], wanted: Sequence[Stage]) -> list[Stage
     return [stage for stage in listed if stage.name in names]
 
 
-def _possible(folder: RunDir, wanted: Sequence[Stage], keys: Mapping[str, str]) -> list[Stage]:
+def _possible(out: Path, wanted: Sequence[Stage], is_done: Callable[[str], bool]) -> list[Stage]:
     """The stages whose inputs exist or will be made. Stages of later rounds without inputs are left out."""
     possible: list[Stage] = []
     for stage in wanted:
         names = {earlier.name for earlier in possible}
-        missing = [name for name in stage.after if name not in names and not folder.is_done(name, keys[name])]
+        missing = [name for name in stage.after if name not in names and not is_done(name)]
         if not missing:
             possible.append(stage)
         elif stage.number == 1:
             raise RunError(
                 f"{stage.name} needs the artifact of {missing[0]}",
-                why=f"{missing[0]} has not finished with this recipe in {folder.path}",
+                why=f"{missing[0]} has not finished with this recipe in {out}",
                 fix=f"halve {missing[0].partition('-')[0]} with the same recipe and --out first, or halve run",
             )
     return possible

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -15,7 +16,8 @@ from halve.cut.repair.rotate import student_anatomy
 from halve.model.checkpoint import Checkpoint
 from halve.recipe.rounds import cuts_original, rounds
 from halve.recipe.schema import Recipe
-from halve.search.searched import removable_search, searched_anatomy, shapes_to_try
+from halve.search.latency import needed
+from halve.search.searched import proved_shapes, removable_search, searched_anatomy, shapes_to_try
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ def require_met(recipe: Recipe, teacher: Checkpoint) -> None:
     refused = prove(teacher.anatomy, reopen=False).refusals
     for budget in filter(None, (recipe.search.budget, *recipe.search.targets)):
         look(anatomy, budget, removable_search(recipe, anatomy), refused=refused, timed=False)
+
+
+def require_times_met(part: Recipe, teacher: Checkpoint, *, times: Path) -> None:
+    """Raise what a round's search will raise for bounds of times, before there are scores; it names the nearest shapes.
+
+    `times` is the file from which the search then reads them. They are measured if it does not have them, which takes
+    minutes at most. A search without such bounds measures nothing.
+    """
+    assert part.search is not None
+    assert part.search.budget is not None, "a round searches one size"
+    if needed(part.search.budget):
+        proved_shapes(part, teacher.anatomy, times=times)
 
 
 def planned_rounds(

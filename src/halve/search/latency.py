@@ -32,6 +32,7 @@ from halve.cut.plan.sizes import is_legal
 from halve.disk.files import read_object, write_json
 from halve.errors import PlanError, RunError
 from halve.model.checkpoint import resolve_device
+from halve.process.waits import wait
 from halve.recipe.schema import Device
 from halve.recipe.searching import Search, ShapeBudget, TimeLimits
 from halve.search.quantities import Reals
@@ -40,6 +41,8 @@ from halve.search.timing import BlockTimes, Condition, Pace, time_blocks
 
 _AT = (1.0, 0.6, 0.25)
 """The shares of each axis at which layers are timed."""
+_OF_A_COPY = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""What the config says of one copy of a model."""
 Phase_ = Literal["prefill", "decode"]
 
 
@@ -90,8 +93,9 @@ class TimeTable:
             known = {arch: times for arch, times in kept.get(condition, {}).items() if arch in archs}
             missing = [arch for arch in archs if arch not in known]
             if missing:
-                pace = Pace(anatomy, condition, device=place, dtype=dtype)
-                known |= time_blocks(anatomy, missing, pace)
+                with wait(f"timing layers of {len(missing)} widths on this machine"):
+                    pace = Pace(anatomy, condition, device=place, dtype=dtype)
+                    known |= time_blocks(anatomy, missing, pace)
                 kept[condition] = {**kept.get(condition, {}), **known}
                 _write(path, key, kept)
             table.times[condition] = known
@@ -176,9 +180,13 @@ def _mixed(points: Sequence[int], values: Sequence[Reals], at: Integers) -> Real
 
 
 def machine_key(anatomy: Anatomy, device: str, dtype: torch.dtype) -> str:
-    """What times depend on besides sizes: machine, threads, device, precision, torch, and the model's config."""
+    """What times depend on besides sizes: machine, threads, device, precision, torch, and the model's config.
+
+    Not where a model lies and what wrote it: a corrected teacher has the times of the teacher.
+    """
     card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    said = json.dumps(anatomy.config.to_dict(), sort_keys=True, default=str)
+    config = {key: value for key, value in anatomy.config.to_dict().items() if key not in _OF_A_COPY}
+    said = json.dumps(config, sort_keys=True, default=str)
     parts = [platform.node(), card, os.cpu_count(), torch.get_num_threads(), device, dtype, torch.__version__]
     return " | ".join([*map(str, parts), anatomy.family, hashlib.sha256(said.encode()).hexdigest()[:16]])
 

@@ -33,6 +33,19 @@ def shapes_to_try(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None
     return shapes_of(recipe, seen_by(recipe, anatomy, times=times))
 
 
+def proved_shapes(recipe: Recipe, anatomy: Anatomy, *, times: Path) -> tuple[Found, tuple[Candidate, ...]]:
+    """What the search of a recipe allows on this model, and the shapes that it tries, over proved axes.
+
+    Raises `PlanError` for a budget that no shape meets, and `AnatomyError` for an axis whose proof fails.
+    """
+    seen = seen_by(recipe, anatomy, times=times)
+    shapes = shapes_of(recipe, seen)
+    proof = prove(anatomy, reopen=False)  # the prune stage proves that the student reopens
+    for shape in shapes:
+        proof.demand(anatomy.sizes, shape.arch)
+    return seen, shapes
+
+
 def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> Found:
     """What the search of a recipe allows on this model.
 

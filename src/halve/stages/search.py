@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from halve.anatomy import Arch
 from halve.anatomy.configs import context_length
 from halve.cut.plan.sizes import Candidate
-from halve.cut.proof.prove import prove
 from halve.cut.repair.rotate import student_anatomy
 from halve.cut.trial import Tried, Tries, best, outcome_of_trial
 from halve.disk.files import write_json
@@ -44,7 +43,7 @@ from halve.search.counted import flops_by_part
 from halve.search.finalists import choose_finalists
 from halve.search.halving import Ladder
 from halve.search.outcome import outcome, untrained
-from halve.search.searched import TIMES, planned_rungs, searched_anatomy, seen_by, shapes_of
+from halve.search.searched import TIMES, planned_rungs, proved_shapes, searched_anatomy
 from halve.search.settled import Candidates, is_cut, save_finalists, settled_finalists
 from halve.search.tournament import FINALISTS, LowRank, Played, School, play
 from halve.search.workshop import Workshop
@@ -75,7 +74,7 @@ def run(
     assert recipe.search is not None
     ranks = here()
     open_shop = partial(_opened, recipe, teacher, scores, cache, progress)
-    looked = partial(_looked, recipe, teacher, cache)
+    looked = partial(proved_shapes, recipe, teacher.anatomy, times=cache / TIMES)
     if recipe.search.method != "tournament":
         ranks.lead(partial(_without_training, recipe, teacher, looked, open_shop, out, progress))
         return ranks.lead(partial(_figures, out))
@@ -101,16 +100,6 @@ def _figures(out: Path) -> dict[str, Any]:
     return dict(ChosenShape.load(out).metrics)
 
 
-def _looked(recipe: Recipe, teacher: Checkpoint, cache: Path) -> tuple[Found, list[Candidate]]:
-    """What the budget allows, and the candidates over proved axes."""
-    seen = seen_by(recipe, teacher.anatomy, times=cache / TIMES)
-    candidates = shapes_of(recipe, seen)
-    proof = prove(teacher.anatomy, reopen=False)  # the prune stage proves that the student reopens
-    for candidate in candidates:
-        proof.demand(teacher.anatomy.sizes, candidate.arch)
-    return seen, list(candidates)
-
-
 def _opened(
     recipe: Recipe, teacher: Checkpoint, scores: Path, cache: Path, progress: Progress, archs: Sequence[Arch]
 ) -> Workshop:
@@ -118,7 +107,7 @@ def _opened(
     return Workshop.open(recipe, teacher, scores=scores, archs=archs, cache=cache, progress=progress)
 
 
-_Look = Callable[[], tuple[Found, list[Candidate]]]
+_Look = Callable[[], tuple[Found, tuple[Candidate, ...]]]
 _OpenShop = Callable[[Sequence[Arch]], Workshop]
 
 
@@ -135,7 +124,7 @@ def _tried(look: _Look, open_shop: _OpenShop, out: Path) -> tuple[Workshop, Cand
     return shop, settled, shop.tried(settled.tried, settled.kept_layers, path=out / "trial.jsonl")
 
 
-def _settled(shop: Workshop, seen: Found, candidates: list[Candidate]) -> Candidates:
+def _settled(shop: Workshop, seen: Found, candidates: Sequence[Candidate]) -> Candidates:
     """The candidates, the layers that they keep, and which of them meet the budget with these."""
     archs = tuple(candidate.arch for candidate in candidates)
     kept = shop.layers({arch.layers for arch in archs})
