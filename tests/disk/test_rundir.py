@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -16,9 +14,9 @@ from typing import Any
 import pytest
 
 from halve.disk import files, rundir
-from halve.disk.files import atomic_file, content_hashes, read_json, write_json
+from halve.disk.files import content_hashes, read_json
 from halve.disk.rundir import RunDir
-from halve.errors import DiskError, RunError
+from halve.errors import RunError
 from halve.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -31,93 +29,6 @@ def recipe(make_recipe: MakeRecipe) -> Recipe:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-# --- files
-
-
-def test_json_survives_the_trip_and_stays_standard(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, "é"], "b": {"c": None}, "path": tmp_path, "bad": math.nan, "worse": [math.inf]}
-    write_json(tmp_path / "x.json", value)
-    expected = {"a": [1, 2.5, "é"], "b": {"c": None}, "path": str(tmp_path), "bad": None, "worse": [None]}
-    assert read_json(tmp_path / "x.json") == expected
-    json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
-
-
-@pytest.mark.parametrize("content", [None, "{", "\xff"])
-def test_json_that_cannot_be_read_is_a_run_error(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "x.json").write_text(content, encoding="latin1")
-    with pytest.raises(RunError, match=r"cannot read .*x\.json"):
-        read_json(tmp_path / "x.json")
-
-
-def test_an_atomic_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file"
-    with atomic_file(path) as draft:
-        draft.write_text("one")
-        assert not path.exists()
-    assert path.read_text() == "one"
-
-    def fail() -> None:
-        with atomic_file(path) as draft:
-            draft.write_text("two")
-            raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        fail()
-    assert path.read_text() == "one"
-    assert names(tmp_path / "deep") == ["file"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_full_disk_is_a_disk_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int
-) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    write_json(tmp_path / "x.json", 1)
-    monkeypatch.setattr(os, function, full)
-    with pytest.raises(DiskError, match=r"no room left while writing .*x\.json\n  why: .*\n  fix: free some space"):
-        write_json(tmp_path / "x.json", 2)
-    monkeypatch.undo()
-    assert names(tmp_path) == ["x.json"]
-    assert read_json(tmp_path / "x.json") == 1
-
-
-def test_other_errors_of_the_system_pass_the_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> None:
-        raise OSError(errno.EIO, "broken")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="broken"):
-        write_json(tmp_path / "x.json", 2)
-
-
-def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    sha256 = files.file_sha256
-
-    def counted(path: Path) -> str:
-        read.append(path.name)
-        return sha256(path)
-
-    monkeypatch.setattr(files, "file_sha256", counted)
-    texts, memo = [tmp_path / "a", tmp_path / "b"], tmp_path / "memo.json"
-    for path in texts:
-        path.write_text(path.name)
-    first = content_hashes(texts, memo=memo)
-    assert first == [sha256(path) for path in texts]
-    assert content_hashes(texts, memo=memo) == first
-    assert content_hashes([*texts, texts[0]], memo=memo) == [*first, first[0]], "a file that is listed twice"
-    texts[1].write_text("changed")
-    assert content_hashes(texts, memo=memo) == [first[0], sha256(texts[1])]
-    assert read == ["a", "b", "b"]
-    texts[0].unlink()
-    with pytest.raises(RunError, match=r"cannot read .*a\n  why: No such file"):
-        content_hashes(texts, memo=memo)
 
 
 # --- whose folder it is
@@ -142,20 +53,44 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path, recipe: Recipe
         RunDir.open(tmp_path / "thesis.tex", recipe)
 
 
+def begin(folder: Path, recipe: Recipe) -> None:
+    """A run that was killed in its first stage."""
+    with RunDir.open(folder, recipe) as run:
+        run.work("score", "k")
+
+
 def test_a_run_of_another_recipe_or_model_is_refused(tmp_path: Path, recipe: Recipe, make_recipe: MakeRecipe) -> None:
-    RunDir.open(tmp_path, recipe).close()
-    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    begin(tmp_path, recipe)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path) if (tmp_path / name).is_file()}
     with pytest.raises(RunError, match="is not a run of recipe other on"):
         RunDir.open(tmp_path, make_recipe(name="other", seed=7))
     with pytest.raises(RunError, match="is not a run of recipe tiny on another/model"):
         RunDir.open(tmp_path, make_recipe(model="another/model"))
-    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
     RunDir.open(tmp_path, make_recipe(seed=7)).close()
+
+
+def test_a_folder_in_which_no_stage_has_begun_is_anyones(
+    tmp_path: Path, recipe: Recipe, make_recipe: MakeRecipe
+) -> None:
+    RunDir.open(tmp_path, recipe).close()
+    assert rundir.equal_run(make_recipe(name="other"), tmp_path.parent) is None, "there is nothing to resume"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokens").touch()
+    for other in (make_recipe(model="another/model"), make_recipe(name="other", seed=7)):
+        RunDir.open(tmp_path, other).close()
+        marker = read_json(tmp_path / "run.json")
+        assert (marker["recipe"], marker["model"]) == (other.name, other.model)
+        assert read_json(tmp_path / "recipe.json") == other.model_dump(mode="json")
+    assert (tmp_path / "data" / "tokens").exists()
+    begin(tmp_path, other)
+    with pytest.raises(RunError, match="is not a run of recipe tiny on"):
+        RunDir.open(tmp_path, recipe)
 
 
 def test_a_new_name_alone_goes_on_with_the_run(tmp_path: Path, recipe: Recipe, make_recipe: MakeRecipe) -> None:
     other = make_recipe(name="other")
-    RunDir.open(tmp_path / "tiny", recipe).close()
+    begin(tmp_path / "tiny", recipe)
     assert rundir.equal_run(other, tmp_path) == tmp_path / "tiny"
     assert rundir.equal_run(recipe, tmp_path) is None
     assert rundir.equal_run(make_recipe(name="other", seed=1), tmp_path) is None

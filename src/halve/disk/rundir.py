@@ -1,7 +1,7 @@
 """The run folder: what survives a kill at any moment, and which process owns which file.
 
     run/
-      run.json            the name and model of the recipe that owns this run
+      run.json            the name and model of the recipe that owns this run, once a stage has begun
       recipe.json         the recipe of the last run in this folder
       data/               token files, keyed by content, and hashes of the inputs
       score/              a finished stage: its artifact and manifest.json
@@ -43,6 +43,7 @@ except ImportError:  # not on Windows, where two runs in one folder go unnoticed
 MARKER_FORMAT, FORMAT = 1, 2
 MARKER, RECIPE, MANIFEST, KEY, LOCK = "run.json", "recipe.json", "manifest.json", ".key.json", ".lock"
 HASHES = "hashes.json"  # beside the token files
+_BEFORE_STAGES = (LOCK, MARKER, RECIPE, f".{MARKER}.tmp", f".{RECIPE}.tmp", "data")
 
 
 class RunDir:
@@ -57,8 +58,8 @@ class RunDir:
     def open(cls, folder: Path, recipe: Recipe) -> RunDir:
         """Open `folder` for `recipe`. Create it if necessary, and complete what a kill has interrupted.
 
-        Raises `RunError` unless the folder is empty or a run of this recipe's name and model, or of this recipe under
-        another name. Raises `RunError` also if another process is running in it.
+        Raises `RunError` unless the folder is empty, a run in which no stage has begun, a run of this recipe's name and
+        model, or of this recipe under another name. Raises `RunError` also if another process is running in it.
         """
         check_folder(folder, recipe)
         try:
@@ -69,7 +70,7 @@ class RunDir:
             why = error.strerror or str(error)
             raise RunError(f"cannot make run folder {folder}", why=why, fix="choose another --out") from error
         try:
-            if not (folder / MARKER).exists() or read_object(folder / MARKER).get("recipe") != recipe.name:
+            if not (folder / MARKER).exists() or _owner(read_object(folder / MARKER)) != _identity(recipe):
                 write_json(folder / MARKER, {"format": MARKER_FORMAT, **_identity(recipe)})
             write_json(folder / RECIPE, recipe.model_dump(mode="json"))
             run = cls(folder, lock)
@@ -131,6 +132,11 @@ class RunDir:
                 work.mkdir()
             write_json(work / KEY, {"key": key})
         return work
+
+    def left(self, name: str, key: str) -> Path | None:
+        """The work folder that a killed run with the same key has left. None if there is none."""
+        work = self._work(name)
+        return work if _has_key(work, key) else None
 
     def commit(
         self,
@@ -212,17 +218,26 @@ def sound(stage: Path, manifest: Mapping[str, Any], file: str) -> Path:
 
 
 def equal_run(recipe: Recipe, folders: Path) -> Path | None:
-    """A run in `folders` of the same recipe under another name, if the recipe's own folder is not there."""
+    """A begun run in `folders` of the same recipe under another name, if the recipe's own folder is not there."""
     for marker in () if (folders / recipe.name).exists() else sorted(folders.glob(f"*/{MARKER}")):
-        if marker.parent.name != recipe.name and _differs_in_name_alone(marker.parent, recipe):
-            return marker.parent
+        run = marker.parent
+        if run.name != recipe.name and has_begun(run) and _differs_in_name_alone(run, recipe):
+            return run
     return None
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether `folder` is a run in which a stage has begun, so that the folder belongs to one recipe.
+
+    Until then it holds only what every run may use, such as token files that are keyed by content.
+    """
+    return (folder / MARKER).exists() and any(entry.name not in _BEFORE_STAGES for entry in folder.iterdir())
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raise `RunError` unless `folder` is new, empty, or a run of this recipe's name and model.
 
-    A run of the same recipe under another name is this recipe's run, too.
+    A run of the same recipe under another name is this recipe's run, too, and so is one in which no stage has begun.
     """
     if not folder.exists():
         return
@@ -238,8 +253,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             )
         return
     marker = _marker(folder, recipe)
-    identity = {key: marker.get(key) for key in _identity(recipe)}
-    if identity == _identity(recipe) or (identity["model"] == recipe.model and _differs_in_name_alone(folder, recipe)):
+    identity = _owner(marker)
+    if identity == _identity(recipe) or not has_begun(folder):
+        return
+    if identity["model"] == recipe.model and _differs_in_name_alone(folder, recipe):
         return
     raise RunError(
         f"{folder} is not a run of recipe {recipe.name} on {recipe.model}",
@@ -259,6 +276,10 @@ def versions() -> dict[str, str]:
 
 def _identity(recipe: Recipe) -> dict[str, str]:
     return {"recipe": recipe.name, "model": recipe.model}
+
+
+def _owner(marker: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: marker.get(key) for key in ("recipe", "model")}
 
 
 def _marker(folder: Path, recipe: Recipe) -> dict[str, Any]:
