@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from halve.cli import searching
 from halve.report import plots
 from halve.report import searched as report
 from halve.report.searched import search_rows, search_words, searched
@@ -254,3 +255,15 @@ def test_a_sum_of_blocks_shows_its_choice_and_what_it_predicts() -> None:
 
 def test_earlier_versions_did_not_name_the_choice_of_a_trial() -> None:
     assert searched({"method": "trial", "tried": []}, RECIPE) is None
+
+
+@pytest.mark.parametrize(("method", "title"), [("trial", "KL to the teacher"), ("additive", "sum of blocks")])
+def test_it_is_printed_as_well(method: str, title: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = untrained(method)
+    searching._table(found, RECIPE, {"sizes": found["choice"]["arch"]})
+    said = " ".join(capsys.readouterr().out.split())
+    assert title in said
+    assert "* is chosen" in said
+    assert "It keeps layers 0, 1, 2" in said
+    assert "chosen: hidden 104" in said
+    searching._table({"method": method, "tried": []}, RECIPE, {"sizes": found["choice"]["arch"]})
