@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,10 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "40.4x" in said
     assert "3.8T" in said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
+    assert [row[0] for row in rows] == ["teacher", "student 1", "student 2", "all"], "no cell is broken"
+    assert all(len(row) == 11 for row in rows), "no column is lost"
+    assert rows[-1][4:6] == ["51 years", "900k"]
     assert "without the teacher's passes and the cut, 1.77 times less" in said
     small(tmp_path)
     (tmp_path / "recipe.yaml").write_text(
@@ -177,6 +183,24 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["device"] == "one A100"
     assert [member["name"] for member in told["members"]] == ["teacher", "student"]
     assert told["members"][1]["fewer_tokens"] == 1000
+
+
+def test_the_guides_folder_is_enough_for_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (RECIPES.parent / "docs/guides/family.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"^cat > nemotron-4-15b/config.json <<'END'\n(.*?)^END$", guide, flags=re.M | re.S)
+    ((old, new),) = re.findall(r"^sed 's#(.*)#(.*)#' recipes/minitron-15b-8b-4b.yaml > minitron.yaml$", guide, re.M)
+    command = next(line for line in guide.splitlines() if line.startswith("halve cost minitron.yaml"))
+    (tmp_path / "nemotron-4-15b").mkdir()
+    (tmp_path / "nemotron-4-15b" / "config.json").write_text(config, encoding="utf-8")
+    recipe = (RECIPES / "minitron-15b-8b-4b.yaml").read_text(encoding="utf-8")
+    (tmp_path / "minitron.yaml").write_text(recipe.replace(old, new), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    said = capsys.readouterr().out
+    assert "8.27B" in said
+    assert "4.19B" in said
 
 
 @pytest.mark.parametrize(

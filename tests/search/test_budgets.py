@@ -310,6 +310,8 @@ def test_plan_reads_a_budget_in_words(tmp_path: Any, capsys: pytest.CaptureFixtu
         arch = Arch.of(shape["arch"])
         assert arch.ffn % 64 == 0
         assert shape["costs"]["memory"] == price(anatomy(), arch, "memory", limits) <= most
+    assert main([*words[:-1], "1"]) == 0
+    assert "1 shape; the front has" in capsys.readouterr().out
     assert main([*words, "--params", "1M"]) == 2
     assert "--params and --budget are two ways" in capsys.readouterr().err
 

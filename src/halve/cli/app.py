@@ -196,6 +196,7 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
     from halve.model.checkpoint import Checkpoint
     from halve.pipeline.run import check as preflight
     from halve.preflight import alignment
+    from halve.preflight.searches import long_caches
     from halve.preflight.sizes import planned_rounds
     from halve.preflight.work import trials
     from halve.report import tables as show
@@ -216,7 +217,8 @@ def check(recipe: RecipeFile, out: Out = None, json_: AsJson = False) -> None:
         for line in sources.left_out((*loaded.data.train_sources, *loaded.data.valid)):
             print(line)
         teacher = Checkpoint.open(loaded.model)
-        for line in (*alignment.rows_left_out(loaded, teacher), *alignment.new_ends(loaded, teacher)):
+        left_out, ends = alignment.rows_left_out(loaded, teacher), alignment.new_ends(loaded, teacher)
+        for line in (*left_out, *ends, *long_caches(loaded, teacher)):
             print(line)
         shapes = planned_rounds(loaded, teacher)
         show.trial(trials(loaded, shapes))

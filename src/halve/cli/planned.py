@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve.cli.hints import say_next
+from halve.cli.hints import say_next, say_note
 from halve.errors import PlanError
 from halve.recipe.read import load_recipe
 from halve.recipe.schema import Device, Recipe, Search
@@ -50,6 +50,7 @@ def spoken(
     be met.
     """
     from halve.model.checkpoint import Checkpoint
+    from halve.search.positions import beyond_positions
     from halve.search.searched import removable_search, searched_anatomy
 
     device: Device = "auto"
@@ -73,6 +74,8 @@ def spoken(
         _listed(anatomy, budget, search, most, timings=timings, device=device, context=context) for budget in budgets
     ]
     show_shapes(anatomy, listings, json_=json_)
+    for note in beyond_positions(anatomy, *budgets):
+        say_note(note)
 
 
 def _not_of_a_recipe(recipe: Recipe, flags: Sequence[str]) -> PlanError:
@@ -125,7 +128,8 @@ def _listed(
         if r.quantity not in ("total", "non_embedding")
         and not (isinstance(r.limits, FlopsLimits) and r.limits.context == context)
     }
-    title = f"{len(shapes)} shapes; the front has {len(seen.front)}, of {len(seen.prices.space):,} legal ones"
+    listed = f"{len(shapes)} shape{'s' * (len(shapes) != 1)}"
+    title = f"{listed}; the front has {len(seen.front)}, of {len(seen.prices.space):,} legal ones"
     return Listing(title, shapes, costs, shown)
 
 

@@ -13,11 +13,14 @@ from halve.cut.plan.shapes import to_try
 from halve.cut.plan.sizes import is_legal
 from halve.cut.repair.budget import samples_needed
 from halve.cut.repair.rotate import rotates
+from halve.model.checkpoint import Checkpoint
 from halve.preflight.sizes import PlannedRound
+from halve.recipe.rounds import rounds
 from halve.recipe.schema import Recipe
 from halve.recipe.tournaments import tournament_training
 from halve.search import counted
 from halve.search.blocks import measured_at, samples_of_values
+from halve.search.positions import beyond_positions
 from halve.search.searched import TRIED, bounded_by_times_alone, planned_rungs, seen_by, shapes_to_try
 from halve.search.space import Space
 
@@ -63,6 +66,12 @@ def _dearest(space: Space) -> tuple[Arch, ...]:
     narrower = [number for number, (hidden, _, _) in enumerate(space.widths) if hidden < whole][:1]
     least = (len(space.widths) - 1, len(space.ffns) - 1)
     return tuple(dict.fromkeys(space.arch(deepest, *at) for at in ((0, 0), *((i, 0) for i in narrower), least)))
+
+
+def long_caches(recipe: Recipe, teacher: Checkpoint) -> tuple[str, ...]:
+    """The notes on memory that a recipe's search counts at contexts beyond the model's positions."""
+    searches = [part.search for part in rounds(recipe) if part.search is not None]
+    return beyond_positions(teacher.anatomy, *(search.budget for search in searches if search.budget is not None))
 
 
 def work_of_a_trial(part: Recipe, shape: PlannedRound, tries: ShapesTried, *, turned: bool) -> Work:

@@ -17,7 +17,7 @@ def cost_tables(family: FamilyCost) -> None:
 
     def priced(flops: float) -> list[str]:
         money = family.money(flops)
-        return [duration(family.hours(flops)), *([] if money is None else [f"{money:,.0f}"])]
+        return [duration(family.hours(flops)), *([] if money is None else [_money(money)])]
 
     rows = [
         (
@@ -34,10 +34,22 @@ def cost_tables(family: FamilyCost) -> None:
     scratch, made = family.scratch_flops, family.made_flops
     rows.append(("all", "", "", f"{scratch:.3g}", *priced(scratch), "", f"{made:.3g}", *priced(made), ""))
     each = ("tokens", "FLOP", "device time", *([] if family.price is None else ["money"]))
-    columns = ("model", "parameters", *(f"{word}, scratch" for word in each), *(f"{word}, family" for word in each))
+    columns = ("model", "size", *(f"{word}, scratch" for word in each), *(f"{word}, family" for word in each))
     table(f"cost on {family.device.name} at {family.device.mfu:.0%} of its peak", (*columns, "fewer tokens"), rows)
     print(
         f"the family takes {family.saving:.3g} times less compute than every size from scratch,"
         f" {family.saving_of_others:.3g} times less where the teacher is there already;"
         f" counted without the teacher's passes and the cut, {family.saving_by_tokens:.3g} times less"
     )
+
+
+def _money(amount: float) -> str:
+    """
+    >>> _money(0.4), _money(8_123.4), _money(1_583_333.0)
+    ('0.4', '8,123', '1.58M')
+    """
+    from halve.cut.plan.sizes import format_count
+
+    if amount < 10:
+        return f"{amount:.2g}"
+    return f"{amount:,.0f}" if amount < 9999.5 else format_count(round(amount))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from halve.preflight.memory import Memory
     from halve.recipe.schema import Recipe
 
+_WORD = 8
+"""A column of words is at least so wide, if it has them."""
+
 
 def as_json(value: Any) -> None:
     """One JSON document on stdout."""
@@ -30,15 +33,26 @@ def as_json(value: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table; all columns but the first are numbers unless they hold words."""
+    """A table; all columns but the first are numbers unless they hold words. Numbers are not broken over lines."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    numeric = [index > 0 and all(_numeric(row[index]) for row in rows) for index in range(len(columns))]
+    cells = [[str(row[index]) for row in rows] for index in range(len(columns))]
+    room = console.width - 3 * len(columns) - 1
+
+    def fits(heads: Sequence[str]) -> bool:
+        widths = [max(map(len, (*head.split("\n"), *column))) for head, column in zip(heads, cells, strict=True)]
+        return sum(w if number else min(w, _WORD) for w, number in zip(widths, numeric, strict=True)) <= room
+
+    heads = list(columns)
+    if not fits(heads):
+        heads = ["\n".join(head.split()) if number else head for head, number in zip(heads, numeric, strict=True)]
+    whole = fits(heads)  # in a terminal that is too narrow, all digits are shown, on several lines
     drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        numeric = index > 0 and all(_numeric(row[index]) for row in rows)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
-    wide = None if sys.stdout.isatty() else 120
-    Console(highlight=False, width=wide).print(drawn)
+    for head, number in zip(heads, numeric, strict=True):
+        drawn.add_column(head, justify="right" if number else "left", overflow="fold", no_wrap=number and whole)
+    for row in zip(*cells, strict=True):
+        drawn.add_row(*row)
+    console.print(drawn)
 
 
 def _numeric(cell: object) -> bool:

@@ -88,9 +88,11 @@ def other_precision(found: Forecast) -> str | None:
 def duration(hours: float) -> str:
     """A duration in a unit that suits its length.
 
-    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 6e4)]
-    ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '2,500 days']
+    >>> [duration(h) for h in (1e-5, 0.012, 0.4, 3.3, 200.0, 2.3e4, 6e4)]
+    ['0.036 seconds', '43 seconds', '24 minutes', '3.3 hours', '8.3 days', '958 days', '6.8 years']
     """
     units = (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60), ("seconds", 1 / 3600))
     unit, each = next((candidate for candidate in units if hours >= 2 * candidate[1]), units[-1])
+    if hours > 1000 * 24:
+        unit, each = "years", 365.25 * 24
     return f"{hours / each:,.0f} {unit}" if hours >= 10 * each else f"{hours / each:.2g} {unit}"

@@ -26,15 +26,15 @@ import numpy as np
 import torch
 
 from halve.anatomy import Anatomy, Arch
-from halve.anatomy.configs import context_length
 from halve.anatomy.many import Integers
 from halve.cut.plan.sizes import is_legal
 from halve.disk.files import read_object, write_json
-from halve.errors import PlanError, RunError
+from halve.errors import RunError
 from halve.model.checkpoint import resolve_device
 from halve.process.waits import wait
 from halve.recipe.schema import Device
 from halve.recipe.searching import Search, ShapeBudget, TimeLimits
+from halve.search.positions import require_positions
 from halve.search.quantities import Reals
 from halve.search.space import Space, legal_shapes
 from halve.search.timing import BlockTimes, Condition, Pace, time_blocks
@@ -50,18 +50,6 @@ def needed(budget: ShapeBudget) -> list[Condition]:
     """The batches and contexts at which a budget bounds times, each once."""
     times = [limits for limits in budget.bounds.values() if isinstance(limits, TimeLimits)]
     return list(dict.fromkeys(Condition(limits.batch, limits.context) for limits in times))
-
-
-def require_positions(anatomy: Anatomy, budget: ShapeBudget) -> None:
-    """Raise `PlanError` for a time at a longer context than the model's."""
-    limit = context_length(anatomy.config)
-    for quantity, limits in budget.bounds.items():
-        if limit is not None and isinstance(limits, TimeLimits) and limits.context > limit:
-            raise PlanError(
-                f"{quantity} at context {limits.context} cannot be timed: this {anatomy.family} has less",
-                why=f"its config allows {limit} tokens",
-                fix=f"set its context to {limit} or less; in a flag, @{limits.batch}x{limit} behind the amount",
-            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from halve.recipe.searching import TimeLimits
 from halve.recipe.tournaments import tournament_training
 from halve.search.candidates import Found, candidates_of, look
 from halve.search.halving import Ladder, ladder
-from halve.search.latency import TimeTable, needed, require_positions
+from halve.search.latency import TimeTable, needed
+from halve.search.positions import require_positions
 from halve.search.space import legal_shapes
 
 TRIED: Final = 4
@@ -51,7 +52,7 @@ def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> F
 
     `times` is the file of measured times, made if it is not there. Without it, bounds of times are left out. `recipe`
     is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets, and for
-    times at a context that the model does not have.
+    times and caches at a context that the model does not have.
     """
     assert recipe.search is not None
     student = searched_anatomy(recipe, anatomy)
