@@ -15,7 +15,7 @@ from halve.recipe.searching import Search, ShapeBudget
 from halve.search.budgets import Range, budget_in_words, resolve
 from halve.search.finalists import DEPTHS
 from halve.search.front import front, sizes_of
-from halve.search.positions import require_positions
+from halve.search.positions import require_fillable
 from halve.search.quantities import Clock, Prices, Reals, in_words, price
 from halve.search.space import cut_axes, legal_shapes
 from halve.search.unmet import none_fits
@@ -60,10 +60,10 @@ def look(
     `anatomy` is the one for the student's sizes (`rotate.student_anatomy`); `refused` are other axes that are not cut,
     with reasons. `clock` is needed if the budget bounds times, unless these are left out (`timed`).
 
-    Raises `PlanError` for bounds that contradict each other, for a context that the model cannot have, and for a budget
-    that no legal shape meets; it names the nearest shapes.
+    Raises `PlanError` for bounds that contradict each other, for a cache that the model can never fill, and for a
+    budget that no legal shape meets; it names the nearest shapes.
     """
-    require_positions(anatomy, budget)
+    require_fillable(anatomy, budget)
     allowed = replace(anatomy, refusals={**anatomy.refusals, **(refused or {})})
     ranges = resolve(allowed, budget, clock=clock, timed=timed)
     space = legal_shapes(allowed, search)

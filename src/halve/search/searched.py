@@ -52,7 +52,7 @@ def seen_by(recipe: Recipe, anatomy: Anatomy, *, times: Path | None = None) -> F
 
     `times` is the file of measured times, made if it is not there. Without it, bounds of times are left out. `recipe`
     is that of a round: with `targets`, each has its own. Raises `PlanError` for a budget that no shape meets, and for
-    times and caches at a context that the model does not have.
+    times at a context that the model does not have.
     """
     assert recipe.search is not None
     student = searched_anatomy(recipe, anatomy)
