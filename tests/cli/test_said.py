@@ -139,7 +139,8 @@ def test_the_first_line_names_an_equal_run_under_another_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: sys.exit(3))
-    RunDir.open(tmp_path / "runs" / "tiny", load_recipe(recipe)).close()
+    with RunDir.open(tmp_path / "runs" / "tiny", load_recipe(recipe)) as begun:
+        begun.work("score", "k")
     recipe.write_text(recipe.read_text().replace("name: tiny", "name: other"))
     assert main(["run", str(recipe)]) == 3
     first = capsys.readouterr().err.splitlines()[0]
