@@ -295,7 +295,7 @@ def test_candidates_that_break_the_budget_with_their_layers_are_named(
     whole = Checkpoint.open(recipe.model).anatomy
     archs = [whole.sizes.at(layers=3), whole.sizes.at(layers=2)]
     both = [Candidate(arch, whole.ledger.count(arch)) for arch in archs]
-    monkeypatch.setattr(stage, "shapes_of", lambda *_: both)
+    monkeypatch.setattr("halve.search.searched.shapes_of", lambda *_: both)
     monkeypatch.setattr(stage.Workshop, "layers", lambda *_: {3: (1, 2, 3), 2: (0, 3)})
     said = io.StringIO()
     out = pipeline.run(recipe, tmp_path / "one", only="search", needed=True, console=Console(file=said, width=500))
