@@ -294,7 +294,7 @@ def test_candidates_that_break_the_budget_with_their_layers_are_named(
         pipeline.run(recipe, tmp_path / "none", only="search", needed=True)
     whole = Checkpoint.open(recipe.model).anatomy
     archs = [whole.sizes.at(layers=3), whole.sizes.at(layers=2)]
-    both = [Candidate(arch, whole.ledger.count(arch)) for arch in archs]
+    both = tuple(Candidate(arch, whole.ledger.count(arch)) for arch in archs)
     monkeypatch.setattr("halve.search.searched.shapes_of", lambda *_: both)
     monkeypatch.setattr(stage.Workshop, "layers", lambda *_: {3: (1, 2, 3), 2: (0, 3)})
     said = io.StringIO()
