@@ -88,6 +88,31 @@ def test_a_trial_that_agrees_and_a_clear_gap() -> None:
     assert "0.0500 ± 0.0040 behind, sample by sample. " in words
 
 
+def closing(before: float, now: float) -> str:
+    """What is said of a third finalist that was so far behind at the last two rungs, at 400k and 600k tokens."""
+    found = facts()
+    for rung, gap in ((2, before), (3, now)):
+        found["finalists"][2]["curve"][rung]["kl"] = found["finalists"][1]["curve"][rung]["kl"] + gap
+    return " ".join(search_words(found, RECIPE))
+
+
+def test_a_lead_that_shrinks_too_fast_is_named() -> None:
+    """2M tokens are 2.97 times as far from 600k as that is from 400k, in the logarithm."""
+    words = closing(0.0100, 0.0070)
+    assert "between 400k and 600k tokens, that over finalist 3 from 0.01 to 0.007." in words.lower()
+    assert "the choice is behind after the 2M tokens of the distillation" in words
+    for before, now in ((0.0100, 0.0076), (0.0100, 0.0100), (0.0050, 0.0070)):
+        assert "The lead shrinks" not in closing(before, now)
+
+
+def test_no_lead_is_continued_without_a_distillation_or_beyond_its_end() -> None:
+    found = facts()
+    found["finalists"][2]["curve"][3]["kl"] = 0.1101
+    assert "The lead shrinks" in " ".join(search_words(found, RECIPE))
+    for recipe in ({}, {"distill": {"tokens": 600_000}}):
+        assert "The lead shrinks" not in " ".join(search_words(found, recipe))
+
+
 def test_a_trial_may_have_chosen_a_shape_that_is_no_finalist() -> None:
     found = facts(trial=None)
     assert "A trial without training would have chosen a shape that is none of the finalists." in search_words(

@@ -5,6 +5,7 @@ Nothing here reads a file. The facts are those of `halve.search.outcome`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ def searched(facts: Facts, recipe: Facts, *, title: str = "Which shape") -> Page
         f" samples in the same order. After each rung the better ones went on."
         f" KL to the teacher is measured on {_measured(facts['samples'])}"
     )
-    words = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
+    words = _words(facts, recipe)
     table = Table(_head(facts), tuple(_row(i, facts) for i in range(len(finalists))))
     order = sorted(range(len(finalists)), key=lambda i: (i == facts["chosen"], i == facts["trial"]))
     svg = plots.tracks(
@@ -78,7 +79,7 @@ def search_words(facts: Facts, recipe: Facts) -> list[str]:
     """What to say about the choice, a sentence or two each."""
     if facts["method"] != "tournament":
         return [untrained_words(facts)]
-    said = [_choice(facts), _trial(facts), _agreement(facts), _choices(facts), _rises(facts), _cost(facts, recipe)]
+    said = _words(facts, recipe)
     return [words for words in said if words]
 
 
@@ -120,6 +121,12 @@ def _listed_depths(finalists: Sequence[Facts]) -> str:
     return f"{depths[0]} layers" if len(depths) == 1 else f"{', '.join(map(str, depths[:-1]))} or {depths[-1]} layers"
 
 
+def _words(facts: Facts, recipe: Facts) -> list[str]:
+    """Sentences about a tournament; an empty one says nothing."""
+    before = [_choice(facts), _closing(facts, recipe), _trial(facts), _agreement(facts), _choices(facts)]
+    return [*before, _rises(facts), _cost(facts, recipe)]
+
+
 def _choice(facts: Facts) -> str:
     name, second = f"Finalist {facts['chosen'] + 1}", facts["second"]
     if second is None:
@@ -130,6 +137,32 @@ def _choice(facts: Facts) -> str:
         return f"{words}. One sample has no standard error, so nothing tells whether this is chance."
     words += ", sample by sample"
     return f"{words}." if second["clear"] else f"{words}, which two standard errors do not tell apart."
+
+
+def _closing(facts: Facts, recipe: Facts) -> str:
+    """A warning where the lead shrinks so fast that another finalist may be ahead after the distillation.
+
+    From the last two rungs on, KL less that of the choice is continued as a line over the logarithm of the tokens.
+    """
+    rungs, whole = [rung["tokens"] for rung in facts["rungs"]], (recipe.get("distill") or {}).get("tokens")
+    chosen, caught = facts["finalists"][facts["chosen"]]["curve"], []
+    if not whole or len(rungs) < 3 or whole <= rungs[-1]:
+        return ""
+    steps = math.log(whole / rungs[-1]) / math.log(rungs[-1] / rungs[-2])
+    for number, finalist in enumerate(facts["finalists"]):
+        curve = finalist["curve"]
+        if number == facts["chosen"] or len(curve) < len(rungs):
+            continue
+        before, now = (curve[i]["kl"] - chosen[i]["kl"] for i in (-2, -1))
+        if now < before and now + (now - before) * steps < 0:
+            caught.append(f"{number + 1} from {before:.2g} to {now:.2g}")
+    if not caught:
+        return ""
+    return (
+        f"The lead shrinks. Between {figure(rungs[-2])} and {figure(rungs[-1])} tokens, that over finalist"
+        f" {', '.join(caught)}. If it goes on like this, the choice is behind after the {figure(whole)} tokens of the"
+        " distillation: raise search.tournament.tokens, or distill both."
+    )
 
 
 def _trial(facts: Facts) -> str:
