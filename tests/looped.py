@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from halve.recipe.schema import Training
 from halve.text.batch import Batch
 from halve.text.course import Course
 from halve.train.loop import loop
+from halve.train.loop.optimizers import make_optimizer
+from halve.train.loop.step import Trained, apply, gradients
 from halve.train.objectives import logits as objectives
 from halve.train.teachers.live import Live
 
@@ -105,3 +108,25 @@ def killing(objective: objectives.Objective, after: int) -> objectives.Objective
         return objective(*args)
 
     return killed
+
+
+@dataclass(frozen=True)
+class Second:
+    """Another model that learns from the same samples."""
+
+    model: PreTrainedModel
+    trained: Trained
+
+    def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
+        objective, halves = objectives.cross_entropy(), split(self.model)
+        found = gradients(self.trained, lambda batch: objective(*halves, batch), parts)
+        apply(self.trained, found, lr=1e-2 / step, clip=1.0)
+        return {"second_loss": found.loss}
+
+    def work(self, context: int, *, step: int) -> float:
+        return float(context * step)
+
+
+def second(seed: int = 5) -> Second:
+    model = tiny(seed=seed).eval()
+    return Second(model, Trained({"second": model}, make_optimizer(model.parameters(), training())))

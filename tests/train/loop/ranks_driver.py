@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # by the first optimizer of a process: seconds for each rank
-from test_loop import VOCAB, Fake, tiny, training
+from looped import VOCAB, Fake, tiny, training
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from train.loop.test_loop import lines, run, tiny, training
+from looped import lines, run, tiny, training
 
 from halve.errors import TrainError
 from halve.train.loop import journal

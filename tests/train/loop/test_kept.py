@@ -6,24 +6,19 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from looped import CONTEXT, TIMES, Fake, Killed, killing, lines, run, same, taught, tiny, training, weights
+from looped import CONTEXT, TIMES, Fake, Killed, killing, lines, run, same, second, taught, tiny, training, weights
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from halve.disk import folders
 from halve.errors import DiskError, RunError, Stopped
 from halve.model.head import split
-from halve.text.batch import Batch
 from halve.train.loop import checkpoints
-from halve.train.loop.optimizers import make_optimizer
-from halve.train.loop.step import Trained, apply, gradients
 from halve.train.objectives import logits as objectives
 
 
@@ -137,28 +132,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     monkeypatch.setattr(checkpoints, "write", waiting)
     run(tmp_path, tiny(), objective=noted, recipe=training(checkpoint_every=2))
     assert [path.name[-1] for path in checkpoints.complete(tmp_path / "work")] == ["4"]
-
-
-@dataclass(frozen=True)
-class Second:
-    """Another model that learns from the same samples."""
-
-    model: PreTrainedModel
-    trained: Trained
-
-    def step(self, parts: Sequence[Batch], *, step: int) -> Mapping[str, float]:
-        objective, halves = objectives.cross_entropy(), split(self.model)
-        found = gradients(self.trained, lambda batch: objective(*halves, batch), parts)
-        apply(self.trained, found, lr=1e-2 / step, clip=1.0)
-        return {"second_loss": found.loss}
-
-    def work(self, context: int, *, step: int) -> float:
-        return float(context * step)
-
-
-def second(seed: int = 5) -> Second:
-    model = tiny(seed=seed).eval()
-    return Second(model, Trained({"second": model}, make_optimizer(model.parameters(), training())))
 
 
 def test_what_learns_beside_resumes_with_the_same_bits(tmp_path: Path) -> None:

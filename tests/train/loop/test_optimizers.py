@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from train.loop.test_loop import CONTEXT, Killed, killing, run, same, taught, tiny, training, weights
+from looped import CONTEXT, Killed, killing, run, same, taught, tiny, training, weights
 
 from halve.errors import TrainError
 from halve.recipe.schema import Training

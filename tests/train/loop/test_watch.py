@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from train.loop.test_loop import (
+from looped import (
     CONTEXT,
     TIMES,
     Killed,

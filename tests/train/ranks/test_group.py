@@ -90,8 +90,10 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    command = [sys.executable, str(Path(__file__).parents[1] / "loop" / "ranks_driver.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    tests = Path(__file__).parents[2]
+    command = [sys.executable, str(tests / "train" / "loop" / "ranks_driver.py")]
+    shared = {**os.environ, "PYTHONPATH": str(tests)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=shared) as process:
         yield Driver(process, tmp_path_factory.mktemp("whole"))
         assert process.stdin is not None
         process.stdin.close()
