@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--sweep-tokens", type=int, default=25_000)
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the products")
     parser.add_argument("--lr", type=float, help="train at this rate, without a sweep")
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples of a step")
     args = parser.parse_args()
     bench, book = prepared(args)
     for ratio in args.ratios:
@@ -67,7 +68,8 @@ def best_rate(bench: Bench, book: Lines, name: str, ratio: float) -> float:
 
 def training_key(args: argparse.Namespace, ratio: float, lr: float, tokens: int) -> dict[str, Any]:
     """What tells a row's trainings apart."""
-    return {"ratio": ratio, "seed": args.seed, "lr": lr, "tokens": tokens, "precision": args.precision}
+    about = {"ratio": ratio, "seed": args.seed, "lr": lr, "tokens": tokens}
+    return {**about, "precision": args.precision, "batch": args.batch}
 
 
 def swept(bench: Bench, book: Lines, name: str, ratio: float, rate: float) -> float:
@@ -88,14 +90,15 @@ def retrained(
     """A row's student after so many tokens, and its KL on the way."""
     student = start(bench, name, ratio).requires_grad_(True)
     mixture = bench.mixture(bench.args.context)
-    steps = max(1, tokens // (BATCH * mixture.context))
+    batch = bench.args.batch
+    steps = max(1, tokens // (batch * mixture.context))
     training = Distill(
         tokens=tokens,
-        batch=BATCH,
-        micro_batch=BATCH,
+        batch=batch,
+        micro_batch=min(batch, BATCH),
         lr=lr,
         min_lr=lr / 20,
-        warmup_steps=min(5, steps // 4),
+        warmup_steps=min(5 * BATCH // batch, steps // 4),
         eval_every=max(1, steps // MEASUREMENTS),
         checkpoint_every=max(1, steps // MEASUREMENTS),
         precision=bench.args.precision,
@@ -118,7 +121,8 @@ def retrained(
 
 def place(bench: Bench, name: str, ratio: float, *, lr: float, tokens: int) -> Path:
     """The folder of a training. What trained all tokens is left there as `model`."""
-    about = f"{slug(name, ratio)}-{lr:g}-{tokens}-{bench.seed}-{bench.args.precision}"
+    args = bench.args
+    about = f"{slug(name, ratio)}-{lr:g}-{tokens}-{bench.seed}-{args.precision}-batch{args.batch}"
     folder: Path = bench.work / "trained" / about
     return folder
 
