@@ -1,12 +1,14 @@
-"""Held-out documents that students of a real model are measured on, with the teacher's distributions kept.
+"""Held-out documents that students of a real model are measured on, with the teacher's distributions kept in a file.
 
 Legend: N predictions, D documents, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,23 +33,22 @@ class Measured:
 
 
 class Held:
-    """Documents and the teacher's distributions on them, computed once: four bytes an entry of the vocabulary."""
+    """Documents and the teacher's distributions on them: four bytes an entry of the vocabulary.
 
-    def __init__(self, teacher: PreTrainedModel, documents: Sequence[tuple[str, Int64[Tensor, "1 tokens"]]]) -> None:
+    `path` is the file of the distributions. Processes that map it share its memory, and it is computed once.
+    """
+
+    def __init__(
+        self, teacher: PreTrainedModel, documents: Sequence[tuple[str, Int64[Tensor, "1 tokens"]]], path: Path
+    ) -> None:
         self.kinds = [kind for kind, _ in documents]
         self.ids = [ids for _, ids in documents]
         self.predictions_D = torch.tensor([ids.shape[1] - 1 for ids in self.ids])
-        self.probs: list[Tensor] = []
-        self.entropies: list[Tensor] = []
-        nll = []
-        body, head = split(teacher)
-        with torch.no_grad():
-            for ids in self.ids:
-                logits_NV = head.logits(body(ids)[0, :-1])
-                nll.append(-measure.token_log_probs(logits_NV, ids[0, 1:]).double().mean())
-                self.probs.append(logits_NV.softmax(-1))
-                self.entropies.append(-torch.special.xlogy(self.probs[-1], self.probs[-1]).sum(-1).double())
-        self.teacher_nll_D = torch.stack(nll)
+        if not path.exists():
+            _keep(teacher, self.ids, path)
+        kept = torch.load(path, mmap=True, weights_only=True)
+        assert all(torch.equal(*both) for both in zip(kept["ids"], self.ids, strict=True)), f"{path} is of other text"
+        self.probs, self.entropies, self.teacher_nll_D = kept["probs"], kept["entropies"], kept["nll"]
         self.first = [probs_NV.argmax(-1) for probs_NV in self.probs]
 
     def measured(self, student: PreTrainedModel) -> Measured:
@@ -98,3 +99,18 @@ class Held:
     def mean_kl(self, student: PreTrainedModel) -> float:
         """The mean KL over all predictions."""
         return measure.average(self.measured(student).kl, self.predictions_D).value
+
+
+@torch.no_grad()
+def _keep(teacher: PreTrainedModel, documents: Sequence[Tensor], path: Path) -> None:
+    """Write the teacher's distributions, their entropies and its nats."""
+    body, head = split(teacher)
+    probs, entropies, nll = [], [], []
+    for ids in documents:
+        logits_NV = head.logits(body(ids)[0, :-1])
+        nll.append(-measure.token_log_probs(logits_NV, ids[0, 1:]).double().mean())
+        probs.append(logits_NV.softmax(-1))
+        entropies.append(-torch.special.xlogy(probs[-1], probs[-1]).sum(-1).double())
+    partial = path.with_suffix(f".{os.getpid()}")
+    torch.save({"ids": list(documents), "probs": probs, "entropies": entropies, "nll": torch.stack(nll)}, partial)
+    partial.replace(path)

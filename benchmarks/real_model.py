@@ -286,7 +286,7 @@ class Bench:
         tokenizer = self.teacher.tokenizer
         context = min(HELD_CONTEXT, self.args.context)
         found = held_documents(self.args.text, tokenizer, of_each=of_each, context=context, skip=skip)
-        return Held(self.model, found)
+        return Held(self.model, found, self.work / "data" / f"held-{skip}-{of_each}x{context}.pt")
 
 
 def slug(name: str, ratio: float) -> str:

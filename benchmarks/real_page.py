@@ -137,7 +137,8 @@ def distilled_table(lines: Sequence[Line]) -> list[str]:
         "| distilled | tokens | seed | batch | products in | learning rate | KL | perplexity | KL by tokens |",
         "|---|---:|---:|---:|---|---:|---:|---:|---|",
         *(
-            f"| {line['distilled']} | {line['tokens']:,} | {line['seed']} | {line['batch']} | {line['precision']} | {line['lr']:g} |"
+            f"| {line['distilled']} | {line['tokens']:,} | {line['seed']} | {line['batch']} |"
+            f" {line['precision']} | {line['lr']:g} |"
             f" {spelled(line['kl'])} | {spelled(line['perplexity'], 1)} |"
             f" {', '.join(f'{n:,}: {kl:.3f}' for n, kl, _ in line['curve'])} |"
             for line in lines

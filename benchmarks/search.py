@@ -177,7 +177,8 @@ class Bench:
             progress=self.progress,
         )
         pairs = [(self._candidate(entry.tried), entry.tried) for entry in entries]
-        found = outcome(pairs, plan, played, trial=self._of_the_trial, answered=None, seed=self.args.seed)
+        about = {"trial": self._of_the_trial, "seed": self.args.seed, "end": self.args.tokens}
+        found = outcome(pairs, plan, played, answered=None, **about)
         write_json(self.place / "outcome.json", found)
         whole = len(entries) * self.args.tokens
         self._tell(
@@ -186,7 +187,7 @@ class Bench:
             tokens=found["tokens"],
             share=found["tokens"] / whole,
             last_two=[_gap(*reversed(played.kl(rung, played.last[:2]))) for rung in range(len(plan.tokens))],
-            **{key: found[key] for key in ("chosen", "second", "straight", "agreement", "rises", "rungs")},
+            **{key: found[key] for key in ("chosen", "overtakes", "second", "straight", "agreement", "rises", "rungs")},
         )
 
     def baselines(self) -> None:

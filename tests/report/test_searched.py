@@ -88,6 +88,21 @@ def test_a_trial_that_agrees_and_a_clear_gap() -> None:
     assert "0.0500 ± 0.0040 behind, sample by sample. " in words
 
 
+def test_a_finalist_that_overtakes_is_said_to_be_behind_now() -> None:
+    overtakes = {
+        "finalist": 2,
+        "behind": {"value": 0.0027, "stderr": 0.002},
+        "ahead": {"value": 0.0152, "stderr": 0.0021},
+        "tokens": 1_500_000,
+    }
+    second = {"finalist": 2, "gap": overtakes["ahead"], "clear": True}
+    words = " ".join(search_words(facts(overtakes=overtakes, second=second), RECIPE))
+    assert "Finalist 2 is chosen because it trains faster than finalist 3, which has the lowest KL at the last" in words
+    assert "There it is 0.0027 ± 0.0020 behind, sample by sample." in words
+    assert "it is 0.0152 ± 0.0021 ahead after 1.5M tokens." in words
+    assert "Finalist 2 has the lowest KL" not in words
+
+
 def closing(before: float, now: float) -> str:
     """What is said of a third finalist that was so far behind at the last two rungs, at 400k and 600k tokens."""
     found = facts()

@@ -132,6 +132,15 @@ def _choice(facts: Facts) -> str:
     if second is None:
         return f"{name} is the only one."
     gap = estimate(second["gap"])
+    overtakes = facts.get("overtakes")  # earlier versions chose by the last rung alone
+    if overtakes is not None:
+        behind = _spelled(estimate(overtakes["behind"]))
+        return (
+            f"{name} is chosen because it trains faster than finalist {overtakes['finalist'] + 1}, which has the lowest"
+            f" KL at the last rung. There it is {behind} behind, sample by sample. From the last two rungs on,"
+            f" extrapolated over the logarithm of the tokens, it is {_spelled(gap)} ahead after"
+            f" {figure(overtakes['tokens'])} tokens."
+        )
     words = f"{name} has the lowest KL. Finalist {second['finalist'] + 1} is {_spelled(gap)} behind"
     if facts["samples"] == 1:
         return f"{words}. One sample has no standard error, so nothing tells whether this is chance."

@@ -2,8 +2,11 @@
 
 finalists   [{arch, kept_layers, params, non_embedding, trial_kl, curve [{tokens, kl, stderr}]}]
 rungs       [{tokens, kept, gone, ties, forced}] by finalist, counted from 0; the first and the last select nobody
-chosen      the finalist with the lowest KL at the last rung
-second      {finalist, gap {value, stderr}, clear}: the next one and how far it is behind; null for one finalist
+chosen      the finalist with the lowest KL at the last rung, or one that overtakes it
+overtakes   {finalist, behind, ahead, tokens}: the finalist with the lowest KL, how far the choice is behind it at the
+            last rung, and how far ahead after so many tokens, extrapolated; null where nobody clearly overtakes
+second      {finalist, gap {value, stderr}, clear}: the next one, and how far it is behind at the last rung, or after
+            those tokens; null for one finalist
 straight    the finalist with the lowest KL straight after the cut
 trial       the finalist that a trial would take by its samples and its rule for ties; null if it is none of them
 agreement   [{rung, tau, low, high, candidates}]: Kendall's tau of the ranks straight after the cut and at a rung
@@ -36,6 +39,7 @@ from halve.cut.plan.sizes import Candidate
 from halve.cut.trial import Tried, num_ties
 from halve.model.measure import average, difference, proportion
 from halve.search.agreement import rank_agreement, rises
+from halve.search.extrapolation import Overtaking, overtaking
 from halve.search.halving import Ladder, leader
 from halve.search.tournament import Played
 
@@ -51,23 +55,30 @@ def outcome(
     trial: int | None,
     answered: tuple[str, RightItems] | None,
     seed: int,
+    end: int | None = None,
 ) -> dict[str, Any]:
     """The outcome of a tournament.
 
-    `trial` is the finalist that a trial would take. `answered` are the name of a multiple-choice file and the answers
+    `trial` is the finalist that a trial would take. `end` are the tokens of the distillation, if there is one.
+    `answered` are the name of a multiple-choice file and the answers
     of the finalists, each as it was at the last rung that it reached. The bootstrap of the agreement draws from the
     seed.
     """
     everyone, last = range(len(finalists)), len(plan.tokens) - 1
     lead = leader(played.kl(last, played.last))
-    chosen = played.last[lead.row]
-    second = None
+    chosen, second, overtakes = played.last[lead.row], None, None
     if lead.second is not None and lead.gap is not None:
         second = {"finalist": played.last[lead.second], "gap": lead.gap.as_dict(), "clear": lead.clear}
+    found = _overtaking(plan, played, end)
+    if found is not None:
+        chosen, other = played.last[found.row], played.last[found.other]
+        overtakes = {"finalist": other, **found.as_dict()}
+        second = {"finalist": other, "gap": found.ahead.as_dict(), "clear": True}
     return {
         "finalists": [_finalist(i, *finalist, plan, played) for i, finalist in enumerate(finalists)],
         "rungs": _rungs(plan, played),
         "chosen": chosen,
+        "overtakes": overtakes,
         "second": second,
         "straight": leader(played.kl(0, everyone)).row,
         "trial": trial,
@@ -77,6 +88,15 @@ def outcome(
         "samples": len(played.showings[0].by_sample),
         "tokens": sum(showing.tokens for showing in _furthest(played).values()),
     }
+
+
+def _overtaking(plan: Ladder, played: Played, end: int | None) -> Overtaking | None:
+    """Who overtakes the finalist with the lowest KL, of those that reached the last rung."""
+    last = len(plan.tokens) - 1
+    if end is None or last < 2:  # the rung before the last one is the cut itself
+        return None
+    before_CS, last_CS = (played.kl(rung, played.last) for rung in (last - 1, last))
+    return overtaking(before_CS, last_CS, (plan.tokens[last - 1], plan.tokens[last]), end=end)
 
 
 def untrained(

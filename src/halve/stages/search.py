@@ -249,14 +249,15 @@ def _concluded(
         (Candidate(shape.arch, ledger.count(shape.arch, kept_layers=shape.kept_layers)), shape) for shape in finalists
     ]
     trial, answered = _of_the_trial(finalists, out), _answered(recipe, played, out)
-    results = outcome(pairs, plan, played, trial=trial, answered=answered, seed=recipe.seed)
+    end = None if recipe.distill is None else recipe.distill.tokens
+    results = outcome(pairs, plan, played, trial=trial, answered=answered, seed=recipe.seed, end=end)
     settled = Candidates.settled(out)
     assert settled is not None
     tokens = [finalist["curve"][-1]["tokens"] for finalist in results["finalists"]]
     flops = flops_by_part(recipe, teacher, settled, finalists, tokens, chosen=results["chosen"])
     write_json(out / "results.json", {"method": "tournament", **results, "flops": flops})
     chosen = finalists[results["chosen"]]
-    keys = ("chosen", "second", "straight", "trial", "agreement", "rises", "choices", "tokens")
+    keys = ("chosen", "overtakes", "second", "straight", "trial", "agreement", "rises", "choices", "tokens")
     metrics = {"method": "tournament", "sizes": chosen.arch.sizes, **{key: results[key] for key in keys}}
     ChosenShape(chosen.arch, chosen.kept_layers, metrics).save(out)
     progress.say(f"chosen of {len(finalists)} finalists: {chosen.arch}")
