@@ -2,8 +2,8 @@
 
 Between rungs KL falls about linearly in the logarithm of the tokens. So a finalist that trains faster can pass the one
 that has the lowest KL at the last rung. On a teacher of 7M parameters the last rung alone chose the best of eight
-finalists in three of five seeds, and the extrapolated KL in all five. The extrapolated gap of the last two finalists was
-within 0.003 nats of the one that was measured after 2.5 times the tokens in four seeds, and 0.010 too large in the
+finalists in three of five seeds, and the extrapolated KL in all five. The extrapolated gap of the last two finalists
+was within 0.003 nats of the one that was measured after 2.5 times the tokens in four seeds, and 0.010 too large in the
 fifth (LOG.md, 2026-12-01).
 
 Shapes: C candidates, S samples.
