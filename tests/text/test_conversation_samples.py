@@ -96,6 +96,13 @@ def test_calibration_takes_the_length_with_the_most_tokens_and_pads_nothing(tmp_
     assert samples.calibration(99, 7).tolist() == [list(range(10 * n + 1, 10 * n + 8)) for n in (4, 5)]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "taken"), [((5, 6, 7, 90), 5), ((5, 90, 90), 5), ((5, 90, 90, 90), 90), ((5, 90), 5), ((90,), 90)]
+)
+def test_a_long_conversation_does_not_calibrate_alone(lengths: tuple[int, ...], taken: int, tmp_path: Path) -> None:
+    assert Conversations(tokens_of(tmp_path, lengths), 100, 0).calibration_length == taken
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(2, 9), st.booleans(), st.integers(0, 3))
 def test_every_epoch_draws_every_counted_token_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], context: int, packed: bool, seed: int

@@ -26,6 +26,7 @@ from halve.text.rendering import CODES, COUNTED, FIRST, IDS
 from halve.text.tokenize import Separator
 
 _CHUNK = 1 << 24  # tokens that are looked at together
+_FEWEST = 3  # samples that calibration gets where there are as many conversations: a trial takes no fewer
 
 
 class _Found(NamedTuple):
@@ -95,12 +96,14 @@ class Conversations(Samples):
     def calibration_length(self) -> int:
         """Of all lengths the one that gives the most tokens if each conversation of at least that length is cut to it.
 
+        One or two long conversations do not set it: the others would be lost, and statistics over samples with them.
         Calibration takes samples of one length without padding: every token of theirs is one of a conversation.
         """
         assert not self.packed
         sorted_N = np.sort(self._kept)[::-1]
         tokens_N = sorted_N * np.arange(1, len(sorted_N) + 1)
-        return int(sorted_N[tokens_N.argmax()])
+        few = min(_FEWEST, len(sorted_N)) - 1
+        return int(sorted_N[few + tokens_N[few:].argmax()])
 
     def calibration(self, num_samples: int, length: int | None = None) -> Int64[Tensor, "samples length"]:
         """The first `length` tokens of conversations that have as many, one of each of as many equal strips."""
