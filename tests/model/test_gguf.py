@@ -379,6 +379,13 @@ def test_a_folder_with_a_gguf_file_says_which_to_give(write: Write) -> None:
         _ = Checkpoint.open(path.parent).config
 
 
+@pytest.mark.parametrize("name", ["sha256-1f2e", "tiny.gguf.part1of2"])
+def test_a_gguf_file_of_another_name_says_how_to_name_it(name: str, write: Write) -> None:
+    path = write().rename(write().with_name(name))
+    with pytest.raises(CheckpointError, match=r"is not called a GGUF file\n.*by the ending .gguf\n  fix: rename it"):
+        Checkpoint.open(path)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -75,6 +75,14 @@ def is_gguf(source: str | Path) -> bool:
     return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
+def begins_as_gguf(path: Path) -> bool:
+    """Whether a file's content is that of a GGUF file, whatever its name, such as in the store of another program."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def locate_gguf(source: str | Path) -> Path:
     """The file's path. Raises `CheckpointError` where there is none."""
     path = Path(source).expanduser()

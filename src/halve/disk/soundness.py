@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from halve.disk import plain_json
 from halve.disk.files import file_sha256
 from halve.disk.folders import is_interrupted
+from halve.disk.gguf_header import SUFFIX, begins_as_gguf
 from halve.errors import CheckpointError
 from halve.process.fresh import distrust
 
@@ -72,6 +73,12 @@ def locate(source: str | Path, *, config_only: bool = False) -> Path:
         distrust(folder)
         return folder
     name = str(source)
+    if begins_as_gguf(folder):
+        raise CheckpointError(
+            f"{name} is not called a GGUF file",
+            why=f"its content is that of one, and such files are known by the ending {SUFFIX}",
+            fix=f"rename it, or make a link to it that ends in {SUFFIX}, and give that",
+        )
     if folder.exists():
         raise CheckpointError(f"{name} is not a folder", why="a model is a folder", fix="give the folder it is in")
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
