@@ -94,6 +94,7 @@ def test_multiple_choice_files_are_relative_to_the_recipe(tmp_path: Path) -> Non
         ({"prune": {"hidden": 4, "params": "1B"}}, "exactly one of params, non_embedding_ratio, or sizes by hand"),
         ({"prune": {}}, "exactly one of"),
         ({"prune": {"layers": 2, "drop_layers": "0"}}, "give layers or drop_layers, not both"),
+        ({"prune": {"ffn": 8, "refit_tokens": 64, "refit_samples": 2}}, "give refit_tokens or refit_samples, not both"),
         ({"prune": {"ffn": 8, "layer_merge": "laco_search", "refit": "none"}}, "give layers"),
         (
             {

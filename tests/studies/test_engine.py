@@ -23,11 +23,11 @@ STUDY = declare.read_study(
     title: A tiny study
     source: nothing
     question: Is cross-entropy worse?
-    base: {prune: {ffn: 50%, refit_tokens: 512}}
+    base: {prune: {ffn: 50%}}
     arms:
       kl: {label: KL, recipe: {distill: {baselines: [ce]}}, paper: {loss: "2.1"}}
       ce: {label: CE, of: kl, before: null, after: ce}
-      raw: {label: Uncorrected, teacher: original, recipe: {then: [{prune: {ffn: 25%, refit_tokens: 512}}]}}
+      raw: {label: Uncorrected, teacher: original, recipe: {then: [{prune: {ffn: 25%}}]}}
     claims:
       - {text: KL beats CE, better: kl, worse: ce, metric: kl_after, paper: 2.1 against 2.2}
       - {text: Smaller is better, better: raw, worse: kl, metric: perplexity_before, tie: nobody knows}

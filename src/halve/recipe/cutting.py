@@ -144,6 +144,8 @@ class Prune(Section):
             raise ValueError(ONE_SIZE)
         if self.layers is not None and self.drop_layers is not None:
             raise ValueError("give layers or drop_layers, not both")
+        if self.refit_samples is not None and self.refit_tokens != "auto":
+            raise ValueError("give refit_tokens or refit_samples, not both")
         if self.refit == "all" and (self.head_merge or self.layer_merge != "none"):
             raise ValueError("refit: all solves for the matrices that head_merge and layer_merge change: use outputs")
         if self.layer_merge == "laco_search" and self.layers is None:
