@@ -71,6 +71,16 @@ def test_a_template_that_would_leave_calls_out_is_refused(tokenizer: PreTrainedT
     assert len(codes(with_template(tokenizer, MARKED), ALL, [*turns("Who?"), {**turns("", "I.")[1], "tool_calls": []}]))
 
 
+def test_a_template_that_would_leave_tools_out_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    def coded(template: str, tools: list[dict[str, str]]) -> int:
+        piece = Piece(json.dumps({"messages": turns("Who?", "I."), "tools": tools}), True, "line 7")
+        return len(encode_conversations([piece], tokenizer=with_template(tokenizer, template), chat=ALL).ids)
+
+    with pytest.raises(CorpusError, match="line 7: the chat template does not write tools\n"):
+        coded(CHATML, [{"name": "look"}])
+    assert coded("{{ tools | tojson }}" + CHATML, [{"name": "look"}]) > coded(CHATML, [])
+
+
 def test_marks_in_the_template_say_the_same(
     tokenizer: PreTrainedTokenizerFast, chatty: PreTrainedTokenizerFast
 ) -> None:

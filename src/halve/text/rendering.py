@@ -126,7 +126,7 @@ def encode_answers(
     template_of(tokenizer, "align")
     render = renderer(tokenizer, tools)
     try:
-        _require_written(tokenizer.get_chat_template(None, tools), [*prompt, *answers], place)
+        _require_written(tokenizer.get_chat_template(None, tools), [*prompt, *answers], tools, place)
         texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
     except HalveError:
         raise
@@ -171,7 +171,7 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
     messages, tools = held["messages"], held.get(TOOLS)
     try:
         template = tokenizer.get_chat_template(None, tools)
-        _require_written(template, messages, piece.place)
+        _require_written(template, messages, tools, piece.place)
         render = renderer(tokenizer, tools)
         text = render(messages)
         if chat.count == "all":
@@ -238,8 +238,14 @@ def _marked_spans(
     return list(spans)
 
 
-def _require_written(template: str, messages: Sequence[Any], place: str) -> None:
+def _require_written(template: str, messages: Sequence[Any], tools: Any, place: str) -> None:
     """What a template does not know of, it would leave out without a word."""
+    if tools and TOOLS not in template:
+        raise CorpusError(
+            f"{place}: the chat template does not write tools",
+            why=f"the row has {TOOLS} that the assistant may call, and the template never mentions them",
+            fix=f"leave the field {TOOLS!r} out, or use a model whose template writes them",
+        )
     for message in messages:
         for calls in _CALLS:
             if message.get(calls) and calls not in template:
