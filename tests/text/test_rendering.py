@@ -153,6 +153,71 @@ def test_a_template_that_rewrites_earlier_turns_needs_all(tokenizer: PreTrainedT
     assert len(codes(quirky, ALL, turns("Who?", "I.", "Who?", "You.")))
 
 
+REASONING = (
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or m.reasoning_content) %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.arguments | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Writes reasoning behind the last question alone, and an empty one in the last turn, as that of Qwen 3 does."""
+
+
+def test_a_template_that_drops_the_reasoning_of_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    thinking = with_template(tokenizer, REASONING)
+    empty = "<think>\n\n</think>\n\n"
+    found = codes(thinking, ANSWERS, turns("Who?", "I.", "Who else?", "You, I see.", "And now?", "All."))
+    assert counted(thinking, found) == f"I.<|im_end|>\nYou, I see.<|im_end|>\n{empty}All.<|im_end|>\n"
+    said = turns("Who?", "I.", "Who else?", "You.")
+    said[1] |= {"reasoning_content": "Hm."}
+    said[3] |= {"reasoning_content": "Hm, hm."}
+    found = codes(thinking, ANSWERS, said)
+    assert counted(thinking, found) == "I.<|im_end|>\n<think>\nHm, hm.\n</think>\n\nYou.<|im_end|>\n"
+
+
+def test_calls_of_tools_before_the_last_turn_count_there_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    thinking = with_template(tokenizer, REASONING)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    said = [*turns("Who?"), call, {"role": "tool", "content": "The cat."}, *turns("", "The cat.")[1:]]
+    end = "<|im_end|>\n"
+    empty = "<think>\n\n</think>\n\n"
+    found = codes(thinking, ANSWERS, said)
+    assert counted(thinking, found) == f'<call>{{"a": 1}}</call>{end}{empty}The cat.{end}'
+    said[1]["reasoning_content"] = "Look."
+    found = codes(thinking, ANSWERS, said)
+    assert counted(thinking, found) == (f'<think>\nLook.\n</think>\n\n<call>{{"a": 1}}</call>{end}{empty}The cat.{end}')
+
+
+def test_a_template_that_writes_every_turn_by_the_last_one_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What changes with a message is then more than its turn."""
+    shouting = "{% for m in messages %}<{{ messages[-1].content }}>{{ m.content }}{% endfor %}"
+    with pytest.raises(CorpusError, match="the assistant's tokens cannot be told"):
+        codes(with_template(tokenizer, shouting), ANSWERS, turns("Who?", "I.", "Who?", "You."))
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_arguments_of_calls_in_a_string_are_written_as_an_object(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+    """The format of OpenAI has JSON in a string; templates want an object."""
+    name = "m.tool_calls[0].function" if key == "tool_calls" else "m.function_call"
+    written = "{{ " + name + ".arguments | tojson }}"
+    calling = "{% for m in messages %}{% if m." + key + " %}" + written + "{% endif %}{{ m.content }}{% endfor %}"
+    chatty = with_template(tokenizer, calling)
+
+    def said(arguments: object) -> list[dict[str, object]]:
+        function = {"name": "f", "arguments": arguments}
+        call = {"role": "assistant", "content": "", key: [{"function": function}] if key == "tool_calls" else function}
+        return [*turns("Who?"), call]
+
+    assert chatty.decode((codes(chatty, ALL, said('{"a": 1}')) & IDS).tolist()) == 'Who?{"a": 1}'
+    for kept in ("1", "no JSON", {"a": 1}):
+        assert chatty.decode((codes(chatty, ALL, said(kept)) & IDS).tolist()) == f"Who?{json.dumps(kept)}"
+    joining = with_template(tokenizer, calling.replace(" | tojson", " + '!'"))
+    assert joining.decode((codes(joining, ALL, said('{"a": 1}')) & IDS).tolist()) == 'Who?{"a": 1}!'
+
+
 def test_more_turns_than_can_be_told_apart_in_seconds(chatty: PreTrainedTokenizerFast) -> None:
     long = turns(*["Who?", "I."] * 501)
     with pytest.raises(CorpusError, match=r"line 1: a conversation of 1,002 messages is too long") as caught:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,6 +27,7 @@ from halve.recipe.schema import Data
 from halve.text.conversations import BESIDE, MESSAGES_KEY, TOOLS, conversation, says_nothing
 from halve.text.day import DAY, asks_for_today, fixed_day
 from halve.text.rows import Piece, Wanted
+from halve.text.spans import Render, Span, assistant_spans
 from halve.text.tokenize import EncodedPieces
 
 if TYPE_CHECKING:
@@ -41,19 +42,14 @@ _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Under one of these names a template reads what a message holds under any of them."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ALL = "set data.count: all, or mark the assistant's part in the template with {% generation %}"
-
 _LONGEST_RENDERING_S = 10.0
 """Of computing. A conversation of a thousand turns takes milliseconds."""
 
-_MOST_MESSAGES = 1000
-"""Of a conversation whose template marks nothing. A turn takes a rendering of all before it: seconds at this length."""
-
-_FORMAT = 2
+_FORMAT = 3
 """Of which tokens count, for files of tokens that were made before."""
 
-_Span = tuple[int, int]
-Render = Callable[..., str]
+
+_Written = TypeVar("_Written")
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,12 @@ def encode_answers(
     render = renderer(tokenizer, tools)
     try:
         _require_written(tokenizer.get_chat_template(None, tools), [*prompt, *answers], tools, place)
-        texts = [render(prompt, prompted=True), *(render([*prompt, answer]) for answer in answers)]
+
+        def write(spoken: Sequence[Any]) -> list[str]:
+            asked, said = spoken[: len(prompt)], spoken[len(prompt) :]
+            return [render(asked, prompted=True), *(render([*asked, answer]) for answer in said)]
+
+        texts = _with_objects(write, [*prompt, *answers])
     except HalveError:
         raise
     except Exception as error:  # a template may raise whatever Jinja and Python raise
@@ -173,7 +174,7 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
         template = tokenizer.get_chat_template(None, tools)
         _require_written(template, messages, tools, piece.place)
         render = renderer(tokenizer, tools)
-        text = render(messages)
+        text, messages = _with_objects(lambda spoken: (render(spoken), spoken), messages)
         if chat.count == "all":
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return text, ids, np.ones(len(ids), dtype=np.bool_)
@@ -181,7 +182,7 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
         if marked:
             spans = _marked_spans(tokenizer, template, tools, messages)
         else:
-            spans = _assistant_spans(render, messages, text, piece.place)
+            spans = assistant_spans(render, messages, text, piece.place)
         made = _placing(tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except HalveError:
         raise
@@ -221,9 +222,7 @@ def _trims(processor: Any) -> bool:
     return isinstance(processor, list) and any(map(_trims, processor))
 
 
-def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, messages: Sequence[Any]
-) -> list[_Span]:
+def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, messages: Sequence[Any]) -> list[Span]:
     """Where in the rendered text the template's own marks are."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -267,43 +266,34 @@ def _mentions(template: str, names: Sequence[str]) -> bool:
     return any(name in template for name in names)
 
 
-def _assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[_Span]:
-    """Where in the rendered text the assistant's turns are, by what each adds to the rendering of those before it.
+def _with_objects(write: Callable[[Sequence[Any]], _Written], messages: Sequence[Any]) -> _Written:
+    """What is written of messages whose calls have objects as arguments, or else JSON in a string, as they were.
 
-    What invites the assistant to answer is not part of its turn. Raises `CorpusError` where the rendering of the first
-    messages does not begin that of all, and for more messages than can be told apart in seconds.
+    Templates are written for objects, and data in OpenAI's format holds strings, which most templates would write with
+    quotes around them.
     """
-    if len(messages) > _MOST_MESSAGES:
-        raise CorpusError(
-            f"{place}: a conversation of {len(messages):,} messages is too long to tell the assistant's part",
-            why="the template marks no part as the assistant's, so that a turn takes a rendering of all before it; at"
-            f" most {_MOST_MESSAGES:,} messages are told apart",
-            fix=f"split the conversation, or {_ALL}",
-        )
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(messages[:number]), render(messages[: number + 1])
-        if not (after.startswith(before) and text.startswith(after)):
-            raise CorpusError(
-                f"{place}: the assistant's tokens cannot be told from the others",
-                why=f"the template writes message {number + 1} or those before it otherwise where more follow, and"
-                " marks no part as the assistant's",
-                fix=_ALL,
-            )
-        invited = _common(after, render(messages[:number], prompted=True))
-        spans.append((max(len(before), invited), len(after)))
-    return spans
+    parsed = [_parsed(message) for message in messages]
+    if parsed != list(messages):
+        try:
+            return write(parsed)
+        except HalveError:
+            raise
+        except Exception:  # of a template that joins strings to its text; what it says of them is told below
+            pass
+    return write(messages)
 
 
-def _common(one: str, other: str) -> int:
-    """With how many characters two texts begin alike; where they part inside a word, that word is not alike."""
-    if one.startswith(other):
-        return len(other)
-    pairs = enumerate(zip(one, other, strict=False))
-    common = one[: next((place for place, (a, b) in pairs if a != b), len(one))]
-    return len(re.sub(r"\w*\Z", "", common))
+def _parsed(held: Any) -> Any:
+    """The same data, where what is called `arguments` in it is an object if it was the JSON of one."""
+    if not isinstance(held, dict):
+        return held
+    calls = {key: [*map(_parsed, held[key])] for key in ("tool_calls",) if isinstance(held.get(key), list)}
+    functions = {key: _parsed(held[key]) for key in ("function", "function_call") if key in held}
+    try:
+        arguments = json.loads(held["arguments"])
+    except (KeyError, TypeError, ValueError):
+        arguments = None
+    return {**held, **calls, **functions, **({"arguments": arguments} if isinstance(arguments, dict) else {})}
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
