@@ -153,6 +153,20 @@ def test_a_template_that_rewrites_earlier_turns_needs_all(tokenizer: PreTrainedT
     assert len(codes(quirky, ALL, turns("Who?", "I.", "Who?", "You.")))
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_message_that_a_template_passes_over_is_refused(tokenizer: PreTrainedTokenizerFast, role: str) -> None:
+    two = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content | upper }}{% endif %}{% endfor %}"
+    )
+    narrow = with_template(tokenizer, two)
+    lost = {"role": role, "content": "Be short."}
+    said = [lost, *turns("Who?", "I.")] if role != "tool" else [*turns("Who?", "I."), lost, *turns("", "You.")[1:]]
+    with pytest.raises(CorpusError, match="line 1: the chat template leaves a message out") as caught:
+        codes(narrow, ALL, said)
+    assert f"of role {role}" in caught.value.why
+    assert len(codes(narrow, ALL, turns("Who?", "I.", "Who else?", "You."), turns("Who?", "Who?")))
+
+
 REASONING = (
     "{% set ns = namespace(last=0) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"

@@ -175,6 +175,7 @@ def _encoded(piece: Piece, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tu
         _require_written(template, messages, tools, piece.place)
         render = renderer(tokenizer, tools)
         text, messages = _with_objects(lambda spoken: (render(spoken), spoken), messages)
+        _require_all(render, messages, text, piece.place)
         if chat.count == "all":
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return text, ids, np.ones(len(ids), dtype=np.bool_)
@@ -259,6 +260,24 @@ def _require_written(template: str, messages: Sequence[Any], tools: Any, place: 
                 f"{place}: the chat template does not write reasoning",
                 why=f"a message has {thought[0]} and nothing else, and the template never mentions it",
                 fix="write the answer as content, drop the row, or use a model whose template writes reasoning",
+            )
+
+
+def _require_all(render: Render, messages: Sequence[Any], text: str, place: str) -> None:
+    """Raise `CorpusError` for a message that the template passes over, such as one of a role that it does not know."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if not content or (isinstance(content, str) and content.strip() in text):
+            continue
+        try:
+            lost = render([*messages[:number], *messages[number + 1 :]]) == text
+        except Exception:  # a template that misses it, such as in the order of user and assistant
+            lost = False
+        if lost:
+            raise CorpusError(
+                f"{place}: the chat template leaves a message out",
+                why=f"the conversation reads the same without message {number + 1}, of role {message['role']}",
+                fix="drop that message, or use a model whose template writes it",
             )
 
 
