@@ -27,7 +27,7 @@ from halve.recipe.schema import Data
 from halve.text.conversations import BESIDE, MESSAGES_KEY, TOOLS, conversation, says_nothing
 from halve.text.day import DAY, asks_for_today, fixed_day
 from halve.text.rows import Piece, Wanted
-from halve.text.spans import Render, Span, assistant_spans
+from halve.text.spans import Render, TextSpan, assistant_spans
 from halve.text.tokenize import EncodedPieces
 
 if TYPE_CHECKING:
@@ -223,7 +223,9 @@ def _trims(processor: Any) -> bool:
     return isinstance(processor, list) and any(map(_trims, processor))
 
 
-def _marked_spans(tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, messages: Sequence[Any]) -> list[Span]:
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, messages: Sequence[Any]
+) -> list[TextSpan]:
     """Where in the rendered text the template's own marks are."""
     from transformers.utils.chat_template_utils import render_jinja_template
 

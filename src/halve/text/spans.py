@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from halve.errors import CorpusError
 
-Span = tuple[int, int]
+TextSpan = tuple[int, int]
 """The first character of a turn in the rendered text, and the one behind it."""
 
 Render = Callable[..., str]
@@ -23,7 +23,7 @@ _PRIVATE: Final = range(0xE000, 0xF900)
 """Characters that mean nothing to anybody."""
 
 
-def assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[Span]:
+def assistant_spans(render: Render, messages: Sequence[Any], text: str, place: str) -> list[TextSpan]:
     """Where in the rendered text the assistant's turns are.
 
     A turn is what it adds to the rendering of those before it, less what invites the assistant to answer. A template
@@ -38,7 +38,7 @@ def assistant_spans(render: Render, messages: Sequence[Any], text: str, place: s
             f" most {_MOST_MESSAGES:,} messages are told apart",
             fix=f"split the conversation, or {_ALL}",
         )
-    spans: list[Span] = []
+    spans: list[TextSpan] = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -54,7 +54,7 @@ def assistant_spans(render: Render, messages: Sequence[Any], text: str, place: s
     return spans
 
 
-def _added(render: Render, messages: Sequence[Any], number: int, text: str) -> Span | None:
+def _added(render: Render, messages: Sequence[Any], number: int, text: str) -> TextSpan | None:
     """What a message adds to the rendering of those before it, if the whole text begins so."""
     before, after = render(messages[:number]), render(messages[: number + 1])
     if not (after.startswith(before) and text.startswith(after)):
@@ -63,7 +63,7 @@ def _added(render: Render, messages: Sequence[Any], number: int, text: str) -> S
     return max(len(before), invited), len(after)
 
 
-def _changed(render: Render, messages: Sequence[Any], number: int, text: str) -> Span | None:
+def _changed(render: Render, messages: Sequence[Any], number: int, text: str) -> TextSpan | None:
     """What changes in the whole text if the assistant says one strange character there, and how such a turn ends.
 
     The end is that of the same turn where nothing follows, so the whole text must go on with it.
