@@ -306,15 +306,16 @@ def _with_objects(write: Callable[[Sequence[Any]], _Written], messages: Sequence
 
 def _parsed(held: Any) -> Any:
     """The same data, where what is called `arguments` in it is an object if it was the JSON of one."""
+    if isinstance(held, list):
+        return [*map(_parsed, held)]
     if not isinstance(held, dict):
         return held
-    calls = {key: [*map(_parsed, held[key])] for key in ("tool_calls",) if isinstance(held.get(key), list)}
-    functions = {key: _parsed(held[key]) for key in ("function", "function_call") if key in held}
+    inside = {key: _parsed(held[key]) for key in ("function", *_CALLS) if key in held}
     try:
         arguments = json.loads(held["arguments"])
     except (KeyError, TypeError, ValueError):
         arguments = None
-    return {**held, **calls, **functions, **({"arguments": arguments} if isinstance(arguments, dict) else {})}
+    return {**held, **inside, **({"arguments": arguments} if isinstance(arguments, dict) else {})}
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase, tools: Any) -> Render:
